@@ -1,0 +1,183 @@
+"""Messages between the worker and the egress process. Frozen; unknown types and keys are refused.
+
+Requests carry `id`; each is answered by `Ack` or `Refused` with the same id. Notices flow from
+egress to the worker unasked.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+
+class Message(BaseModel):
+    """Base of all messages."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ProviderConfig(Message):
+    """An upstream of the Messages API, from the operator's settings only.
+
+    Attributes:
+        base_url: scheme, host and optional port and path prefix; http and loopback are allowed
+            here and nowhere else.
+        credential: name of the secret in the vault (`anthropic` by default), or `env` for the
+            value handed over in `Configure.environment_credential`; None sends none.
+        header: header that carries it: `x-api-key`, or `authorization` with Bearer.
+    """
+
+    base_url: str = "https://api.anthropic.com"
+    credential: str | None = "anthropic"
+    header: Literal["x-api-key", "authorization"] = "x-api-key"
+
+
+class Configure(Message):
+    """First message to egress; descriptor 0 of it, when present, is a recorder connection."""
+
+    type: Literal["configure"] = "configure"
+    id: int
+    providers: dict[str, ProviderConfig]
+    vault_path: str | None = None
+    key_path: str | None = None
+    environment_credential: str | None = None
+    ca_dir: str | None = None
+    resolver_overrides: dict[str, list[str]] = {}
+    upstream_overrides: dict[str, str] = {}
+    """`host:port` to `address:port`, with `ca_file` of `upstream_ca`: for tests and benchmarks
+    whose upstreams live on loopback; only ever set from the operator's settings."""
+    upstream_ca: str | None = None
+    drop_to_uid: int | None = None
+
+
+class OpenSandbox(Message):
+    """Serve one sandbox. Descriptors: the listening unix socket, then the loopback listener."""
+
+    type: Literal["open_sandbox"] = "open_sandbox"
+    id: int
+    sandbox_id: str
+    run_id: str
+    session_id: str
+    rules: dict[str, Any]
+    """`EgressRules` as JSON (ringfence.policy.compile.egress_to_json)."""
+    placeholder: str = ""
+    """What the sandbox sends as its key; the model route refuses anything else when set."""
+    known_tool_uses: list[str] = []
+    """Ids of the materialised transcript: their results may appear in a request's history."""
+
+
+class AddListener(Message):
+    """One more listener for a sandbox (descriptor 0): the loopback listener comes late, because
+    its network namespace is made by the sandbox.
+    """
+
+    type: Literal["add_listener"] = "add_listener"
+    id: int
+    sandbox_id: str
+
+
+class ToolDecided(Message):
+    """What the worker decided about a tool call, before the tool may run (requirement B)."""
+
+    type: Literal["tool_decided"] = "tool_decided"
+    id: int
+    sandbox_id: str
+    tool_use_id: str
+    name: str
+    input_sha256: str
+    allowed: bool
+
+
+class CloseSandbox(Message):
+    """Stop serving; answered by `Ack` whose `detail` holds the final usage."""
+
+    type: Literal["close_sandbox"] = "close_sandbox"
+    id: int
+    sandbox_id: str
+
+
+class FreezeSandbox(Message):
+    """Between turns the socket refuses (requirement I)."""
+
+    type: Literal["freeze_sandbox"] = "freeze_sandbox"
+    id: int
+    sandbox_id: str
+    frozen: bool
+
+
+class Ack(Message):
+    """Done."""
+
+    type: Literal["ack"] = "ack"
+    id: int
+    detail: dict[str, Any] = {}
+
+
+class Refused(Message):
+    """Not done: a RingfenceError's `to_json`."""
+
+    type: Literal["refused"] = "refused"
+    id: int
+    error: dict[str, str]
+
+
+class ModelUsed(Message):
+    """Notice: one model request ended. Tokens as metered on the wire."""
+
+    type: Literal["model_used"] = "model_used"
+    sandbox_id: str
+    model: str
+    status: int
+    duration_ms: float
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_creation_input_tokens: int = 0
+    cache_read_input_tokens: int = 0
+    cost_usd: float | None = None
+    tool_uses: list[str] = []
+
+
+class EgressDenied(Message):
+    """Notice: egress refused something from inside."""
+
+    type: Literal["egress_denied"] = "egress_denied"
+    sandbox_id: str
+    reason: str
+    target: str
+
+
+class WitnessViolated(Message):
+    """Notice: the wire and the worker disagree (requirement B). The worker ends the run."""
+
+    type: Literal["witness_violated"] = "witness_violated"
+    sandbox_id: str
+    reason: str
+    tool_use_id: str
+
+
+class BudgetExhausted(Message):
+    """Notice: the run's budget is spent; further requests are refused with 403."""
+
+    type: Literal["budget_exhausted"] = "budget_exhausted"
+    sandbox_id: str
+    limit: str
+
+
+AnyMessage = Annotated[
+    Configure
+    | OpenSandbox
+    | AddListener
+    | ToolDecided
+    | CloseSandbox
+    | FreezeSandbox
+    | Ack
+    | Refused
+    | ModelUsed
+    | EgressDenied
+    | WitnessViolated
+    | BudgetExhausted,
+    Field(discriminator="type"),
+]
+
+MESSAGES: TypeAdapter[AnyMessage] = TypeAdapter(AnyMessage)

@@ -1,0 +1,96 @@
+"""Four families of error, split by whose fault it is; each error has a stable code.
+
+The family decides the exit status, and whether trying again can help. The message says what
+happened, the hint what to do. No traceback reaches a user: the edge prints `render()`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class RingfenceError(Exception):
+    """Root of all errors that ringfence raises on purpose. Cannot be raised itself.
+
+    Attributes:
+        code: stable, kebab-case, listed in `CODES`; documented in docs/reference/errors.md.
+        message: one line, what happened. Never holds a credential.
+        hint: one line, what the user can do; empty when the message says it.
+    """
+
+    family: ClassVar[str] = ""
+    exit_status: ClassVar[int] = 1
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, code: str, message: str, *, hint: str = "") -> None:
+        if type(self) is RingfenceError:
+            raise TypeError("raise one of the four families, not the root")
+        if code not in CODES:
+            raise LookupError(f"unregistered error code {code!r}: add it to ringfence.errors.CODES")
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.hint = hint
+
+    @property
+    def status(self) -> int:
+        """Exit status of the process that ends with this error."""
+        return 124 if self.code in TIMEOUTS else self.exit_status
+
+    def render(self) -> str:
+        """Message and hint on one line each, with the code in front."""
+        head = f"{self.code}: {self.message}"
+        return f"{head}\n  {self.hint}" if self.hint else head
+
+    def to_json(self) -> dict[str, str]:
+        """Shape of an error in every JSON output: code, family, message, hint."""
+        return {
+            "code": self.code,
+            "family": self.family,
+            "message": self.message,
+            "hint": self.hint,
+        }
+
+
+class CallerError(RingfenceError):
+    """The caller's input cannot be used: a flag, a policy, a path."""
+
+    family = "caller"
+    exit_status = 2
+
+
+class DeniedError(RingfenceError):
+    """A rule refused it. Trying again without another policy changes nothing."""
+
+    family = "denied"
+    exit_status = 3
+
+
+class UnavailableError(RingfenceError):
+    """The platform cannot do it now or on this host; nothing is wrong with the request."""
+
+    family = "unavailable"
+    exit_status = 4
+    retryable = True
+
+
+class AgentError(RingfenceError):
+    """The agent ran and failed."""
+
+    family = "agent"
+    exit_status = 5
+
+
+# Every code that may be raised, with the sentence of its entry in docs/reference/errors.md.
+# Grouped by room; a code is never renamed or reused.
+CODES: dict[str, str] = {
+    # cli, worker
+    "usage": "The command line or the call cannot be understood.",
+    "workspace-missing": "The workspace is not a directory that can be read.",
+    "run-timeout": "The run reached its wall-clock limit and was ended.",
+    "run-interrupted": "The person or the host ended the run.",
+    "internal": "A defect of ringfence itself; nothing of the run can be trusted to be complete.",
+}
+
+# Codes that end a process with 124, as timeout(1) does.
+TIMEOUTS: frozenset[str] = frozenset({"run-timeout"})

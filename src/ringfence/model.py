@@ -1,0 +1,159 @@
+"""The nouns of the road: frozen values without I/O. Words as in docs/glossary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class WorkspaceMode(StrEnum):
+    """How the agent sees the workspace."""
+
+    REVIEW = "review"
+    """A copy-on-write view; the result is a patch, and nothing is written to the host's tree."""
+    DIRECT = "direct"
+    """The host's directory itself, read and write."""
+    READONLY = "readonly"
+    """The host's directory, read only."""
+
+
+class PermissionMode(StrEnum):
+    """Who may say yes to a tool call; names and meanings are the Agent SDK's."""
+
+    DEFAULT = "default"
+    ACCEPT_EDITS = "acceptEdits"
+    PLAN = "plan"
+    DONT_ASK = "dontAsk"
+    BYPASS = "bypassPermissions"
+    AUTO = "auto"
+
+
+class Outcome(StrEnum):
+    """What a decision says. There is no third value: unknown is DENY."""
+
+    ALLOW = "allow"
+    DENY = "deny"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """The answer to one question put to a policy.
+
+    Attributes:
+        outcome: ALLOW or DENY.
+        rule: dotted path of the line that decided, such as `network.allowed_hosts[0]`;
+            `default` when no line matched.
+        reason: machine-readable tag in kebab-case, such as `host-not-allowed`.
+    """
+
+    outcome: Outcome
+    rule: str
+    reason: str
+
+    @property
+    def allowed(self) -> bool:
+        """Whether the outcome is ALLOW."""
+        return self.outcome is Outcome.ALLOW
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Usage:
+    """What one model request or one run used.
+
+    Tokens are counted from the wire by the egress process; dollars are priced from the table in
+    `ringfence.egress` unless the upstream is unknown, when `cost_usd` is None.
+    """
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_creation_input_tokens: int = 0
+    cache_read_input_tokens: int = 0
+    requests: int = 0
+    cost_usd: float | None = 0.0
+
+    def __add__(self, other: Usage) -> Usage:
+        """Sum of two usages; an unknown cost stays unknown."""
+        known = self.cost_usd is not None and other.cost_usd is not None
+        return Usage(
+            input_tokens=self.input_tokens + other.input_tokens,
+            output_tokens=self.output_tokens + other.output_tokens,
+            cache_creation_input_tokens=self.cache_creation_input_tokens
+            + other.cache_creation_input_tokens,
+            cache_read_input_tokens=self.cache_read_input_tokens + other.cache_read_input_tokens,
+            requests=self.requests + other.requests,
+            cost_usd=(self.cost_usd or 0.0) + (other.cost_usd or 0.0) if known else None,
+        )
+
+
+class RunStatus(StrEnum):
+    """How a run ended."""
+
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunRequest:
+    """What a caller asks for: one user turn of an agent, or one command, in a sandbox.
+
+    Attributes:
+        prompt: the user's turn; for a command, the TASK in its environment.
+        workspace: absolute path of a directory of the host.
+        command: argv to run instead of `claude`; empty for the agent.
+        resume: session to go on with; None starts a new one.
+        timeout_seconds: wall clock of the run; None takes the policy's. It can only shorten.
+        max_budget_usd: dollars of the run; None takes the policy's. It can only lower.
+    """
+
+    prompt: str
+    workspace: str
+    command: tuple[str, ...] = ()
+    workspace_mode: WorkspaceMode | None = None
+    permission_mode: PermissionMode | None = None
+    model: str | None = None
+    fallback_model: str | None = None
+    system_prompt: str | None = None
+    max_turns: int | None = None
+    max_budget_usd: float | None = None
+    timeout_seconds: float | None = None
+    resume: str | None = None
+    fork: bool = False
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunResult:
+    """What a run leaves.
+
+    Attributes:
+        run_id: `run_` and 26 characters of Crockford base 32, sortable by time.
+        session_id: UUID of the Agent SDK's session; empty for a command.
+        status: how it ended.
+        text: the agent's last answer; for a command, its standard output.
+        errors: one line each; for a command, its standard error is `stderr`.
+        patch: unified diff with git's extended headers; empty when nothing changed.
+        host_files: changed files that would run on the host later; applied only when named.
+        unenforced: controls that the policy accepts without enforcement on this host.
+        audit_index: index of the run's last record in the audit log.
+    """
+
+    run_id: str
+    session_id: str
+    status: RunStatus
+    text: str = ""
+    stderr: str = ""
+    exit_code: int = 0
+    errors: tuple[str, ...] = ()
+    usage: Usage = field(default_factory=Usage)
+    num_turns: int = 0
+    duration_seconds: float = 0.0
+    patch: bytes = b""
+    changed_files: tuple[str, ...] = ()
+    host_files: tuple[str, ...] = ()
+    hidden_files: tuple[str, ...] = ()
+    unenforced: tuple[str, ...] = ()
+    audit_index: int = -1
+    error: dict[str, Any] | None = None

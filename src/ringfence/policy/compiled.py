@@ -1,0 +1,213 @@
+"""What a policy compiles to: neutral values that each enforcement point reads. PURE.
+
+One source, three readers: the sandbox reads `SandboxProfile`, egress reads `EgressRules`, the
+agent's driver reads `ToolGrants`. Everything is frozen and JSON-shaped (`to_json`/`from_json` in
+`ringfence.policy.compile`), so that the egress process receives exactly what was compiled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ringfence.model import PermissionMode, WorkspaceMode
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Resource limits of one sandbox; each is enforced from outside.
+
+    Attributes:
+        wall_seconds: whole run. tool_seconds: one tool call.
+        memory_mb: resident memory of all processes together, page cache of tmpfs included.
+        cpus: processors' worth of time, 0.5 is half of one.
+        pids: processes and threads at once.
+        disk_mb: ephemeral storage: /tmp, the home directory, and the changes of review mode.
+        file_mb: largest single file (RLIMIT_FSIZE). open_files: descriptors of one process.
+    """
+
+    wall_seconds: float = 300.0
+    tool_seconds: float = 120.0
+    memory_mb: int = 2048
+    cpus: float = 2.0
+    pids: int = 512
+    disk_mb: int = 1024
+    file_mb: int = 1024
+    open_files: int = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SandboxProfile:
+    """The place, without a word about the technology that makes it.
+
+    Paths are absolute and normal (no `.`, `..`, `//` or trailing slash). `/workspace` is always
+    the workspace; every other path names the same path of the host.
+
+    Attributes:
+        readable: host paths visible read-only. writable: host paths visible read-write.
+        blocked: host paths that are absent inside, wherever a mount would have shown them.
+        hidden: gitignore-like globs below the workspace whose files are masked (requirement E).
+        tmp_exec: whether programs may be executed from /tmp, /var/tmp, /dev/shm and the home.
+        accept_unenforced: names of controls (`Control` of ringfence.sandbox.protocol) that may
+            go unenforced on this host.
+        isolation: name of a backend, or `auto`.
+    """
+
+    workspace_mode: WorkspaceMode = WorkspaceMode.REVIEW
+    readable: tuple[str, ...] = ()
+    writable: tuple[str, ...] = ()
+    blocked: tuple[str, ...] = ()
+    hidden: tuple[str, ...] = ()
+    tmp_exec: bool = False
+    limits: Limits = Limits()
+    accept_unenforced: frozenset[str] = frozenset()
+    isolation: str = "bubblewrap"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PathRule:
+    """One method on one path of a host. `path` is exact, or ends in `/**` for all below."""
+
+    method: str
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostRule:
+    """One host that tools may reach.
+
+    Attributes:
+        host: exact name in normal form, or `*.` and a domain below a registrable one.
+        port: exactly one.
+        paths: rules on method and path; empty allows all, for hosts that are not terminated too.
+        credential: name of the secret that egress injects; None injects none.
+        opaque: tunnelled without TLS termination (requirement D); excludes paths and credential.
+        rule: dotted path of the policy's line.
+    """
+
+    host: str
+    port: int = 443
+    paths: tuple[PathRule, ...] = ()
+    credential: str | None = None
+    opaque: bool = False
+    rule: str = "default"
+
+    @property
+    def terminated(self) -> bool:
+        """Whether egress reads inside the TLS connection."""
+        return not self.opaque
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CredentialRule:
+    """Where a secret goes (requirement L): one named header, on its named hosts, nothing else.
+
+    Attributes:
+        name: of the secret in the vault. hosts: normal names it may be sent to.
+        header: lower-case header name that is overwritten. template: `{}` is the value.
+        query: name of a query field instead of a header; at most one of the two is set.
+    """
+
+    name: str
+    hosts: tuple[str, ...]
+    header: str | None = "authorization"
+    template: str = "Bearer {}"
+    query: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelRules:
+    """What the model route lets through (requirements B and C).
+
+    Attributes:
+        enabled: False refuses every model request.
+        provider: name of a provider in the operator's settings.
+        tools: names that a request's `tools` and an answer's `tool_use` may hold. A name that
+            ends in `*` is never here.
+        server_tools: server-side tool type prefixes granted, such as `web_search_`.
+        url_sources: whether `source.type == "url"` may appear in content.
+        mcp_servers: whether the body may carry `mcp_servers`.
+        betas: beta flags granted beside those pinned for the CLI version.
+        models: model names that may be asked for; empty allows all.
+        max_budget_usd, max_requests, max_output_tokens: of the run; None is unlimited.
+    """
+
+    enabled: bool = True
+    provider: str = "anthropic"
+    tools: tuple[str, ...] = ()
+    server_tools: tuple[str, ...] = ()
+    url_sources: bool = False
+    mcp_servers: bool = False
+    betas: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    max_budget_usd: float | None = None
+    max_requests: int | None = None
+    max_output_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EgressRules:
+    """All that one sandbox may reach. Empty reaches nothing.
+
+    Attributes:
+        blocked_ports: denied whatever `hosts` says: deny wins.
+        max_connections: at once. max_body_mb: of one request. max_bytes_mb: sent out per run.
+        max_audit_records: quota of requirement K; past it, denials are coalesced.
+    """
+
+    model: ModelRules = ModelRules()
+    hosts: tuple[HostRule, ...] = ()
+    credentials: tuple[CredentialRule, ...] = ()
+    blocked_ports: tuple[int, ...] = ()
+    max_connections: int = 64
+    max_body_mb: int = 32
+    max_bytes_mb: int = 1024
+    max_audit_records: int = 20_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class McpServer:
+    """An MCP server that runs inside the sandbox (stdio) or is reached through egress (http)."""
+
+    name: str
+    command: tuple[str, ...] = ()
+    url: str | None = None
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ToolGrants:
+    """What the agent's driver offers and denies.
+
+    Attributes:
+        role: name of the role in the policy.
+        offered: tool names the model is offered (`mcp__server__tool` included), in order.
+        preapproved: offered tools that need no question in mode `default` and `dontAsk`;
+            entries may carry a specifier such as `Bash(git status:*)` that narrows them.
+        denied: names and specifiers denied whatever else says; deny wins.
+        permission_mode: the policy's mode; a run may only choose a mode in `permission_modes`.
+    """
+
+    role: str = "default"
+    offered: tuple[str, ...] = ()
+    preapproved: tuple[str, ...] = ()
+    denied: tuple[str, ...] = ()
+    permission_mode: PermissionMode = PermissionMode.DEFAULT
+    permission_modes: tuple[PermissionMode, ...] = tuple(PermissionMode)
+    mcp_servers: tuple[McpServer, ...] = ()
+    max_turns: int | None = None
+    max_subagent_depth: int = 1
+    max_subagents: int = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompiledPolicy:
+    """Everything one policy means.
+
+    Attributes:
+        digest: SHA-256 (hex) of the canonical JSON of the policy; names it in the audit log.
+    """
+
+    digest: str
+    sandbox: SandboxProfile
+    egress: EgressRules
+    tools: ToolGrants

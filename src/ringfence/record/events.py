@@ -1,0 +1,227 @@
+"""The catalogue: every event the audit log may hold, one class each. PURE.
+
+An event's `type` is stable; fields are only ever added. No field holds a credential, a prompt, a
+tool input or an output: names, sizes, keyed hashes and decisions only (requirement K).
+`docs/reference/events.md` is generated from this file.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+
+class Event(BaseModel):
+    """Base of all events. `run_id`, `session_id` and `sandbox_id` are empty where none applies."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run_id: str = ""
+    session_id: str = ""
+    sandbox_id: str = ""
+
+
+class RunStarted(Event):
+    """A run began: what was asked, by digest, and under which policy."""
+
+    type: Literal["run.started"] = "run.started"
+    kind: Literal["claude", "command"]
+    policy_digest: str
+    role: str
+    permission_mode: str
+    workspace_mode: str
+    prompt_hmac: str
+    unenforced: list[str] = []
+    resumed_from: str = ""
+
+
+class RunEnded(Event):
+    """A run ended, whatever the way."""
+
+    type: Literal["run.ended"] = "run.ended"
+    status: str
+    exit_code: int
+    duration_ms: float
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost_usd: float | None = None
+    reason: str = ""
+
+
+class SandboxStarted(Event):
+    """A sandbox is up; `controls` is what the kernel said, not what flags asked."""
+
+    type: Literal["sandbox.started"] = "sandbox.started"
+    isolation: str
+    controls: dict[str, bool]
+    hidden_files: int = 0
+
+
+class SandboxStopped(Event):
+    """No process of the sandbox is alive."""
+
+    type: Literal["sandbox.stopped"] = "sandbox.stopped"
+    reason: str = ""
+
+
+class ToolDecisionMade(Event):
+    """The worker allowed or denied a tool call."""
+
+    type: Literal["tool.decided"] = "tool.decided"
+    tool_use_id: str
+    name: str
+    input_hmac: str
+    outcome: Literal["allow", "deny"]
+    rule: str
+    decided_by: Literal["policy", "person", "mode"]
+
+
+class ToolFinished(Event):
+    """A tool call ended, as `claude` reports it (one witness)."""
+
+    type: Literal["tool.finished"] = "tool.finished"
+    tool_use_id: str
+    name: str
+    input_hmac: str
+    duration_ms: float
+    outcome: Literal["success", "failure", "denied", "timeout", "interrupted", "unknown"]
+
+
+class ToolRequested(Event):
+    """The model asked for a tool call, as read from the wire (the other witness)."""
+
+    type: Literal["tool.requested"] = "tool.requested"
+    tool_use_id: str
+    name: str
+    input_hmac: str
+    complete: bool = True
+
+
+class WitnessDisagreed(Event):
+    """A tool result on the wire that the worker did not allow (requirement B)."""
+
+    type: Literal["witness.disagreed"] = "witness.disagreed"
+    tool_use_id: str
+    reason: str
+
+
+class ModelRequested(Event):
+    """Write-ahead: a model request is about to carry the platform's credential."""
+
+    type: Literal["model.requested"] = "model.requested"
+    request_id: str
+    provider: str
+    model: str
+    path: str
+    body_bytes: int
+    credential: str
+
+
+class ModelAnswered(Event):
+    """A model request ended. Tokens from the wire."""
+
+    type: Literal["model.answered"] = "model.answered"
+    request_id: str
+    model: str
+    status: int
+    duration_ms: float
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_creation_input_tokens: int = 0
+    cache_read_input_tokens: int = 0
+    cost_usd: float | None = None
+    stop_reason: str = ""
+    reason: str = ""
+
+
+class EgressAllowed(Event):
+    """Write-ahead: a request or tunnel to an allowed host."""
+
+    type: Literal["egress.allowed"] = "egress.allowed"
+    host: str
+    port: int
+    method: str
+    path: str
+    rule: str
+    credential: str = ""
+    opaque: bool = False
+    address: str = ""
+
+
+class EgressRefused(Event):
+    """A request from inside was refused. `count` above 1 stands for coalesced denials."""
+
+    type: Literal["egress.refused"] = "egress.refused"
+    target: str
+    rule: str
+    reason: str
+    count: int = 1
+
+
+class EgressEnded(Event):
+    """An allowed request or tunnel ended."""
+
+    type: Literal["egress.ended"] = "egress.ended"
+    host: str
+    port: int
+    status: int = 0
+    bytes_out: int = 0
+    bytes_in: int = 0
+    duration_ms: float = 0.0
+    reason: str = ""
+
+
+class SessionChanged(Event):
+    """A session was resumed, forked or deleted by a person or a run."""
+
+    type: Literal["session.changed"] = "session.changed"
+    action: Literal["created", "resumed", "forked", "deleted"]
+    parent: str = ""
+
+
+class PatchApplied(Event):
+    """Changes of review mode were written to the host's workspace."""
+
+    type: Literal["patch.applied"] = "patch.applied"
+    files: int
+    host_files: int
+    patch_sha256: str
+
+
+class LogHeartbeat(Event):
+    """The recorder is alive and idle; silence is an alarm."""
+
+    type: Literal["log.heartbeat"] = "log.heartbeat"
+
+
+class LogKeyRotated(Event):
+    """The old public key stays verifiable because the log itself holds it."""
+
+    type: Literal["log.key_rotated"] = "log.key_rotated"
+    old_public_key: str
+    new_public_key: str
+
+
+AnyEvent = Annotated[
+    RunStarted
+    | RunEnded
+    | SandboxStarted
+    | SandboxStopped
+    | ToolDecisionMade
+    | ToolFinished
+    | ToolRequested
+    | WitnessDisagreed
+    | ModelRequested
+    | ModelAnswered
+    | EgressAllowed
+    | EgressRefused
+    | EgressEnded
+    | SessionChanged
+    | PatchApplied
+    | LogHeartbeat
+    | LogKeyRotated,
+    Field(discriminator="type"),
+]
+
+EVENTS: TypeAdapter[AnyEvent] = TypeAdapter(AnyEvent)

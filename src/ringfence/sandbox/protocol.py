@@ -1,0 +1,276 @@
+"""The sandbox seam. Its docstrings are the contract; `ringfence.testing` holds it to them.
+
+Order of a sandbox's life: `Backend.probe` (what can this host enforce) → `Backend.start` →
+any number of `Sandbox.exec` → `Sandbox.stop` → `Sandbox.changes` (review mode). A control that
+the host cannot enforce and the profile does not accept stops `start` with UnavailableError
+`control-unenforceable`, naming the control and the mend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+from ringfence.policy.compiled import SandboxProfile
+
+INSIDE_WORKSPACE = "/workspace"
+INSIDE_HOME = "/home/agent"
+INSIDE_EGRESS_DIR = "/run/ringfence"
+INSIDE_EGRESS_SOCKET = "/run/ringfence/egress.sock"
+INSIDE_PROXY_PORT = 3128
+INSIDE_CLAUDE = "/opt/ringfence/bin/claude"
+INSIDE_UID = 1000
+
+
+class Control(StrEnum):
+    """What a backend enforces; a policy may name one under `accept_unenforced`."""
+
+    MEMORY = "memory"
+    CPU = "cpu"
+    PIDS = "pids"
+    DISK = "disk"
+    """Size of /tmp, the home directory and review mode's changes."""
+    WORKSPACE_DISK = "workspace_disk"
+    """Size of what `direct` mode writes to the host's own disk."""
+    SECCOMP = "seccomp"
+    NETWORK = "network"
+    USER_NAMESPACE = "user_namespace"
+    TMP_NOEXEC = "tmp_noexec"
+    UID_PER_SANDBOX = "uid_per_sandbox"
+    """A host uid of its own; an ordinary user has only one, so there it is never claimed."""
+    CLAUDE_UNREADABLE = "claude_unreadable"
+    """The claude process is not dumpable, so that a tool of its uid cannot read its memory."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ControlState:
+    """Whether this host enforces a control, how, and what would mend it."""
+
+    control: Control
+    enforced: bool
+    how: str
+    mend: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SandboxSpec:
+    """One sandbox to start.
+
+    Attributes:
+        sandbox_id: `sb_` and 26 characters of Crockford base 32; names cgroups and directories.
+        profile: the compiled rules.
+        workspace: absolute host directory.
+        state_dir: host directory of ringfence's own (0700), for staging.
+        egress_dir: host directory that holds `egress.sock`, already listening; None for none.
+        claude: host path of the claude binary; None for commands only.
+        home_files: relative path below INSIDE_HOME to content, written before the first exec,
+            owned by the agent; how a transcript is materialised (requirement H). Paths are
+            validated: relative, normal, no `..`.
+        ca_certificate: PEM added to the trust stores inside; None adds none.
+    """
+
+    sandbox_id: str
+    profile: SandboxProfile
+    workspace: Path
+    state_dir: Path
+    egress_dir: Path | None = None
+    claude: Path | None = None
+    home_files: Mapping[str, bytes] | None = None
+    ca_certificate: bytes | None = None
+
+
+class Process(Protocol):
+    """One program inside, with its stdio outside.
+
+    `stdin`/`stdout` are one end of a socketpair each, never a pipe: a pipe can be reopened
+    through /proc/PID/fd by any process of the same uid, a socket cannot (requirement A).
+    """
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit status; negative signal number when killed; None while it runs."""
+        ...
+
+    async def read(self, limit: int = 65536) -> bytes:
+        """Next bytes of standard output; empty at its end."""
+        ...
+
+    async def write(self, data: bytes) -> None:
+        """Write to standard input, waiting for space. Raises BrokenPipeError when it is shut."""
+        ...
+
+    async def close_stdin(self) -> None:
+        """End of input. Idempotent."""
+        ...
+
+    async def stderr(self) -> bytes:
+        """Tail of standard error so far: at most the last 64 KiB."""
+        ...
+
+    async def wait(self) -> int:
+        """Wait for the end; returns `returncode`."""
+        ...
+
+    async def kill(self) -> None:
+        """SIGKILL to the program and all its descendants; returns when they are dead."""
+        ...
+
+
+class Sandbox(Protocol):
+    """A started place. One session only; never handed to another."""
+
+    @property
+    def sandbox_id(self) -> str:
+        """The spec's."""
+        ...
+
+    @property
+    def controls(self) -> Sequence[ControlState]:
+        """What is enforced on this very sandbox, read back from the kernel."""
+        ...
+
+    @property
+    def hidden(self) -> Sequence[str]:
+        """Workspace-relative paths masked at start: sockets, devices, secrets (requirement E)."""
+        ...
+
+    @property
+    def proxy_listener(self) -> int | None:
+        """Descriptor of a TCP socket listening on 127.0.0.1:INSIDE_PROXY_PORT of the sandbox's
+        own network namespace, for egress to accept on. The caller does not close it.
+        """
+        ...
+
+    async def exec(
+        self,
+        argv: Sequence[str],
+        *,
+        environment: Mapping[str, str] | None = None,
+        cwd: str = INSIDE_WORKSPACE,
+        merge_stderr: bool = False,
+    ) -> Process:
+        """Start a program as uid 1000 inside, in a PID namespace of its own.
+
+        The environment holds what is given plus PATH, HOME, LANG, TMPDIR, and nothing of the
+        host's. Every process of it is dead when the returned process has ended, and one second
+        after ringfence itself is killed.
+
+        Raises:
+            UnavailableError: `sandbox-start-failed`, with the tail of the technology's own words.
+            AgentError: `command-not-found` when argv[0] does not exist inside.
+        """
+        ...
+
+    async def copy_in(self, files: Mapping[str, bytes]) -> None:
+        """Write files; keys are absolute paths below /workspace, /tmp or INSIDE_HOME."""
+        ...
+
+    async def copy_out(self, path: str, *, limit: int = 1 << 26) -> bytes:
+        """Content of one regular file below /workspace, /tmp or INSIDE_HOME.
+
+        Never follows a link, never opens a FIFO, device or socket.
+
+        Raises:
+            FileNotFoundError, IsADirectoryError: as the builtins mean.
+            DeniedError: `path-escapes` for a link or special file anywhere on the way.
+            AgentError: `file-too-large` past `limit` bytes.
+        """
+        ...
+
+    async def freeze(self) -> None:
+        """Stop all processes where they stand, if the host can; no-op otherwise."""
+        ...
+
+    async def thaw(self) -> None:
+        """Undo `freeze`."""
+        ...
+
+    async def stop(self) -> None:
+        """Kill every process and free what `changes` does not need. Idempotent. Afterwards no
+        process of the sandbox is alive.
+        """
+        ...
+
+    async def changes(self) -> Changes:
+        """What the agent changed in the workspace; only after `stop`, only in review mode.
+
+        Computed without following links and without running any program (requirement F).
+        """
+        ...
+
+    async def close(self) -> None:
+        """Free everything, `changes` included. Idempotent; implies `stop`."""
+        ...
+
+
+class ChangeKind(StrEnum):
+    """What happened to one path."""
+
+    ADDED = "added"
+    MODIFIED = "modified"
+    DELETED = "deleted"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """One changed path of the workspace.
+
+    Attributes:
+        path: workspace-relative bytes decoded with surrogateescape, normal, no `..`.
+        kind: what happened.
+        mode: git file mode: 0o100644, 0o100755 or 0o120000 (link); 0 when deleted.
+        old_mode: the same before; 0 when added.
+        before: content before, or a link's target; None when added.
+        after: content after, or a link's target; None when deleted.
+    """
+
+    path: str
+    kind: ChangeKind
+    mode: int
+    old_mode: int
+    before: bytes | None
+    after: bytes | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Changes:
+    """All changes of a review-mode workspace.
+
+    Attributes:
+        items: sorted by path.
+        refused: paths left out with the reason, such as special files or files past the cap.
+    """
+
+    items: tuple[Change, ...] = ()
+    refused: tuple[tuple[str, str], ...] = ()
+
+
+class Backend(Protocol):
+    """An isolation technology."""
+
+    @property
+    def name(self) -> str:
+        """As a policy names it."""
+        ...
+
+    def probe(self, profile: SandboxProfile) -> Sequence[ControlState]:
+        """What this host can enforce of each Control for this profile, tried and not guessed.
+
+        Raises:
+            UnavailableError: `isolation-unavailable` when the technology cannot run here at all;
+                the hint says what to install or set.
+        """
+        ...
+
+    async def start(self, spec: SandboxSpec) -> Sandbox:
+        """Make the place. Returns when its limits are set and read back.
+
+        Raises:
+            UnavailableError: `control-unenforceable`, `isolation-unavailable`,
+                `sandbox-start-failed`.
+            CallerError: `workspace-missing`.
+        """
+        ...
