@@ -1,5 +1,194 @@
-"""Settings, read once into a frozen value: environment (`RINGFENCE_…`), then the operator's file.
+"""Settings, read once into a frozen value: environment (`RINGFENCE_…`) over the operator's file.
 
 The operator's settings are trusted; a policy or a workspace never sets anything here. Only here
-may an upstream be plain http or on loopback.
+may an upstream be plain http or on loopback. The file is `settings.toml` below
+`/etc/ringfence` (root) or `$XDG_CONFIG_HOME/ringfence` (anyone else); one that others can write
+is refused, because it names where credentials go.
 """
+
+from __future__ import annotations
+
+import os
+import stat
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from ringfence.errors import CallerError
+
+PREFIX = "RINGFENCE_"
+_DELIMITER = "__"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Provider(_Frozen):
+    """An upstream that speaks the Messages API.
+
+    Attributes:
+        base_url: scheme, host and optional port and path prefix.
+        credential: name in the vault; `None` sends none (a simulator, a gateway of your own).
+        header: the header that carries it.
+    """
+
+    base_url: str = "https://api.anthropic.com"
+    credential: str | None = "anthropic"
+    header: Literal["x-api-key", "authorization"] = "x-api-key"
+
+    @field_validator("base_url")
+    @classmethod
+    def _url(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise ValueError("write it as https://host[:port][/prefix]")
+        if parts.query or parts.fragment or parts.username or parts.password:
+            raise ValueError("no user, query or fragment belongs in a base URL")
+        return value.rstrip("/")
+
+
+class EgressSettings(_Frozen):
+    """Where names resolve and connections go, for an operator's own upstreams.
+
+    Attributes:
+        resolve: host name to addresses, instead of DNS; private addresses are allowed here only.
+        connect: `host:port` to `address:port`, dialled instead.
+        ca_file: PEM bundle trusted for upstreams beside the system's.
+    """
+
+    resolve: dict[str, list[str]] = Field(default_factory=dict)
+    connect: dict[str, str] = Field(default_factory=dict)
+    ca_file: Path | None = None
+
+
+class Config(_Frozen):
+    """Everything the operator may set.
+
+    Attributes:
+        state_dir: 0700; holds the vault, the audit log, sessions, and what runs leave.
+        providers: by name; `anthropic` is always there.
+        uid_base: first host uid that sandboxes get when ringfence is started by root.
+        uid_count: how many uids follow it.
+        egress_uid: uid of the egress process when started by root.
+    """
+
+    state_dir: Path
+    providers: dict[str, Provider] = Field(default_factory=dict)
+    egress: EgressSettings = EgressSettings()
+    uid_base: int = Field(default=2_000_000, ge=1000)
+    uid_count: int = Field(default=65_536, ge=1)
+    egress_uid: int = Field(default=1_999_999, ge=1)
+    claude: Path | None = None
+    """The claude binary; by default the one inside the claude-agent-sdk wheel."""
+
+    @field_validator("providers")
+    @classmethod
+    def _always_anthropic(cls, value: dict[str, Provider]) -> dict[str, Provider]:
+        return {"anthropic": Provider(), **value}
+
+
+def load_config(
+    environment: Mapping[str, str] | None = None, *, settings_file: Path | None = None
+) -> Config:
+    """Read the settings once.
+
+    Raises:
+        CallerError: `settings-invalid`, with the setting's name and what to write instead.
+    """
+    environment = os.environ if environment is None else environment
+    path = settings_file or default_settings_file(environment)
+    values = _merge(_read_file(path), _from_environment(environment))
+    values.setdefault("state_dir", default_state_dir(environment))
+    providers = values.setdefault("providers", {})
+    if isinstance(providers, dict):
+        providers.setdefault("anthropic", {})
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = PREFIX + _DELIMITER.join(str(part).upper() for part in first["loc"])
+        raise CallerError(
+            "settings-invalid",
+            f"setting {'.'.join(str(part) for part in first['loc'])}: {first['msg']}",
+            hint=f"set it in {path} or as {name}",
+        ) from None
+
+
+def default_state_dir(environment: Mapping[str, str]) -> Path:
+    """`/var/lib/ringfence` for root, `$XDG_STATE_HOME/ringfence` for anyone else."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/ringfence")
+    home = environment.get("XDG_STATE_HOME")
+    return (Path(home) if home else Path.home() / ".local" / "state") / "ringfence"
+
+
+def default_settings_file(environment: Mapping[str, str]) -> Path:
+    """`/etc/ringfence/settings.toml` for root, below `$XDG_CONFIG_HOME` for anyone else."""
+    if os.geteuid() == 0:
+        return Path("/etc/ringfence/settings.toml")
+    home = environment.get("XDG_CONFIG_HOME")
+    return (Path(home) if home else Path.home() / ".config") / "ringfence" / "settings.toml"
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise CallerError(
+                    "settings-invalid",
+                    f"{path} can be written by others, and it names where credentials go",
+                    hint=f"chmod go-w {path}",
+                )
+            return tomllib.load(file)
+    except FileNotFoundError:
+        return {}
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise CallerError("settings-invalid", f"{path} cannot be read: {error}") from None
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    """`RINGFENCE_A__B=v` is `{"a": {"b": "v"}}`; a value that starts with `{` or `[` is JSON."""
+    values: dict[str, Any] = {}
+    for name, text in environment.items():
+        if not name.startswith(PREFIX) or name in _NOT_SETTINGS:
+            continue
+        keys = name[len(PREFIX) :].lower().split(_DELIMITER)
+        node = values
+        for key in keys[:-1]:
+            node = node.setdefault(key, {})
+            if not isinstance(node, dict):
+                raise CallerError("settings-invalid", f"{name} contradicts another setting")
+        node[keys[-1]] = _scalar(name, text)
+    return values
+
+
+# Read elsewhere, by programs that have no configuration of their own.
+_NOT_SETTINGS = frozenset({"RINGFENCE_LOG"})
+
+
+def _scalar(name: str, text: str) -> Any:
+    if text[:1] not in {"{", "["}:
+        return text
+    import json
+
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise CallerError("settings-invalid", f"{name} is not JSON: {error}") from None
+
+
+def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(low)
+    for key, value in high.items():
+        below = merged.get(key)
+        if isinstance(value, dict) and isinstance(below, dict):
+            merged[key] = _merge(below, value)
+        else:
+            merged[key] = value
+    return merged

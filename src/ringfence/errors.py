@@ -84,9 +84,20 @@ class AgentError(RingfenceError):
 # Every code that may be raised, with the sentence of its entry in docs/reference/errors.md.
 # Grouped by room; a code is never renamed or reused.
 CODES: dict[str, str] = {
+    # config
+    "settings-invalid": "A setting of the operator is malformed, or its file can be written by others.",
     # cli, worker
     "usage": "The command line or the call cannot be understood.",
     "workspace-missing": "The workspace is not a directory that can be read.",
+    # sandbox
+    "control-unenforceable": "This host cannot enforce a control that the policy does not accept without.",
+    "isolation-unavailable": "The isolation technology cannot run on this host.",
+    "sandbox-start-failed": "The sandbox could not be made; nothing of the agent has run.",
+    "profile-path-refused": "A path of the policy would cover what the sandbox itself needs.",
+    "path-escapes": "A path leads through a link, to a special file, or out of the sandbox.",
+    "file-too-large": "A file is larger than the limit for reading it.",
+    "tree-too-large": "A tree has more entries or levels than may be walked.",
+    # worker
     "run-timeout": "The run reached its wall-clock limit and was ended.",
     "run-interrupted": "The person or the host ended the run.",
     "internal": "A defect of ringfence itself; nothing of the run can be trusted to be complete.",

@@ -91,7 +91,7 @@ class Process(Protocol):
 
     @property
     def returncode(self) -> int | None:
-        """Exit status; negative signal number when killed; None while it runs."""
+        """Exit status; 128 + n when signal n ended it, as shells say; None while it runs."""
         ...
 
     async def read(self, limit: int = 65536) -> bytes:
@@ -155,12 +155,11 @@ class Sandbox(Protocol):
         """Start a program as uid 1000 inside, in a PID namespace of its own.
 
         The environment holds what is given plus PATH, HOME, LANG, TMPDIR, and nothing of the
-        host's. Every process of it is dead when the returned process has ended, and one second
+        host's. A program that does not exist inside ends with 127, one that may not run with 126. Every process of it is dead when the returned process has ended, and one second
         after ringfence itself is killed.
 
         Raises:
             UnavailableError: `sandbox-start-failed`, with the tail of the technology's own words.
-            AgentError: `command-not-found` when argv[0] does not exist inside.
         """
         ...
 

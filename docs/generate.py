@@ -1,0 +1,116 @@
+"""Write docs/reference from the code; `--check` fails when a page is not what the code says."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.update(TERM="dumb", COLUMNS="100", NO_COLOR="1", _TYPER_FORCE_DISABLE_TERMINAL="1")
+
+HERE = Path(__file__).parent / "reference"
+HEAD = "<!-- Written by `make docs` from the code. Do not edit. -->\n\n"
+
+
+def errors() -> str:
+    from ringfence.errors import CODES, TIMEOUTS, AgentError, CallerError, DeniedError
+    from ringfence.errors import UnavailableError
+
+    lines = ["# Errors", "", "Families and the exit status of a process that ends with one:", ""]
+    lines += ["| family | exit status | meaning |", "|---|---|---|"]
+    for family in (CallerError, DeniedError, UnavailableError, AgentError):
+        meaning = (inspect.getdoc(family) or "").splitlines()[0]
+        lines.append(f"| {family.family} | {family.exit_status} | {meaning} |")
+    lines += ["", "A code of a time limit ends the process with 124, as timeout(1) does.", ""]
+    lines += ["| code | meaning |", "|---|---|"]
+    lines += [
+        f"| `{code}`{' (124)' if code in TIMEOUTS else ''} | {text} |"
+        for code, text in sorted(CODES.items())
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def events() -> str:
+    from pydantic import BaseModel
+
+    from ringfence.record import events as catalogue
+
+    lines = ["# Events of the audit log", "", (inspect.getdoc(catalogue) or ""), ""]
+    for value in vars(catalogue).values():
+        if not (isinstance(value, type) and issubclass(value, BaseModel)):
+            continue
+        if "type" not in value.model_fields:
+            continue
+        lines += [f"## `{value.model_fields['type'].default}`", "", inspect.getdoc(value) or "", ""]
+        lines += ["| field | type | default |", "|---|---|---|"]
+        for name, field in value.model_fields.items():
+            if name == "type":
+                continue
+            kind = inspect.formatannotation(field.annotation).replace("|", "or")
+            default = "required" if field.is_required() else f"`{field.default!r}`"
+            lines.append(f"| `{name}` | {kind} | {default} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def schema() -> str:
+    from ringfence.policy.schema import policy_schema
+
+    return json.dumps(policy_schema(), indent=2, sort_keys=True) + "\n"
+
+
+def command_line() -> str:
+    import typer.main
+
+    from ringfence.cli.main import app
+
+    lines = ["# Command line", ""]
+    for path, help_text in _helps(typer.main.get_command(app), ("ringfence",)):
+        lines += [f"## `{' '.join(path)}`", "", "```text", help_text.rstrip(), "```", ""]
+    return "\n".join(lines)
+
+
+def _helps(command: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
+    from typer.testing import CliRunner
+
+    from ringfence.cli.main import app
+
+    result = CliRunner().invoke(app, [*path[1:], "--help"], prog_name="ringfence")
+    if result.exit_code != 0:
+        raise SystemExit(f"{' '.join(path)} --help failed: {result.output}")
+    yield path, "\n".join(line.rstrip() for line in result.output.splitlines())
+    for name, child in sorted(getattr(command, "commands", {}).items()):
+        if not getattr(child, "hidden", False):
+            yield from _helps(child, (*path, name))
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "errors.md": errors,
+    "events.md": events,
+    "cli.md": command_line,
+    "policy.schema.json": schema,
+}
+
+
+def main() -> int:
+    check = "--check" in sys.argv[1:]
+    stale = []
+    for name, write in PAGES.items():
+        page = HERE / name
+        text = write() if name.endswith(".json") else HEAD + write()
+        if page.exists() and page.read_text() == text:
+            continue
+        stale.append(name)
+        if not check:
+            page.write_text(text)
+    if check and stale:
+        print(f"docs/reference is not what the code says: {', '.join(stale)}; run `make docs`")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,34 @@
+"""What the composition root hands to every command: the settings, and how to make an attempt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ringfence.config import Config
+
+if TYPE_CHECKING:
+    from ringfence.worker.launch import Launcher
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppContext:
+    """Carried as `ctx.obj`.
+
+    Attributes:
+        config: settings, read once at start.
+        launcher: makes what a run needs; called only by commands that start one, because it
+            imports the Agent SDK.
+        run: entry for `sessions resume`: called with the argv of `ringfence run`.
+    """
+
+    config: Config
+    launcher: Callable[[], Launcher]
+    run: Callable[[list[str]], Any]
+
+    @property
+    def state_dir(self) -> Path:
+        """Where ringfence keeps what it must remember; 0700."""
+        return self.config.state_dir

@@ -1,0 +1,45 @@
+"""The command line: `ringfence` and its groups. No rules here."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import ringfence
+from ringfence.cli import audit, demo, patch, policy, run, sessions, simulator, vault
+
+app = typer.Typer(
+    name="ringfence",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with `ringfence demo`: offline, no key, under a minute.",
+)
+
+
+def _version(value: bool) -> None:  # noqa: FBT001  typer's callback
+    if value:
+        typer.echo(f"ringfence {ringfence.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Run Claude agents in production, with every control outside the sandbox."""
+
+
+run.register(app)
+demo.register(app)
+app.add_typer(policy.app, name="policy")
+app.add_typer(audit.app, name="audit")
+app.add_typer(sessions.app, name="sessions")
+app.add_typer(vault.app, name="vault")
+app.add_typer(patch.app, name="patch")
+app.add_typer(simulator.app, name="simulator")

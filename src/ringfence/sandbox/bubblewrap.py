@@ -1,0 +1,439 @@
+"""The bubblewrap backend: namespaces, a seccomp filter, control groups, and no daemon.
+
+Never as euid 0: started by root, every sandbox gets a host uid of its own, because uid 1000 in a
+namespace that root made is the kernel's root and can write /proc/sys (measured; a regression
+test holds it).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ringfence.errors import CallerError, DeniedError, UnavailableError
+from ringfence.model import WorkspaceMode
+from ringfence.policy.compiled import SandboxProfile
+from ringfence.sandbox import cgroups, hostfacts, profile, seccomp
+from ringfence.sandbox.frames import receive_frame, send_frame
+from ringfence.sandbox.overlay import read_changes
+from ringfence.sandbox.protocol import (
+    INSIDE_HOME,
+    INSIDE_WORKSPACE,
+    Changes,
+    Control,
+    ControlState,
+    SandboxSpec,
+)
+from ringfence.sandbox.safeopen import make_directories, open_beneath, read_regular
+from ringfence.sandbox.stdio import SocketProcess
+from ringfence.sandbox.workspace import Scan, scan
+
+_LAUNCH = Path(__file__).with_name("launch.py")
+_PREPARE_SECONDS = 30.0
+
+
+class BubblewrapBackend:
+    """`Backend` of the protocol."""
+
+    name = "bubblewrap"
+
+    def __init__(self, *, state_dir: Path, uid_base: int = 2_000_000, uid_count: int = 65_536):
+        self._state_dir = state_dir
+        self._uids = range(uid_base, uid_base + uid_count)
+
+    def probe(self, profile: SandboxProfile) -> Sequence[ControlState]:
+        """See the protocol."""
+        hostfacts.bwrap_path()
+        hostfacts.check_user_namespaces()
+        hierarchy = cgroups.discover()
+        states = [_limit_state(control, hierarchy) for control in _LIMITS]
+        machine = platform.machine()
+        direct = profile.workspace_mode is WorkspaceMode.DIRECT
+        return [
+            *states,
+            _state(Control.DISK, True, "tmpfs with a size"),
+            _state(
+                Control.WORKSPACE_DISK,
+                not direct,
+                "nothing is written to the host's disk" if not direct else "your own file system",
+                "use review mode, or accept it by name",
+            ),
+            _state(
+                Control.SECCOMP,
+                machine in seccomp.ARCHITECTURES,
+                f"filter for {machine}",
+                "run on x86_64 or aarch64",
+            ),
+            _state(Control.NETWORK, True, "network namespace with a loopback alone"),
+            _state(Control.USER_NAMESPACE, True, "user namespace, no further ones inside"),
+            _state(
+                Control.TMP_NOEXEC, not profile.tmp_exec, "mount flag", "the policy lifts it"
+            ),
+            _state(
+                Control.UID_PER_SANDBOX,
+                os.geteuid() == 0,
+                "a host uid of its own" if os.geteuid() == 0 else "your own uid",
+                "start ringfence as root",
+            ),
+            _state(Control.CLAUDE_UNREADABLE, True, "execute-only binary"),
+        ]
+
+    async def start(self, spec: SandboxSpec) -> BubblewrapSandbox:
+        """See the protocol."""
+        states = self.probe(spec.profile)
+        _refuse_unenforceable(states, spec.profile)
+        return await BubblewrapSandbox.start(spec, states, self._uids, self._state_dir)
+
+
+_LIMITS = (Control.MEMORY, Control.CPU, Control.PIDS)
+_REQUIRED = {
+    Control.MEMORY,
+    Control.CPU,
+    Control.PIDS,
+    Control.DISK,
+    Control.WORKSPACE_DISK,
+    Control.SECCOMP,
+    Control.NETWORK,
+    Control.USER_NAMESPACE,
+}
+
+
+def _state(control: Control, enforced: bool, how: str, mend: str = "") -> ControlState:  # noqa: FBT001
+    return ControlState(control=control, enforced=enforced, how=how, mend="" if enforced else mend)
+
+
+def _limit_state(control: Control, hierarchy: cgroups.Hierarchy) -> ControlState:
+    there = control in hierarchy.parents
+    mend = "start as root, or delegate a cgroup v2 subtree to this user (systemd: Delegate=yes)"
+    return _state(control, there, "cgroup" if there else "no cgroup that we may write", mend)
+
+
+def _refuse_unenforceable(states: Sequence[ControlState], profile: SandboxProfile) -> None:
+    for state in states:
+        accepted = state.control.value in profile.accept_unenforced
+        if state.control in _REQUIRED and not state.enforced and not accepted:
+            raise UnavailableError(
+                "control-unenforceable",
+                f"this host cannot enforce {state.control.value}: {state.how}",
+                hint=f"{state.mend}; or name it in the policy: "
+                f"accept_unenforced: [{state.control.value}]",
+            )
+
+
+class BubblewrapSandbox:
+    """`Sandbox` of the protocol."""
+
+    def __init__(
+        self,
+        spec: SandboxSpec,
+        facts: profile.HostFacts,
+        found: Scan,
+        lease: hostfacts.UidLease | None,
+        groups: cgroups.Groups,
+        controls: Sequence[ControlState],
+        descriptors: list[int],
+    ) -> None:
+        self._spec, self._facts, self._scan = spec, facts, found
+        self._lease, self._groups, self._controls = lease, groups, controls
+        self._mnt, self._net, self._user, self._listener = descriptors[:4]
+        self._workspace, self._lower, self._upper, self._home, self._tmp = descriptors[4:]
+        self._processes: set[SocketProcess] = set()
+        self._seccomp = os.memfd_create("seccomp", os.MFD_CLOEXEC)
+        os.write(self._seccomp, seccomp.build(platform.machine()))
+        self._stopped = self._closed = False
+
+    @classmethod
+    async def start(
+        cls,
+        spec: SandboxSpec,
+        states: Sequence[ControlState],
+        uids: range,
+        state_dir: Path,
+    ) -> BubblewrapSandbox:
+        """Look at the workspace, prepare the place, set the limits."""
+        workspace_fd = _open_workspace(spec.workspace)
+        lease = hostfacts.lease_uid(state_dir, uids) if os.geteuid() == 0 else None
+        groups = None
+        try:
+            found = await asyncio.to_thread(scan, workspace_fd, _patterns(spec.profile))
+            facts = await asyncio.to_thread(
+                hostfacts.gather, spec, found.masked, lease.uid if lease else os.getuid(), state_dir
+            )
+            hierarchy = cgroups.discover()
+            cgroups.sweep(hierarchy)
+            groups = cgroups.Groups(hierarchy, spec.sandbox_id)
+            limits = {state.control: state for state in groups.make(spec.profile.limits)}
+            controls = [limits.get(state.control, state) for state in states]
+            descriptors = await _prepare(spec.profile, facts, workspace_fd)
+        except BaseException:
+            if groups is not None:
+                groups.remove()
+            if lease is not None:
+                lease.release()
+            raise
+        finally:
+            os.close(workspace_fd)
+        sandbox = cls(spec, facts, found, lease, groups, controls, descriptors)
+        if spec.home_files:
+            await sandbox.copy_in({f"{INSIDE_HOME}/{k}": v for k, v in spec.home_files.items()})
+        return sandbox
+
+    @property
+    def sandbox_id(self) -> str:
+        """See the protocol."""
+        return self._spec.sandbox_id
+
+    @property
+    def controls(self) -> Sequence[ControlState]:
+        """See the protocol."""
+        return self._controls
+
+    @property
+    def hidden(self) -> Sequence[str]:
+        """See the protocol."""
+        return tuple(sorted(self._facts.masked))
+
+    @property
+    def proxy_listener(self) -> int | None:
+        """See the protocol."""
+        return self._listener
+
+    async def exec(
+        self,
+        argv: Sequence[str],
+        *,
+        environment: Mapping[str, str] | None = None,
+        cwd: str = INSIDE_WORKSPACE,
+        merge_stderr: bool = False,
+    ) -> SocketProcess:
+        """See the protocol."""
+        if self._stopped:
+            raise UnavailableError("sandbox-start-failed", "the sandbox is stopped")
+        bwrap_argv = profile.enclose_argv(
+            self._spec.profile,
+            self._facts,
+            argv,
+            environment={**_BASE_ENVIRONMENT, **(environment or {})},
+            cwd=cwd,
+        )
+        plan = {
+            "phase": "exec",
+            "as_root": self._facts.as_root,
+            "uid": self._facts.uid,
+            "cgroups": self._groups.paths,
+            "rlimits": _rlimits(self._spec.profile),
+            "parent": os.getpid(),
+            "bwrap": hostfacts.bwrap_path(),
+            "argv": bwrap_argv,
+        }
+        process = self._spawn(plan, merge_stderr=merge_stderr)
+        try:
+            await process.started()
+        except BaseException:
+            await process.kill()
+            await process.release()
+            raise
+        return process
+
+    def _spawn(self, plan: dict[str, object], *, merge_stderr: bool) -> SocketProcess:
+        ours, theirs = zip(*(socket.socketpair() for _ in range(4)), strict=True)
+        stdin, stdout, stderr, status = theirs
+        errors = stdout if merge_stderr else stderr
+        monitor, control = _launch()
+        handed = [self._mnt, self._net, self._user, stdin.fileno(), stdout.fileno()]
+        handed += [errors.fileno(), self._seccomp, status.fileno()]
+        os.lseek(self._seccomp, 0, os.SEEK_SET)
+        try:
+            send_frame(control, plan, handed)
+        finally:
+            control.close()
+            for end in theirs:
+                end.close()
+        for end in ours:
+            end.setblocking(False)
+        process = SocketProcess(
+            monitor,
+            stdin=ours[0],
+            stdout=ours[1],
+            stderr=ours[2],
+            status=ours[3],
+            on_end=self._processes.discard,
+        )
+        self._processes.add(process)
+        return process
+
+    async def copy_in(self, files: Mapping[str, bytes]) -> None:
+        """See the protocol."""
+        for path, data in files.items():
+            directory, relative = self._place(path)
+            parent, _, _ = relative.rpartition("/")
+            owner = self._facts.uid if self._facts.as_root else None
+            if parent:
+                make_directories(directory, parent, owner=owner)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            descriptor = open_beneath(directory, relative, flags, 0o644)
+            with os.fdopen(descriptor, "wb") as file:
+                if owner is not None:
+                    os.fchown(file.fileno(), owner, owner)
+                file.write(data)
+
+    async def copy_out(self, path: str, *, limit: int = 1 << 26) -> bytes:
+        """See the protocol."""
+        directory, relative = self._place(path)
+        data, _ = await asyncio.to_thread(read_regular, directory, relative, limit)
+        return data
+
+    def _place(self, path: str) -> tuple[int, str]:
+        places = {INSIDE_WORKSPACE: self._workspace, INSIDE_HOME: self._home, "/tmp": self._tmp}  # noqa: S108
+        for prefix, descriptor in places.items():
+            if path.startswith(prefix + "/"):
+                relative = path[len(prefix) + 1 :]
+                if any(part in {"", ".", ".."} for part in relative.split("/")):
+                    break
+                if prefix == INSIDE_WORKSPACE and _is_masked(relative, self._facts.masked):
+                    break
+                return descriptor, relative
+        raise DeniedError("path-escapes", f"{path!r} is not a normal path of the sandbox")
+
+    async def freeze(self) -> None:
+        """See the protocol."""
+        self._groups.freeze(frozen=True)
+
+    async def thaw(self) -> None:
+        """See the protocol."""
+        self._groups.freeze(frozen=False)
+
+    async def stop(self) -> None:
+        """See the protocol."""
+        self._stopped = True
+        with contextlib.suppress(OSError):
+            self._groups.freeze(frozen=False)
+        for process in list(self._processes):
+            await process.kill()
+            await process.release()
+        await asyncio.to_thread(self._groups.remove)
+
+    async def changes(self) -> Changes:
+        """See the protocol."""
+        if not self._stopped:
+            raise CallerError("internal", "changes are read only after stop()")
+        if self._spec.profile.workspace_mode is not WorkspaceMode.REVIEW:
+            return Changes()
+        return await asyncio.to_thread(read_changes, self._lower, self._upper)
+
+    async def close(self) -> None:
+        """See the protocol."""
+        await self.stop()
+        if self._closed:
+            return
+        self._closed = True
+        for descriptor in (
+            *(self._mnt, self._net, self._user, self._listener, self._seccomp),
+            *(self._workspace, self._lower, self._upper, self._home, self._tmp),
+        ):
+            os.close(descriptor)
+        if self._lease is not None:
+            self._lease.release()
+
+
+_BASE_ENVIRONMENT = {
+    "PATH": profile.PATH,
+    "HOME": INSIDE_HOME,
+    "LANG": "C.UTF-8",
+    "TMPDIR": "/tmp",  # noqa: S108  the sandbox's own
+    "USER": "agent",
+    "SHELL": "/bin/bash",
+}
+
+
+def _is_masked(relative: str, masked: Mapping[str, bool]) -> bool:
+    return any(relative == path or relative.startswith(path + "/") for path in masked)
+
+
+def _patterns(rules: SandboxProfile) -> tuple[str, ...]:
+    blocked = tuple(
+        path[len(INSIDE_WORKSPACE) :]
+        for path in rules.blocked
+        if path.startswith(INSIDE_WORKSPACE + "/")
+    )
+    return (*rules.hidden, *blocked)
+
+
+def _rlimits(rules: SandboxProfile) -> dict[str, int]:
+    limits = rules.limits
+    return {
+        "RLIMIT_CORE": 0,
+        "RLIMIT_FSIZE": limits.file_mb << 20,
+        "RLIMIT_NOFILE": limits.open_files,
+        "RLIMIT_MEMLOCK": 8 << 20,
+        "RLIMIT_MSGQUEUE": 0,
+        "RLIMIT_RTPRIO": 0,
+    }
+
+
+def _open_workspace(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CallerError(
+            "workspace-missing", f"{path} is not a directory that can be read: {error.strerror}"
+        ) from None
+
+
+async def _prepare(
+    rules: SandboxProfile, facts: profile.HostFacts, workspace_fd: int
+) -> list[int]:
+    launcher, control = _launch()
+    try:
+        send_frame(control, profile.prepare_plan(rules, facts), [workspace_fd])
+        control.setblocking(True)
+        control.settimeout(_PREPARE_SECONDS)
+        answer, descriptors = await asyncio.to_thread(receive_frame, control)
+    except OSError as error:
+        raise UnavailableError("sandbox-start-failed", f"the launcher ended: {error}") from None
+    finally:
+        control.close()
+        with contextlib.suppress(ProcessLookupError):
+            launcher.kill() if launcher.poll() is None and sys.exc_info()[0] else None
+        await asyncio.to_thread(launcher.wait)
+    if not answer.get("ok"):
+        raise UnavailableError(
+            "sandbox-start-failed",
+            str(answer.get("message", "no reason given")),
+            hint="root needs Linux 5.19 or newer and a workspace on a file system with idmapped "
+            "mounts (ext4, xfs, btrfs, tmpfs); an ordinary user needs user namespaces",
+        )
+    return descriptors
+
+
+def _launch() -> tuple[subprocess.Popen[bytes], socket.socket]:
+    ours, theirs = socket.socketpair()
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(_LAUNCH), str(theirs.fileno())],
+            pass_fds=(theirs.fileno(),),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={},
+            cwd="/",
+            # A terminal's Ctrl-C goes to the worker alone: the worker decides what it means.
+            start_new_session=True,
+        )
+    finally:
+        theirs.close()
+    return process, ours
+
+
+def with_accepted(rules: SandboxProfile, *controls: Control) -> SandboxProfile:
+    """The same profile with more controls accepted as unenforced; for tests and the demo."""
+    names = rules.accept_unenforced | {control.value for control in controls}
+    return replace(rules, accept_unenforced=names)

@@ -1,0 +1,322 @@
+"""Runs outside the sandbox, standard library only: makes the place, then becomes bubblewrap.
+
+Started as `python -I -S launch.py N`, where N is the descriptor of a control socket. One JSON frame with
+descriptors comes in, one goes out. Two phases:
+
+prepare  makes the namespaces and the mounts, hands descriptors of them out, and exits: nothing
+         of it stays resident, the namespaces live through the descriptors that the worker holds.
+exec     enters them, gives up every privilege and becomes bubblewrap, which encloses.
+
+Everything here is decided by a plan that `profile.py` computed; nothing here reads a policy.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
+MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 32, 4096, 16384, 1 << 18
+OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC, AT_RECURSIVE, AT_EMPTY_PATH = 1, 0o2000000, 0x8000, 0x1000
+MOVE_MOUNT_F_EMPTY_PATH = 4
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
+MOUNT_ATTR_IDMAP = 0x00100000
+PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 24, 38
+
+# asm-generic numbers; x86_64 has the same ones for everything newer than 5.1
+_NR_OPEN_TREE, _NR_MOVE_MOUNT, _NR_MOUNT_SETATTR = 428, 429, 442
+
+STAGE = "/tmp"
+"""Over-mounted in the private mount namespace only: it exists on every host."""
+
+
+def _check(result: int, what: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
+
+
+def _syscall(number: int, what: str, *arguments: object) -> int:
+    wide = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
+    return _check(_LIBC.syscall(ctypes.c_long(number), *wide), what)
+
+
+def unshare(flags: int) -> None:
+    _check(_LIBC.unshare(ctypes.c_int(flags)), "unshare")
+
+
+def setns(descriptor: int, kind: int) -> None:
+    _check(_LIBC.setns(ctypes.c_int(descriptor), ctypes.c_int(kind)), "setns")
+
+
+def mount(source: str, target: str, kind: str | None, flags: int, data: str = "") -> None:
+    result = _LIBC.mount(
+        source.encode(),
+        target.encode(),
+        kind.encode() if kind else None,
+        ctypes.c_ulong(flags),
+        data.encode() or None,
+    )
+    _check(result, f"mount {kind or 'bind'} on {target}")
+
+
+def open_tree(directory: int, path: str, *, recursive: bool) -> int:
+    flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_EMPTY_PATH
+    flags |= AT_RECURSIVE if recursive else 0
+    name = ctypes.c_char_p(os.fsencode(path))
+    return _syscall(_NR_OPEN_TREE, f"open_tree {path}", directory, name, flags)
+
+
+def move_mount(tree: int, target: str) -> None:
+    empty, name = ctypes.c_char_p(b""), ctypes.c_char_p(os.fsencode(target))
+    _syscall(
+        _NR_MOVE_MOUNT, f"move_mount {target}", tree, empty, -100, name, MOVE_MOUNT_F_EMPTY_PATH
+    )
+
+
+def set_attributes(tree: int, attributes: int, user_namespace: int, *, recursive: bool) -> None:
+    value = ctypes.create_string_buffer(struct.pack("QQQQ", attributes, 0, 0, user_namespace), 32)
+    flags = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
+    empty = ctypes.c_char_p(b"")
+    _syscall(_NR_MOUNT_SETATTR, "mount_setattr", tree, empty, flags, value, 32)
+
+
+def idmap_namespace(inside_uid: int, inside_gid: int, host_uid: int) -> int:
+    """A user namespace that maps the owner's ids, as they are on disk, to the sandbox's uid."""
+    here, there = socket.socketpair()
+    child = os.fork()
+    if child == 0:
+        try:
+            unshare(CLONE_NEWUSER)
+            there.send(b"r")
+            there.recv(1)
+        finally:
+            os._exit(0)
+    here.recv(1)
+    with open(f"/proc/{child}/uid_map", "w") as file:
+        file.write(f"{inside_uid} {host_uid} 1\n")
+    with open(f"/proc/{child}/gid_map", "w") as file:
+        file.write(f"{inside_gid} {host_uid} 1\n")
+    descriptor = os.open(f"/proc/{child}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    here.send(b"g")
+    os.waitpid(child, 0)
+    return descriptor
+
+
+def enter_own_namespaces(*, as_root: bool) -> None:
+    if as_root:
+        unshare(CLONE_NEWNS | CLONE_NEWNET)
+    else:
+        uid, gid = os.getuid(), os.getgid()
+        unshare(CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWNET)
+        for name, text in (
+            ("setgroups", "deny"),
+            ("uid_map", f"{uid} {uid} 1"),
+            ("gid_map", f"{gid} {gid} 1"),
+        ):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(text)
+    mount("none", "/", None, MS_REC | MS_PRIVATE)
+
+
+def loopback_listener(port: int) -> socket.socket:
+    """Bring `lo` up and listen on it: the descriptor keeps this network namespace wherever it goes."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
+        request = struct.pack("16sH14x", b"lo", 0x1 | 0x40)
+        fcntl.ioctl(control, 0x8914, request)  # SIOCSIFFLAGS: IFF_UP | IFF_RUNNING
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", port))
+    listener.listen(128)
+    listener.setblocking(False)
+    return listener
+
+
+def receive(control: socket.socket) -> tuple[dict, list[int]]:
+    size = array.array("i")
+    data, ancillary, flags, _ = control.recvmsg(4, socket.CMSG_SPACE(64 * size.itemsize))
+    descriptors = array.array("i")
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            descriptors.frombytes(payload[: len(payload) - len(payload) % size.itemsize])
+    (length,) = struct.unpack(">I", data)
+    body = bytearray()
+    while len(body) < length:
+        chunk = control.recv(length - len(body))
+        if not chunk:
+            raise OSError(errno.EPIPE, "the worker is gone")
+        body += chunk
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)
+    return json.loads(body), list(descriptors)
+
+
+def send(control: socket.socket, value: dict, descriptors: list[int] = []) -> None:  # noqa: B006
+    body = json.dumps(value).encode()
+    ancillary = (
+        [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
+        if descriptors
+        else []
+    )
+    control.sendmsg([struct.pack(">I", len(body)) + body], ancillary)
+
+
+def prepare(plan: dict, descriptors: list[int]) -> tuple[dict, list[int]]:
+    as_root, uid = plan["as_root"], plan["uid"]
+    workspace = descriptors[0]
+    owner = os.fstat(workspace)
+    idmap = idmap_namespace(owner.st_uid, owner.st_gid, uid) if as_root else -1
+    # unshare() moves root and cwd into the copied mount tree, but no other descriptor: the
+    # workspace travels as the working directory.
+    os.fchdir(workspace)
+    enter_own_namespaces(as_root=as_root)
+    listener = loopback_listener(plan["proxy_port"])
+    # Every source is cloned before the stage covers what it may lie under.
+    trees = []
+    for source in plan["sources"]:
+        tree = open_tree(-100, source["path"] or ".", recursive=not as_root)
+        attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
+        attributes |= MOUNT_ATTR_RDONLY if source["read_only"] else 0
+        if as_root and source["idmap"]:
+            attributes |= MOUNT_ATTR_IDMAP
+        set_attributes(tree, attributes, max(idmap, 0), recursive=not as_root)
+        trees.append((tree, source))
+    mount("stage", STAGE, "tmpfs", MS_NOSUID | MS_NODEV, "size=16m,mode=0755")
+    _scratch(plan, uid)
+    for tree, source in trees:
+        _attach(tree, source)
+    _write_files(plan)
+    if plan["overlay"]:
+        options = (
+            f"lowerdir={STAGE}/lower,upperdir={STAGE}/scratch/upper,"
+            f"workdir={STAGE}/scratch/work,userxattr"
+        )
+        mount("overlay", f"{STAGE}/workspace", "overlay", MS_NOSUID | MS_NODEV, options)
+    out = [
+        os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC),
+        os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC),
+        os.open("/proc/self/ns/user", os.O_RDONLY | os.O_CLOEXEC),
+        listener.fileno(),
+    ]
+    for name in plan["handles"]:
+        out.append(os.open(f"{STAGE}/{name}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    listener.detach()
+    return {"ok": True}, out
+
+
+def _scratch(plan: dict, uid: int) -> None:
+    scratch = f"{STAGE}/scratch"
+    os.mkdir(scratch)
+    size = f"size={plan['disk_mb']}m,nr_inodes={max(4096, plan['disk_mb'] * 128)},mode=0755"
+    mount("scratch", scratch, "tmpfs", MS_NOSUID | MS_NODEV, size)
+    for name in ("upper", "work", "tmp", "home", "shm"):
+        os.mkdir(f"{scratch}/{name}", 0o700)
+        os.chown(f"{scratch}/{name}", uid, uid if plan["as_root"] else -1)
+    flags = MS_NOSUID | MS_NODEV | (0 if plan["tmp_exec"] else MS_NOEXEC)
+    for name in ("tmp", "home", "shm"):
+        target = f"{STAGE}/{name}"
+        os.mkdir(target)
+        mount(f"{scratch}/{name}", target, None, MS_BIND)
+        mount("none", target, None, MS_REMOUNT | MS_BIND | flags)
+    for name in ("workspace", "lower"):
+        os.mkdir(f"{STAGE}/{name}")
+    os.close(os.open(f"{STAGE}/masked", os.O_CREAT | os.O_WRONLY, 0))
+
+
+def _attach(tree: int, source: dict) -> None:
+    target = f"{STAGE}/{source['target']}"
+    if source["directory"]:
+        os.makedirs(target, exist_ok=True)
+    else:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o600))
+    move_mount(tree, target)
+    os.close(tree)
+
+
+def _write_files(plan: dict) -> None:
+    for path, text in plan["files"].items():
+        target = f"{STAGE}/{path}"
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        with open(target, "w") as file:
+            file.write(text)
+
+
+def become(plan: dict, descriptors: list[int]) -> None:
+    """Enter the prepared place and exec bubblewrap. Returns only by raising."""
+    mnt, net, user, standard_in, standard_out, standard_error, seccomp, status = descriptors
+    for path in plan["cgroups"]:
+        with open(f"{path}/cgroup.procs", "w") as file:
+            file.write("0")
+    if plan["as_root"]:
+        setns(net, CLONE_NEWNET)
+        setns(mnt, CLONE_NEWNS)
+    else:
+        setns(user, CLONE_NEWUSER)
+        setns(net, CLONE_NEWNET)
+        setns(mnt, CLONE_NEWNS)
+    for name, value in plan["rlimits"].items():
+        kind = getattr(resource, name)
+        _, hard = resource.getrlimit(kind)
+        ceiling = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (ceiling, ceiling))
+    if plan["as_root"]:
+        _drop(plan["uid"])
+    if os.geteuid() == 0 or os.getuid() == 0:
+        # uid 1000 of a namespace made by root is the kernel's root: it can write /proc/sys.
+        raise OSError(errno.EPERM, "refusing to start bubblewrap as euid 0")
+    _check(_LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+    _check(_LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "pdeathsig")
+    if os.getppid() != plan["parent"]:
+        raise OSError(errno.ESRCH, "the worker is gone")
+    os.dup2(standard_in, 0)
+    os.dup2(standard_out, 1)
+    os.dup2(standard_error, 2)
+    # Duplicated upwards first, so that neither lands on the other before it is read.
+    seccomp, status = fcntl.fcntl(seccomp, fcntl.F_DUPFD, 64), fcntl.fcntl(status, fcntl.F_DUPFD, 64)
+    os.dup2(seccomp, 10)
+    os.dup2(status, 11)
+    os.closerange(3, 10)
+    os.closerange(12, 4096)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    os.execve(plan["bwrap"], plan["argv"], {})
+
+
+def _drop(uid: int) -> None:
+    os.setgroups([])
+    for capability in range(64):
+        if _LIBC.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:
+            break
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+
+
+def main() -> int:
+    control = socket.socket(fileno=int(sys.argv[1]))
+    plan, descriptors = receive(control)
+    try:
+        if plan["phase"] == "prepare":
+            value, out = prepare(plan, descriptors)
+            send(control, value, out)
+            return 0
+        become(plan, descriptors)
+    except OSError as error:
+        send(control, {"ok": False, "errno": error.errno or 0, "message": str(error)})
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""What the agent changed, read from an overlay's upper directory when every process is dead.
+
+The upper directory holds each file that was written, whole; a deleted one is a whiteout (a
+character device 0/0), a replaced directory carries the attribute `user.overlay.opaque`
+(Documentation/filesystems/overlayfs.rst). All reading is by descriptor, beneath, through no link.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ringfence.errors import RingfenceError
+from ringfence.sandbox.protocol import Change, ChangeKind, Changes
+from ringfence.sandbox.safeopen import (
+    open_beneath,
+    open_beneath_parent,
+    read_link,
+    read_regular,
+    walk,
+)
+
+MAX_FILE = 64 << 20
+MAX_TOTAL = 512 << 20
+_PLAIN, _EXECUTABLE, _LINK = 0o100644, 0o100755, 0o120000
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """One path on one side: git's mode and the content; mode 0 is absent."""
+
+    mode: int = 0
+    data: bytes | None = None
+
+
+class _Reader:
+    """Reads sides under caps, and keeps what was refused."""
+
+    def __init__(self, max_file: int, max_total: int) -> None:
+        self._max_file, self._left = max_file, max_total
+        self.refused: list[tuple[str, str]] = []
+
+    def side(self, directory: int, path: bytes) -> _Side | None:
+        """None when it cannot be part of a patch; the reason is kept."""
+        try:
+            status = _stat(directory, path)
+            if status is None or stat.S_ISDIR(status.st_mode):
+                return _Side()
+            if stat.S_ISLNK(status.st_mode):
+                return _Side(_LINK, read_link(directory, path))
+            if not stat.S_ISREG(status.st_mode):
+                return self._refuse(path, "special file")
+            limit = min(self._max_file, self._left)
+            if status.st_size > limit:
+                return self._refuse(path, "larger than a patch may be")
+            data, _ = read_regular(directory, path, limit)
+        except (OSError, RingfenceError) as error:
+            return self._refuse(path, f"cannot be read: {type(error).__name__}")
+        self._left -= len(data)
+        return _Side(_EXECUTABLE if status.st_mode & stat.S_IXUSR else _PLAIN, data)
+
+    def _refuse(self, path: bytes, reason: str) -> None:
+        self.refused.append((os.fsdecode(path), reason))
+
+
+def read_changes(
+    lower_fd: int, upper_fd: int, *, max_file: int = MAX_FILE, max_total: int = MAX_TOTAL
+) -> Changes:
+    """All changes of the upper directory against the lower one.
+
+    A file that was copied up and left as it was is no change; of a mode only the execute bit
+    counts, as in git. Directories themselves are no changes.
+    """
+    reader = _Reader(max_file, max_total)
+    paths: dict[bytes, bool] = {}
+    for path, gone in _touched(lower_fd, upper_fd):
+        paths[path] = gone
+    items = []
+    for path, gone in sorted(paths.items()):
+        before = reader.side(lower_fd, path)
+        after = _Side() if gone else reader.side(upper_fd, path)
+        change = _change(os.fsdecode(path), before, after)
+        if change is not None:
+            items.append(change)
+    return Changes(items=tuple(items), refused=tuple(reader.refused))
+
+
+def _change(path: str, before: _Side | None, after: _Side | None) -> Change | None:
+    if before is None or after is None or before == after:
+        return None
+    if not before.mode:
+        kind = ChangeKind.ADDED
+    elif not after.mode:
+        kind = ChangeKind.DELETED
+    else:
+        kind = ChangeKind.MODIFIED
+    return Change(
+        path=path,
+        kind=kind,
+        mode=after.mode,
+        old_mode=before.mode,
+        before=before.data,
+        after=after.data,
+    )
+
+
+def _touched(lower_fd: int, upper_fd: int) -> Iterator[tuple[bytes, bool]]:
+    """(path, gone) of everything the upper directory speaks about, files only."""
+    for path, status in walk(upper_fd):
+        if _is_whiteout(status):
+            yield from ((below, True) for below in _files(lower_fd, path))
+        elif stat.S_ISDIR(status.st_mode):
+            if _replaces(upper_fd, lower_fd, path):
+                yield from ((below, True) for below in _files(lower_fd, path))
+        else:
+            # a file may stand where a directory stood
+            lower = _stat(lower_fd, path)
+            if lower is not None and stat.S_ISDIR(lower.st_mode):
+                yield from ((below, True) for below in _files(lower_fd, path))
+            yield path, False
+
+
+def _is_whiteout(status: os.stat_result) -> bool:
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
+
+
+def _replaces(upper_fd: int, lower_fd: int, path: bytes) -> bool:
+    """Whether an upper directory hides what the lower side holds at the same path."""
+    lower = _stat(lower_fd, path)
+    if lower is None:
+        return False
+    if not stat.S_ISDIR(lower.st_mode):
+        return True
+    handle = open_beneath(upper_fd, path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for name in ("user.overlay.opaque", "trusted.overlay.opaque"):
+            try:
+                if os.getxattr(handle, name) in {b"y", b"x"}:
+                    return True
+            except OSError:
+                continue
+    finally:
+        os.close(handle)
+    return False
+
+
+def _files(directory: int, path: bytes) -> Iterator[bytes]:
+    """Every file at or below a path of the lower side."""
+    status = _stat(directory, path)
+    if status is None:
+        return
+    if not stat.S_ISDIR(status.st_mode):
+        yield path
+        return
+    handle = open_beneath(directory, path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for below, entry in walk(handle):
+            if not stat.S_ISDIR(entry.st_mode):
+                yield path + b"/" + below
+    finally:
+        os.close(handle)
+
+
+def _stat(directory: int, path: bytes) -> os.stat_result | None:
+    try:
+        parent = open_beneath_parent(directory, path)
+    except (FileNotFoundError, NotADirectoryError, RingfenceError):
+        return None
+    try:
+        return os.stat(os.path.basename(path), dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    finally:
+        os.close(parent)

@@ -1,0 +1,159 @@
+"""Opening files of a tree that something hostile wrote: beneath a directory, through no link.
+
+openat2(2) with RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS and RESOLVE_NO_MAGICLINKS resolves the whole
+path in the kernel, so that there is no moment between a check and a use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+import struct
+from collections.abc import Iterator
+
+from ringfence.errors import AgentError, DeniedError
+
+_NR_OPENAT2 = 437
+_NO_XDEV, _NO_MAGICLINKS, _NO_SYMLINKS, _BENEATH = 0x01, 0x02, 0x04, 0x08
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def open_beneath(
+    directory: int, path: str | bytes, flags: int, mode: int = 0, *, cross_mounts: bool = True
+) -> int:
+    """openat2 below `directory`.
+
+    Raises:
+        DeniedError: `path-escapes` for a link or `..` anywhere on the way.
+        OSError: as open(2).
+    """
+    resolve = _BENEATH | _NO_SYMLINKS | _NO_MAGICLINKS | (0 if cross_mounts else _NO_XDEV)
+    how = ctypes.create_string_buffer(
+        struct.pack("QQQ", flags | os.O_CLOEXEC | os.O_NOFOLLOW, mode, resolve), 24
+    )
+    name = os.fsencode(path)
+    while True:
+        result = _LIBC.syscall(
+            ctypes.c_long(_NR_OPENAT2),
+            ctypes.c_long(directory),
+            ctypes.c_char_p(name),
+            how,
+            ctypes.c_long(24),
+        )
+        if result >= 0:
+            return int(result)
+        number = ctypes.get_errno()
+        if number in {errno.EINTR, errno.EAGAIN}:
+            continue
+        if number in {errno.ELOOP, errno.EXDEV}:
+            raise DeniedError("path-escapes", f"{printable_path(path)} leads through a link")
+        raise OSError(number, os.strerror(number), os.fsdecode(path))
+
+
+def read_regular(directory: int, path: str | bytes, limit: int) -> tuple[bytes, os.stat_result]:
+    """Content and status of a regular file; a FIFO, device or socket is never opened.
+
+    O_PATH looks without opening: a FIFO would block, a device would act.
+
+    Raises:
+        IsADirectoryError, FileNotFoundError: as the builtins mean.
+        DeniedError: `path-escapes` for a link or a special file.
+        AgentError: `file-too-large` past `limit` bytes.
+    """
+    handle = open_beneath(directory, path, os.O_PATH)
+    try:
+        kind = os.fstat(handle).st_mode
+        if stat.S_ISDIR(kind):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fsdecode(path))
+        if not stat.S_ISREG(kind):
+            raise DeniedError("path-escapes", f"{printable_path(path)} is not a regular file")
+        # The very inode that was looked at: nothing can be swapped in between.
+        descriptor = os.open(f"/proc/self/fd/{handle}", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(handle)
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(file.fileno())
+        data = file.read(limit + 1) if status.st_size <= limit else b""
+        if status.st_size > limit or len(data) > limit:
+            raise AgentError("file-too-large", f"{printable_path(path)} is over {limit} bytes")
+        return data, status
+
+
+def read_link(directory: int, path: str | bytes) -> bytes:
+    """A link's target as bytes, without following anything."""
+    handle = open_beneath_parent(directory, path)
+    try:
+        return os.readlink(os.path.basename(os.fsencode(path)), dir_fd=handle)
+    finally:
+        os.close(handle)
+
+
+def open_beneath_parent(directory: int, path: str | bytes) -> int:
+    """Descriptor of the directory that holds `path`."""
+    parent = os.path.dirname(os.fsencode(path)) or b"."
+    return open_beneath(directory, parent, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def make_directories(directory: int, path: str | bytes, *, owner: int | None = None) -> None:
+    """mkdir -p below `directory`, through no link; new ones are 0755."""
+    done: list[bytes] = []
+    for part in os.fsencode(path).split(b"/"):
+        parent = open_beneath(directory, b"/".join(done) or b".", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.mkdir(part, 0o755, dir_fd=parent)
+            if owner is not None:
+                os.chown(part, owner, owner, dir_fd=parent, follow_symlinks=False)
+        except FileExistsError:
+            pass
+        finally:
+            os.close(parent)
+        done.append(part)
+
+
+def walk(
+    directory: int, *, max_entries: int = 1_000_000, max_depth: int = 256
+) -> Iterator[tuple[bytes, os.stat_result]]:
+    """Every entry below a directory, depth first, sorted, without following links.
+
+    Yields a directory before what lies in it. Holds one descriptor a level.
+
+    Raises:
+        AgentError: `tree-too-large` past the caps, which a hostile tree can reach.
+    """
+    seen = 0
+    stack: list[tuple[bytes, int, Iterator[bytes]]] = []
+    root = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
+    stack.append((b"", root, iter(_names(root))))
+    try:
+        while stack:
+            prefix, handle, names = stack[-1]
+            name = next(names, None)
+            if name is None:
+                os.close(handle)
+                stack.pop()
+                continue
+            seen += 1
+            if seen > max_entries or len(stack) > max_depth:
+                raise AgentError("tree-too-large", "a tree has more entries or levels than allowed")
+            status = os.stat(name, dir_fd=handle, follow_symlinks=False)
+            path = prefix + name
+            yield path, status
+            if stat.S_ISDIR(status.st_mode):
+                below = os.open(
+                    name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=handle
+                )
+                stack.append((path + b"/", below, iter(_names(below))))
+    finally:
+        for _, handle, _ in stack:
+            os.close(handle)
+
+
+def _names(handle: int) -> list[bytes]:
+    return sorted(os.fsencode(name) for name in os.listdir(handle))
+
+
+def printable_path(path: str | bytes) -> str:
+    """A path for a message: no control characters, whatever the name holds."""
+    return repr(os.fsdecode(path))[1:-1]

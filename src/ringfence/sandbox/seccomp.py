@@ -1,0 +1,194 @@
+"""The seccomp filter as classic BPF, assembled here. PURE: (architecture) -> bytes.
+
+Default deny: what the table does not name ends with EPERM, and a number the table's kernel does
+not know yet ends with ENOSYS, so that libraries fall back as they do on an older kernel. Foreign
+architectures are killed: i386 and x32 entry points have numbers of their own, and a filter that
+forgets them is no filter (seccomp(2), "Caveats").
+
+Ruled by argument: clone without any namespace flag; clone3 is ENOSYS, because its flags lie in
+memory that a filter cannot read and libc then falls back to clone; sockets of the unix, inet,
+inet6 and netlink-route families only (no vsock, packet, alg, xdp); ioctl without TIOCSTI and
+TIOCLINUX, which type into the host's terminal (CVE-2017-5226, CVE-2023-28100); personality only
+where it asks or sets the plain one (no READ_IMPLIES_EXEC, no ADDR_NO_RANDOMIZE).
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from ringfence.sandbox.syscalls import AARCH64, RULED, X86_64
+
+_LD, _JEQ, _JGE, _JSET, _RET = 0x20, 0x15, 0x35, 0x45, 0x06
+_NR, _ARCH = 0, 4
+_ALLOW, _KILL = 0x7FFF0000, 0x80000000
+_ERRNO = 0x00050000
+_EPERM, _ENOSYS, _EAFNOSUPPORT = 1, 38, 97
+
+_NAMESPACES = 0x7E020000 | 0x80
+"""CLONE_NEW{NS,CGROUP,UTS,IPC,USER,PID,NET} and NEWTIME, which shares a bit with the exit signal:
+clone's low byte is the signal, and no signal has bit 7."""
+
+_X32 = 0x40000000
+_FIRST_UNKNOWN = 463
+"""Numbers from here on are newer than the table: ENOSYS, as the older kernel would say."""
+
+FAMILIES = (1, 2, 10)
+_AF_NETLINK, _NETLINK_ROUTE = 16, 0
+FORBIDDEN_IOCTLS = (0x5412, 0x541C)
+_PERSONALITIES = (0x0, 0xFFFFFFFF)
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What differs between machines: AUDIT_ARCH value, call numbers, presence of x32."""
+
+    audit: int
+    calls: dict[str, int]
+    has_x32: bool
+
+
+ARCHITECTURES = {
+    "x86_64": Architecture(0xC000003E, X86_64, has_x32=True),
+    "aarch64": Architecture(0xC00000B7, AARCH64, has_x32=False),
+}
+
+
+class _Program:
+    """Instructions with forward labels; classic BPF jumps are 8-bit, so blocks stay short."""
+
+    def __init__(self) -> None:
+        self.code: list[tuple[int, int, int, int]] = []
+
+    def add(self, code: int, value: int, on_true: int = 0, on_false: int = 0) -> None:
+        self.code.append((code, on_true, on_false, value))
+
+    def load(self, offset: int) -> None:
+        self.add(_LD, offset)
+
+    def argument(self, index: int, *, high: bool = False) -> None:
+        """The low (or high) half of a 64-bit argument; both machines are little-endian."""
+        self.load(16 + 8 * index + (4 if high else 0))
+
+    def returns(self, value: int) -> None:
+        self.add(_RET, value)
+
+    def unless_equal_skip(self, value: int, block: _Program) -> None:
+        """Run the block, which always returns, when the accumulator is `value`."""
+        self.add(_JEQ, value, 0, len(block.code))
+        self.code += block.code
+
+    def bytes(self) -> bytes:
+        return b"".join(struct.pack("=HBBI", *instruction) for instruction in self.code)
+
+
+def errno(number: int) -> int:
+    """The filter's return value for an errno."""
+    return _ERRNO | number
+
+
+def build(machine: str) -> bytes:
+    """The program for `bwrap --seccomp`: an array of struct sock_filter.
+
+    Raises:
+        LookupError: for a machine without a table; the caller fails closed.
+    """
+    architecture = ARCHITECTURES[machine]
+    program = _Program()
+    program.load(_ARCH)
+    program.add(_JEQ, architecture.audit, 1, 0)
+    program.returns(_KILL)
+    program.load(_NR)
+    if architecture.has_x32:
+        program.add(_JGE, _X32, 0, 1)
+        program.returns(_KILL)
+    program.add(_JGE, _FIRST_UNKNOWN, 0, 1)
+    program.returns(errno(_ENOSYS))
+    for name, block in _ruled().items():
+        if name in architecture.calls:
+            program.unless_equal_skip(architecture.calls[name], block)
+    _allow(program, {n for name, n in architecture.calls.items() if name not in RULED})
+    program.returns(errno(_EPERM))
+    return program.bytes()
+
+
+def _allow(program: _Program, numbers: set[int]) -> None:
+    """Runs of numbers as ranges: a third of the instructions of one test a number."""
+    for first, last in _ranges(sorted(numbers)):
+        if first == last:
+            program.add(_JEQ, first, 0, 1)
+            program.returns(_ALLOW)
+        else:
+            program.add(_JGE, first, 0, 2)
+            program.add(_JGE, last + 1, 1, 0)
+            program.returns(_ALLOW)
+
+
+def _ranges(numbers: list[int]) -> list[tuple[int, int]]:
+    ranges: list[tuple[int, int]] = []
+    for number in numbers:
+        if ranges and ranges[-1][1] == number - 1:
+            ranges[-1] = (ranges[-1][0], number)
+        else:
+            ranges.append((number, number))
+    return ranges
+
+
+def _ruled() -> dict[str, _Program]:
+    return {
+        "clone": _clone(),
+        "clone3": _always(errno(_ENOSYS)),
+        "socket": _socket(),
+        "ioctl": _ioctl(),
+        "personality": _personality(),
+    }
+
+
+def _always(value: int) -> _Program:
+    program = _Program()
+    program.returns(value)
+    return program
+
+
+def _clone() -> _Program:
+    program = _Program()
+    program.argument(0)
+    program.add(_JSET, _NAMESPACES, 0, 1)
+    program.returns(errno(_EPERM))
+    program.returns(_ALLOW)
+    return program
+
+
+def _socket() -> _Program:
+    program = _Program()
+    program.argument(0)
+    for family in FAMILIES:
+        program.add(_JEQ, family, 0, 1)
+        program.returns(_ALLOW)
+    program.add(_JEQ, _AF_NETLINK, 0, 3)
+    program.argument(2)
+    program.add(_JEQ, _NETLINK_ROUTE, 0, 1)
+    program.returns(_ALLOW)
+    program.returns(errno(_EAFNOSUPPORT))
+    return program
+
+
+def _ioctl() -> _Program:
+    program = _Program()
+    # The kernel looks at 32 bits of the request, whatever the upper half says (CVE-2019-10063).
+    program.argument(1)
+    for request in FORBIDDEN_IOCTLS:
+        program.add(_JEQ, request, 0, 1)
+        program.returns(errno(_EPERM))
+    program.returns(_ALLOW)
+    return program
+
+
+def _personality() -> _Program:
+    program = _Program()
+    program.argument(0)
+    for value in _PERSONALITIES:
+        program.add(_JEQ, value, 0, 1)
+        program.returns(_ALLOW)
+    program.returns(errno(_EPERM))
+    return program

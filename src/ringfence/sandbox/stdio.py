@@ -1,0 +1,169 @@
+"""A started program as the worker holds it: three sockets, two pidfds."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Callable
+
+from ringfence.errors import UnavailableError
+
+_TAIL = 64 * 1024
+_START_SECONDS = 20.0
+
+
+class SocketProcess:
+    """`Process` of the protocol over bubblewrap.
+
+    `monitor` is bubblewrap outside; `init` (a pidfd) is process 1 of the sandbox's PID namespace,
+    whose end means that the kernel has killed and reaped everything in it (pid_namespaces(7)).
+    """
+
+    def __init__(
+        self,
+        monitor: subprocess.Popen[bytes],
+        *,
+        stdin: socket.socket,
+        stdout: socket.socket,
+        stderr: socket.socket,
+        status: socket.socket,
+        on_end: Callable[[SocketProcess], None],
+    ) -> None:
+        self._monitor = monitor
+        self._stdin, self._stdout, self._stderr, self._status = stdin, stdout, stderr, status
+        self._on_end = on_end
+        self._returncode: int | None = None
+        self._init: int | None = None
+        self._exit_code: int | None = None
+        self._tail = bytearray()
+        self._killed = False
+        loop = asyncio.get_running_loop()
+        self._drained = loop.create_task(self._drain())
+        self._ended = loop.create_task(self._watch())
+
+    async def started(self) -> None:
+        """Wait until process 1 exists. Raises UnavailableError when it never will."""
+        loop = asyncio.get_running_loop()
+        buffer = b""
+        try:
+            async with asyncio.timeout(_START_SECONDS):
+                while b"child-pid" not in buffer or not buffer.rstrip().endswith(b"}"):
+                    chunk = await loop.sock_recv(self._status, 4096)
+                    if not chunk:
+                        break
+                    buffer += chunk
+        except TimeoutError:
+            await self.kill()
+        first = buffer.partition(b"\n")[0]
+        if not first:
+            await self._ended
+            words = self._tail.decode("utf-8", "replace").strip().splitlines()
+            raise UnavailableError(
+                "sandbox-start-failed", words[-1] if words else "bubblewrap ended without a word"
+            )
+        with contextlib.suppress(ProcessLookupError):
+            self._init = os.pidfd_open(int(json.loads(first)["child-pid"]))
+        self._learn(buffer.partition(b"\n")[2])
+
+    def _learn(self, data: bytes) -> None:
+        for line in data.splitlines():
+            with contextlib.suppress(ValueError):
+                self._exit_code = json.loads(line).get("exit-code", self._exit_code)
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit status, see the protocol."""
+        return self._returncode
+
+    async def read(self, limit: int = 65536) -> bytes:
+        """Next bytes of standard output."""
+        try:
+            return await asyncio.get_running_loop().sock_recv(self._stdout, limit)
+        except ConnectionError:
+            return b""
+
+    async def write(self, data: bytes) -> None:
+        """Write to standard input."""
+        try:
+            await asyncio.get_running_loop().sock_sendall(self._stdin, data)
+        except (ConnectionError, OSError) as error:
+            raise BrokenPipeError("standard input is shut") from error
+
+    async def close_stdin(self) -> None:
+        """End of input."""
+        with contextlib.suppress(OSError):
+            self._stdin.shutdown(socket.SHUT_WR)
+
+    async def stderr(self) -> bytes:
+        """Tail of standard error so far."""
+        if self._returncode is not None:
+            await self._drained
+        return bytes(self._tail)
+
+    async def wait(self) -> int:
+        """Wait for the end."""
+        await asyncio.shield(self._ended)
+        if self._returncode is None:
+            raise RuntimeError("the watcher ended without a status")
+        return self._returncode
+
+    async def kill(self) -> None:
+        """SIGKILL; process 1 dies with its parent, and the namespace with process 1."""
+        self._killed = True
+        if self._returncode is None:
+            if self._init is not None:
+                with contextlib.suppress(ProcessLookupError, OSError):
+                    signal.pidfd_send_signal(self._init, signal.SIGKILL)
+            else:
+                self._monitor.kill()
+        await asyncio.shield(self._ended)
+
+    async def release(self) -> None:
+        """Close every descriptor; after the end."""
+        await asyncio.shield(self._ended)
+        self._drained.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._drained
+        for end in (self._stdin, self._stdout, self._stderr, self._status):
+            end.close()
+
+    async def _drain(self) -> None:
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(OSError):
+            while chunk := await loop.sock_recv(self._stderr, 65536):
+                self._tail += chunk
+                del self._tail[:-_TAIL]
+
+    async def _watch(self) -> None:
+        descriptor = os.pidfd_open(self._monitor.pid)
+        try:
+            await _readable(descriptor)
+        finally:
+            os.close(descriptor)
+        code = self._monitor.wait()
+        if self._init is not None:
+            # The monitor may end first; nothing is dead for sure until process 1 is.
+            await _readable(self._init)
+            os.close(self._init)
+            self._init = None
+        self._returncode = self._status_of(code)
+        self._on_end(self)
+
+    def _status_of(self, code: int) -> int:
+        """bubblewrap reports a signal as shells do; a monitor that was killed reports for it."""
+        return 128 + signal.SIGKILL if self._killed or code < 0 else code
+
+
+async def _readable(descriptor: int) -> None:
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    loop.add_reader(descriptor, lambda: ready.done() or ready.set_result(None))
+    try:
+        await ready
+    finally:
+        loop.remove_reader(descriptor)

@@ -1,0 +1,148 @@
+"""What a workspace carries in, and what of it is masked before anything runs (requirement E).
+
+A bind mount, even a read-only one, leaves unix sockets connectable, and a FIFO or device is a
+door as well; all three are masked wherever they lie. Files that hold credentials are masked by
+pattern, and a git configuration by what it says.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import stat
+from dataclasses import dataclass
+
+from ringfence.errors import RingfenceError
+from ringfence.sandbox.safeopen import read_regular, walk
+
+_CONFIG_CAP = 1 << 20
+
+_CREDENTIAL_IN_GIT_CONFIG = re.compile(
+    rb"""://[^/\s:@]+:[^/\s@]+@      # a URL with a password
+    |://[^/\s:@]{16,}@               # a URL with a token alone
+    |^\s*(?:extraheader|password|token)\s*=
+    |^\s*helper\s*=\s*.*(?:store|!|password|token)
+    |^\s*\[credential\b""",
+    re.VERBOSE | re.IGNORECASE | re.MULTILINE,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scan:
+    """What was found; paths are workspace-relative, normal, decoded with surrogateescape.
+
+    Attributes:
+        hidden: files and directories whose name matches a pattern. Nothing below a hidden
+            directory is listed.
+        special: sockets, FIFOs and devices.
+        git_configs: git configurations that hold a credential.
+        directories: those of the above that are directories.
+    """
+
+    hidden: tuple[str, ...] = ()
+    special: tuple[str, ...] = ()
+    git_configs: tuple[str, ...] = ()
+    directories: frozenset[str] = frozenset()
+
+    @property
+    def masked(self) -> dict[str, bool]:
+        """Every path to mask, to whether it is a directory."""
+        paths = (*self.hidden, *self.special, *self.git_configs)
+        return {path: path in self.directories for path in paths}
+
+
+class Patterns:
+    """gitignore-like globs: without a slash a pattern names any component, with one the path.
+
+    `*` and `?` do not cross a slash, `**` does; a trailing `/**` means the directory itself too.
+    """
+
+    def __init__(self, patterns: tuple[str, ...]) -> None:
+        names = [p for p in patterns if "/" not in p]
+        paths = [p.strip("/") for p in patterns if "/" in p]
+        self._name = _union(fnmatch.translate(p) for p in names)
+        self._path = _union(_path_regex(p) for p in paths)
+
+    def match(self, path: str) -> bool:
+        """Whether the last component, or the whole path, matches."""
+        name = path.rpartition("/")[2]
+        return bool(
+            (self._name and self._name.match(name)) or (self._path and self._path.match(path))
+        )
+
+
+def _union(expressions: object) -> re.Pattern[str] | None:
+    texts = list(expressions)  # type: ignore[call-overload]
+    return re.compile("|".join(f"(?:{text})" for text in texts)) if texts else None
+
+
+def _path_regex(pattern: str) -> str:
+    """Regular expression of one pattern with slashes."""
+    if pattern.endswith("/**"):
+        pattern = pattern[:-3]
+    pieces = []
+    index = 0
+    while index < len(pattern):
+        if pattern.startswith("**/", index):
+            pieces.append("(?:.*/)?")
+            index += 3
+        elif pattern.startswith("**", index):
+            pieces.append(".*")
+            index += 2
+        elif pattern[index] == "*":
+            pieces.append("[^/]*")
+            index += 1
+        elif pattern[index] == "?":
+            pieces.append("[^/]")
+            index += 1
+        else:
+            pieces.append(re.escape(pattern[index]))
+            index += 1
+    return rf"(?s:{''.join(pieces)})\Z"
+
+
+def scan(workspace_fd: int, patterns: tuple[str, ...], *, max_entries: int = 1_000_000) -> Scan:
+    """Walk a workspace once.
+
+    Raises:
+        AgentError: `tree-too-large`; a workspace that cannot be looked through is not mounted.
+    """
+    wanted = Patterns(patterns)
+    hidden: list[str] = []
+    special: list[str] = []
+    configs: list[str] = []
+    directories: set[str] = set()
+    inside_hidden = "\0"
+    for raw, status in walk(workspace_fd, max_entries=max_entries):
+        path = os.fsdecode(raw)
+        if path.startswith(inside_hidden):
+            continue
+        if wanted.match(path):
+            hidden.append(path)
+            if stat.S_ISDIR(status.st_mode):
+                directories.add(path)
+                inside_hidden = path + "/"
+        elif _is_special(status.st_mode):
+            special.append(path)
+        elif path.endswith(".git/config") or path.endswith("/config") and "/modules/" in path:
+            if _bears_credential(workspace_fd, raw):
+                configs.append(path)
+    return Scan(
+        hidden=tuple(hidden),
+        special=tuple(special),
+        git_configs=tuple(configs),
+        directories=frozenset(directories),
+    )
+
+
+def _is_special(mode: int) -> bool:
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode))
+
+
+def _bears_credential(workspace_fd: int, path: bytes) -> bool:
+    try:
+        data, _ = read_regular(workspace_fd, path, _CONFIG_CAP)
+    except (OSError, RingfenceError):
+        return True  # what cannot be looked into is not shown
+    return bool(_CREDENTIAL_IN_GIT_CONFIG.search(data))
