@@ -89,6 +89,15 @@ CODES: dict[str, str] = {
     # cli, worker
     "usage": "The command line or the call cannot be understood.",
     "workspace-missing": "The workspace is not a directory that can be read.",
+    # store, record
+    "store-unavailable": "A database of the state directory cannot be opened.",
+    "audit-key-refused": "The key of the audit log can be read by others, or is damaged.",
+    "recorder-unavailable": "The recorder is gone; nothing that must be recorded first may happen.",
+    "audit-invalid": "The audit log does not verify.",
+    "run-unknown": "No run or record of that name exists.",
+    "session-unknown": "No session of that id exists in this state directory.",
+    "session-busy": "Another run holds the session.",
+    "session-frame-refused": "A transcript frame from inside named another session or a bad path.",
     # sandbox
     "control-unenforceable": "This host cannot enforce a control that the policy does not accept without.",
     "isolation-unavailable": "The isolation technology cannot run on this host.",

@@ -1,0 +1,55 @@
+"""Frames between the recorder and its clients: 4-byte big-endian length, then JSON. PURE.
+
+client → recorder  {"n": request number or 0, "e": event}      0 wants no answer
+recorder → client  {"k": keyed-hash key}, once; then {"n": …, "i": index} or {"n": …, "x": why}
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Any
+
+MAX_FRAME = 1 << 20
+
+
+class FrameError(ValueError):
+    """The peer does not speak this protocol; the connection is closed."""
+
+
+def encode(value: dict[str, Any]) -> bytes:
+    """One frame."""
+    body = json.dumps(value, separators=(",", ":")).encode()
+    return struct.pack(">I", len(body)) + body
+
+
+class Decoder:
+    """Bytes in, values out. Raises FrameError for a frame that is too long or not an object."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[dict[str, Any]]:
+        """Complete values so far."""
+        self._buffer += data
+        values, at = [], 0
+        while len(self._buffer) - at >= 4:
+            (length,) = struct.unpack_from(">I", self._buffer, at)
+            if length > MAX_FRAME:
+                raise FrameError("frame too long")
+            if len(self._buffer) - at - 4 < length:
+                break
+            values.append(_object(bytes(self._buffer[at + 4 : at + 4 + length])))
+            at += 4 + length
+        del self._buffer[:at]
+        return values
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise FrameError("not JSON") from error
+    if not isinstance(value, dict):
+        raise FrameError("not an object")
+    return value
