@@ -1,0 +1,23 @@
+"""The model route's rules. PURE: bytes and headers in, decisions and meters out."""
+
+from ringfence.egress.model.exchange import (
+    Admitted,
+    Cut,
+    ModelExchange,
+    Refusal,
+    Report,
+    RunState,
+    ToolUseSeen,
+)
+from ringfence.egress.model.ledger import Violation
+
+__all__ = [
+    "Admitted",
+    "Cut",
+    "ModelExchange",
+    "Refusal",
+    "Report",
+    "RunState",
+    "ToolUseSeen",
+    "Violation",
+]

@@ -1,0 +1,133 @@
+"""Two witnesses of every tool call: the wire, and the worker (requirement B). PURE.
+
+One table: what a tool_result on the wire means in each state of its id. It proves what was asked
+and reported, not what was executed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+
+class State(Enum):
+    """What is known of one tool_use id."""
+
+    NEVER_ASKED = "never-asked"
+    ASKED = "asked"
+    """An answer asked for it, and the worker has not spoken."""
+    ALLOWED = "allowed"
+    DENIED = "denied"
+    KNOWN = "known"
+    """It stands in the transcript that this run resumes from."""
+
+
+class Report(Enum):
+    """What a tool_result claims."""
+
+    RESULT = "result"
+    """The tool ran."""
+    ERROR = "error"
+    """is_error, in words of any kind."""
+    NEVER_RAN = "never-ran"
+    """is_error, in claude's own words for a call that did not run."""
+
+
+class Verdict(Enum):
+    """What it means."""
+
+    FINE = "fine"
+    UNHEARD = "unheard"
+    """Benign: invalid input, an interrupted or cancelled sibling; noted."""
+    NOT_ALLOWED = "tool-result-not-allowed"
+    NEVER_ASKED = "tool-result-never-asked"
+
+
+_F, _U, _N, _A = Verdict.FINE, Verdict.UNHEARD, Verdict.NOT_ALLOWED, Verdict.NEVER_ASKED
+
+TABLE: dict[State, dict[Report, Verdict]] = {
+    State.NEVER_ASKED: {Report.RESULT: _A, Report.ERROR: _A, Report.NEVER_RAN: _A},
+    State.ASKED: {Report.RESULT: _N, Report.ERROR: _N, Report.NEVER_RAN: _U},
+    State.ALLOWED: {Report.RESULT: _F, Report.ERROR: _F, Report.NEVER_RAN: _F},
+    State.DENIED: {Report.RESULT: _N, Report.ERROR: _F, Report.NEVER_RAN: _F},
+    State.KNOWN: {Report.RESULT: _F, Report.ERROR: _F, Report.NEVER_RAN: _F},
+}
+
+_NEVER_RAN_STARTS = (
+    "<tool_use_error>",
+    "[Request interrupted by user",
+    "The user doesn't want to",
+    "Error: No such tool available",
+    "Tool permission request failed",
+    "Cancelled: parallel tool call",
+)
+_NEVER_RAN_CAP = 8192
+"""claude's own words are short; a long text in their disguise is a result."""
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """The wire and the worker disagree; the run ends."""
+
+    reason: str
+    tool_use_id: str
+
+
+class ToolLedger:
+    """States of all tool_use ids of one run. A state is set once; the worker's word is final."""
+
+    def __init__(self, *, max_ids: int = 100_000) -> None:
+        self._states: dict[str, State] = {}
+        self._max = max_ids
+
+    def known(self, ids: Iterable[str]) -> None:
+        """Ids of the transcript that the run resumes from."""
+        for tool_use_id in ids:
+            self._states[tool_use_id] = State.KNOWN
+
+    def asked(self, tool_use_id: str) -> None:
+        """An answer on this wire asked for it."""
+        if len(self._states) < self._max:
+            self._states.setdefault(tool_use_id, State.ASKED)
+
+    def decided(self, tool_use_id: str, *, allowed: bool) -> None:
+        """The worker spoke. A denial is never lifted: deny wins."""
+        if self._states.get(tool_use_id) is not State.DENIED:
+            self._states[tool_use_id] = State.ALLOWED if allowed else State.DENIED
+
+    def state(self, tool_use_id: str) -> State:
+        """What is known; an id that nobody spoke of was never asked."""
+        return self._states.get(tool_use_id, State.NEVER_ASKED)
+
+    def judge(self, tool_use_id: str, report: Report) -> Verdict:
+        """Look it up in the table."""
+        return TABLE[self.state(tool_use_id)][report]
+
+    def check(self, results: Iterable[tuple[str, Report]]) -> Violation | None:
+        """The first violation among a request's tool results."""
+        for tool_use_id, report in results:
+            verdict = self.judge(tool_use_id, report)
+            if verdict in {Verdict.NOT_ALLOWED, Verdict.NEVER_ASKED}:
+                return Violation(verdict.value, tool_use_id)
+        return None
+
+
+def report_of(block: dict[str, Any]) -> Report:
+    """What a tool_result block claims. Anything unclear claims the most: that the tool ran."""
+    if block.get("is_error") is not True:
+        return Report.RESULT
+    text = _text(block.get("content"))
+    if text is not None and len(text) <= _NEVER_RAN_CAP and text.startswith(_NEVER_RAN_STARTS):
+        return Report.NEVER_RAN
+    return Report.ERROR
+
+
+def _text(content: Any) -> str | None:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict):
+        text = content[0].get("text")
+        return text if isinstance(text, str) else None
+    return None

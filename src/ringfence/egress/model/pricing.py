@@ -1,0 +1,57 @@
+"""Dollars per million tokens, by model. PURE; dated, because prices change.
+
+Source: the public price list of the Messages API as of 2026-10. Cache writes of five minutes
+cost 1.25 times, reads 0.1 times the input price.
+"""
+
+from __future__ import annotations
+
+from ringfence.model import Usage
+
+AS_OF = "2026-10"
+
+_PRICES: tuple[tuple[str, float, float], ...] = (
+    ("claude-opus-4-1", 15.0, 75.0),
+    ("claude-opus-4-0", 15.0, 75.0),
+    ("claude-opus-4-2025", 15.0, 75.0),
+    ("claude-opus-", 5.0, 25.0),
+    ("claude-sonnet-", 3.0, 15.0),
+    ("claude-haiku-", 1.0, 5.0),
+    ("claude-3-5-haiku", 0.8, 4.0),
+    ("claude-3-haiku", 0.25, 1.25),
+)
+"""(prefix, input, output), the first match wins."""
+
+_WRITE, _READ = 1.25, 0.1
+
+
+def price(model: str) -> tuple[float, float] | None:
+    """(input, output) dollars per million tokens; None for a model without a known price."""
+    for prefix, into, out in _PRICES:
+        if model.startswith(prefix):
+            return into, out
+    return None
+
+
+def cost(model: str, usage: Usage) -> float | None:
+    """Dollars of one request; None when the model has no known price."""
+    prices = price(model)
+    if prices is None:
+        return None
+    into, out = prices
+    tokens = (
+        usage.input_tokens * into
+        + usage.cache_creation_input_tokens * into * _WRITE
+        + usage.cache_read_input_tokens * into * _READ
+        + usage.output_tokens * out
+    )
+    return tokens / 1_000_000
+
+
+def worst_case(model: str, body_bytes: int, max_tokens: int) -> float:
+    """Upper bound of one request's dollars, for reserving: three bytes are at least a token.
+
+    An unknown model is priced as the dearest, so that a budget cannot be dodged by its name.
+    """
+    into, out = price(model) or (15.0, 75.0)
+    return (body_bytes / 3 * into * _WRITE + max_tokens * out) / 1_000_000

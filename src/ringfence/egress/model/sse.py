@@ -1,0 +1,219 @@
+"""Reading a Messages answer as it passes: usage, stop reason, every tool_use. PURE.
+
+Bytes go through unchanged, one complete server-sent event at a time: an event is held until its
+blank line has come, so that a tool call outside the grant can be cut before any of it is inside.
+The provider writes an event at once, so nothing waits longer than its own bytes take.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from ringfence.model import Usage
+
+MAX_EVENT = 4 << 20
+MAX_INPUT = 16 << 20
+
+
+class StreamError(ValueError):
+    """The answer is not what a Messages answer may be; the message is a reason tag."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUseSeen:
+    """A tool call that the model asked for. `input_json` is its input as it was streamed."""
+
+    id: str
+    name: str
+    input_json: bytes
+    complete: bool
+
+
+@dataclass
+class _Open:
+    id: str
+    name: str
+    parts: list[bytes] = field(default_factory=list)
+    size: int = 0
+
+
+class Answer:
+    """What has been read of one answer so far."""
+
+    def __init__(self, granted: frozenset[str]) -> None:
+        self._granted = granted
+        self._open: dict[int, _Open] = {}
+        self.tool_uses: list[ToolUseSeen] = []
+        self.asked: list[str] = []
+        self.model = ""
+        self.stop_reason = ""
+        self._usage: dict[str, int] = {}
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens; counts in a stream are cumulative, so the last one stands."""
+        return Usage(
+            input_tokens=self._usage.get("input_tokens", 0),
+            output_tokens=self._usage.get("output_tokens", 0),
+            cache_creation_input_tokens=self._usage.get("cache_creation_input_tokens", 0),
+            cache_read_input_tokens=self._usage.get("cache_read_input_tokens", 0),
+            requests=1,
+        )
+
+    def event(self, value: Any) -> None:
+        """One event of a stream. Raises StreamError."""
+        if not isinstance(value, dict):
+            raise StreamError("answer-malformed")
+        kind = value.get("type")
+        if kind == "message_start":
+            self.message(_object(value.get("message")))
+        elif kind == "content_block_start":
+            self._start(value)
+        elif kind == "content_block_delta":
+            self._delta(value)
+        elif kind == "content_block_stop":
+            self._stop(value)
+        elif kind == "message_delta":
+            self._count(value.get("usage"))
+            self.stop_reason = str(_object(value.get("delta")).get("stop_reason") or "")
+
+    def message(self, message: dict[str, Any]) -> None:
+        """A whole message: the start of a stream, or all of an answer that is none."""
+        self.model = str(message.get("model") or "")
+        self._count(message.get("usage"))
+        self.stop_reason = str(message.get("stop_reason") or "")
+        for block in message.get("content") or ():
+            block = _object(block)
+            if block.get("type") == "tool_use":
+                opened = self._ask(block)
+                data = json.dumps(block.get("input"), separators=(",", ":")).encode()
+                self.tool_uses.append(ToolUseSeen(opened.id, opened.name, data, complete=True))
+
+    def _ask(self, block: dict[str, Any]) -> _Open:
+        name, tool_use_id = block.get("name"), block.get("id")
+        if not isinstance(tool_use_id, str) or not isinstance(name, str):
+            raise StreamError("answer-malformed")
+        if name not in self._granted:
+            raise StreamError("tool-use-not-granted")
+        self.asked.append(tool_use_id)
+        return _Open(tool_use_id, name)
+
+    def _start(self, value: dict[str, Any]) -> None:
+        block = _object(value.get("content_block"))
+        if block.get("type") == "tool_use":
+            self._open[_index(value)] = self._ask(block)
+
+    def _delta(self, value: dict[str, Any]) -> None:
+        opened = self._open.get(_index(value))
+        delta = _object(value.get("delta"))
+        if opened is None or delta.get("type") != "input_json_delta":
+            return
+        part = str(delta.get("partial_json") or "").encode("utf-8", "surrogatepass")
+        opened.size += len(part)
+        if opened.size > MAX_INPUT:
+            raise StreamError("tool-input-too-large")
+        opened.parts.append(part)
+
+    def _stop(self, value: dict[str, Any]) -> None:
+        opened = self._open.pop(_index(value), None)
+        if opened is not None:
+            self._finish(opened, complete=True)
+
+    def _finish(self, opened: _Open, *, complete: bool) -> None:
+        data = b"".join(opened.parts) or b"{}"
+        self.tool_uses.append(ToolUseSeen(opened.id, opened.name, data, complete))
+
+    def end(self) -> None:
+        """The answer is over; calls still open stay incomplete."""
+        for opened in self._open.values():
+            self._finish(opened, complete=False)
+        self._open.clear()
+
+    def _count(self, usage: Any) -> None:
+        if not isinstance(usage, dict):
+            return
+        for name, value in usage.items():
+            if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+                self._usage[name] = max(value, self._usage.get(name, 0))
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _index(value: dict[str, Any]) -> int:
+    index = value.get("index")
+    return index if isinstance(index, int) else -1
+
+
+class EventStream:
+    """Cuts bytes into events and feeds an Answer."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> bytes:
+        """The bytes of all events that are complete now. Raises StreamError; what was complete
+        before the offending event is in its `passed` attribute."""
+        self._buffer += data
+        passed = 0
+        while (end := _event_end(self._buffer, passed)) >= 0:
+            try:
+                self._event(bytes(self._buffer[passed:end]))
+            except StreamError as error:
+                error.add_note("cut")
+                raise _Cut(str(error), bytes(self._buffer[:passed])) from None
+            passed = end
+        if len(self._buffer) - passed > MAX_EVENT:
+            raise _Cut("answer-event-too-large", bytes(self._buffer[:passed]))
+        out = bytes(self._buffer[:passed])
+        del self._buffer[:passed]
+        return out
+
+    def rest(self) -> bytes:
+        """An event that never got its blank line; clients drop it too (HTML standard, 9.2.6)."""
+        return bytes(self._buffer)
+
+    def _event(self, raw: bytes) -> None:
+        data = [
+            line[5:].lstrip(b" ")
+            for line in raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+            if line.startswith(b"data:")
+        ]
+        if not data:
+            return
+        try:
+            value = json.loads(b"\n".join(data))
+        except (ValueError, RecursionError):
+            raise StreamError("answer-malformed") from None
+        self._answer.event(value)
+
+
+class _Cut(StreamError):
+    """A StreamError with the bytes that may still pass."""
+
+    def __init__(self, reason: str, passed: bytes) -> None:
+        super().__init__(reason)
+        self.passed = passed
+
+
+def passed_before(error: StreamError) -> bytes:
+    """Bytes that were complete before the event that raised."""
+    return error.passed if isinstance(error, _Cut) else b""
+
+
+def _event_end(buffer: bytearray, start: int) -> int:
+    """Index after the blank line that ends the event at `start`; -1 when it has not come.
+
+    CR, LF and CRLF all end lines in the standard, and a client accepts each: a parser that knows
+    fewer could be shown another stream than the client sees.
+    """
+    ends = []
+    for mark in (b"\n\n", b"\r\n\r\n", b"\r\r"):
+        at = buffer.find(mark, start)
+        if at >= 0:
+            ends.append(at + len(mark))
+    return min(ends, default=-1)

@@ -1,0 +1,86 @@
+"""JSON that two parsers cannot read differently. PURE.
+
+The rules below look at our parse of a body, and the upstream at its own; a body that two parsers
+could read differently would make the rules a matter of opinion. So what is ambiguous is refused:
+bytes that are not UTF-8, a byte-order mark, duplicate keys at any depth, NaN and Infinity, lone
+surrogates, and depth past a cap. What is left has one meaning (RFC 8259, I-JSON RFC 7493), and
+the original bytes may be forwarded.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+MAX_DEPTH = 64
+
+
+class NotStrictError(ValueError):
+    """The document is ambiguous or not JSON; the message is a reason tag."""
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise NotStrictError("json-duplicate-key")
+    return value
+
+
+def _constant(_: str) -> NoReturn:
+    raise NotStrictError("json-not-a-number")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant)
+
+
+def parse(body: bytes) -> Any:
+    """The value of a strict document. Raises NotStrictError."""
+    if body[:3] == b"\xef\xbb\xbf" or b"\x00" in body:
+        raise NotStrictError("json-encoding")
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError:
+        raise NotStrictError("json-encoding") from None
+    if _deeper_than(text, MAX_DEPTH):
+        raise NotStrictError("json-depth")
+    try:
+        value = _DECODER.decode(text)
+        if "\\u" in text:
+            # an escaped lone surrogate survives decoding, and parsers disagree about it
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except NotStrictError:
+        raise
+    except (ValueError, RecursionError):
+        raise NotStrictError("json-syntax") from None
+    return value
+
+
+def _deeper_than(text: str, limit: int) -> bool:
+    """A cheap bound first: brackets inside strings only make it larger."""
+    if text.count("[") + text.count("{") <= limit:
+        return False
+    depth, in_string, escaped = 0, False, False
+    for character in text if len(text) < 4096 else _structure(text):
+        if in_string:
+            if escaped:
+                escaped = False
+            elif character == "\\":
+                escaped = True
+            elif character == '"':
+                in_string = False
+        elif character == '"':
+            in_string = True
+        elif character in "[{":
+            depth += 1
+            if depth > limit:
+                return True
+        elif character in "]}":
+            depth -= 1
+    return False
+
+
+def _structure(text: str) -> str:
+    """The text without its strings, at the speed of the regular expression engine."""
+    import re
+
+    return re.sub(r'"[^"\\]*(?:\\.[^"\\]*)*"', "", text, flags=re.DOTALL)

@@ -1,0 +1,445 @@
+"""The policy document: its sections, its defaults, and its refusal of anything vague. PURE.
+
+What a document does not say is denied: no host, no tool that starts a program or reaches the
+network, no path beside the workspace. The sections `network`, `filesystem` and `execution` are a
+superset of the widely copied `security_config` dictionary, which loads as it stands.
+
+`version` is 1. Keys are only ever added; one that is not known is refused, because a rule that
+is silently ignored is a hole.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
+
+from ringfence.policy import hosts, paths, rules
+from ringfence.policy.tools import canonical_tool
+
+CONTROLS = (
+    *("memory", "cpu", "pids", "disk", "workspace_disk", "seccomp", "network", "user_namespace"),
+    *("tmp_noexec", "uid_per_sandbox", "claude_unreadable"),
+)
+"""What a backend may be unable to enforce: names of `ringfence.sandbox.protocol.Control`, which
+stands above this room; a test holds the two equal."""
+
+ModeName = Literal["default", "acceptEdits", "plan", "dontAsk", "bypassPermissions", "auto"]
+ControlName = Literal[
+    "memory",
+    "cpu",
+    "pids",
+    "disk",
+    "workspace_disk",
+    "seccomp",
+    "network",
+    "user_namespace",
+    "tmp_noexec",
+    "uid_per_sandbox",
+    "claude_unreadable",
+]
+Method = Literal["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+
+MODE_WIDTH: tuple[ModeName, ...] = (
+    "plan",
+    "dontAsk",
+    "default",
+    "acceptEdits",
+    "auto",
+    "bypassPermissions",
+)
+"""Permission modes from the narrowest to the widest."""
+
+
+def _sequence(value: object) -> object:
+    # a set would load too, in another order at each start: another digest for the same policy
+    if not isinstance(value, (list, tuple)):
+        raise ValueError("write a list")  # noqa: TRY004  pydantic reads ValueError
+    return value
+
+
+T = TypeVar("T")
+Items = Annotated[tuple[T, ...], Field(strict=False), BeforeValidator(_sequence)]
+
+
+def _refuse(problem: str | None) -> None:
+    if problem:
+        raise ValueError(problem)
+
+
+def _host(text: str) -> str:
+    _refuse(hosts.host_problem(text))
+    return text
+
+
+def _exact_host(text: str) -> str:
+    _refuse(hosts.host_problem(text, wildcards=False))
+    if text == hosts.MODEL_HOST:
+        raise ValueError("the model route's credential is the operator's setting, not a secret")
+    return text
+
+
+def _readable(path: str) -> str:
+    _refuse(paths.shown_problem(path, writable=False))
+    return path
+
+
+def _writable(path: str) -> str:
+    _refuse(paths.shown_problem(path, writable=True))
+    return path
+
+
+def _blocked(path: str) -> str:
+    _refuse(paths.path_problem(path))
+    if path in {"/", paths.WORKSPACE}:
+        raise ValueError("nothing could run; name what is to be absent below it")
+    return path
+
+
+def _glob(pattern: str) -> str:
+    _refuse(paths.glob_problem(pattern))
+    return pattern
+
+
+def _grant(text: str) -> str:
+    _refuse(rules.grant_problem(text))
+    return canonical_tool(text)
+
+
+def _rule(text: str) -> str:
+    return rules.parse_rule(text).text
+
+
+def _url_path(path: str) -> str:
+    stem = path[:-3] if path.endswith("/**") else path
+    if not path.startswith("/"):
+        raise ValueError("write an absolute path of the host, such as /v1/items or /v1/**")
+    if "*" in stem or not re.fullmatch(r"[A-Za-z0-9/._~!$&'()+,;=:@-]*", stem):
+        raise ValueError(
+            "write it un-encoded and without a query; the only wildcard is /** at the end"
+        )
+    if "//" in path or any(part in {".", ".."} for part in stem.split("/")):
+        raise ValueError("write it without empty, `.` or `..` parts")
+    return path
+
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9](?:[a-z0-9_-]{0,62}[a-z0-9])?$")]
+ServerName = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9-]{1,32}(?:_[A-Za-z0-9-]{1,32}){0,3}$")
+]
+ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@/-]{0,127}$")]
+Beta = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]{0,63}$")]
+Host = Annotated[str, AfterValidator(_host)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+Positive = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)]
+Text = Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\x00-\x08\x0a-\x1f\x7f]*$")]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, strict about types, closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class PathGrant(Section):
+    """One method on one path; `/**` at the end means all below."""
+
+    method: Method
+    path: Annotated[str, AfterValidator(_url_path)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: object) -> object:
+        """`GET /v1/**` as one string."""
+        if not isinstance(value, str):
+            return value
+        method, blank, path = value.partition(" ")
+        if not blank:
+            raise ValueError("write METHOD and path, such as GET /v1/**")
+        return {"method": method, "path": path}
+
+
+class HostGrant(Section):
+    """One host that may be reached, on one port.
+
+    Attributes:
+        host: exact name, or one leading-label wildcard under a registrable domain.
+        paths: methods and paths; empty allows all. credential: a name under `secrets`.
+        opaque: tunnel without looking inside; an exfiltration grant (requirement D).
+    """
+
+    host: Host
+    port: Port = 443
+    paths: Items[PathGrant] = ()
+    credential: Name | None = None
+    opaque: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: object) -> object:
+        """`host` or `host:port` as one string."""
+        if not isinstance(value, str):
+            return value
+        host, colon, port = value.rpartition(":")
+        if colon and "/" not in value and re.fullmatch(r"[1-9][0-9]{0,4}", port) and ":" not in host:
+            _refuse(hosts.host_problem(host))
+            return {"host": host, "port": int(port)}
+        _refuse(hosts.host_problem(value))
+        return {"host": value}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> HostGrant:
+        if self.opaque and (self.paths or self.credential):
+            raise ValueError("an opaque tunnel is not looked into: drop opaque, or paths/credential")
+        if self.credential and self.host.startswith("*."):
+            raise ValueError("a credential goes to named hosts only, not to a wildcard")
+        if self.host == hosts.MODEL_HOST and (
+            self.port != 443 or self.paths or self.credential or self.opaque
+        ):
+            raise ValueError(
+                f"{hosts.MODEL_HOST} stands for the model route, whose rules are under `model`; "
+                "write the name alone"
+            )
+        return self
+
+
+class Network(Section):
+    """What may be reached. `none`, or an empty list, reaches nothing, the model included."""
+
+    mode: Literal["restricted", "none"] = "restricted"
+    allowed_hosts: Items[HostGrant] = ()
+    blocked_ports: Items[Port] = ()
+    max_connections: Annotated[int, Field(ge=1, le=4096)] = 64
+    max_body_mb: Annotated[int, Field(ge=1, le=1024)] = 32
+    max_sent_mb: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
+
+
+class Filesystem(Section):
+    """What is visible. Paths are the host's; `/workspace` is the workspace.
+
+    Attributes:
+        workspace: how it is shown; None is `review`, or `readonly` when `writable_paths` is
+            given without /workspace.
+        writable_paths: None says nothing about the workspace.
+        blocked_paths: absent inside, wherever a mount would have shown them; deny wins.
+        hidden: globs of workspace files that are masked, beside the built-in list.
+        show: globs taken out of the masked ones.
+        tmp_exec: whether programs may be executed from /tmp and the home directory.
+    """
+
+    workspace: Literal["review", "direct", "readonly"] | None = None
+    writable_paths: Items[Annotated[str, AfterValidator(_writable)]] | None = None
+    readable_paths: Items[Annotated[str, AfterValidator(_readable)]] = ()
+    blocked_paths: Items[Annotated[str, AfterValidator(_blocked)]] = ()
+    hidden: Items[Annotated[str, AfterValidator(_glob)]] = ()
+    show: Items[Annotated[str, AfterValidator(_glob)]] = ()
+    tmp_exec: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Filesystem:
+        writable = self.writable_paths
+        if writable is None:
+            return self
+        if self.workspace == "readonly" and paths.WORKSPACE in writable:
+            raise ValueError("workspace is readonly: take /workspace out of writable_paths")
+        if self.workspace in {"review", "direct"} and paths.WORKSPACE not in writable:
+            raise ValueError(f"workspace is {self.workspace}: add /workspace to writable_paths")
+        return self
+
+
+class Role(Section):
+    """Tools of one role.
+
+    Attributes:
+        allow: tools that are offered, by name. deny: rules that win over everything.
+        preapproved: rules that ask nobody; each names an offered tool.
+    """
+
+    allow: Items[Annotated[str, AfterValidator(_grant)]] = ()
+    deny: Items[Annotated[str, AfterValidator(_rule)]] = ()
+    preapproved: Items[Annotated[str, AfterValidator(_rule)]] = ()
+
+
+class McpServerGrant(Section):
+    """An MCP server: a program inside the sandbox, or an https URL reached through egress."""
+
+    command: Items[Text] = ()
+    url: str | None = None
+    environment: dict[
+        Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")], Text
+    ] = Field(default_factory=dict)
+
+    @field_validator("url")
+    @classmethod
+    def _url(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        match = re.fullmatch(r"https://([^/:?#]+)(?::([1-9][0-9]{0,4}))?(/[^?#]*)?", value)
+        if match is None:
+            raise ValueError("write https://host[:port][/path]")
+        _refuse(hosts.host_problem(match[1], wildcards=False))
+        _url_path(match[3] or "/")
+        return value
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> McpServerGrant:
+        if bool(self.command) == (self.url is not None):
+            raise ValueError("write either command or url")
+        if self.url and self.environment:
+            raise ValueError("environment belongs to a command")
+        return self
+
+    @property
+    def address(self) -> tuple[str, int] | None:
+        """Host and port of the URL."""
+        if self.url is None:
+            return None
+        authority = self.url[len("https://") :].partition("/")[0]
+        host, _, port = authority.partition(":")
+        return host, int(port or 443)
+
+
+class Tools(Section):
+    """Who may use which tool.
+
+    Attributes:
+        role: the role that is compiled; None when there is at most one.
+        roles: None offers the default tools (see `ringfence.policy.compile`).
+        permission_modes: what a run may choose; None is every mode when `permission_mode` is
+            not given either, and otherwise those at most as wide as it.
+    """
+
+    role: Name | None = None
+    roles: dict[Name, Role] | None = None
+    permission_mode: ModeName | None = None
+    permission_modes: Items[ModeName] | None = None
+    mcp_servers: dict[ServerName, McpServerGrant] = Field(default_factory=dict)
+    max_subagent_depth: Annotated[int, Field(ge=0, le=8)] = 1
+    max_subagents: Annotated[int, Field(ge=0, le=64)] = 4
+
+
+_FORBIDDEN_HEADERS = frozenset(
+    {
+        *("host", "content-length", "transfer-encoding", "connection", "keep-alive", "te"),
+        *("trailer", "upgrade", "expect", "proxy-authorization", "proxy-connection"),
+        *("content-type", "content-encoding", "accept-encoding", "forwarded", "x-forwarded-for"),
+    }
+)
+
+
+class Secret(Section):
+    """Where one secret of the vault goes: one header or query field, on named hosts (L).
+
+    Attributes:
+        hosts: exact names. header: lower case; `authorization` when neither is given.
+        template: `{}` is the value; None is `Bearer {}` for authorization, else `{}`.
+    """
+
+    hosts: Annotated[Items[Annotated[str, AfterValidator(_exact_host)]], Field(min_length=1)]
+    header: Annotated[str, StringConstraints(pattern=r"^[a-z0-9!#$&^_`|~.+-]{1,64}$")] | None = None
+    template: Annotated[str, StringConstraints(pattern=r"^[\x20-\x7e]{2,256}$")] | None = None
+    query: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] | None = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Secret:
+        if self.query and (self.header or self.template):
+            raise ValueError("write either query, or header and template")
+        if self.header in _FORBIDDEN_HEADERS:
+            raise ValueError(f"{self.header} frames the request itself; no secret belongs in it")
+        if self.template is not None and self.template.count("{}") != 1:
+            raise ValueError("template holds {} once, for the value")
+        return self
+
+
+class Execution(Section):
+    """Time, memory and processes, each enforced from outside.
+
+    Attributes:
+        allow_network_tools, allow_subprocess: False takes such tools away whatever a role says;
+            True adds them to the default tools; None leaves it to the role.
+    """
+
+    max_duration_seconds: Annotated[float, Field(gt=0, le=604_800, allow_inf_nan=False)] = 300.0
+    max_tool_seconds: Annotated[float, Field(gt=0, le=604_800, allow_inf_nan=False)] = 120.0
+    max_memory_mb: Annotated[int, Field(ge=64, le=16_777_216)] = 2048
+    max_disk_mb: Annotated[int, Field(ge=1, le=16_777_216)] = 1024
+    max_file_mb: Annotated[int, Field(ge=1, le=16_777_216)] = 1024
+    cpus: Annotated[float, Field(ge=0.01, le=4096, allow_inf_nan=False)] = 2.0
+    pids: Annotated[int, Field(ge=8, le=4_194_304)] = 512
+    open_files: Annotated[int, Field(ge=64, le=1_048_576)] = 4096
+    allow_network_tools: bool | None = None
+    allow_subprocess: bool | None = None
+
+
+class Audit(Section):
+    """The record's share of one sandbox: past it, denials are counted and not listed (K)."""
+
+    max_records: Annotated[int, Field(ge=100, le=10_000_000)] = 20_000
+
+
+class Isolation(Section):
+    """The technology; `auto` takes the strongest that this host can run."""
+
+    backend: Literal["auto", "bubblewrap", "runtime", "container", "gvisor", "microvm"] = (
+        "bubblewrap"
+    )
+
+
+class Hosting(Section):
+    """How long a sandbox lives; read by services that host sessions, not by a single run."""
+
+    pattern: Literal["ephemeral", "long-running", "hybrid", "multi-agent"] = "ephemeral"
+
+
+class Model(Section):
+    """The model route, open only when `network.allowed_hosts` names api.anthropic.com.
+
+    Attributes:
+        provider: name of a provider in the operator's settings.
+        models: names that may be asked for; empty allows all. fallback: one to go on with.
+        server_tools, url_sources, mcp_servers: what the provider may reach on the agent's
+            behalf, past every rule of `network`.
+    """
+
+    provider: Name = "anthropic"
+    models: Items[ModelName] = ()
+    fallback: ModelName | None = None
+    max_budget_usd: Positive | None = None
+    max_turns: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    max_requests: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
+    max_output_tokens: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None
+    server_tools: Items[Literal["web_search", "web_fetch", "code_execution", "tool_search"]] = ()
+    url_sources: bool = False
+    mcp_servers: bool = False
+    betas: Items[Beta] = ()
+
+
+class PolicyDocument(Section):
+    """One whole policy, its preset already merged in."""
+
+    version: Literal[1] = 1
+    preset: Literal["strict", "ci", "review", "developer"] | None = None
+    network: Network = Network()
+    filesystem: Filesystem = Filesystem()
+    tools: Tools = Tools()
+    secrets: dict[Name, Secret] = Field(default_factory=dict)
+    execution: Execution = Execution()
+    audit: Audit = Audit()
+    isolation: Isolation = Isolation()
+    hosting: Hosting = Hosting()
+    model: Model = Model()
+    accept_unenforced: Items[ControlName] = ()
+
+    def canonical(self) -> dict[str, Any]:
+        """JSON-shaped content that the digest is taken of; equal policies are equal here."""
+        return self.model_dump(mode="json")

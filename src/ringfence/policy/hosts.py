@@ -1,0 +1,154 @@
+"""Host names of a policy: one spelling each, and nothing that could be read in two ways. PURE.
+
+A name is exact ASCII letters, digits and hyphens (RFC 1123 §2.1), lower case, without a trailing
+dot; or `*.` and such a name at or below a registrable domain (the public suffix list, its private
+part included, so that `*.github.io` is as vague as `*.com`). The wildcard stands for exactly one
+label, as in a certificate (RFC 9525 §6.3). Everything else is refused and the normal form named:
+two of the known bypasses of such lists are a NUL in the name (sandbox-runtime before 0.0.43) and
+an address that only some readers take for one (`127.1`, `0x7f.1`; WHATWG URL §3.5).
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+from publicsuffixlist import PublicSuffixList
+
+MODEL_HOST = "api.anthropic.com"
+"""In a policy this name stands for the model route, wherever the operator's settings lead it."""
+
+_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
+_LOCAL = frozenset({"localhost", "local", "localdomain", "onion", "invalid"})
+
+
+def host_problem(text: str, *, wildcards: bool = True) -> str | None:
+    """Why `text` is not a host of a policy, and what to write instead; None when it is one."""
+    if text.startswith("*."):
+        if not wildcards:
+            return "a wildcard is not allowed here; name each host"
+        return _exact_problem(text[2:]) or _vague_problem(text)
+    return _exact_problem(text)
+
+
+def is_host(text: str) -> bool:
+    """Whether `text` is an exact host name in normal form."""
+    return _exact_problem(text) is None
+
+
+def normal_form(text: str) -> str | None:
+    """The host that was probably meant, in normal form; None when there is none.
+
+    Idempotent: the normal form of a normal form is itself.
+    """
+    star = "*." if text.startswith("*.") else ""
+    name = text[len(star) :].strip().rstrip(".").lower()
+    if "://" in name:
+        name = re.split(r"[/?#]", name.split("://", 1)[1])[0].rsplit("@", 1)[-1]
+        name = re.sub(r":[0-9]*\Z", "", name).rstrip(".")
+    if not name.isascii():
+        try:
+            name = name.encode("idna").decode("ascii").lower().rstrip(".")
+        except UnicodeError:
+            return None
+    whole = star + name
+    return whole if host_problem(whole) is None else None
+
+
+def matches(pattern: str, host: str) -> bool:
+    """Whether a policy's `pattern` covers `host`. Total; a host that is not normal never matches.
+
+    Both sides are compared byte for byte: normalising is the caller's, and refusing is safer.
+    """
+    if not is_host(host):
+        return False
+    if not pattern.startswith("*."):
+        return pattern == host
+    label, dot, rest = host.partition(".")
+    return bool(label and dot) and rest == pattern[2:]
+
+
+def registrable(host: str) -> str | None:
+    """The registrable domain at or above `host`; None for a public suffix or a bare name."""
+    domain = _suffixes().privatesuffix(host)
+    return str(domain) if domain else None
+
+
+@cache
+def _suffixes() -> PublicSuffixList:
+    # an unknown top level is its own suffix, so `*.internal` stays vague too
+    return PublicSuffixList(accept_unknown=True)
+
+
+def _vague_problem(pattern: str) -> str | None:
+    base = pattern[2:]
+    if registrable(base) is None:
+        return f"{pattern} would match domains of anybody; name a host below a domain you mean"
+    if MODEL_HOST.partition(".")[2] == base:
+        return f"{pattern} covers the model provider's own hosts; name {MODEL_HOST} or another host"
+    return None
+
+
+def _exact_problem(text: str) -> str | None:
+    problem = _character_problem(text) or _address_problem(text)
+    if problem:
+        return problem
+    labels = text.split(".")
+    if len(text) > 253 or any(not _LABEL.fullmatch(label) for label in labels):
+        return "not a host name: labels of letters, digits and inner hyphens, 63 at most each" + (
+            _instead(text)
+        )
+    if len(labels) < 2:
+        return "a name without a dot means another host on each network; write the full name"
+    if labels[-1] in _LOCAL:
+        return f"names below {labels[-1]} stay on the host that asks; they are never reached"
+    for label in labels:
+        if label.startswith("xn--") and not _punycode(label):
+            return f"{label} is not valid punycode"
+    return None
+
+
+def _character_problem(text: str) -> str | None:
+    if not text:
+        return "empty; write a host name"
+    if text.strip(".*") == "":
+        return "match-all; name each host"
+    if "*" in text:
+        return "a wildcard may only be the whole first label, as in *.example.com"
+    if not text.isascii():
+        return "write the ASCII form (punycode)" + _instead(text)
+    for character, name in (("%", "a percent sign"), ("_", "an underscore"), ("@", "a user name")):
+        if character in text:
+            return f"holds {name}, which no host name has"
+    if any(ord(character) < 0x21 or ord(character) == 0x7F for character in text):
+        return "holds a blank or a control character"
+    if "/" in text:
+        return "write the host alone, without scheme or path" + _instead(text)
+    if text != text.lower():
+        return "write it in lower case" + _instead(text)
+    if text.endswith("."):
+        return "write it without the trailing dot" + _instead(text)
+    return None
+
+
+def _address_problem(text: str) -> str | None:
+    if ":" in text or "[" in text or "]" in text:
+        return "an address or a second port; write a host name, or host:port"
+    if _NUMBER.fullmatch(text.rpartition(".")[2]):
+        return "an IP address in one of its spellings; write the host's name"
+    return None
+
+
+def _punycode(label: str) -> bool:
+    try:
+        decoded = label[4:].encode("ascii").decode("punycode")
+        return not decoded.isascii() and decoded.encode("punycode").decode() == label[4:]
+    except (UnicodeError, ValueError, OverflowError):
+        return False
+
+
+def _instead(text: str) -> str:
+    form = normal_form(text)
+    return f": {form}" if form and form != text else ""
+

@@ -1,0 +1,127 @@
+"""Tool rules as text: `Bash`, `Bash(git status:*)`, `Edit(/workspace/docs/**)`. PURE.
+
+A grant names a tool and nothing else. A rule of `deny` or `preapproved` may carry a specifier
+that narrows it to some inputs; the grammar is the Agent SDK's, with its traps taken out: a
+specifier that means "everything" is refused, and an absolute path is absolute.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from ringfence.policy.hosts import host_problem
+from ringfence.policy.paths import normal
+from ringfence.policy.tools import EDIT_TOOLS, KNOWN, Tool, canonical_tool, mcp_parts
+
+_RULE = re.compile(r"(?P<name>[^()\s]+)(?:\((?P<specifier>.*)\))?", re.DOTALL)
+_MAX_STARS = 8  # a glob becomes a regular expression; its cost grows with each star
+_EVERYTHING = frozenset({"", "*", "**", ":*", "/**", "//**", "*:*"})
+_PATH_TOOLS = frozenset({"Read", "Glob", "Grep", "LS", "NotebookRead"}) | EDIT_TOOLS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rule:
+    """One parsed rule.
+
+    Attributes:
+        tool: canonical name of the tool, or `mcp__server__tool`.
+        specifier: what narrows it; None for the whole tool. A path is kept as `//` and the
+            absolute glob, which is the form that the SDK takes for absolute too.
+    """
+
+    tool: str
+    specifier: str | None = None
+
+    @property
+    def text(self) -> str:
+        """Canonical spelling."""
+        return self.tool if self.specifier is None else f"{self.tool}({self.specifier})"
+
+
+def grant_problem(text: str) -> str | None:
+    """Why `text` cannot be granted, and what to write instead; None when it can."""
+    if "*" in text:
+        return "no wildcards in a grant: a tool that is added later would be granted unseen; " + (
+            "name each tool"
+        )
+    if "(" in text:
+        name = text.partition("(")[0]
+        return f"a grant names a tool; write {name} here and {text} under preapproved or deny"
+    problem = _name_problem(text)
+    tool = KNOWN.get(canonical_tool(text))
+    if problem is None and tool is not None and tool.dangerous:
+        return f"never granted: {tool.dangerous}"
+    return problem
+
+
+def rule_problem(text: str) -> str | None:
+    """Why `text` is not a rule, and what to write instead; None when it is one."""
+    match = _RULE.fullmatch(text)
+    if match is None:
+        return "write Tool or Tool(specifier)"
+    name, specifier = match["name"], match["specifier"]
+    if "*" in name:
+        return "no wildcards in a tool's name: name each tool (what is not granted is denied)"
+    problem = _name_problem(name)
+    if problem or specifier is None:
+        return problem
+    return _specifier_problem(canonical_tool(name), specifier)
+
+
+def parse_rule(text: str) -> Rule:
+    """The rule that `text` says.
+
+    Raises:
+        ValueError: what `rule_problem` says.
+    """
+    problem = rule_problem(text)
+    if problem:
+        raise ValueError(problem)
+    match = _RULE.fullmatch(text)
+    assert match is not None  # noqa: S101  rule_problem has just matched it
+    tool, specifier = canonical_tool(match["name"]), match["specifier"]
+    if specifier is not None and tool in _PATH_TOOLS:
+        specifier = "/" + _absolute_glob(specifier)
+    return Rule(tool=tool, specifier=specifier)
+
+
+def _name_problem(name: str) -> str | None:
+    if canonical_tool(name) in KNOWN or mcp_parts(name):
+        return None
+    if name.startswith("mcp__"):
+        return "write mcp__server__tool; a whole server would grant tools that it adds later"
+    near = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.6)
+    return "no tool of this name" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _specifier_problem(tool: str, specifier: str) -> str | None:
+    if specifier.strip() in _EVERYTHING:
+        return f"it narrows nothing; write {tool} to mean all of it"
+    if any(ord(character) < 0x20 or ord(character) == 0x7F for character in specifier):
+        return "holds a control character"
+    if specifier.count("*") > _MAX_STARS or len(specifier) > 512:
+        return f"at most {_MAX_STARS} stars and 512 characters"
+    if tool in {"Bash", "PowerShell", "Monitor"}:
+        return None if specifier == specifier.strip() else "write it without blanks at the ends"
+    if tool in _PATH_TOOLS:
+        return None
+    if tool == "WebFetch":
+        kind, _, host = specifier.partition(":")
+        if kind != "domain":
+            return "write WebFetch(domain:host)"
+        return host_problem(host)
+    return f"{tool} takes no specifier; write {tool}"
+
+
+def _absolute_glob(specifier: str) -> str:
+    if specifier.startswith("//"):
+        specifier = specifier[1:]
+    return normal(specifier)
+
+
+def tool_facts(name: str) -> Tool:
+    """What a tool can do; an MCP tool is taken to do everything, an unknown one likewise."""
+    known = KNOWN.get(canonical_tool(name))
+    return known or Tool(name=name, runs_programs=True, network=True, writes=True)
