@@ -86,6 +86,9 @@ class AgentError(RingfenceError):
 CODES: dict[str, str] = {
     # config
     "settings-invalid": "A setting of the operator is malformed, or its file can be written by others.",
+    # policy
+    "policy-invalid": "A policy says something vague, contradictory or unknown; it does not load.",
+    "policy-unreadable": "A policy file cannot be read.",
     # cli, worker
     "usage": "The command line or the call cannot be understood.",
     "workspace-missing": "The workspace is not a directory that can be read.",
@@ -98,6 +101,14 @@ CODES: dict[str, str] = {
     "session-unknown": "No session of that id exists in this state directory.",
     "session-busy": "Another run holds the session.",
     "session-frame-refused": "A transcript frame from inside named another session or a bad path.",
+    # vault
+    "credential-name": "A credential's name has a form of its own, so that a value is not taken for one.",
+    "credential-value": "A credential's value holds characters that no header may carry.",
+    "credential-unknown": "No credential of that name is in the vault.",
+    "credential-missing": "A credential that the run needs is not in the vault.",
+    "vault-refused": "The vault's file or key was changed, or can be read by others.",
+    # egress
+    "egress-unavailable": "The egress process is gone or not configured; nothing can leave.",
     # sandbox
     "control-unenforceable": "This host cannot enforce a control that the policy does not accept without.",
     "isolation-unavailable": "The isolation technology cannot run on this host.",

@@ -23,8 +23,8 @@ class ProviderConfig(Message):
     Attributes:
         base_url: scheme, host and optional port and path prefix; http and loopback are allowed
             here and nowhere else.
-        credential: name of the secret in the vault (`anthropic` by default), or `env` for the
-            value handed over in `Configure.environment_credential`; None sends none.
+        credential: name of the secret in the vault (`anthropic` by default), or `environment`
+            for the value in `Configure.environment_credential`; None sends none.
         header: header that carries it: `x-api-key`, or `authorization` with Bearer.
     """
 
@@ -49,6 +49,8 @@ class Configure(Message):
     whose upstreams live on loopback; only ever set from the operator's settings."""
     upstream_ca: str | None = None
     drop_to_uid: int | None = None
+    wait_for_audit: bool = True
+    """False only in benchmarks, to measure the write-ahead apart."""
 
 
 class OpenSandbox(Message):

@@ -46,6 +46,7 @@ class SandboxProfile:
         readable: host paths visible read-only. writable: host paths visible read-write.
         blocked: host paths that are absent inside, wherever a mount would have shown them.
         hidden: gitignore-like globs below the workspace whose files are masked (requirement E).
+        shown: globs of the same kind taken out of the masked ones.
         tmp_exec: whether programs may be executed from /tmp, /var/tmp, /dev/shm and the home.
         accept_unenforced: names of controls (`Control` of ringfence.sandbox.protocol) that may
             go unenforced on this host.
@@ -57,6 +58,7 @@ class SandboxProfile:
     writable: tuple[str, ...] = ()
     blocked: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
+    shown: tuple[str, ...] = ()
     tmp_exec: bool = False
     limits: Limits = Limits()
     accept_unenforced: frozenset[str] = frozenset()
@@ -183,6 +185,7 @@ class ToolGrants:
         offered: tool names the model is offered (`mcp__server__tool` included), in order.
         preapproved: offered tools that need no question in mode `default` and `dontAsk`;
             entries may carry a specifier such as `Bash(git status:*)` that narrows them.
+        fallback_model: what the driver goes on with when the model is overloaded.
         denied: names and specifiers denied whatever else says; deny wins.
         permission_mode: the policy's mode; a run may only choose a mode in `permission_modes`.
     """
@@ -197,6 +200,7 @@ class ToolGrants:
     max_turns: int | None = None
     max_subagent_depth: int = 1
     max_subagents: int = 4
+    fallback_model: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

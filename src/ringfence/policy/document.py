@@ -11,7 +11,7 @@ is silently ignored is a hole.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -27,13 +27,6 @@ from pydantic import (
 from ringfence.policy import hosts, paths, rules
 from ringfence.policy.tools import canonical_tool
 
-CONTROLS = (
-    *("memory", "cpu", "pids", "disk", "workspace_disk", "seccomp", "network", "user_namespace"),
-    *("tmp_noexec", "uid_per_sandbox", "claude_unreadable"),
-)
-"""What a backend may be unable to enforce: names of `ringfence.sandbox.protocol.Control`, which
-stands above this room; a test holds the two equal."""
-
 ModeName = Literal["default", "acceptEdits", "plan", "dontAsk", "bypassPermissions", "auto"]
 ControlName = Literal[
     "memory",
@@ -48,6 +41,10 @@ ControlName = Literal[
     "uid_per_sandbox",
     "claude_unreadable",
 ]
+CONTROLS: tuple[str, ...] = get_args(ControlName)
+"""What a backend may be unable to enforce: names of `ringfence.sandbox.protocol.Control`, which
+stands above this room; a test holds the two equal."""
+
 Method = Literal["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
 MODE_WIDTH: tuple[ModeName, ...] = (
@@ -121,7 +118,7 @@ def _rule(text: str) -> str:
 
 
 def _url_path(path: str) -> str:
-    stem = path[:-3] if path.endswith("/**") else path
+    stem = path.removesuffix("/**")
     if not path.startswith("/"):
         raise ValueError("write an absolute path of the host, such as /v1/items or /v1/**")
     if "*" in stem or not re.fullmatch(r"[A-Za-z0-9/._~!$&'()+,;=:@-]*", stem):
@@ -190,17 +187,19 @@ class HostGrant(Section):
         """`host` or `host:port` as one string."""
         if not isinstance(value, str):
             return value
-        host, colon, port = value.rpartition(":")
-        if colon and "/" not in value and re.fullmatch(r"[1-9][0-9]{0,4}", port) and ":" not in host:
-            _refuse(hosts.host_problem(host))
-            return {"host": host, "port": int(port)}
+        match = re.fullmatch(r"([^:/]+):([1-9][0-9]{0,4})", value)
+        if match:
+            _refuse(hosts.host_problem(match[1]))
+            return {"host": match[1], "port": int(match[2])}
         _refuse(hosts.host_problem(value))
         return {"host": value}
 
     @model_validator(mode="after")
     def _consistent(self) -> HostGrant:
         if self.opaque and (self.paths or self.credential):
-            raise ValueError("an opaque tunnel is not looked into: drop opaque, or paths/credential")
+            raise ValueError(
+                "an opaque tunnel is not looked into; drop opaque, or paths and credential"
+            )
         if self.credential and self.host.startswith("*."):
             raise ValueError("a credential goes to named hosts only, not to a wildcard")
         if self.host == hosts.MODEL_HOST and (
@@ -315,6 +314,7 @@ class Tools(Section):
     Attributes:
         role: the role that is compiled; None when there is at most one.
         roles: None offers the default tools (see `ringfence.policy.compile`).
+        permission_mode: None is `default`, and `acceptEdits` with the default tools.
         permission_modes: what a run may choose; None is every mode when `permission_mode` is
             not given either, and otherwise those at most as wide as it.
     """
@@ -441,5 +441,17 @@ class PolicyDocument(Section):
     accept_unenforced: Items[ControlName] = ()
 
     def canonical(self) -> dict[str, Any]:
-        """JSON-shaped content that the digest is taken of; equal policies are equal here."""
-        return self.model_dump(mode="json")
+        """JSON-shaped content that the digest is taken of.
+
+        The preset's name is left out: its lines are in, and a policy that spells them out itself
+        is the same policy.
+        """
+        return self.model_dump(mode="json", exclude={"preset"})
+
+
+def permission_mode_of(document: PolicyDocument) -> ModeName:
+    """The mode in force. A policy that says nothing about tools gets the default ones, and with
+    them `acceptEdits`: edits stay in the workspace, and by default in a patch.
+    """
+    stated = document.tools.permission_mode
+    return stated or ("acceptEdits" if document.tools.roles is None else "default")

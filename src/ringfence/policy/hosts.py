@@ -11,6 +11,7 @@ an address that only some readers take for one (`127.1`, `0x7f.1`; WHATWG URL §
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import cache
 
 from publicsuffixlist import PublicSuffixList
@@ -112,24 +113,23 @@ def _exact_problem(text: str) -> str | None:
 def _character_problem(text: str) -> str | None:
     if not text:
         return "empty; write a host name"
-    if text.strip(".*") == "":
-        return "match-all; name each host"
-    if "*" in text:
-        return "a wildcard may only be the whole first label, as in *.example.com"
-    if not text.isascii():
-        return "write the ASCII form (punycode)" + _instead(text)
-    for character, name in (("%", "a percent sign"), ("_", "an underscore"), ("@", "a user name")):
-        if character in text:
-            return f"holds {name}, which no host name has"
-    if any(ord(character) < 0x21 or ord(character) == 0x7F for character in text):
-        return "holds a blank or a control character"
-    if "/" in text:
-        return "write the host alone, without scheme or path" + _instead(text)
-    if text != text.lower():
-        return "write it in lower case" + _instead(text)
-    if text.endswith("."):
-        return "write it without the trailing dot" + _instead(text)
+    for fault, message in _FAULTS:
+        if fault(text):
+            return message + _instead(text)
     return None
+
+
+_FAULTS: tuple[tuple[Callable[[str], object], str], ...] = (
+    (lambda text: not text.strip(".*"), "match-all; name each host"),
+    (lambda text: "*" in text, "a wildcard may only be the whole first label, as *.example.com"),
+    (lambda text: not text.isascii(), "write the ASCII form (punycode)"),
+    (lambda text: "%" in text, "holds a percent sign, which no host name has"),
+    (lambda text: "_" in text, "holds an underscore, which no host name has"),
+    (lambda text: re.search(r"[\x00-\x20\x7f]", text), "holds a blank or a control character"),
+    (lambda text: "/" in text or "@" in text, "write the host alone, without scheme, user or path"),
+    (lambda text: text != text.lower(), "write it in lower case"),
+    (lambda text: text.endswith("."), "write it without the trailing dot"),
+)
 
 
 def _address_problem(text: str) -> str | None:
@@ -151,4 +151,3 @@ def _punycode(label: str) -> bool:
 def _instead(text: str) -> str:
     form = normal_form(text)
     return f": {form}" if form and form != text else ""
-

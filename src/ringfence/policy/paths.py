@@ -8,7 +8,7 @@ tool rules and tool inputs), where the working directory is always `/workspace`.
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from fnmatch import fnmatchcase
 
 WORKSPACE = "/workspace"
 HOME = "/home/agent"
@@ -90,26 +90,22 @@ def glob_problem(pattern: str) -> str | None:
 def glob_matches(pattern: str, path: str) -> bool:
     """Whether a glob of normal absolute paths covers a normal path.
 
-    `*` and `?` do not cross a slash, `**` does; a trailing `/**` covers the directory too.
+    `*` and `?` do not cross a slash; a component `**` stands for any number of components, so
+    that `/a/**` covers `/a` too. Component by component and without backtracking past the last
+    `**`: a path is written by the agent, and must not choose the cost of reading it.
     """
-    return _compiled(pattern).fullmatch(path) is not None
-
-
-@lru_cache(maxsize=1024)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    ending = ""
-    if pattern.endswith("/**"):
-        pattern, ending = pattern[:-3], "(?:/.*)?"
-    pieces = []
-    for piece in re.split(r"(/\*\*/|\*{2,}|\*|\?)", pattern):
-        if piece == "/**/":
-            pieces.append("/(?:.*/)?")
-        elif piece.startswith("**"):
-            pieces.append(".*")
-        elif piece == "*":
-            pieces.append("[^/]*")
-        elif piece == "?":
-            pieces.append("[^/]")
+    wanted, parts = pattern.split("/"), path.split("/")
+    at = index = 0
+    resume: tuple[int, int] | None = None
+    while index < len(parts):
+        if at < len(wanted) and wanted[at] == "**":
+            resume = (at + 1, index)
+            at += 1
+        elif at < len(wanted) and fnmatchcase(parts[index], wanted[at]):
+            at, index = at + 1, index + 1
+        elif resume is not None:
+            resume = (resume[0], resume[1] + 1)
+            at, index = resume
         else:
-            pieces.append(re.escape(piece))
-    return re.compile("".join(pieces) + ending, re.DOTALL)
+            return False
+    return all(component == "**" for component in wanted[at:])

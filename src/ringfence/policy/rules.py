@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ringfence.policy.hosts import host_problem
 from ringfence.policy.paths import normal
@@ -18,6 +19,8 @@ from ringfence.policy.tools import EDIT_TOOLS, KNOWN, Tool, canonical_tool, mcp_
 _RULE = re.compile(r"(?P<name>[^()\s]+)(?:\((?P<specifier>.*)\))?", re.DOTALL)
 _MAX_STARS = 8  # a glob becomes a regular expression; its cost grows with each star
 _EVERYTHING = frozenset({"", "*", "**", ":*", "/**", "//**", "*:*"})
+SHELL_TOOLS = frozenset({"Bash", "PowerShell", "Monitor"})
+"""Tools whose input is a shell command, under `command`."""
 _PATH_TOOLS = frozenset({"Read", "Glob", "Grep", "LS", "NotebookRead"}) | EDIT_TOOLS
 
 
@@ -43,9 +46,7 @@ class Rule:
 def grant_problem(text: str) -> str | None:
     """Why `text` cannot be granted, and what to write instead; None when it can."""
     if "*" in text:
-        return "no wildcards in a grant: a tool that is added later would be granted unseen; " + (
-            "name each tool"
-        )
+        return "no wildcards in a grant, they would grant tools yet to come; name each tool"
     if "(" in text:
         name = text.partition("(")[0]
         return f"a grant names a tool; write {name} here and {text} under preapproved or deny"
@@ -70,6 +71,7 @@ def rule_problem(text: str) -> str | None:
     return _specifier_problem(canonical_tool(name), specifier)
 
 
+@lru_cache(maxsize=4096)
 def parse_rule(text: str) -> Rule:
     """The rule that `text` says.
 
@@ -96,14 +98,14 @@ def _name_problem(name: str) -> str | None:
     return "no tool of this name" + (f"; did you mean {near[0]}?" if near else "")
 
 
-def _specifier_problem(tool: str, specifier: str) -> str | None:
+def _specifier_problem(tool: str, specifier: str) -> str | None:  # noqa: PLR0911  a ladder of refusals
     if specifier.strip() in _EVERYTHING:
         return f"it narrows nothing; write {tool} to mean all of it"
     if any(ord(character) < 0x20 or ord(character) == 0x7F for character in specifier):
         return "holds a control character"
     if specifier.count("*") > _MAX_STARS or len(specifier) > 512:
         return f"at most {_MAX_STARS} stars and 512 characters"
-    if tool in {"Bash", "PowerShell", "Monitor"}:
+    if tool in SHELL_TOOLS:
         return None if specifier == specifier.strip() else "write it without blanks at the ends"
     if tool in _PATH_TOOLS:
         return None

@@ -149,7 +149,9 @@ SERVER_TOOLS = {
 }
 """What a policy may name under `model.server_tools`, to the type prefix on the wire."""
 
-_MCP = re.compile(r"mcp__(?P<server>[A-Za-z0-9-]+(?:_[A-Za-z0-9-]+)*)__(?P<tool>[A-Za-z0-9_-]{1,64})")
+_MCP = re.compile(
+    r"mcp__(?P<server>[A-Za-z0-9-]+(?:_[A-Za-z0-9-]+)*)__(?P<tool>[A-Za-z0-9_-]{1,64})"
+)
 
 
 def canonical_tool(name: str) -> str:

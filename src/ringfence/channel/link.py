@@ -1,0 +1,201 @@
+"""Framed messages with descriptors over a socketpair; both ends.
+
+A frame is a 4-byte big-endian length and JSON `{"m": message, "f": number of descriptors}`;
+descriptors travel with the frame's first byte, in order (unix(7), SCM_RIGHTS).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import json
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from ringfence.channel.messages import MESSAGES, Ack, AnyMessage, Message, Refused
+from ringfence.errors import (
+    AgentError,
+    CallerError,
+    DeniedError,
+    RingfenceError,
+    UnavailableError,
+)
+
+MAX_FRAME = 16 << 20
+_MAX_FDS = 8
+_FAMILIES = {cls.family: cls for cls in (CallerError, DeniedError, UnavailableError, AgentError)}
+
+Received = Callable[[AnyMessage, list[int]], Awaitable[None]]
+
+
+class Channel:
+    """One end. `on_message` is called in order, one at a time; `on_end` once."""
+
+    def __init__(
+        self, connection: socket.socket, on_message: Received, on_end: Callable[[], None]
+    ) -> None:
+        connection.setblocking(False)
+        self._socket = connection
+        self._on_message, self._on_end = on_message, on_end
+        self._buffer = bytearray()
+        self._descriptors: collections.deque[int] = collections.deque()
+        self._sending = asyncio.Lock()
+        self._reader = asyncio.get_running_loop().create_task(self._read())
+
+    async def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
+        """One frame. Raises OSError when the peer is gone."""
+        envelope = {"m": message.model_dump(), "f": len(descriptors)}
+        body = json.dumps(envelope, separators=(",", ":")).encode()
+        head = struct.pack(">I", len(body))
+        loop = asyncio.get_running_loop()
+        async with self._sending:
+            if descriptors:
+                await self._writable()
+                sent = socket.send_fds(self._socket, [head], list(descriptors))
+                head = head[sent:]
+            await loop.sock_sendall(self._socket, head + body)
+
+    async def _writable(self) -> None:
+        loop = asyncio.get_running_loop()
+        ready = loop.create_future()
+        loop.add_writer(self._socket, lambda: ready.done() or ready.set_result(None))
+        try:
+            await ready
+        finally:
+            loop.remove_writer(self._socket)
+
+    async def _readable(self) -> None:
+        loop = asyncio.get_running_loop()
+        ready = loop.create_future()
+        loop.add_reader(self._socket, lambda: ready.done() or ready.set_result(None))
+        try:
+            await ready
+        finally:
+            loop.remove_reader(self._socket)
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                try:
+                    data, descriptors, _, _ = socket.recv_fds(
+                        self._socket, 65536, _MAX_FDS, socket.MSG_CMSG_CLOEXEC
+                    )
+                except BlockingIOError:
+                    await self._readable()
+                    continue
+                if not data:
+                    return
+                self._descriptors.extend(descriptors)
+                self._buffer += data
+                await self._frames()
+        except (OSError, ValidationError, ValueError, KeyError, IndexError):
+            return  # a peer that speaks otherwise is no peer
+        finally:
+            self._drop()
+
+    async def _frames(self) -> None:
+        while len(self._buffer) >= 4:
+            (length,) = struct.unpack_from(">I", self._buffer)
+            if length > MAX_FRAME:
+                raise ValueError("frame too long")
+            if len(self._buffer) < 4 + length:
+                return
+            envelope = json.loads(bytes(self._buffer[4 : 4 + length]))
+            del self._buffer[: 4 + length]
+            descriptors = [self._descriptors.popleft() for _ in range(int(envelope["f"]))]
+            await self._on_message(MESSAGES.validate_python(envelope["m"]), descriptors)
+
+    def _drop(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popleft())
+        self._on_end()
+
+    async def close(self) -> None:
+        """Shut both ways. Idempotent."""
+        self._reader.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._reader
+        self._socket.close()
+
+
+class EgressLink:
+    """The worker's end: requests that are answered, notices that are not asked for."""
+
+    def __init__(
+        self, connection: socket.socket, on_notice: Callable[[AnyMessage], None]
+    ) -> None:
+        self._on_notice = on_notice
+        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._number = 0
+        self._gone = False
+        self._channel = Channel(connection, self._received, self._ended)
+
+    async def request(
+        self, kind: type[Message], *, descriptors: Sequence[int] = (), **fields: Any
+    ) -> dict[str, Any]:
+        """Send a request and wait for its `Ack`; returns the detail.
+
+        Raises:
+            UnavailableError: `egress-unavailable` when the process is gone.
+            RingfenceError: what egress refused it with.
+        """
+        if self._gone:
+            raise _unavailable()
+        self._number = number = self._number + 1
+        answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = answer
+        try:
+            await self._channel.send(kind(id=number, **fields), descriptors)
+        except OSError:
+            self._waiting.pop(number, None)
+            raise _unavailable() from None
+        return await answer
+
+    async def _received(self, message: AnyMessage, _: list[int]) -> None:
+        if isinstance(message, Ack):
+            future = self._waiting.pop(message.id, None)
+            if future is not None and not future.done():
+                future.set_result(message.detail)
+        elif isinstance(message, Refused):
+            future = self._waiting.pop(message.id, None)
+            if future is not None and not future.done():
+                future.set_exception(_error(message.error))
+        else:
+            self._on_notice(message)
+
+    def _ended(self) -> None:
+        self._gone = True
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(_unavailable())
+        self._waiting.clear()
+
+    @property
+    def gone(self) -> bool:
+        """Whether the egress process has ended."""
+        return self._gone
+
+    async def close(self) -> None:
+        """Leave; egress ends when its channel does."""
+        await self._channel.close()
+
+
+def _unavailable() -> UnavailableError:
+    return UnavailableError(
+        "egress-unavailable",
+        "the egress process has ended; nothing can leave the sandbox",
+        hint="see its last words on standard error",
+    )
+
+
+def _error(value: dict[str, str]) -> RingfenceError:
+    family = _FAMILIES.get(value.get("family", ""), UnavailableError)
+    return family(
+        value.get("code", "egress-unavailable"), value.get("message", ""), hint=value.get("hint", "")
+    )

@@ -1,0 +1,78 @@
+"""`ringfence vault`: seal credentials; nothing here can read one back."""
+
+from __future__ import annotations
+
+import getpass
+import sys
+from datetime import UTC, datetime
+from typing import Annotated
+
+import typer
+
+from ringfence.cli.context import AppContext
+from ringfence.cli.output import clear_errors, print_json
+from ringfence.vault.keys import VaultPaths
+from ringfence.vault.seal import set_credential
+from ringfence.vault.store import VaultFile
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Credentials, sealed to the egress process. They are set and removed, never shown.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command("set", epilog="Example: ringfence vault set anthropic   (or: … < key.txt)")
+def set_(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="Name that policies use, such as anthropic.")],
+    *,
+    host: Annotated[
+        list[str] | None, typer.Option(help="Host it may be sent to; can be repeated.")
+    ] = None,
+) -> None:
+    """Ask for a value (or read it from standard input) and seal it."""
+    with clear_errors():
+        value = (
+            getpass.getpass(f"Value of {name} (not shown): ")
+            if sys.stdin.isatty()
+            else sys.stdin.readline(16384)
+        ).strip()
+        state: AppContext = context.obj
+        entry = set_credential(VaultPaths(state.state_dir), name, value, tuple(host or ()))
+        typer.echo(f"{entry.name} is sealed ({entry.fingerprint})", err=True)
+
+
+@app.command("list", epilog="Example: ringfence vault list --json")
+def list_(context: typer.Context, *, json: Json = False) -> None:
+    """Names, hosts and age; never a value."""
+    with clear_errors(as_json=json):
+        state: AppContext = context.obj
+        entries = VaultFile(VaultPaths(state.state_dir).store).entries().values()
+        rows = [
+            {
+                "name": entry.name,
+                "hosts": list(entry.hosts),
+                "set_at": datetime.fromtimestamp(entry.set_at, UTC).isoformat(timespec="seconds"),
+                "fingerprint": entry.fingerprint,
+            }
+            for entry in sorted(entries, key=lambda entry: entry.name)
+        ]
+        if json:
+            print_json(rows)
+            return
+        for row in rows:
+            hosts = ", ".join(row["hosts"]) or "(the policy's hosts)"
+            typer.echo(f"{row['name']:24} {row['set_at']}  {row['fingerprint']}  {hosts}")
+        if not rows:
+            typer.echo("The vault is empty. Start with: ringfence vault set anthropic", err=True)
+
+
+@app.command("remove", epilog="Example: ringfence vault remove anthropic")
+def remove(context: typer.Context, name: str) -> None:
+    """Forget a credential."""
+    with clear_errors():
+        state: AppContext = context.obj
+        VaultFile(VaultPaths(state.state_dir).store).remove(name)
+        typer.echo(f"{name} is removed", err=True)

@@ -1,0 +1,130 @@
+"""Names to addresses: resolved once, every answer vetted, the one that is dialled pinned.
+
+A name on the allowlist is a promise of its owner, not of the address it resolves to today: an
+answer that points inside (loopback, private, link-local, metadata, this host itself) is refused
+whole, so that a mixed answer cannot smuggle one in (DNS rebinding).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+_METADATA = frozenset(
+    {
+        *("169.254.169.254", "169.254.170.2", "169.254.170.23", "168.63.129.16"),
+        *("100.100.100.200", "192.0.0.192", "169.254.0.1"),
+        *("fd00:ec2::254", "fd20:ce::254", "fd00:42::42"),
+    }
+)
+_NAT64 = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48"))
+_TIMEOUT = 5.0
+_KEPT_SECONDS = 30.0
+_MAX_ANSWERS = 64
+
+
+class AddressError(Exception):
+    """A name that may not be dialled; the message is a reason tag."""
+
+
+def vet(text: str, own: Iterable[str] = ()) -> bool:
+    """Whether an address is out there, whatever it is wrapped in."""
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return False
+    if isinstance(address, ipaddress.IPv6Address):
+        embedded = _embedded(address)
+        if embedded is not None:
+            return vet(str(embedded), own)
+        if address in ipaddress.ip_network("::/96"):
+            return False
+    return (
+        address.is_global
+        and not address.is_multicast
+        and not address.is_reserved
+        and str(address) not in _METADATA
+        and str(address) not in set(own)
+    )
+
+
+def _embedded(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    """The IPv4 address inside a v4-mapped, 6to4, Teredo or NAT64 one."""
+    if address.ipv4_mapped is not None:
+        return address.ipv4_mapped
+    if address.sixtofour is not None:
+        return address.sixtofour
+    if address.teredo is not None:
+        return address.teredo[1]
+    if any(address in network for network in _NAT64):
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return None
+
+
+def own_addresses() -> frozenset[str]:
+    """Addresses of this host's interfaces: a public one of them is still us."""
+    found = set()
+    trie = Path("/proc/net/fib_trie")
+    if trie.exists():
+        last = ""
+        for line in trie.read_text().splitlines():
+            words = line.split()
+            if "LOCAL" in words and "host" in words:
+                found.add(last)
+            elif words and words[0] == "|--":
+                last = words[1]
+    six = Path("/proc/net/if_inet6")
+    if six.exists():
+        for line in six.read_text().splitlines():
+            found.add(str(ipaddress.IPv6Address(int(line.split()[0], 16))))
+    return frozenset(found)
+
+
+class Resolver:
+    """Resolves for all sandboxes; `overrides` come from the operator's settings only."""
+
+    def __init__(self, overrides: Mapping[str, list[str]], connect: Mapping[str, str]) -> None:
+        self._overrides, self._connect = overrides, connect
+        self._kept: dict[tuple[str, int], tuple[float, tuple[str, int]]] = {}
+
+    async def resolve(self, host: str, port: int) -> tuple[str, int]:
+        """The one address to dial. Raises AddressError."""
+        forced = self._connect.get(f"{host}:{port}")
+        if forced is not None:
+            address, _, number = forced.rpartition(":")
+            return address, int(number)
+        if host in self._overrides:
+            return _first_vetted(self._overrides[host], port)
+        kept = self._kept.get((host, port))
+        if kept is not None and kept[0] > time.monotonic():
+            return kept[1]
+        chosen = _first_vetted(await _lookup(host, port), port)
+        if len(self._kept) > 4096:
+            self._kept.clear()
+        self._kept[host, port] = time.monotonic() + _KEPT_SECONDS, chosen
+        return chosen
+
+
+async def _lookup(host: str, port: int) -> list[str]:
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(_TIMEOUT):
+            answers = await loop.getaddrinfo(
+                host + ".", port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
+            )
+    except (TimeoutError, OSError):
+        raise AddressError("name-not-resolved") from None
+    return [str(answer[4][0]) for answer in answers]
+
+
+def _first_vetted(addresses: list[str], port: int) -> tuple[str, int]:
+    if not addresses or len(addresses) > _MAX_ANSWERS:
+        raise AddressError("name-not-resolved")
+    own = own_addresses()
+    if not all(vet(address, own) for address in addresses):
+        raise AddressError("address-not-public")
+    return addresses[0], port

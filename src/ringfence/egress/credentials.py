@@ -1,0 +1,103 @@
+"""Credentials inside the egress process: looked up by name, set last, shown nowhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from urllib.parse import quote
+
+from ringfence.egress.rules import matches
+from ringfence.policy.compiled import CredentialRule
+
+
+class Secret:
+    """A credential's value. Everything that could print it prints the redacted twin."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        if not value or any(ord(c) < 0x21 or ord(c) > 0x7E for c in value):
+            raise ValueError("a credential is printable ASCII without spaces")
+        self._value = value
+
+    def reveal(self) -> str:
+        """The value; called where a header is written, and nowhere else."""
+        return self._value
+
+    def __repr__(self) -> str:
+        """The redacted twin."""
+        return "Secret(…)"
+
+    __str__ = __repr__
+
+    def __format__(self, spec: str) -> str:
+        """The redacted twin."""
+        return repr(self)
+
+    def __reduce__(self) -> str:
+        """No pickle, no copy across a process."""
+        raise TypeError("a credential cannot be serialised")
+
+
+@dataclass(frozen=True, slots=True)
+class Injection:
+    """One credential for one request: header lines and query fields to set last."""
+
+    name: str
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    query: tuple[tuple[str, str], ...] = ()
+
+    def __repr__(self) -> str:
+        """The redacted twin."""
+        return f"Injection({self.name}, …)"
+
+    @property
+    def header_names(self) -> frozenset[bytes]:
+        """Lower-case names that the request may not bring itself."""
+        return frozenset(name for name, _ in self.headers)
+
+
+class CredentialError(Exception):
+    """A credential that a rule needs is not there; the message is a reason tag."""
+
+
+class Credentials:
+    """Everything the process holds, by name."""
+
+    def __init__(self, secrets: Mapping[str, Secret]) -> None:
+        self._secrets = dict(secrets)
+
+    def __repr__(self) -> str:
+        """Names only."""
+        return f"Credentials({sorted(self._secrets)})"
+
+    def has(self, name: str) -> bool:
+        """Whether a credential of that name is held."""
+        return name in self._secrets
+
+    def values(self, names: Iterable[str]) -> list[bytes]:
+        """What redaction looks for, of the named ones."""
+        return [
+            self._secrets[name].reveal().encode() for name in names if name in self._secrets
+        ]
+
+    def for_model(self, name: str, header: str) -> Injection:
+        """The platform's credential for the model route. Raises CredentialError."""
+        value = self._get(name).reveal()
+        text = f"Bearer {value}" if header == "authorization" else value
+        return Injection(name, ((header.encode(), text.encode()),))
+
+    def for_host(self, rule: CredentialRule, host: str) -> Injection:
+        """A rule's credential for one of its hosts, and for no other (requirement L)."""
+        if not any(matches(pattern, host) for pattern in rule.hosts):
+            raise CredentialError("credential-not-for-host")
+        value = self._get(rule.name).reveal()
+        if rule.query is not None:
+            return Injection(rule.name, query=((rule.query, quote(value, safe="")),))
+        header = (rule.header or "authorization").lower().encode()
+        return Injection(rule.name, ((header, rule.template.replace("{}", value).encode()),))
+
+    def _get(self, name: str) -> Secret:
+        if name not in self._secrets:
+            raise CredentialError("credential-missing")
+        return self._secrets[name]

@@ -1,0 +1,198 @@
+"""Request heads, read strictly before anything else looks at them. PURE.
+
+Everything that two HTTP parsers could read differently is refused: bare CR or LF, folded lines,
+spaces before a colon, odd versions, two lengths, a length beside a transfer encoding, more than
+one Host (RFC 9112 sections 2.2, 3, 5, 6; the classes behind request smuggling).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+MAX_HEAD = 64 << 10
+MAX_HEADERS = 100
+
+_LINE = re.compile(rb"([A-Z]{3,10}) ([\x21-\x7e]{1,8192}) HTTP/1\.([01])\Z")
+_FIELD = re.compile(rb"([!#$%&'*+.^`|~0-9A-Za-z-]{1,128}):[ \t]*([\x20-\x7e\t]*?)[ \t]*\Z")
+_LENGTH = re.compile(rb"[0-9]{1,12}\Z")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT"})
+_BODYLESS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS", "CONNECT"})
+
+
+class HeadError(ValueError):
+    """A head that is refused; carries the status and the reason tag."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A request's head. Header names are lower case, in order.
+
+    Attributes:
+        length: of the body; None when it is chunked.
+        keep_alive: whether the connection may carry another request.
+        expect: whether the client waits for 100 Continue. modern: HTTP/1.1 rather than 1.0.
+    """
+
+    method: str
+    target: str
+    headers: tuple[tuple[bytes, bytes], ...]
+    host: str
+    length: int | None
+    keep_alive: bool
+    expect: bool
+    modern: bool = True
+
+
+def end_of_head(buffer: bytes | bytearray) -> int:
+    """Index after the empty line, -1 while it has not come. Raises HeadError past the cap."""
+    at = buffer.find(b"\r\n\r\n", 0, MAX_HEAD)
+    if at >= 0:
+        return at + 4
+    if len(buffer) >= MAX_HEAD:
+        raise HeadError(431, "head-too-large")
+    # a bare LF can never become right: say so now instead of waiting for the timer
+    first = buffer.find(b"\n")
+    if first == 0 or (first > 0 and buffer[first - 1] != 0x0D):
+        raise HeadError(400, "head-syntax")
+    return -1
+
+
+def parse(raw: bytes) -> Head:
+    """A complete head, the empty line included. Raises HeadError."""
+    lines = raw[:-4].split(b"\r\n")
+    if len(lines) - 1 > MAX_HEADERS:
+        raise HeadError(431, "head-too-large")
+    match = _LINE.match(lines[0])
+    if match is None:
+        raise HeadError(400, "request-line")
+    method = match[1].decode()
+    if method not in _METHODS:
+        raise HeadError(405, "method-unknown")
+    headers = []
+    for line in lines[1:]:
+        field = _FIELD.match(line)
+        if field is None:
+            raise HeadError(400, "header-syntax")
+        headers.append((field[1].lower(), field[2]))
+    return _framed(method, match[2].decode(), match[3] == b"1", tuple(headers))
+
+
+def _framed(
+    method: str, target: str, modern: bool, headers: tuple[tuple[bytes, bytes], ...]  # noqa: FBT001
+) -> Head:
+    hosts = _values(headers, b"host")
+    lengths = _values(headers, b"content-length")
+    encodings = _values(headers, b"transfer-encoding")
+    if len(hosts) != 1 or not hosts[0]:
+        raise HeadError(400, "host-header")
+    if _values(headers, b"upgrade") or _values(headers, b"http2-settings"):
+        raise HeadError(403, "upgrade-refused")
+    if len(lengths) > 1 or len(encodings) > 1 or (lengths and encodings):
+        raise HeadError(400, "framing")
+    if encodings and (encodings[0].lower() != b"chunked" or not modern):
+        raise HeadError(400, "framing")
+    if lengths and not _LENGTH.match(lengths[0]):
+        raise HeadError(400, "framing")
+    if _values(headers, b"trailer") or _values(headers, b"te"):
+        headers = tuple(h for h in headers if h[0] not in {b"trailer", b"te"})
+    if _values(headers, b"content-encoding"):
+        raise HeadError(415, "encoded-body")
+    length = int(lengths[0]) if lengths else 0
+    if method in _BODYLESS and (encodings or length):
+        raise HeadError(400, "body-on-bodyless-method")
+    expects = _values(headers, b"expect")
+    if expects and (len(expects) > 1 or expects[0].lower() != b"100-continue"):
+        raise HeadError(417, "expect")
+    connection = b",".join(_values(headers, b"connection")).lower()
+    return Head(
+        method=method,
+        target=target,
+        headers=headers,
+        host=hosts[0].decode(),
+        length=None if encodings else length,
+        keep_alive=modern and b"close" not in connection,
+        expect=bool(expects),
+        modern=modern,
+    )
+
+
+def _values(headers: tuple[tuple[bytes, bytes], ...], name: bytes) -> list[bytes]:
+    return [value for header, value in headers if header == name]
+
+
+class Body:
+    """Collects a request's body under a cap, whatever its framing."""
+
+    def __init__(self, length: int | None, cap: int) -> None:
+        if length is not None and length > cap:
+            raise HeadError(413, "body-too-large")
+        self._left = length
+        self._cap = cap
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._buffer = bytearray()
+        self._chunk = -1
+        self._ended = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of it is here."""
+        return self._ended if self._left is None else self._left == 0
+
+    def value(self) -> bytes:
+        """The body without its framing."""
+        return b"".join(self._parts)
+
+    def feed(self, data: bytes) -> bytes:
+        """Take what belongs to the body; returns what follows it. Raises HeadError."""
+        if self._left is None:
+            return self._feed_chunked(data)
+        take = data[: self._left]
+        self._left -= len(take)
+        self._parts.append(take)
+        return data[len(take) :]
+
+    def _feed_chunked(self, data: bytes) -> bytes:
+        self._buffer += data
+        while not self._ended:
+            if self._chunk < 0 and not self._read_size():
+                return b""
+            if self._chunk == 0:
+                if len(self._buffer) < 2:
+                    return b""
+                if self._buffer[:2] != b"\r\n":
+                    raise HeadError(400, "trailers")
+                del self._buffer[:2]
+                self._ended = True
+                break
+            if len(self._buffer) < self._chunk + 2:
+                return b""
+            if self._buffer[self._chunk : self._chunk + 2] != b"\r\n":
+                raise HeadError(400, "framing")
+            self._parts.append(bytes(self._buffer[: self._chunk]))
+            del self._buffer[: self._chunk + 2]
+            self._chunk = -1
+        rest = bytes(self._buffer)
+        self._buffer.clear()
+        return rest
+
+    def _read_size(self) -> bool:
+        at = self._buffer.find(b"\r\n", 0, 20)
+        if at < 0:
+            if len(self._buffer) > 20 or b"\n" in self._buffer:
+                raise HeadError(400, "framing")
+            return False
+        # no extensions, no sign, no space: sizes that parsers read differently (CVE-2025-22871)
+        if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", self._buffer[:at]):
+            raise HeadError(400, "framing")
+        self._chunk = int(self._buffer[:at], 16)
+        self._size += self._chunk
+        if self._size > self._cap:
+            raise HeadError(413, "body-too-large")
+        del self._buffer[: at + 2]
+        return True

@@ -1,0 +1,217 @@
+"""The egress process: configured once, then it opens and closes sandboxes as the worker says."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import resource
+import signal
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from ringfence.channel.link import Channel
+from ringfence.channel.messages import (
+    Ack,
+    AddListener,
+    AnyMessage,
+    CloseSandbox,
+    Configure,
+    FreezeSandbox,
+    Message,
+    OpenSandbox,
+    Refused,
+    ToolDecided,
+)
+from ringfence.egress.address import Resolver
+from ringfence.egress.credentials import Credentials, Secret
+from ringfence.egress.model import RunState
+from ringfence.egress.sandboxes import SandboxState, Shared
+from ringfence.egress.server import Client
+from ringfence.egress.tls import Authority, upstream_context
+from ringfence.errors import RingfenceError, UnavailableError
+from ringfence.policy.codec import egress_from_json
+from ringfence.record.client import RecorderClient
+from ringfence.vault.open import open_vault
+
+ENVIRONMENT_CREDENTIAL = "environment"
+_PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
+
+
+class Egress:
+    """State of the process: what is shared, and the sandboxes by id."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._ended = asyncio.Event()
+        self._shared: Shared | None = None
+        self._sandboxes: dict[str, SandboxState] = {}
+        self._notices: set[asyncio.Task[None]] = set()
+        self._channel = Channel(connection, self._received, self._ended.set)
+
+    async def serve(self) -> None:
+        """Until the worker goes away: nothing is served for a worker that is gone."""
+        await self._ended.wait()
+        for sandbox in self._sandboxes.values():
+            sandbox.close()
+        if self._shared is not None:
+            await self._shared.recorder.close()
+        await self._channel.close()
+
+    async def _received(self, message: AnyMessage, descriptors: list[int]) -> None:
+        try:
+            detail = await self._handle(message, descriptors)
+        except RingfenceError as error:
+            await self._channel.send(Refused(id=_id(message), error=error.to_json()))
+        except Exception as error:  # noqa: BLE001  the worker must learn of it, without details
+            failure = UnavailableError("egress-unavailable", f"{type(error).__name__} in egress")
+            await self._channel.send(Refused(id=_id(message), error=failure.to_json()))
+        else:
+            await self._channel.send(Ack(id=_id(message), detail=detail))
+
+    async def _handle(self, message: AnyMessage, descriptors: list[int]) -> dict[str, Any]:
+        if isinstance(message, Configure):
+            return await self._configure(message, descriptors)
+        if self._shared is None:
+            raise UnavailableError("egress-unavailable", "egress is not configured yet")
+        if isinstance(message, OpenSandbox):
+            return await self._open(self._shared, message, descriptors)
+        sandbox = self._sandboxes.get(getattr(message, "sandbox_id", ""))
+        if sandbox is None:
+            raise UnavailableError("egress-unavailable", "no such sandbox")
+        if isinstance(message, ToolDecided):
+            sandbox.run.tool_decided(message.tool_use_id, allowed=message.allowed)
+        elif isinstance(message, AddListener):
+            await self._listen(sandbox, descriptors)
+        elif isinstance(message, FreezeSandbox):
+            sandbox.frozen = message.frozen
+        elif isinstance(message, CloseSandbox):
+            return await self._close(sandbox)
+        return {}
+
+    async def _configure(self, message: Configure, descriptors: list[int]) -> dict[str, Any]:
+        """Read every secret, then give up the right to read more."""
+        recorder = RecorderClient(socket.socket(fileno=descriptors[0]))
+        secrets = _secrets(message)
+        authority = Authority.load(Path(message.ca_dir)) if message.ca_dir else None
+        context = upstream_context(message.upstream_ca)
+        if message.drop_to_uid is not None and os.geteuid() == 0:
+            _drop(message.drop_to_uid)
+        await recorder.ready()
+        self._shared = Shared(
+            recorder=recorder,
+            credentials=Credentials(secrets),
+            providers=message.providers,
+            resolver=Resolver(message.resolver_overrides, message.upstream_overrides),
+            authority=authority,
+            upstream_tls=context,
+            notify=self._notify,
+            wait_for_audit=message.wait_for_audit,
+        )
+        return {"credentials": sorted(secrets)}
+
+    async def _open(
+        self, shared: Shared, message: OpenSandbox, descriptors: list[int]
+    ) -> dict[str, Any]:
+        rules = egress_from_json(message.rules)
+        run = RunState(rules.model)
+        run.known(message.known_tool_uses)
+        sandbox = SandboxState(
+            sandbox_id=message.sandbox_id,
+            run_id=message.run_id,
+            session_id=message.session_id,
+            rules=rules,
+            shared=shared,
+            run=run,
+        )
+        self._sandboxes[message.sandbox_id] = sandbox
+        await self._listen(sandbox, descriptors)
+        return {}
+
+    async def _listen(self, sandbox: SandboxState, descriptors: list[int]) -> None:
+        loop = asyncio.get_running_loop()
+        for descriptor in descriptors:
+            listener = socket.socket(fileno=descriptor)
+            listener.setblocking(False)
+            if listener.family == socket.AF_UNIX:
+                server = await loop.create_unix_server(
+                    lambda: Client(sandbox), sock=listener, backlog=256
+                )
+            else:
+                server = await loop.create_server(
+                    lambda: Client(sandbox), sock=listener, backlog=256
+                )
+            sandbox.servers.append(server)  # type: ignore[arg-type]  uvloop's own Server
+
+    async def _close(self, sandbox: SandboxState) -> dict[str, Any]:
+        sandbox.close()
+        # answers that were cut settle in the loop's next turns
+        for _ in range(10):
+            await asyncio.sleep(0)
+        del self._sandboxes[sandbox.sandbox_id]
+        usage = sandbox.run.spent
+        return {
+            "input_tokens": usage.input_tokens,
+            "output_tokens": usage.output_tokens,
+            "cache_creation_input_tokens": usage.cache_creation_input_tokens,
+            "cache_read_input_tokens": usage.cache_read_input_tokens,
+            "requests": usage.requests,
+            "cost_usd": usage.cost_usd,
+        }
+
+    def _notify(self, message: Message) -> None:
+        task = asyncio.get_running_loop().create_task(self._send_notice(message))
+        self._notices.add(task)
+        task.add_done_callback(self._notices.discard)
+
+    async def _send_notice(self, message: Message) -> None:
+        try:
+            await self._channel.send(message)
+        except OSError:
+            self._ended.set()
+
+
+def _id(message: AnyMessage) -> int:
+    return int(getattr(message, "id", 0))
+
+
+def _secrets(message: Configure) -> dict[str, Secret]:
+    secrets = {}
+    if message.vault_path is not None and message.key_path is not None:
+        vault = open_vault(Path(message.vault_path), Path(message.key_path))
+        secrets = {name: Secret(vault.get(name).reveal()) for name in vault.names()}
+    if message.environment_credential is not None:
+        secrets[ENVIRONMENT_CREDENTIAL] = Secret(message.environment_credential)
+    return secrets
+
+
+def _drop(uid: int) -> None:
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+    # a change of uid resets it (prctl(2)), and memory here holds credentials
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def _harden() -> None:
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.umask(0o077)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Entry of the process."""
+    _harden()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = socket.socket(fileno=int(arguments[0]))
+
+    async def serve() -> None:
+        await Egress(connection).serve()
+
+    uvloop.run(serve())
+    return 0

@@ -1,0 +1,207 @@
+"""What egress knows of each sandbox, and what all of them share."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from ringfence.channel.messages import (
+    EgressDenied,
+    Message,
+    ModelUsed,
+    ProviderConfig,
+    WitnessViolated,
+)
+from ringfence.egress.address import Resolver
+from ringfence.egress.credentials import Credentials
+from ringfence.egress.model import Report, RunState, ToolUseSeen, Violation
+from ringfence.egress.tls import Authority
+from ringfence.egress.upstream import Pool
+from ringfence.errors import UnavailableError
+from ringfence.policy.compiled import EgressRules
+from ringfence.record.client import RecorderClient
+
+MODEL_HOST = "model.internal"
+_MAX_NOTICES = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where an exchange goes: dialled address is resolved from host unless `address` is set."""
+
+    host: str
+    port: int
+    tls: bool
+    prefix: str = ""
+    literal: bool = False
+
+    @property
+    def host_header(self) -> str:
+        """As the upstream expects it: the port only when it is not the scheme's."""
+        default = 443 if self.tls else 80
+        return self.host if self.port == default else f"{self.host}:{self.port}"
+
+
+def provider_target(provider: ProviderConfig) -> Target:
+    """Where a provider's base URL leads; literal addresses come from settings alone."""
+    parts = urlsplit(provider.base_url)
+    tls = parts.scheme == "https"
+    host = parts.hostname or ""
+    literal = host.replace(".", "").isdigit() or ":" in host or host == "localhost"
+    return Target(host, parts.port or (443 if tls else 80), tls, parts.path.rstrip("/"), literal)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What the process has once."""
+
+    recorder: RecorderClient
+    credentials: Credentials
+    providers: Mapping[str, ProviderConfig]
+    resolver: Resolver
+    authority: Authority | None
+    upstream_tls: ssl.SSLContext
+    notify: Callable[[Message], None]
+    wait_for_audit: bool = True
+
+
+@dataclass(kw_only=True)
+class SandboxState:
+    """One sandbox: its rules, what it has used, what it is connected to."""
+
+    sandbox_id: str
+    run_id: str
+    session_id: str
+    rules: EgressRules
+    shared: Shared
+    run: RunState
+    pool: Pool = field(default_factory=Pool)
+    servers: list[asyncio.Server] = field(default_factory=list)
+    connections: set[Any] = field(default_factory=set)
+    bytes_out: int = 0
+    frozen: bool = False
+    violated: bool = False
+    closed: bool = False
+    notices: int = 0
+    requests: int = 0
+
+    def ids(self) -> dict[str, str]:
+        """The fields that every event carries."""
+        return {
+            "run_id": self.run_id,
+            "session_id": self.session_id,
+            "sandbox_id": self.sandbox_id,
+        }
+
+    async def record(self, kind: str, *, durable: bool, **fields: object) -> None:
+        """Append an event; the caller may go on only when this returns."""
+        await self.shared.recorder.append_fields(
+            {"type": kind, **self.ids(), **fields},
+            durable=durable and self.shared.wait_for_audit,
+        )
+
+    def record_soon(self, kind: str, **fields: object) -> None:
+        """Append without waiting, in order; a recorder that is gone is noticed by the next
+        durable append, which refuses."""
+        task = asyncio.get_running_loop().create_task(
+            self._record_quietly(kind, fields), name="record"
+        )
+        self.connections.add(task)
+        task.add_done_callback(self.connections.discard)
+
+    async def _record_quietly(self, kind: str, fields: dict[str, object]) -> None:
+        try:
+            await self.record(kind, durable=False, **fields)
+        except UnavailableError:
+            self.frozen = True  # nothing more may pass unrecorded
+
+    def denied(self, target: str, rule: str, reason: str) -> None:
+        """Record and tell of a refusal."""
+        self.record_soon("egress.refused", target=target[:256], rule=rule, reason=reason, count=1)
+        if self.notices < _MAX_NOTICES:
+            self.notices += 1
+            self.shared.notify(
+                EgressDenied(sandbox_id=self.sandbox_id, reason=reason, target=target[:256])
+            )
+
+    def violation(self, violation: Violation) -> None:
+        """The two witnesses disagree: nothing more goes out for this run."""
+        self.violated = True
+        self.record_soon(
+            "witness.disagreed", tool_use_id=violation.tool_use_id, reason=violation.reason
+        )
+        self.shared.notify(
+            WitnessViolated(
+                sandbox_id=self.sandbox_id,
+                reason=violation.reason,
+                tool_use_id=violation.tool_use_id,
+            )
+        )
+
+    def answered(
+        self, request_id: str, report: Report, status: int, duration_ms: float, reason: str
+    ) -> None:
+        """Record one model exchange and the tool calls it asked for."""
+        usage = report.usage
+        counted = {
+            "input_tokens": usage.input_tokens,
+            "output_tokens": usage.output_tokens,
+            "cache_creation_input_tokens": usage.cache_creation_input_tokens,
+            "cache_read_input_tokens": usage.cache_read_input_tokens,
+            "cost_usd": usage.cost_usd,
+        }
+        for tool in report.tool_uses:
+            self.record_soon(
+                "tool.requested",
+                tool_use_id=tool.id,
+                name=tool.name,
+                input_hmac=self.shared.recorder.hmac(canonical_input(tool)),
+                complete=tool.complete,
+            )
+        self.record_soon(
+            "model.answered",
+            request_id=request_id,
+            model=report.model,
+            status=status,
+            duration_ms=round(duration_ms, 3),
+            stop_reason=report.stop_reason,
+            reason=reason,
+            **counted,
+        )
+        self.shared.notify(
+            ModelUsed(
+                sandbox_id=self.sandbox_id,
+                model=report.model,
+                status=status,
+                duration_ms=duration_ms,
+                tool_uses=[tool.id for tool in report.tool_uses],
+                **counted,  # type: ignore[arg-type]
+            )
+        )
+
+    def close(self) -> None:
+        """Stop listening, drop every connection."""
+        self.closed = True
+        for server in self.servers:
+            server.close()
+        for connection in list(self.connections):
+            abort = getattr(connection, "abort", None)
+            if abort is not None:
+                abort()
+        self.pool.close()
+
+
+def canonical_input(tool: ToolUseSeen) -> bytes:
+    """A tool's input as the worker hashes it too: sorted keys, no spaces; raw when it is torn."""
+    try:
+        value = json.loads(tool.input_json)
+    except (ValueError, RecursionError):
+        return tool.input_json
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode(
+        "utf-8", "surrogatepass"
+    )

@@ -1,0 +1,431 @@
+"""Connections from sandboxes: first bytes decide what they are, one request at a time.
+
+A connection is in one of the states of `_State`; whatever a state does not expect closes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from enum import Enum
+
+from ringfence.egress import head as heads
+from ringfence.egress import rules
+from ringfence.egress.exchange import Exchange
+from ringfence.egress.head import Body, Head, HeadError
+from ringfence.egress.model.exchange import COUNT_TOKENS, MESSAGES
+from ringfence.egress.sandboxes import MODEL_HOST, SandboxState, provider_target
+from ringfence.egress.sni import HelloError
+from ringfence.egress.tls import ServerTls, TlsError
+from ringfence.egress.tunnel import Tunnel
+from ringfence.policy.compiled import HostRule
+
+HEAD_SECONDS = 10.0
+BODY_SECONDS = 120.0
+IDLE_SECONDS = 600.0
+_MAX_HELD = 1 << 20
+_PUBLIC_MODEL_HOST = "api.anthropic.com"
+
+
+class _State(Enum):
+    FIRST = "waiting for the first byte"
+    HEAD = "reading a request's head"
+    BODY = "reading a request's body"
+    BUSY = "an exchange is going on"
+    TUNNEL = "bytes are tunnelled"
+    CLOSED = "over"
+
+
+class Client(asyncio.Protocol):
+    """One connection from inside. Its sandbox is known by the socket it came in on."""
+
+    def __init__(self, state: SandboxState) -> None:
+        self._sandbox = state
+        self._transport: asyncio.Transport | None = None
+        self._state = _State.FIRST
+        self._buffer = bytearray()
+        self._tls: ServerTls | None = None
+        self._target: tuple[str, int] | None = None
+        self._rule: HostRule | None = None
+        self._head: Head | None = None
+        self._body: Body | None = None
+        self._exchange: Exchange | None = None
+        self._tunnel: Tunnel | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._held = False
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See asyncio."""
+        self._transport = transport  # type: ignore[assignment]  a stream transport by construction
+        sandbox = self._sandbox
+        if len(sandbox.connections) >= sandbox.rules.max_connections + 64 or sandbox.closed:
+            self.abort()
+            return
+        sandbox.connections.add(self)
+        self._alarm(HEAD_SECONDS)
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio."""
+        try:
+            if self._state is _State.TUNNEL and self._tunnel is not None:
+                self._tunnel.from_client(data)
+                return
+            if self._tls is not None:
+                data = self._decrypt(data)
+            self._buffer += data
+            self._advance()
+        except HeadError as error:
+            self.refuse(error.status, error.reason, "http")
+        except (TlsError, HelloError):
+            self._sandbox.denied(self._name(), "tls", "tls-refused")
+            self._flush_tls()
+            self._close()
+
+    def eof_received(self) -> bool:
+        """A half-closed client may still be waiting for its answer."""
+        return self._state is _State.BUSY or self._state is _State.TUNNEL
+
+    def connection_lost(self, _: Exception | None) -> None:
+        """See asyncio."""
+        self._state = _State.CLOSED
+        self._sandbox.connections.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._exchange is not None:
+            self._exchange.cancel()
+        if self._tunnel is not None:
+            self._tunnel.close()
+
+    def pause_writing(self) -> None:
+        """The sandbox reads slowly: so does egress from the upstream."""
+        if self._exchange is not None:
+            self._exchange.hold(True)
+        if self._tunnel is not None:
+            self._tunnel.hold(True)
+
+    def resume_writing(self) -> None:
+        """See `pause_writing`."""
+        if self._exchange is not None:
+            self._exchange.hold(False)
+        if self._tunnel is not None:
+            self._tunnel.hold(False)
+
+    # reading
+
+    def _advance(self) -> None:
+        while True:
+            before = self._state, len(self._buffer)
+            if self._state is _State.FIRST:
+                self._first()
+            if self._state is _State.HEAD:
+                self._read_head()
+            if self._state is _State.BODY:
+                self._read_body()
+            if self._state is _State.BUSY and len(self._buffer) > _MAX_HELD:
+                self._hold_client(True)
+            if (self._state, len(self._buffer)) == before or self._state in {
+                _State.BUSY,
+                _State.TUNNEL,
+                _State.CLOSED,
+            }:
+                return
+
+    def _first(self) -> None:
+        if not self._buffer:
+            return
+        first = self._buffer[0]
+        if first == 0x16 and self._tls is None:
+            self._start_tls(self._choose_by_sni)
+        elif 0x41 <= first <= 0x5A:
+            self._state = _State.HEAD
+        else:
+            self._sandbox.denied(self._name(), "http", "protocol-unknown")
+            self._close()
+
+    def _read_head(self) -> None:
+        end = heads.end_of_head(self._buffer)
+        if end < 0:
+            if self._buffer:
+                self._alarm(HEAD_SECONDS, keep=True)
+            return
+        head = heads.parse(bytes(self._buffer[:end]))
+        del self._buffer[:end]
+        self._head = head
+        self._judge(head)
+        if self._state is _State.HEAD:
+            self._body = Body(head.length, self._sandbox.rules.max_body_mb << 20)
+            self._state = _State.BODY
+            self._alarm(BODY_SECONDS)
+            if head.expect and not self._body.complete:
+                self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _read_body(self) -> None:
+        assert self._body is not None  # noqa: S101  set with the state
+        if not self._body.complete:
+            rest = self._body.feed(bytes(self._buffer))
+            self._buffer[:] = rest
+        if self._body.complete:
+            self._begin()
+
+    # judging
+
+    def _judge(self, head: Head) -> None:
+        """Everything that the head alone can decide; the first refusal ends the connection."""
+        sandbox = self._sandbox
+        if sandbox.frozen or sandbox.violated:
+            raise HeadError(403, "witness-violated" if sandbox.violated else "sandbox-frozen")
+        if sandbox.bytes_out > sandbox.rules.max_bytes_mb << 20:
+            raise HeadError(403, "bytes-exhausted")
+        if head.method == "CONNECT":
+            self._connect(head)
+        elif self._target is not None:
+            self._judge_inside(head)
+        else:
+            self._judge_plain(head)
+
+    def _judge_plain(self, head: Head) -> None:
+        """Plain HTTP is the model route and nothing else."""
+        hosts = {MODEL_HOST, _PUBLIC_MODEL_HOST, f"{_PUBLIC_MODEL_HOST}:443"}
+        if head.host.lower() not in hosts or not head.target.startswith("/"):
+            raise HeadError(403, "plain-http")
+        self._judge_model(head)
+
+    def _judge_model(self, head: Head) -> None:
+        if not self._sandbox.rules.model.enabled:
+            raise HeadError(403, "model-route-closed")
+        if head.target.partition("?")[0] not in {MESSAGES, COUNT_TOKENS}:
+            raise HeadError(403, "path-not-granted")
+        if head.method != "POST":
+            raise HeadError(405, "method-not-granted")
+
+    def _judge_inside(self, head: Head) -> None:
+        """Inside a terminated tunnel: Host is the tunnel's host, the target in origin form."""
+        assert self._target is not None  # noqa: S101  the caller looked
+        host, port = self._target
+        if head.host.lower().removesuffix(".") not in {host, f"{host}:{port}"}:
+            raise HeadError(421, "host-mismatch")
+        if not head.target.startswith("/"):
+            raise HeadError(400, "target-form")
+        if self._to_model(head):
+            self._judge_model(head)
+            return
+        if self._rule is None:
+            raise HeadError(403, "path-not-granted")
+        decision = rules.decide_request(self._rule, head)
+        if not decision.allowed:
+            raise HeadError(403, decision.reason)
+
+    def _to_model(self, head: Head) -> bool:
+        """Whether a request in a tunnel is one to the model: always by our rules, never around."""
+        if self._target is None:
+            return True
+        path = head.target.partition("?")[0]
+        if not self._is_model_host(*self._target):
+            return False
+        return self._rule is None or path in {MESSAGES, COUNT_TOKENS}
+
+    def _is_model_host(self, host: str, port: int) -> bool:
+        if (host, port) == (_PUBLIC_MODEL_HOST, 443):
+            return True
+        provider = self._sandbox.shared.providers.get(self._sandbox.rules.model.provider)
+        if provider is None:
+            return False
+        target = provider_target(provider)
+        return (target.host, target.port) == (host, port)
+
+    def _connect(self, head: Head) -> None:
+        if self._tls is not None or self._target is not None:
+            raise HeadError(405, "nested-connect")
+        target = rules.authority(head.target)
+        if target is None:
+            raise HeadError(400, "authority")
+        if head.host.lower() not in {head.target.lower(), target[0], f"{target[0]}:{target[1]}"}:
+            raise HeadError(400, "host-mismatch")
+        self._admit_target(*target)
+        if self._rule is not None and self._rule.opaque:
+            self._tunnel = Tunnel(self, self._sandbox, self._rule, target)
+            self._state = _State.TUNNEL
+            self._alarm(HEAD_SECONDS)
+            self.send(b"HTTP/1.1 200 Connection Established\r\n\r\n")
+            rest = bytes(self._buffer)
+            self._buffer.clear()
+            self._tunnel.from_client(rest)
+            return
+        self.send(b"HTTP/1.1 200 Connection Established\r\n\r\n")
+        host = target[0]
+        self._start_tls(lambda sni: host if sni == host else None)
+
+    def _admit_target(self, host: str, port: int) -> None:
+        sandbox = self._sandbox
+        decision, rule = rules.decide_host(sandbox.rules, host, port)
+        if rule is None:
+            blocked = decision.reason == "port-blocked"
+            if blocked or not (sandbox.rules.model.enabled and self._is_model_host(host, port)):
+                raise HeadError(403, decision.reason)
+        if sandbox.shared.authority is None and (rule is None or not rule.opaque):
+            raise HeadError(403, "no-authority")
+        self._target, self._rule = (host, port), rule
+
+    def _choose_by_sni(self, sni: str) -> str | None:
+        """TLS without CONNECT: the name in the ClientHello is the target, port 443."""
+        target = rules.authority(f"{sni}:443")
+        if target is None:
+            return None
+        try:
+            self._admit_target(*target)
+        except HeadError:
+            return None
+        return None if self._rule is not None and self._rule.opaque else target[0]
+
+    # TLS towards the sandbox
+
+    def _start_tls(self, choose: object) -> None:
+        authority = self._sandbox.shared.authority
+        if authority is None:
+            raise TlsError("no-authority")
+        self._tls = ServerTls(authority, choose)  # type: ignore[arg-type]
+        self._state = _State.FIRST
+        self._alarm(HEAD_SECONDS)
+        waiting = bytes(self._buffer)
+        self._buffer.clear()
+        if waiting:
+            self._buffer += self._decrypt(waiting)
+
+    def _decrypt(self, data: bytes) -> bytes:
+        assert self._tls is not None  # noqa: S101  the caller looked
+        plain = self._tls.feed(data)
+        self._flush_tls()
+        return plain
+
+    def _flush_tls(self) -> None:
+        if self._tls is not None and self._transport is not None:
+            pending = self._tls.pending()
+            if pending and not self._transport.is_closing():
+                self._transport.write(pending)
+
+    # carrying out
+
+    def _begin(self) -> None:
+        assert self._head is not None  # noqa: S101  set before the body
+        assert self._body is not None  # noqa: S101
+        head, body = self._head, self._body.value()
+        self._body = None
+        self._state = _State.BUSY
+        self._disarm()
+        exchange = Exchange(self, self._sandbox, head)
+        self._exchange = exchange
+        if self._target is None or self._to_model(head):
+            work = exchange.model(body)
+        else:
+            assert self._rule is not None  # noqa: S101  judged with the head
+            work = exchange.generic(self._rule, self._target[0], body)
+        self._task = asyncio.get_running_loop().create_task(self._run(work, head))
+
+    async def _run(self, work: object, head: Head) -> None:
+        try:
+            await work  # type: ignore[misc]
+        except Exception:  # noqa: BLE001  a defect of ours must close, not leak or hang
+            self.refuse(502, "internal", "egress")
+        finally:
+            self._exchange = None
+        if self._state is not _State.BUSY:
+            return
+        if not head.keep_alive:
+            self._close()
+            return
+        self._state = _State.FIRST
+        self._alarm(IDLE_SECONDS)
+        self._hold_client(False)
+        try:
+            self._advance()
+        except HeadError as error:
+            self.refuse(error.status, error.reason, "http")
+
+    # writing
+
+    def send(self, data: bytes) -> None:
+        """Bytes for the sandbox, through TLS where there is some."""
+        if self._transport is None or self._transport.is_closing():
+            return
+        self._transport.write(self._tls.encrypt(data) if self._tls is not None else data)
+
+    def raw(self, data: bytes) -> None:
+        """Bytes of a tunnel."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(data)
+
+    def refuse(self, status: int, reason: str, rule: str, *, model: bool = False) -> None:
+        """403 and its kind, with the reason as a tag; then the connection ends."""
+        self._sandbox.denied(self._name(), rule, reason)
+        if self._state is _State.CLOSED:
+            return
+        body = _refusal_body(reason, model=model or self._target is None)
+        self.send(
+            b"HTTP/1.1 %d Refused\r\ncontent-type: application/json\r\n"
+            b"x-ringfence-reason: %b\r\nx-should-retry: false\r\ncontent-length: %d\r\n"
+            b"connection: close\r\n\r\n%b" % (status, reason.encode(), len(body), body)
+        )
+        self._close()
+
+    def close_after_answer(self) -> None:
+        """The exchange cut its answer: nothing more on this connection."""
+        self._close()
+
+    def hold_client(self, held: bool) -> None:  # noqa: FBT001
+        """Backpressure towards the sandbox."""
+        self._hold_client(held)
+
+    def _hold_client(self, held: bool) -> None:  # noqa: FBT001
+        if self._transport is None or self._transport.is_closing() or held is self._held:
+            return
+        self._held = held
+        self._transport.pause_reading() if held else self._transport.resume_reading()
+
+    def _name(self) -> str:
+        if self._target is not None:
+            path = self._head.target.partition("?")[0] if self._head is not None else ""
+            return f"{self._target[0]}:{self._target[1]}{path}"
+        return self._head.target if self._head is not None else "?"
+
+    def _alarm(self, seconds: float, *, keep: bool = False) -> None:
+        """One deadline for what the connection is doing; `keep` leaves a shorter one standing."""
+        loop = asyncio.get_running_loop()
+        if keep and self._timer is not None and self._timer.when() <= loop.time() + seconds:
+            return
+        self._disarm()
+        self._timer = loop.call_later(seconds, self.abort)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def established(self) -> None:
+        """A tunnel's upstream is there; from now on it may be idle."""
+        self._disarm()
+
+    def _close(self) -> None:
+        self._state = _State.CLOSED
+        self._disarm()
+        if self._transport is not None and not self._transport.is_closing():
+            if self._tls is not None:
+                self._transport.write(self._tls.close())
+            self._transport.close()
+
+    def abort(self) -> None:
+        """Close at once."""
+        self._state = _State.CLOSED
+        self._disarm()
+        if self._transport is not None:
+            self._transport.abort()
+
+
+def _refusal_body(reason: str, *, model: bool) -> bytes:
+    """As the Messages API shapes an error where `claude` reads it; our own shape elsewhere."""
+    if model:
+        error = {"type": "permission_error", "message": f"ringfence: {reason}"}
+        return json.dumps({"type": "error", "error": error}).encode()
+    return json.dumps({"error": "egress_denied", "reason": reason}).encode()

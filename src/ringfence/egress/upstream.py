@@ -1,0 +1,199 @@
+"""Connections to upstreams: one pool a sandbox, responses parsed by llhttp, backpressure kept."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import httptools
+
+_CONNECT_SECONDS = 15.0
+_IDLE_SECONDS = 30.0
+_MAX_IDLE = 8
+
+
+class Sink(Protocol):
+    """Who receives an answer; all calls come in order."""
+
+    def answer_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        """The final head of the answer (1xx are swallowed)."""
+
+    def answer_body(self, data: bytes) -> None:
+        """Some of its body, without framing."""
+
+    def answer_end(self) -> None:
+        """All of it has come."""
+
+    def answer_failed(self, reason: str) -> None:
+        """It will never be whole."""
+
+
+class Upstream(asyncio.Protocol):
+    """One connection to one upstream; carries one exchange at a time."""
+
+    def __init__(self) -> None:
+        self.transport: asyncio.Transport | None = None
+        self._sink: Sink | None = None
+        self._parser: Any = None
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._head_size = 0
+        self._informational = False
+        self._on_free: Callable[[Upstream], None] | None = None
+        self.idle_since = 0.0
+        self.reused = False
+        self._bodyless = False
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See asyncio."""
+        self.transport = transport  # type: ignore[assignment]  a stream transport by construction
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio."""
+        if self._sink is None or self._parser is None:
+            self.abort()  # bytes nobody asked for: a response that was queued by a lying upstream
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._fail("upstream-upgrade")
+        except httptools.HttpParserError:
+            self._fail("upstream-malformed")
+
+    def eof_received(self) -> bool:
+        """An answer framed by the end of the connection is refused: it cannot be told from a cut."""
+        return False
+
+    def connection_lost(self, _: Exception | None) -> None:
+        """See asyncio."""
+        self._fail("upstream-closed")
+
+    def pause_writing(self) -> None:
+        """The request was small and is written whole; nothing to hold."""
+
+    def resume_writing(self) -> None:
+        """See `pause_writing`."""
+
+    # one exchange
+
+    def send(
+        self, request: bytes, sink: Sink, on_free: Callable[[Upstream], None], *, bodyless: bool
+    ) -> None:
+        """Start an exchange; the connection is free again when `on_free` is called."""
+        assert self.transport is not None  # noqa: S101  connected by construction
+        self._sink, self._on_free = sink, on_free
+        self._parser = httptools.HttpResponseParser(self)
+        self._headers, self._head_size = [], 0
+        self._bodyless = bodyless
+        self.transport.write(request)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """llhttp callback."""
+        self._head_size += len(name) + len(value)
+        if self._head_size > 128 << 10 or len(self._headers) > 200:
+            raise httptools.HttpParserError("head too large")
+        self._headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        """llhttp callback."""
+        status = self._parser.get_status_code()
+        self._informational = status < 200
+        if self._informational:
+            self._headers = []
+            return
+        sink = self._sink
+        if sink is not None:
+            sink.answer_head(status, self._headers)
+            if self._bodyless:
+                # llhttp cannot be told that HEAD has no body: end here, and do not reuse
+                self._sink = None
+                sink.answer_end()
+                self.abort()
+
+    def on_body(self, data: bytes) -> None:
+        """llhttp callback."""
+        if self._sink is not None and not self._informational:
+            self._sink.answer_body(data)
+
+    def on_message_complete(self) -> None:
+        """llhttp callback."""
+        if self._informational:
+            self._parser = httptools.HttpResponseParser(self)
+            return
+        sink, self._sink = self._sink, None
+        keep = self._parser.should_keep_alive()
+        if sink is not None:
+            sink.answer_end()
+        if keep and self._on_free is not None:
+            self._on_free(self)
+        else:
+            self.abort()
+
+    def _fail(self, reason: str) -> None:
+        sink, self._sink = self._sink, None
+        self.abort()
+        if sink is not None:
+            sink.answer_failed(reason)
+
+    def abort(self) -> None:
+        """Close without ceremony."""
+        self._sink = None
+        if self.transport is not None:
+            self.transport.abort()
+
+    def hold(self, held: bool) -> None:  # noqa: FBT001
+        """Backpressure: stop or go on reading."""
+        if self.transport is not None and not self.transport.is_closing():
+            with contextlib.suppress(RuntimeError):
+                self.transport.pause_reading() if held else self.transport.resume_reading()
+
+
+class Pool:
+    """Idle connections of one sandbox, by where they lead."""
+
+    def __init__(self) -> None:
+        self._idle: dict[tuple[str, int, str | None], list[Upstream]] = {}
+
+    async def connect(
+        self, address: tuple[str, int], context: ssl.SSLContext | None, name: str | None
+    ) -> Upstream:
+        """A free connection, or a new one; TLS is verified by name. Raises OSError."""
+        key = (*address, name)
+        idle = self._idle.get(key, [])
+        while idle:
+            upstream = idle.pop()
+            fresh = time.monotonic() - upstream.idle_since < _IDLE_SECONDS
+            if fresh and upstream.transport is not None and not upstream.transport.is_closing():
+                upstream.reused = True
+                return upstream
+            upstream.abort()
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(_CONNECT_SECONDS):
+            _, upstream = await loop.create_connection(
+                Upstream,
+                *address,
+                ssl=context,
+                server_hostname=name if context is not None else None,
+            )
+        return upstream
+
+    def release(self, address: tuple[str, int], name: str | None, upstream: Upstream) -> None:
+        """Keep a connection for the next exchange."""
+        idle = self._idle.setdefault((*address, name), [])
+        if len(idle) >= _MAX_IDLE:
+            upstream.abort()
+            return
+        upstream.idle_since = time.monotonic()
+        idle.append(upstream)
+
+    def close(self) -> None:
+        """Drop all."""
+        for idle in self._idle.values():
+            for upstream in idle:
+                upstream.abort()
+        self._idle.clear()

@@ -1,0 +1,164 @@
+"""Text → plain values, for policies: a small, unambiguous part of YAML (requirement N). PURE.
+
+YAML reads `no` as false, `010` as eight, `1:30` as ninety and `&a`/`*a` as a way to say a line
+twice; two readers of one policy can then disagree about what it permits. Here a plain scalar is
+text, or a value written as JSON writes it; whatever YAML 1.1 or 1.2 would read otherwise is
+refused with its place and the mend. JSON documents load unchanged.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import yaml
+
+from ringfence.policy.validate import PolicyInvalidError, Problem, show
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 32
+
+_INT = re.compile(r"-?(?:0|[1-9][0-9]{0,18})")
+_FLOAT = re.compile(r"-?(?:0|[1-9][0-9]{0,18})(?:\.[0-9]{1,18})?(?:[eE][+-]?[0-9]{1,3})?")
+_CONSTANTS: dict[str, Any] = {"null": None, "true": True, "false": False}
+_ODD_CONSTANTS = re.compile(
+    r"~|y|n|yes|no|on|off|true|false|null|[-+]?\.inf|\.nan|<<|=", re.IGNORECASE
+)
+_ODD_NUMBERS = re.compile(
+    r"""[-+]?(?:0[0-7_]+|0o[0-7]+|0x[0-9a-f_]+|0b[01_]+   # other bases
+    |[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?           # sexagesimal
+    |(?:[0-9][0-9_]*)?\.[0-9_]+(?:e[-+]?[0-9]+)?           # .5, 1_0.0
+    |[0-9][0-9_]*\.(?:e[-+]?[0-9]+)?                       # 1.
+    |[0-9][0-9_]*(?:\.[0-9_]*)?(?:e[-+]?[0-9]+)?)          # 1_000, 007, +1, 1e9999
+    |[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}(?:[Tt ].*)?            # timestamps""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def parse(text: str | bytes) -> Any:
+    """The value of one document: mappings, lists, text, numbers, booleans and null.
+
+    Raises:
+        PolicyInvalidError: with `line:column`, for anything that is not YAML or could be read in
+            two ways; for more than 1 MiB or 32 levels.
+    """
+    events = _events(_decode(text))
+    value = _Reader(events).document()
+    _no_more(events)
+    return value
+
+
+def _decode(text: str | bytes) -> str:
+    size = len(text) if isinstance(text, bytes) else len(text.encode("utf-8", "replace"))
+    if size > MAX_BYTES:
+        _refuse(None, "a policy is at most 1 MiB")
+    if isinstance(text, str):
+        return text.removeprefix("\ufeff")
+    try:
+        return text.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        _refuse(None, f"byte {error.start} is not UTF-8; save the file as UTF-8")
+
+
+def _events(text: str) -> Iterator[yaml.Event]:
+    """The parser's events; its own errors become ours."""
+    try:
+        yield from yaml.parse(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        _refuse(error.problem_mark or error.context_mark, _one_line(error.problem or "not YAML"))
+    except yaml.reader.ReaderError as error:
+        reason = _one_line(error.reason)
+        _refuse(None, f"character {error.position} cannot stand in YAML ({reason})")
+    except yaml.YAMLError as error:
+        _refuse(None, _one_line(str(error)))
+    # the scanner has unguarded conversions: an escape past U+10FFFF, a directive's huge number
+    except (ValueError, OverflowError, IndexError, TypeError, RecursionError) as error:
+        _refuse(None, f"not YAML ({type(error).__name__})")
+
+
+def _no_more(events: Iterator[yaml.Event]) -> None:
+    for event in events:
+        if isinstance(event, yaml.DocumentStartEvent):
+            _refuse(event.start_mark, "a second document; a policy is one")
+
+
+class _Reader:
+    """Events of one document, read by recursive descent of bounded depth."""
+
+    def __init__(self, events: Iterator[yaml.Event]) -> None:
+        self._events = events
+
+    def document(self) -> Any:
+        event = next(self._events)
+        while not isinstance(event, yaml.DocumentStartEvent):
+            if isinstance(event, yaml.StreamEndEvent):
+                _refuse(None, "empty; the smallest policy is {version: 1}")
+            event = next(self._events)
+        if event.tags:
+            _refuse(event.start_mark, "no %TAG directives")
+        return self._value(next(self._events), 1)
+
+    def _value(self, event: yaml.Event, depth: int) -> Any:
+        if isinstance(event, yaml.AliasEvent):
+            _refuse(event.start_mark, f"no aliases; write the value of *{event.anchor} out")
+        assert isinstance(event, yaml.NodeEvent)  # noqa: S101  the grammar leaves no other
+        if event.anchor is not None:
+            _refuse(event.start_mark, f"no anchors; take &{event.anchor} away")
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            _refuse(event.start_mark, f"no tags; take {show(tag)} away")
+        if depth > MAX_DEPTH:
+            _refuse(event.start_mark, f"more than {MAX_DEPTH} levels deep")
+        if isinstance(event, yaml.ScalarEvent):
+            return _scalar(event)
+        if isinstance(event, yaml.SequenceStartEvent):
+            return self._sequence(depth)
+        return self._mapping(depth)
+
+    def _sequence(self, depth: int) -> list[Any]:
+        items = []
+        while not isinstance(event := next(self._events), yaml.SequenceEndEvent):
+            items.append(self._value(event, depth + 1))
+        return items
+
+    def _mapping(self, depth: int) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        while not isinstance(event := next(self._events), yaml.MappingEndEvent):
+            key = self._value(event, depth + 1)
+            if not isinstance(key, str):
+                _refuse(event.start_mark, f"a key is text; quote {show(key)}")
+            if key in values:
+                _refuse(event.start_mark, f"the key {show(key)} is given twice; write it once")
+            values[key] = self._value(next(self._events), depth + 1)
+        return values
+
+
+def _scalar(event: yaml.ScalarEvent) -> Any:
+    text: str = event.value
+    if event.style is not None:
+        return text  # quoted or block: text, whatever it looks like
+    if text == "":
+        _refuse(event.start_mark, "no value; write null, or take the key away")
+    if text in _CONSTANTS:
+        return _CONSTANTS[text]
+    if _INT.fullmatch(text):
+        return int(text)
+    if _FLOAT.fullmatch(text) and abs(value := float(text)) < float("inf"):
+        return value
+    if _ODD_CONSTANTS.fullmatch(text) or _ODD_NUMBERS.fullmatch(text):
+        _refuse(
+            event.start_mark,
+            f"YAML readers disagree about {show(text)}; quote it if it is text, or write the value "
+            "as JSON does",
+        )
+    return text
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:160].encode("ascii", "backslashreplace").decode()
+
+
+def _refuse(mark: Any, message: str) -> NoReturn:
+    path = f"{mark.line + 1}:{mark.column + 1}" if mark else ""
+    raise PolicyInvalidError((Problem(path=path, message=message),))

@@ -1,0 +1,74 @@
+"""Opening credentials. Imported by the egress process and by nothing else (import-linter)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ringfence.errors import UnavailableError
+from ringfence.vault.box import BoxError, unseal
+from ringfence.vault.keys import private_key
+from ringfence.vault.store import VaultFile
+
+
+class Opened:
+    """A value on its way to a header. Prints as its redacted twin."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        """The value."""
+        return self._value
+
+    def __repr__(self) -> str:
+        """The redacted twin."""
+        return "Opened(…)"
+
+    __str__ = __repr__
+
+
+class OpenedVault:
+    """All credentials of a vault, opened."""
+
+    def __init__(self, values: dict[str, Opened]) -> None:
+        self._values = values
+
+    def names(self) -> tuple[str, ...]:
+        """Which there are."""
+        return tuple(self._values)
+
+    def get(self, name: str) -> Opened:
+        """One of them. Raises UnavailableError `credential-missing`."""
+        if name not in self._values:
+            raise UnavailableError(
+                "credential-missing",
+                f"the vault holds no {name!r}",
+                hint=f"ringfence vault set {name}",
+            )
+        return self._values[name]
+
+
+def open_vault(path: Path, key_path: Path) -> OpenedVault:
+    """Open every credential of the file.
+
+    Raises:
+        UnavailableError: `vault-refused` when the file or a value was changed, or may be read
+            by others.
+    """
+    entries = VaultFile(path).entries()
+    if not entries:
+        return OpenedVault({})
+    key = private_key(key_path)
+    values = {}
+    for name, entry in entries.items():
+        try:
+            values[name] = Opened(unseal(key, entry.sealed, entry.context).decode())
+        except (BoxError, UnicodeDecodeError):
+            raise UnavailableError(
+                "vault-refused",
+                f"credential {name!r} does not open: it was changed, or sealed to another key",
+                hint=f"ringfence vault set {name}",
+            ) from None
+    return OpenedVault(values)
