@@ -96,6 +96,7 @@ CODES: dict[str, str] = {
     "store-unavailable": "A database of the state directory cannot be opened.",
     "audit-key-refused": "The key of the audit log can be read by others, or is damaged.",
     "recorder-unavailable": "The recorder is gone; nothing that must be recorded first may happen.",
+    "audit-quota-reached": "A sandbox has used up its share of the audit log; it alone must stop.",
     "audit-invalid": "The audit log does not verify.",
     "run-unknown": "No run or record of that name exists.",
     "session-unknown": "No session of that id exists in this state directory.",
@@ -117,11 +118,20 @@ CODES: dict[str, str] = {
     "path-escapes": "A path leads through a link, to a special file, or out of the sandbox.",
     "file-too-large": "A file is larger than the limit for reading it.",
     "tree-too-large": "A tree has more entries or levels than may be walked.",
+    # agent
+    "agent-start-failed": "The agent's program did not start.",
+    "agent-protocol": "The agent's program does not keep to its protocol; it is not listened to further.",
+    "agent-failed": "The agent ended its turn without success.",
+    "transcript-lost": "The transcript could not be kept, so the run was ended.",
+    "witness-violated": "A tool result that nobody allowed was on the wire; the run was ended.",
+    "tool-timeout": "A tool call was over its time limit.",
+    "budget-exhausted": "The run's budget is spent.",
     # worker
     "run-timeout": "The run reached its wall-clock limit and was ended.",
+    "permission-mode-denied": "The policy does not permit the permission mode that was asked for.",
     "run-interrupted": "The person or the host ended the run.",
     "internal": "A defect of ringfence itself; nothing of the run can be trusted to be complete.",
 }
 
 # Codes that end a process with 124, as timeout(1) does.
-TIMEOUTS: frozenset[str] = frozenset({"run-timeout"})
+TIMEOUTS: frozenset[str] = frozenset({"run-timeout", "tool-timeout"})

@@ -71,8 +71,9 @@ DEFAULT_HIDDEN = (
 """Files of a workspace that are masked unless `filesystem.show` names them (requirement E).
 A credential-bearing `.git/config` is found by its content, by the sandbox."""
 
-DEFAULT_SHOWN = (".env.example", ".env.sample", ".env.template", ".env.dist", "*.pub")
-"""Masked by a pattern above and known to hold no secret."""
+DEFAULT_SHOWN = (".env.example", ".env.sample", ".env.template", ".env.dist", "*.pub", "cacert.pem")
+"""Masked by a pattern above and known to hold no secret; without cacert.pem, the trust store of
+certifi, nothing in a virtual environment of the workspace could speak TLS."""
 
 
 def canonical_json(document: PolicyDocument) -> str:

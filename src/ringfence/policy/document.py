@@ -185,11 +185,15 @@ class HostGrant(Section):
     @classmethod
     def _from_text(cls, value: object) -> object:
         """`host` or `host:port` as one string."""
-        if not isinstance(value, str):
+        if not isinstance(value, (str, dict)):
+            raise ValueError("write host, host:port, or a mapping with host")  # noqa: TRY004
+        if isinstance(value, dict):
             return value
-        match = re.fullmatch(r"([^:/]+):([1-9][0-9]{0,4})", value)
+        match = re.fullmatch(r"([^:/]+):([0-9]{1,16})", value)
         if match:
             _refuse(hosts.host_problem(match[1]))
+            if not 1 <= int(match[2]) <= 65535 or match[2].startswith("0"):
+                raise ValueError("a port is a number from 1 to 65535")
             return {"host": match[1], "port": int(match[2])}
         _refuse(hosts.host_problem(value))
         return {"host": value}

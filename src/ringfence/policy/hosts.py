@@ -26,11 +26,19 @@ _LOCAL = frozenset({"localhost", "local", "localdomain", "onion", "invalid"})
 
 def host_problem(text: str, *, wildcards: bool = True) -> str | None:
     """Why `text` is not a host of a policy, and what to write instead; None when it is one."""
-    if text.startswith("*."):
-        if not wildcards:
-            return "a wildcard is not allowed here; name each host"
-        return _exact_problem(text[2:]) or _vague_problem(text)
-    return _exact_problem(text)
+    if text.startswith("*.") and not wildcards:
+        return "a wildcard is not allowed here; name each host"
+    problem = _problem(text)
+    form = normal_form(text) if problem else None
+    return f"{problem}: {form}" if form else problem
+
+
+def _problem(text: str) -> str | None:
+    if not text.startswith("*."):
+        return _exact_problem(text)
+    if re.fullmatch(r"[a-z0-9-]+(?:\.[a-z0-9-]+)*", text[2:]) and registrable(text[2:]) is None:
+        return f"{text} would match domains of anybody; name a host below a domain you mean"
+    return _exact_problem(text[2:]) or _provider_problem(text)
 
 
 def is_host(text: str) -> bool:
@@ -54,7 +62,7 @@ def normal_form(text: str) -> str | None:
         except UnicodeError:
             return None
     whole = star + name
-    return whole if host_problem(whole) is None else None
+    return whole if _problem(whole) is None else None
 
 
 def matches(pattern: str, host: str) -> bool:
@@ -82,11 +90,8 @@ def _suffixes() -> PublicSuffixList:
     return PublicSuffixList(accept_unknown=True)
 
 
-def _vague_problem(pattern: str) -> str | None:
-    base = pattern[2:]
-    if registrable(base) is None:
-        return f"{pattern} would match domains of anybody; name a host below a domain you mean"
-    if MODEL_HOST.partition(".")[2] == base:
+def _provider_problem(pattern: str) -> str | None:
+    if matches(pattern, MODEL_HOST):
         return f"{pattern} covers the model provider's own hosts; name {MODEL_HOST} or another host"
     return None
 
@@ -97,9 +102,7 @@ def _exact_problem(text: str) -> str | None:
         return problem
     labels = text.split(".")
     if len(text) > 253 or any(not _LABEL.fullmatch(label) for label in labels):
-        return "not a host name: labels of letters, digits and inner hyphens, 63 at most each" + (
-            _instead(text)
-        )
+        return "not a host name: labels of letters, digits and inner hyphens, 63 at most each"
     if len(labels) < 2:
         return "a name without a dot means another host on each network; write the full name"
     if labels[-1] in _LOCAL:
@@ -115,7 +118,7 @@ def _character_problem(text: str) -> str | None:
         return "empty; write a host name"
     for fault, message in _FAULTS:
         if fault(text):
-            return message + _instead(text)
+            return message
     return None
 
 
@@ -146,8 +149,3 @@ def _punycode(label: str) -> bool:
         return not decoded.isascii() and decoded.encode("punycode").decode() == label[4:]
     except (UnicodeError, ValueError, OverflowError):
         return False
-
-
-def _instead(text: str) -> str:
-    form = normal_form(text)
-    return f": {form}" if form and form != text else ""

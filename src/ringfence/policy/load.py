@@ -9,8 +9,7 @@ from __future__ import annotations
 import importlib.resources
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ringfence.errors import CallerError
 from ringfence.policy import yamldoc
@@ -21,7 +20,15 @@ PRESETS: tuple[str, ...] = ("strict", "ci", "review", "developer")
 """Names of the built-in presets; `strict` stands when nothing is said."""
 
 
-def load_policy(path: Path | str | None = None, *, preset: str | None = None) -> PolicyDocument:
+class PathLike(Protocol):
+    """A path as `pathlib` has it; this room imports neither `os` nor `pathlib`."""
+
+    def __fspath__(self) -> str:
+        """Its text."""
+        ...
+
+
+def load_policy(path: str | PathLike | None = None, *, preset: str | None = None) -> PolicyDocument:
     """The policy in the file at `path`; without one, the preset, `strict` by default.
 
     With both, `preset` is the base of a file that names none itself.
@@ -31,7 +38,7 @@ def load_policy(path: Path | str | None = None, *, preset: str | None = None) ->
     """
     if path is None:
         return from_mapping({"preset": preset or "strict"})
-    return loads(_read(Path(path)), preset=preset)
+    return loads(_read(path), preset=preset)
 
 
 def loads(text: str | bytes, *, preset: str | None = None) -> PolicyDocument:
@@ -87,14 +94,15 @@ def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in high.items():
         below = merged.get(key)
         if isinstance(below, Mapping) and isinstance(value, Mapping):
-            value = _merge(below, value)
-        merged[key] = value
+            merged[key] = _merge(below, value)
+        else:
+            merged[key] = value
     return merged
 
 
-def _read(path: Path) -> bytes:
+def _read(path: str | PathLike) -> bytes:
     try:
-        with path.open("rb") as file:
+        with open(path, "rb") as file:  # noqa: PTH123  no pathlib in this room
             return file.read(yamldoc.MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -63,7 +63,10 @@ def show(value: object) -> str:
     """A value as an error repeats it: printable ASCII, one line, shortened."""
     if value == "":
         return ""
-    text = ascii(value)
+    try:
+        text = ascii(value)
+    except RecursionError:
+        return "(nested too deeply)"
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
@@ -79,8 +82,6 @@ def build(values: Mapping[str, Any]) -> PolicyDocument:
     except ValidationError as error:
         details = error.errors(include_url=False)
         raise PolicyInvalidError(tuple(_from_pydantic(item) for item in details)) from None
-    except RecursionError:
-        refuse("", "nested too deeply")
     problems = tuple(contradictions(document))
     if problems:
         raise PolicyInvalidError(problems)

@@ -135,7 +135,7 @@ class _Reader:
 
 
 def _scalar(event: yaml.ScalarEvent) -> Any:
-    text: str = event.value
+    text = _joined(event)
     if event.style is not None:
         return text  # quoted or block: text, whatever it looks like
     if text == "":
@@ -153,6 +153,15 @@ def _scalar(event: yaml.ScalarEvent) -> Any:
             "as JSON does",
         )
     return text
+
+
+def _joined(event: yaml.ScalarEvent) -> str:
+    """The text; JSON's escaped surrogate pairs are one character, and half a pair is none."""
+    text: str = event.value
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        _refuse(event.start_mark, "half a surrogate pair is no character")
 
 
 def _one_line(text: str) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+import os
 import socket
 import subprocess
 import sys
@@ -15,113 +16,154 @@ from ringfence.errors import UnavailableError
 from ringfence.record.events import Event
 from ringfence.record.wire import Decoder, FrameError, encode
 
+_READY_SECONDS = 15.0
+_CLOSE_SECONDS = 10.0
+_MAX_UNSENT = 4 << 20
+_READ = 1 << 16
+
 
 class RecorderClient:
-    """`Recorder` over a socket. One task reads answers; appends are pipelined."""
+    """`Recorder` over a socket, pipelined. Belongs to the running event loop."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         self._socket = connection
+        self._loop = asyncio.get_running_loop()
+        self._decoder = Decoder()
+        self._unsent = bytearray()
+        self._writing = False
+        self._room = asyncio.Event()
+        self._room.set()
         self._waiting: dict[int, asyncio.Future[int]] = {}
         self._number = 0
-        self._gone = False
-        self._key: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._reader = asyncio.get_running_loop().create_task(self._read())
-        self._writing = asyncio.Lock()
+        self._lost = ""
+        self._ended = asyncio.Event()
+        self._greeted = asyncio.Event()
+        self._key: bytes | None = None
+        self._loop.add_reader(connection.fileno(), self._readable)
 
     async def ready(self) -> None:
-        """Wait for the recorder's greeting. Raises UnavailableError when it does not come."""
-        try:
-            async with asyncio.timeout(15):
-                await asyncio.shield(self._key)
-        except TimeoutError:
-            raise _unavailable("it does not answer") from None
+        """Wait for the recorder's greeting, which brings the key of keyed hashes.
+
+        Raises:
+            UnavailableError: `recorder-unavailable`.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_READY_SECONDS):
+                await self._greeted.wait()
+        if self._key is None:
+            raise _unavailable(self._lost or "it does not answer")
 
     async def append(self, event: Event, *, durable: bool = True) -> int:
         """See the protocol."""
         return await self.append_fields(event.model_dump(), durable=durable)
 
     async def append_fields(self, fields: dict[str, object], *, durable: bool = True) -> int:
-        """`append` of an event that is fields already, for the hot path of egress."""
-        if self._gone:
-            raise _unavailable("its process has ended")
-        number = 0
-        answer: asyncio.Future[int] | None = None
-        if durable:
-            self._number = number = self._number + 1
-            answer = asyncio.get_running_loop().create_future()
-            self._waiting[number] = answer
-        frame = encode({"n": number, "e": fields})
-        try:
-            self._send_now(frame) or await self._send_slowly(frame)
-        except OSError as error:
-            self._waiting.pop(number, None)
-            raise _unavailable(str(error)) from None
-        return await answer if answer is not None else -1
+        """`append` of an event that is fields already (with `type`), for egress's hot path."""
+        if self._lost:
+            raise _unavailable(self._lost)
+        if not durable:
+            self._send(encode({"n": 0, "e": fields}))
+            await self._room.wait()
+            return -1
+        self._number += 1
+        answer: asyncio.Future[int] = self._loop.create_future()
+        self._waiting[self._number] = answer
+        self._send(encode({"n": self._number, "e": fields}))
+        return await answer
 
-    def _send_now(self, frame: bytes) -> bool:
-        """The whole frame at once when nobody waits for room; keeps order with `_send_slowly`."""
-        if self._writing.locked():
-            return False
-        try:
-            sent = self._socket.send(frame)
-        except BlockingIOError:
-            return False
-        if sent == len(frame):
-            return True
-        self._rest = frame[sent:]
-        return False
-
-    _rest = b""
-
-    async def _send_slowly(self, frame: bytes) -> None:
-        rest, self._rest = self._rest or frame, b""
-        async with self._writing:
-            await asyncio.get_running_loop().sock_sendall(self._socket, rest)
-
-    async def _read(self) -> None:
-        decoder = Decoder()
-        loop = asyncio.get_running_loop()
-        with contextlib.suppress(OSError, FrameError):
-            while data := await loop.sock_recv(self._socket, 65536):
-                for value in decoder.feed(data):
-                    self._settle(value)
-        self._gone = True
-        for future in self._waiting.values():
-            if not future.done():
-                future.set_exception(_unavailable("its process has ended"))
-        self._waiting.clear()
-        if not self._key.done():
-            self._key.set_exception(_unavailable("its process has ended"))
-            self._key.exception()  # seen: `ready` may never be called
-
-    def _settle(self, value: dict[str, object]) -> None:
-        if "k" in value and not self._key.done():
-            self._key.set_result(bytes.fromhex(str(value["k"])))
-            return
-        future = self._waiting.pop(int(str(value.get("n", 0))), None)
-        if future is None or future.done():
-            return
-        if "x" in value:
-            future.set_exception(_unavailable(f"the log refused: {value['x']}"))
-        else:
-            future.set_result(int(str(value["i"])))
+    def quota(self, sandbox_id: str, records: int) -> None:
+        """Set a sandbox's share of the log (requirement K); heeded from the worker only."""
+        self._send(encode({"q": sandbox_id, "records": records}))
 
     def hmac(self, data: bytes) -> str:
         """See the protocol; only after `ready`."""
-        return hmac.new(self._key.result(), data, hashlib.sha256).hexdigest()
+        if self._key is None:
+            raise _unavailable(self._lost or "it has not answered yet")
+        return hmac.new(self._key, data, hashlib.sha256).hexdigest()
 
     async def close(self) -> None:
-        """See the protocol."""
-        if self._reader.done() and self._socket.fileno() < 0:
+        """See the protocol. Returns when the recorder has all of it on disk, or is gone."""
+        if self._socket.fileno() < 0:
             return
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_WR)
-        self._reader.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._reader
-        self._gone = True
+        with contextlib.suppress(TimeoutError, OSError):
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await self._room.wait()
+                self._socket.shutdown(socket.SHUT_WR)
+                await self._ended.wait()
+        self._lose("this connection was closed")
         self._socket.close()
+
+    def _send(self, frame: bytes) -> None:
+        """Queue a frame behind all that came before it, and send what the socket takes."""
+        if self._lost:
+            return
+        self._unsent += frame
+        if self._writing:
+            if len(self._unsent) > _MAX_UNSENT:
+                self._room.clear()
+        else:
+            self._flush()
+
+    def _flush(self) -> None:
+        try:
+            sent = self._socket.send(self._unsent)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            self._lose(os.strerror(error.errno or 0))
+            return
+        del self._unsent[:sent]
+        if self._unsent and not self._writing:
+            self._writing = True
+            self._loop.add_writer(self._socket.fileno(), self._flush)
+        elif self._writing and not self._unsent:
+            self._writing = False
+            self._loop.remove_writer(self._socket.fileno())
+            self._room.set()
+
+    def _readable(self) -> None:
+        try:
+            data = self._socket.recv(_READ)
+            if not data:
+                self._lose("its process has ended")
+                return
+            for value in self._decoder.feed(data):
+                self._settle(value)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._lose(os.strerror(error.errno or 0))
+        except (FrameError, ValueError, KeyError):
+            self._lose("it does not speak this protocol")
+
+    def _settle(self, value: dict[str, object]) -> None:
+        if "k" in value:
+            self._key = bytes.fromhex(str(value["k"]))
+            self._greeted.set()
+            return
+        future = self._waiting.pop(int(str(value["n"])), None)
+        if future is None or future.done():
+            return
+        if "x" in value:
+            future.set_exception(_refused(str(value["x"])))
+        else:
+            future.set_result(int(str(value["i"])))
+
+    def _lose(self, why: str) -> None:
+        """No append can succeed any more: tell everyone who waits, once."""
+        if self._lost:
+            return
+        self._lost = why
+        self._loop.remove_reader(self._socket.fileno())
+        self._loop.remove_writer(self._socket.fileno())
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(_unavailable(why))
+        self._waiting.clear()
+        self._unsent.clear()
+        for event in (self._room, self._ended, self._greeted):
+            event.set()
 
 
 def _unavailable(why: str) -> UnavailableError:
@@ -130,6 +172,16 @@ def _unavailable(why: str) -> UnavailableError:
         f"the recorder cannot be reached: {why}",
         hint="see that the state directory is writable and its disk is not full",
     )
+
+
+def _refused(why: str) -> UnavailableError:
+    if why == "quota":
+        return UnavailableError(
+            "audit-quota-reached",
+            "this sandbox has used up its share of the audit log",
+            hint="raise audit.max_records in the policy if so many records are meant",
+        )
+    return UnavailableError("recorder-unavailable", f"the recorder refused the event: {why}")
 
 
 class RecorderProcess:
@@ -143,13 +195,17 @@ class RecorderProcess:
     def start(
         cls, directory: Path, labels: tuple[str, ...] = ("worker", "egress")
     ) -> RecorderProcess:
-        """Start a recorder for the log below `directory`; returns at once."""
+        """Start a recorder for the log in `directory`; returns at once.
+
+        A session of its own, so that a Ctrl-C meant for the run does not reach it; it ends by
+        itself when its last client has gone.
+        """
         pairs = {label: socket.socketpair() for label in labels}
         theirs = {label: pair[1].fileno() for label, pair in pairs.items()}
         try:
             process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "ringfence.record", str(directory)),
+                    *(sys.executable, "-P", "-m", "ringfence.record", str(directory)),
                     *(f"{label}:{descriptor}" for label, descriptor in theirs.items()),
                 ],
                 pass_fds=tuple(theirs.values()),
@@ -158,20 +214,25 @@ class RecorderProcess:
                 env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
                 cwd="/",
             )
+        except OSError as error:
+            for ours, _ in pairs.values():
+                ours.close()
+            raise _unavailable(str(error)) from None
         finally:
             for _, end in pairs.values():
                 end.close()
         return cls(process, {label: pair[0] for label, pair in pairs.items()})
 
     def close(self, seconds: float = 10.0) -> None:
-        """Wait for it to drain and sign; its clients must be closed before."""
+        """Wait for it to drain and sign; its clients should be closed before."""
         for connection in self.sockets.values():
             connection.close()
-        try:
-            self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self._process.terminate()
-            self._process.wait(seconds)
+        for end in (self._process.terminate, self._process.kill):
+            try:
+                self._process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                end()
+        self._process.wait(seconds)
 
     @property
     def pid(self) -> int:

@@ -189,10 +189,34 @@ class PatchApplied(Event):
     patch_sha256: str
 
 
+class LogOpened(Event):
+    """A recorder began to write; `recorder` names this one process."""
+
+    type: Literal["log.opened"] = "log.opened"
+    recorder: str
+
+
+class LogClosed(Event):
+    """A recorder drained and left in order. One that never says so was killed."""
+
+    type: Literal["log.closed"] = "log.closed"
+    recorder: str
+
+
 class LogHeartbeat(Event):
-    """The recorder is alive and idle; silence is an alarm."""
+    """The recorder is alive; silence is an alarm."""
 
     type: Literal["log.heartbeat"] = "log.heartbeat"
+    recorder: str = ""
+
+
+class LogRefused(Event):
+    """Events that a client sent and the catalogue does not know; none of their content is kept."""
+
+    type: Literal["log.refused"] = "log.refused"
+    client: str
+    reason: str
+    count: int = 1
 
 
 class LogKeyRotated(Event):
@@ -219,7 +243,10 @@ AnyEvent = Annotated[
     | EgressEnded
     | SessionChanged
     | PatchApplied
+    | LogOpened
+    | LogClosed
     | LogHeartbeat
+    | LogRefused
     | LogKeyRotated,
     Field(discriminator="type"),
 ]

@@ -2,62 +2,69 @@
 
 `python -m ringfence.record DIRECTORY LABEL:FD …`. The label of a connection becomes the `source`
 of what comes over it: neither worker nor egress can pose as the other, or choose a time.
+
+It fails closed. An event outside the catalogue is refused; when the log cannot be written, every
+waiter is told so and the process ends, and nothing that must be recorded first can happen.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import secrets
 import select
 import signal
 import socket
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ringfence.record.audit import AuditLog
+from ringfence.record.quota import Quota, Verdict
+from ringfence.record.shapes import fault, load_shapes, may_write, shortened
 from ringfence.record.wire import Decoder, FrameError, encode
 
-HEARTBEAT_SECONDS = 60.0
-QUOTA = 20_000
-"""Records of one sandbox that may be coalesced are written one by one up to here (requirement K)."""
-_COALESCED = frozenset({"egress.refused"})
+BEAT_SECONDS = 60.0
+_SOURCES = frozenset({"worker", "egress"})
 _PR_SET_DUMPABLE = 4
 _MAX_READ = 1 << 20
+_MAX_UNSENT = 4 << 20
 
 
-class Quota:
-    """Coalesces what one sandbox can make without end; start, end and decisions always pass."""
+class _Client:
+    """One connection: what has arrived of it, and what it has not taken yet."""
 
-    def __init__(self, limit: int = QUOTA) -> None:
-        self._limit = limit
-        self._written: dict[str, int] = {}
-        self._held: dict[tuple[str, str], dict[str, Any]] = {}
+    def __init__(self, label: str, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self.label = label
+        self.socket = connection
+        self.decoder = Decoder()
+        self.unsent = bytearray()
+        self.ended = False
 
-    def admit(self, record: dict[str, Any]) -> bool:
-        """Whether to write it now; otherwise it is counted, to be written by `flush`."""
-        if record.get("type") not in _COALESCED:
-            return True
-        sandbox = str(record.get("sandbox_id", ""))
-        written = self._written.get(sandbox, 0)
-        if written < self._limit:
-            self._written[sandbox] = written + 1
-            return True
-        key = (sandbox, str(record.get("reason", "")))
-        held = self._held.get(key)
-        if held is None:
-            self._held[key] = {**record, "count": int(record.get("count", 1))}
-        else:
-            held["count"] += int(record.get("count", 1))
-        return False
+    def receive(self) -> list[dict[str, Any]]:
+        """What has arrived; notes the end of the connection."""
+        try:
+            data = self.socket.recv(_MAX_READ)
+            self.ended = not data
+            return self.decoder.feed(data)
+        except BlockingIOError:
+            return []
+        except (OSError, FrameError):
+            self.ended = True
+            return []
 
-    def flush(self) -> list[dict[str, Any]]:
-        """What was counted since the last flush, one record a sandbox and reason."""
-        held = list(self._held.values())
-        self._held.clear()
-        return held
+    def send(self, data: bytes = b"") -> None:
+        """Send without waiting: a client that does not read must not hold up the others."""
+        self.unsent += data
+        try:
+            while self.unsent:
+                del self.unsent[: self.socket.send(self.unsent)]
+        except BlockingIOError:
+            self.ended = self.ended or len(self.unsent) > _MAX_UNSENT
+        except OSError:
+            self.unsent.clear()  # its end of file is seen when it is read
 
 
 class Recorder:
@@ -65,115 +72,146 @@ class Recorder:
 
     def __init__(self, log: AuditLog, clients: dict[str, socket.socket]) -> None:
         self._log = log
-        self._labels = {client.fileno(): label for label, client in clients.items()}
-        self._sockets = {client.fileno(): client for client in clients.values()}
-        self._decoders = {descriptor: Decoder() for descriptor in self._sockets}
+        self._name = secrets.token_hex(8)
+        self._shapes = load_shapes()
         self._quota = Quota()
+        self._refused: dict[tuple[str, str], int] = {}
         self._stopping = False
-        self._last_write = self._last_checkpoint = time.monotonic()
+        self._beat = time.monotonic()
+        self._poll = select.poll()
+        self._clients: dict[int, _Client] = {}
+        for label, connection in clients.items():
+            self._clients[connection.fileno()] = _Client(label, connection)
+            self._poll.register(connection.fileno(), select.POLLIN)
 
     def stop(self, *_: object) -> None:
         """SIGTERM: drain what has arrived, then leave."""
         self._stopping = True
 
-    def run(self) -> None:
-        """Serve until every client is gone or `stop`."""
-        poll = select.poll()
-        for descriptor, client in self._sockets.items():
-            client.setblocking(True)
-            client.sendall(encode({"k": self._log.hmac_key.hex()}))
-            client.setblocking(False)
-            poll.register(descriptor, select.POLLIN)
-        while self._sockets and not self._stopping:
-            ready = poll.poll(1000)
-            self._turn([descriptor for descriptor, _ in ready], poll)
-            self._idle()
-        self._write([], self._quota.flush())
-        self._log.close()
-
-    def _turn(self, ready: Sequence[int], poll: select.poll) -> None:
-        batch: list[tuple[int, int, dict[str, Any]]] = []
-        for descriptor in ready:
-            values = self._receive(descriptor)
-            if values is None:
-                poll.unregister(descriptor)
-                self._sockets.pop(descriptor).close()
-                continue
-            for value in values:
-                event = value.get("e")
-                if isinstance(event, dict) and isinstance(event.get("type"), str):
-                    record = {**event, "source": self._labels[descriptor]}
-                    batch.append((descriptor, int(value.get("n", 0)), record))
-        if batch:
-            self._write(batch, [])
-
-    def _receive(self, descriptor: int) -> list[dict[str, Any]] | None:
+    def run(self) -> int:
+        """Serve until every client is gone or `stop`; returns the exit status."""
+        self._log.append([self._own("log.opened")])
+        self._log.checkpoint()
+        for client in self._clients.values():
+            client.send(encode({"k": self._log.hmac_key.hex()}))
         try:
-            data = self._sockets[descriptor].recv(_MAX_READ)
-            return self._decoders[descriptor].feed(data) if data else None
-        except BlockingIOError:
-            return []
-        except (OSError, FrameError):
-            return None
+            while self._clients and not self._stopping:
+                self._turn()
+                self._keep_time()
+            while self._clients and self._turn(block=False):
+                pass
+            self._log.append([*self._held(), self._own("log.closed")])
+        except Exception:  # noqa: BLE001  the waiters were told; what cannot be written is over
+            return 1
+        self._log.close()
+        return 0
 
-    def _write(
-        self, batch: list[tuple[int, int, dict[str, Any]]], flushed: list[dict[str, Any]]
+    def _turn(self, *, block: bool = True) -> bool:
+        """Read all that are ready, commit, answer; whether anything was read."""
+        ready = self._poll.poll(1000 if block else 0)
+        batch: list[tuple[_Client, int, dict[str, Any]]] = []
+        for descriptor, happened in ready:
+            client = self._clients[descriptor]
+            if happened & select.POLLOUT:
+                client.send()
+            for value in client.receive():
+                self._take(client, value, batch)
+        if batch:
+            self._commit(batch)
+        for client in [entry for entry in self._clients.values() if entry.ended]:
+            self._drop(client)
+        for descriptor, client in self._clients.items():
+            wanted = select.POLLIN | (select.POLLOUT if client.unsent else 0)
+            self._poll.modify(descriptor, wanted)
+        return bool(batch)
+
+    def _take(
+        self,
+        client: _Client,
+        value: dict[str, Any],
+        batch: list[tuple[_Client, int, dict[str, Any]]],
     ) -> None:
-        kept = [self._quota.admit(record) for _, _, record in batch]
-        records = [entry[2] for entry, keep in zip(batch, kept, strict=True) if keep] + flushed
+        """Sort one frame: into the batch, into a count, or back with a refusal."""
+        event, number = value.get("e"), value.get("n")
+        if isinstance(value.get("q"), str) and client.label == "worker":
+            self._quota.allow(value["q"], value.get("records"))
+            return
+        if not isinstance(event, dict) or not isinstance(number, int):
+            why = "not-an-event"
+        elif not may_write(client.label, str(event.get("type"))):
+            why = "wrong-source"
+        else:
+            why = fault(self._shapes, event)
+        if why:
+            key = (client.label, why)
+            self._refused[key] = self._refused.get(key, 0) + 1
+        elif (verdict := self._quota.judge(event)) is Verdict.REFUSE:
+            why = "quota"
+        else:
+            record = {} if verdict is Verdict.COUNT else shortened(event)
+            if record:
+                record["source"] = client.label
+            batch.append((client, number, record))
+        if why and isinstance(number, int) and number:
+            client.send(encode({"n": number, "x": why}))
+
+    def _commit(self, batch: list[tuple[_Client, int, dict[str, Any]]]) -> None:
+        records = [record for _, _, record in batch if record]
         answers: dict[int, list[bytes]] = {}
-        index = 0
         try:
             index = self._log.append(records) if records else self._log.size
-            failure = ""
-        except Exception as error:  # noqa: BLE001  told to every waiter, who must not go on
-            failure = type(error).__name__
-        for (descriptor, number, _), keep in zip(batch, kept, strict=True):
+        except Exception as error:
+            for client, number, _ in batch:
+                if number:
+                    client.send(encode({"n": number, "x": type(error).__name__}))
+            raise
+        for client, number, record in batch:
             if number:
-                answer = {"n": number, "x": failure} if failure else {"n": number, "i": index}
-                answers.setdefault(descriptor, []).append(encode(answer))
-            index += keep
-        self._answer(answers)
-        self._last_write = time.monotonic()
-
-    def _answer(self, answers: dict[int, list[bytes]]) -> None:
+                frame = encode({"n": number, "i": index})
+                answers.setdefault(client.socket.fileno(), []).append(frame)
+            index += bool(record)
         for descriptor, frames in answers.items():
-            client = self._sockets.get(descriptor)
-            if client is None:
-                continue
-            try:
-                client.setblocking(True)
-                client.settimeout(5)
-                client.sendall(b"".join(frames))
-                client.setblocking(False)
-            except OSError:
-                continue  # its end of file is seen in the next turn
+            self._clients[descriptor].send(b"".join(frames))
 
-    def _idle(self) -> None:
+    def _drop(self, client: _Client) -> None:
+        descriptor = client.socket.fileno()
+        self._poll.unregister(descriptor)
+        del self._clients[descriptor]
+        client.socket.close()
+
+    def _keep_time(self) -> None:
+        """Once a minute: what was counted, a sign of life, a signature."""
         now = time.monotonic()
-        if now - self._last_checkpoint >= HEARTBEAT_SECONDS:
-            records = self._quota.flush()
-            if now - self._last_write >= HEARTBEAT_SECONDS:
-                records.append({"type": "log.heartbeat", "source": "recorder"})
-            self._write([], records)
-            self._log.checkpoint()
-            self._last_checkpoint = now
+        if now - self._beat < BEAT_SECONDS:
+            return
+        self._beat = now
+        self._log.append([*self._held(), self._own("log.heartbeat")])
+        self._log.checkpoint()
+
+    def _held(self) -> list[dict[str, Any]]:
+        refused = [
+            {"type": "log.refused", "client": label, "reason": why, "count": count}
+            for (label, why), count in self._refused.items()
+        ]
+        self._refused.clear()
+        return self._quota.flush() + [{**record, "source": "recorder"} for record in refused]
+
+    def _own(self, kind: str) -> dict[str, Any]:
+        return {"type": kind, "source": "recorder", "recorder": self._name}
 
 
 def main(arguments: Sequence[str]) -> int:
     """Entry of the process."""
+    # a tool that ends up with this uid must not read the signing key out of this memory
     ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.umask(0o077)
     clients = {}
     for argument in arguments[1:]:
         label, _, descriptor = argument.partition(":")
+        if label not in _SOURCES:
+            return 2
         clients[label] = socket.socket(fileno=int(descriptor))
     recorder = Recorder(AuditLog(Path(arguments[0])), clients)
     signal.signal(signal.SIGTERM, recorder.stop)
-    recorder.run()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    return recorder.run()

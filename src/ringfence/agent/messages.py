@@ -1,0 +1,70 @@
+"""What a driver tells its caller while it works. Frozen; each has a JSON form for `stream-json`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AgentMessage:
+    """Base of all."""
+
+    type: ClassVar[str] = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Shape in `--output stream-json`: the fields and `type`."""
+        return {"type": self.type, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Text(AgentMessage):
+    """Words of the agent."""
+
+    type: ClassVar[str] = "text"
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ToolStarted(AgentMessage):
+    """A tool call was decided. `allowed` False says it never ran."""
+
+    type: ClassVar[str] = "tool_started"
+    tool_use_id: str
+    name: str
+    input: dict[str, Any]
+    allowed: bool
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ToolEnded(AgentMessage):
+    """A tool call is over, as `claude` says."""
+
+    type: ClassVar[str] = "tool_ended"
+    tool_use_id: str
+    name: str
+    outcome: str
+    duration_ms: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Notice(AgentMessage):
+    """Something a person should see: a refusal of egress, a retry, an unenforced control."""
+
+    type: ClassVar[str] = "notice"
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TurnEnded(AgentMessage):
+    """The turn is over. Everything here is `claude`'s own claim; usage is metered by egress."""
+
+    type: ClassVar[str] = "turn_ended"
+    ok: bool
+    text: str
+    num_turns: int
+    reason: str
+    errors: tuple[str, ...] = ()
