@@ -118,6 +118,8 @@ CODES: dict[str, str] = {
     "path-escapes": "A path leads through a link, to a special file, or out of the sandbox.",
     "file-too-large": "A file is larger than the limit for reading it.",
     "tree-too-large": "A tree has more entries or levels than may be walked.",
+    # simulator
+    "scenario-invalid": "A simulator's scenario, or a script in a prompt, is malformed.",
     # agent
     "agent-start-failed": "The agent's program did not start.",
     "agent-protocol": "The agent's program does not keep to its protocol; it is not listened to further.",
@@ -129,6 +131,8 @@ CODES: dict[str, str] = {
     # worker
     "run-timeout": "The run reached its wall-clock limit and was ended.",
     "permission-mode-denied": "The policy does not permit the permission mode that was asked for.",
+    "state-refused": "The state directory cannot be used: it is not ours, or cannot be made.",
+    "claude-missing": "The claude binary is not installed.",
     "run-interrupted": "The person or the host ended the run.",
     "internal": "A defect of ringfence itself; nothing of the run can be trusted to be complete.",
 }

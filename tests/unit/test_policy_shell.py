@@ -148,8 +148,8 @@ def test_appending_a_command_never_earns_an_approval(words: list[str], joint: st
     "command", ["a " * 8000, "curl " * 3000, ("x" * 50 + "*") * 300, "'" * 16_000, "a;" * 8000, "*a" * 8000]
 )
 def test_the_agent_does_not_choose_the_cost(command: str) -> None:
-    begin = time.monotonic()
+    begin = time.process_time()
     for specifier in ("*a*a*a*a*a*a*ab", "curl x y z", "a a a a b"):
         denies(specifier, command)
         approves((specifier,), command)
-    assert time.monotonic() - begin < 5
+    assert time.process_time() - begin < 5

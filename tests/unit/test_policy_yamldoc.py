@@ -78,7 +78,7 @@ def test_what_readers_disagree_about_is_refused_with_its_place(text: str, place:
     with pytest.raises(PolicyInvalidError) as caught:
         parse(text)
     assert caught.value.code == "policy-invalid"
-    assert caught.value.problems[0].path.split(":")[0] == place.split(":")[0]
+    assert caught.value.problems[0].path.split(":")[0] == place.partition(":")[0]
     assert "\n" not in caught.value.message
 
 
@@ -105,11 +105,16 @@ def test_size_and_depth_are_bounded() -> None:
 @example(b"a: &a [*a]")
 @example("%YAML " + "9" * 5000 + ".1\n---\n")
 def test_any_bytes_are_a_value_or_one_error(data: bytes | str) -> None:
+    error = _error(data)
+    assert error is None or (error.code == "policy-invalid" and "\n" not in error.message)
+
+
+def _error(data: bytes | str) -> CallerError | None:
     try:
         parse(data)
     except CallerError as error:
-        assert error.code == "policy-invalid"
-        assert "\n" not in error.message
+        return error
+    return None
 
 
 TOKENS = st.lists(

@@ -65,6 +65,13 @@ def _sequence(value: object) -> object:
     return value
 
 
+def _whole(value: object) -> object:
+    # Python holds True and 1.0 equal to 1, and a Literal compares
+    if type(value) is not int:
+        raise ValueError("write a whole number")
+    return value
+
+
 T = TypeVar("T")
 Items = Annotated[tuple[T, ...], Field(strict=False), BeforeValidator(_sequence)]
 
@@ -431,7 +438,7 @@ class Model(Section):
 class PolicyDocument(Section):
     """One whole policy, its preset already merged in."""
 
-    version: Literal[1] = 1
+    version: Annotated[Literal[1], BeforeValidator(_whole)] = 1
     preset: Literal["strict", "ci", "review", "developer"] | None = None
     network: Network = Network()
     filesystem: Filesystem = Filesystem()

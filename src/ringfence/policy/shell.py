@@ -109,16 +109,17 @@ def denies(specifier: str, command: str, *, depth: int = 3) -> bool:
 
 def _simple_denied(specifier: str, simple: Simple, depth: int) -> bool:
     program, *wanted = _words(specifier)
-    for index, word in enumerate(simple.words):
-        name = word.rpartition("/")[2]
-        expands_to_it = simple.expands and index == 0 and fnmatchcase(program, name)
-        if (expands_to_it or fnmatchcase(name, program)) and _in_order(
-            wanted, simple.words[index + 1 :]
-        ):
-            return True
-        if _NESTED.search(word) and denies(specifier, word, depth=depth - 1):
-            return True
-    return _covers(specifier, simple.words)
+    names = [word.rpartition("/")[2] for word in simple.words]
+    named = [index for index, name in enumerate(names) if fnmatchcase(name, program)]
+    if simple.expands and fnmatchcase(program, names[0]):
+        named.insert(0, 0)  # `cur?` may become the program
+    # what follows a later mention follows the first one too
+    if named and _in_order(wanted, simple.words[named[0] + 1 :]):
+        return True
+    nested = (word for word in simple.words if _NESTED.search(word))
+    return _covers(specifier, simple.words) or any(
+        denies(specifier, word, depth=depth - 1) for word in nested
+    )
 
 
 def _in_order(wanted: list[str], words: tuple[str, ...]) -> bool:

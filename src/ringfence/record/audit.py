@@ -3,195 +3,234 @@
 Tamper-evident against everything but root on this host, and against root for all that a
 checkpoint somewhere else covers. Several recorders may append to one file: each append takes
 SQLite's write lock and goes on from the frontier that lies in the file.
+
+`DIRECTORY/log.sqlite`, `DIRECTORY/key` (0600), `DIRECTORY/public.key`.
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
-import hmac
+import contextlib
 import json
-import os
-import secrets
+import sqlite3
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
 from ringfence.errors import UnavailableError
+from ringfence.record.keys import (
+    ORIGIN,
+    Keys,
+    encode_public,
+    load_keys,
+    new_keys,
+    read_keys,
+    signed_note,
+    write_keys,
+)
 from ringfence.record.merkle import Frontier, leaf_hash
 from ringfence.store.sqlite import open_database
 
-ORIGIN = "ringfence/audit"
 CHECKPOINT_EVERY = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class Keys:
-    """The log's secrets: the signing key, and the key of keyed hashes. Never printed."""
-
-    signing: Ed25519PrivateKey
-    hmac: bytes
-
-    def __repr__(self) -> str:
-        """The redacted twin."""
-        return "Keys(…)"
-
-    @property
-    def public(self) -> bytes:
-        """32 raw bytes."""
-        return self.signing.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
-
-
-def load_keys(directory: Path) -> Keys:
-    """Read the keys of a log, or make them once. `key` is 0600, `public.key` is for verifiers.
-
-    Raises:
-        UnavailableError: `audit-key-refused` when others may read the key.
-    """
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = directory / "key"
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except FileExistsError:
-        pass
-    else:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(secrets.token_bytes(64))
-            file.flush()
-            os.fsync(file.fileno())
-    deadline = time.monotonic() + 5
-    while len(data := path.read_bytes()) < 64 and time.monotonic() < deadline:
-        time.sleep(0.01)  # another process is making it right now
-    if path.stat().st_mode & 0o077 or len(data) != 64:
-        raise UnavailableError(
-            "audit-key-refused",
-            f"{path} may be read by others or is damaged",
-            hint=f"chmod 600 {path}",
-        )
-    keys = Keys(Ed25519PrivateKey.from_private_bytes(data[:32]), data[32:])
-    public = directory / "public.key"
-    if not public.exists():
-        public.write_text(encode_public(keys.public) + "\n")
-    return keys
-
-
-def encode_public(public: bytes, name: str = ORIGIN) -> str:
-    """C2SP vkey: name+hash+key, as a signed note's verifier takes it."""
-    material = base64.b64encode(b"\x01" + public).decode()
-    return f"{name}+{key_id(name, public).hex()}+{material}"
-
-
-def key_id(name: str, public: bytes) -> bytes:
-    """First four bytes of SHA-256(name, newline, algorithm 1, key), C2SP signed-note."""
-    return hashlib.sha256(name.encode() + b"\n\x01" + public).digest()[:4]
+"""Records; a recorder also signs every minute."""
 
 
 def canonical(value: dict[str, Any]) -> bytes:
-    """Canonical JSON: sorted keys, no spaces, UTF-8."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode(
-        "utf-8", "backslashreplace"
-    )
+    """Canonical JSON: sorted keys, no spaces, ASCII, so that no terminal reads it as more."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 class AuditLog:
-    """One open log. Not for several threads."""
+    """One open log. Not for several threads.
+
+    Raises:
+        UnavailableError: `store-unavailable`, `audit-key-refused`; `audit-invalid` when the
+            file is another log's than the key's.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._keys = load_keys(directory)
         self._connection = open_database(directory / "log.sqlite", "ringfence.record.sql")
-        self._frontier = Frontier()
-        self._last_checkpoint = self._read_last_checkpoint()
+        try:
+            self._keys = load_keys(directory)
+            with self._transaction():
+                self._claim()
+                (size, hashes, _, _) = self._head()
+        except BaseException:
+            self._connection.close()
+            raise
+        self.size = size
+        """Number of records after the last append of this process."""
+        (signed,) = self._connection.execute("SELECT max(size) FROM checkpoint").fetchone()
+        self._signed = -1 if signed is None else int(signed)
 
     @property
     def hmac_key(self) -> bytes:
-        """Secret of keyed hashes (requirement K); handed to worker and egress only."""
-        return hmac.digest(self._keys.hmac, b"ringfence keyed hashes", "sha256")
+        """Key of keyed hashes (requirement K)."""
+        return self._keys.hmac_key
 
     @property
-    def size(self) -> int:
-        """Number of records after the last append of this process."""
-        return self._frontier.size
+    def public_key(self) -> str:
+        """What a verifier needs, as text."""
+        return encode_public(self._keys.public)
 
     def append(self, records: Sequence[dict[str, Any]]) -> int:
         """Add records in one durable transaction; returns the index of the first.
 
         `time` is stamped here, in UTC microseconds, never smaller than the record before.
         """
-        connection = self._connection
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            frontier, last_time = self._load_frontier()
-            first = frontier.size
-            rows = []
-            for record in records:
-                last_time = max(last_time, time.time_ns() // 1000)
-                body = canonical({**record, "time": _timestamp(last_time)})
-                leaf = leaf_hash(body)
-                rows.append((frontier.size, body, leaf, str(record.get("run_id", ""))))
-                frontier.append(leaf)
-            connection.executemany("INSERT INTO record VALUES (?, ?, ?, ?)", rows)
-            connection.execute(
-                "UPDATE frontier SET size = ?, hashes = ?, time_us = ?",
-                (frontier.size, frontier.pack(), last_time),
-            )
-            connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
-        self._frontier = frontier
-        if frontier.size - self._last_checkpoint >= CHECKPOINT_EVERY:
+        with self._transaction():
+            first, frontier = self._add(records)
+        self.size = frontier.size
+        if frontier.size - max(self._signed, 0) >= CHECKPOINT_EVERY:
             self.checkpoint()
         return first
 
-    def _load_frontier(self) -> tuple[Frontier, int]:
-        size, hashes, time_us = self._connection.execute(
-            "SELECT size, hashes, time_us FROM frontier"
-        ).fetchone()
-        return Frontier.unpack(size, hashes), time_us
-
-    def _read_last_checkpoint(self) -> int:
-        (size,) = self._connection.execute("SELECT max(size) FROM checkpoint").fetchone()
-        return int(size or 0)
-
     def checkpoint(self) -> str:
         """Sign the head as it is and keep the note; returns it."""
+        with self._transaction():
+            self._claim()
+            size, hashes, _, _ = self._head()
+            found = self._connection.execute(
+                "SELECT note FROM checkpoint WHERE size = ?", (size,)
+            ).fetchone()
+            if found is None:
+                note = self._keep(Frontier.unpack(size, hashes), self._keys)
+            else:
+                note = str(found[0])
+        self._signed = size
+        return note
+
+    def rotate(self) -> str:
+        """Change the signing key; returns the new public key.
+
+        The change is a record, and the checkpoint that covers it is signed by both keys: who
+        trusts either can go on to the other.
+        """
+        with self._transaction():
+            self._claim()
+            old, new = self._keys, new_keys(self._keys.secret)
+            pending = self.directory / "key.new"
+            pending.unlink(missing_ok=True)
+            write_keys(pending, new)
+            record = {
+                "type": "log.key_rotated",
+                "source": "recorder",
+                "old_public_key": encode_public(old.public),
+                "new_public_key": encode_public(new.public),
+            }
+            _, frontier = self._add([record])
+            self._keep(frontier, old, new)
+            self._connection.execute("UPDATE frontier SET signer = ?", (new.public,))
+        self.size = self._signed = frontier.size
+        with self._transaction():
+            self._claim()
+        return self.public_key
+
+    def close(self) -> None:
+        """Sign what has come since the last checkpoint, and close."""
+        try:
+            (size, _, _, _) = self._head()
+            if size != self._signed:
+                self.checkpoint()
+        finally:
+            self._connection.close()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
         self._connection.execute("BEGIN IMMEDIATE")
         try:
-            frontier, _ = self._load_frontier()
-            note = self._sign(frontier)
-            self._connection.execute(
-                "INSERT OR IGNORE INTO checkpoint VALUES (?, ?)", (frontier.size, note)
-            )
+            yield
             self._connection.execute("COMMIT")
         except BaseException:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             raise
-        self._last_checkpoint = frontier.size
+
+    def _head(self) -> tuple[int, bytes, int, bytes]:
+        row: tuple[int, bytes, int, bytes] = self._connection.execute(
+            "SELECT size, hashes, time_us, signer FROM frontier"
+        ).fetchone()
+        return row
+
+    def _add(self, records: Sequence[dict[str, Any]]) -> tuple[int, Frontier]:
+        size, hashes, last_time, _ = self._head()
+        frontier = Frontier.unpack(size, hashes)
+        rows = []
+        for record in records:
+            last_time = max(last_time, time.time_ns() // 1000)
+            body = canonical({**record, "time": timestamp(last_time)})
+            leaf = leaf_hash(body)
+            rows.append((frontier.size, body, leaf, str(record.get("run_id", ""))))
+            frontier.append(leaf)
+        self._connection.executemany("INSERT INTO record VALUES (?, ?, ?, ?)", rows)
+        self._connection.execute(
+            "UPDATE frontier SET size = ?, hashes = ?, time_us = ?",
+            (frontier.size, frontier.pack(), last_time),
+        )
+        return size, frontier
+
+    def _keep(self, frontier: Frontier, *signers: Keys) -> str:
+        root = base64.b64encode(frontier.root()).decode()
+        note = signed_note(f"{ORIGIN}\n{frontier.size}\n{root}\n", *signers)
+        self._connection.execute("INSERT INTO checkpoint VALUES (?, ?)", (frontier.size, note))
         return note
 
-    def _sign(self, frontier: Frontier) -> str:
-        root = base64.b64encode(frontier.root()).decode()
-        text = f"{ORIGIN}\n{frontier.size}\n{root}\n"
-        signature = key_id(ORIGIN, self._keys.public) + self._keys.signing.sign(text.encode())
-        return f"{text}\n\u2014 {ORIGIN} {base64.b64encode(signature).decode()}\n"
+    def _claim(self) -> None:
+        """Under the write lock, make sure that our key is the one whose turn it is to sign.
 
-    def close(self) -> None:
-        """Sign what has come since the last checkpoint, and close."""
-        frontier, _ = self._load_frontier()
-        if frontier.size != self._last_checkpoint:
-            self.checkpoint()
-        self._connection.close()
+        Another process may have rotated it; and one that was killed between its commit and the
+        renaming of the key left `key.new`, which is then put in place here.
+        """
+        _, _, _, signer = self._head()
+        pending, path = self.directory / "key.new", self.directory / "key"
+        if signer not in {self._keys.public, b""}:
+            renewed = read_keys(path)
+            if renewed is None or renewed.public != signer:
+                renewed = read_keys(pending)
+                if renewed is None or renewed.public != signer:
+                    raise UnavailableError(
+                        "audit-invalid",
+                        f"{path} is not the key that this log is signed with",
+                        hint="restore the key, or move the whole audit directory away",
+                    )
+                pending.replace(path)
+            self._keys = renewed
+        if signer == b"":
+            self._connection.execute("UPDATE frontier SET signer = ?", (self._keys.public,))
+        self._publish()
+
+    def _publish(self) -> None:
+        public = self.directory / "public.key"
+        text = self.public_key + "\n"
+        try:
+            if public.read_text() == text:
+                return
+        except OSError:
+            pass
+        temporary = self.directory / "public.key.part"
+        temporary.write_text(text)
+        temporary.replace(public)
 
 
-def _timestamp(microseconds: int) -> str:
+def append_event(directory: Path, event: dict[str, Any], *, source: str = "cli") -> int:
+    """Add one record from a command of the operator, and sign. `event` is an Event's fields.
+
+    Raises:
+        UnavailableError: as `AuditLog`.
+    """
+    log = AuditLog(directory)
+    try:
+        return log.append([{**event, "source": source}])
+    except sqlite3.Error as error:
+        raise UnavailableError("store-unavailable", f"the audit log: {error}") from None
+    finally:
+        log.close()
+
+
+def timestamp(microseconds: int) -> str:
+    """RFC 3339 UTC with microseconds."""
     seconds, fraction = divmod(microseconds, 1_000_000)
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{fraction:06d}Z"

@@ -79,6 +79,8 @@ class Recorder:
         self._stopping = False
         self._beat = time.monotonic()
         self._poll = select.poll()
+        self._bell, self._ring = socket.socketpair()
+        self._poll.register(self._bell.fileno(), select.POLLIN)
         self._clients: dict[int, _Client] = {}
         for label, connection in clients.items():
             self._clients[connection.fileno()] = _Client(label, connection)
@@ -87,6 +89,7 @@ class Recorder:
     def stop(self, *_: object) -> None:
         """SIGTERM: drain what has arrived, then leave."""
         self._stopping = True
+        self._ring.send(b"!")  # `poll` is restarted after a signal: wake it
 
     def run(self) -> int:
         """Serve until every client is gone or `stop`; returns the exit status."""
@@ -111,7 +114,9 @@ class Recorder:
         ready = self._poll.poll(1000 if block else 0)
         batch: list[tuple[_Client, int, dict[str, Any]]] = []
         for descriptor, happened in ready:
-            client = self._clients[descriptor]
+            client = self._clients.get(descriptor)
+            if client is None:
+                continue  # the bell
             if happened & select.POLLOUT:
                 client.send()
             for value in client.receive():

@@ -25,7 +25,9 @@ PROJECT = "ringfence"
 LEASE_SECONDS = 60.0
 MAX_ENTRY = 16 << 20
 MAX_SESSION = 1 << 30
-_SUBPATH = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}(?:/[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}){0,7}\Z")
+_SUBPATH = re.compile(
+    r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}(?:/[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}){0,7}\Z"
+)
 
 Key = Mapping[str, str]
 Entry = dict[str, Any]
@@ -72,7 +74,9 @@ class SqliteSessionStore:
         """Add entries in order; those whose uuid is there already are left out."""
         self.add(key, entries)
 
-    def add(self, key: Key, entries: Sequence[Entry], *, token: tuple[str, int] | None = None) -> None:
+    def add(
+        self, key: Key, entries: Sequence[Entry], *, token: tuple[str, int] | None = None
+    ) -> None:
         """`append` in one transaction; with a token, only while its lease holds."""
         project, session, subpath = _parts(key)
         now = time.time()
@@ -298,7 +302,9 @@ class SqliteSessionStore:
         lease = self.lease(session_id, "delete")
         try:
             with _transaction(self._db) as db:
-                db.execute("DELETE FROM session WHERE project = ? AND id = ?", (PROJECT, session_id))
+                db.execute(
+                    "DELETE FROM session WHERE project = ? AND id = ?", (PROJECT, session_id)
+                )
         finally:
             lease.release()
 

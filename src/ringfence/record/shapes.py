@@ -130,9 +130,7 @@ def _flags(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and len(value) <= MAX_ITEMS
-        and all(
-            isinstance(item, bool) and len(name) <= MAX_TEXT for name, item in value.items()
-        )
+        and all(isinstance(item, bool) and len(name) <= MAX_TEXT for name, item in value.items())
     )
 
 

@@ -1,0 +1,98 @@
+"""Watching a run: tool calls as they are decided and end, for people or as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.text import Text as RichText
+
+from ringfence.agent.messages import AgentMessage, Notice, Text, ToolEnded, ToolStarted
+from ringfence.cli.output import print_json
+from ringfence.record.safe_text import printable
+
+_WIDTH = 100
+
+
+class LiveView:
+    """Lines on stderr; a command's own output goes to stdout as it comes.
+
+    Everything that came from inside is stripped of escapes and bidi controls first.
+    """
+
+    def __init__(self, *, command: bool) -> None:
+        self._command = command
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> LiveView:
+        """Nothing to set up."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to undo."""
+
+    def show(self, message: AgentMessage) -> None:
+        """Print one message."""
+        if self._command and isinstance(message, Text):
+            sys.stdout.write(printable(message.text))
+            sys.stdout.flush()
+        elif isinstance(message, Text):
+            self.console.print(RichText(printable(message.text.strip()), style="default"))
+        elif isinstance(message, ToolStarted):
+            self._tool(message)
+        elif isinstance(message, ToolEnded):
+            mark = {"success": "[green]✓", "failure": "[yellow]✗"}.get(message.outcome, "[red]✗")
+            self.console.print(
+                f"  {mark}[/] [dim]{escape(message.outcome)}, {message.duration_ms / 1000:.2f} s[/]"
+            )
+        elif isinstance(message, Notice):
+            self.console.print(f"[yellow]! {escape(printable(message.text))}[/]")
+
+    def _tool(self, message: ToolStarted) -> None:
+        shown = printable(brief(message.name, message.input), keep_newlines=False)
+        line = f"[bold cyan]▸ {escape(printable(message.name))}[/] {escape(shown)}"
+        if not message.allowed:
+            line += f" [red]denied[/] [dim]({escape(printable(message.reason))})[/]"
+        self.console.print(line)
+
+
+def brief(name: str, tool_input: dict[str, Any]) -> str:
+    """The one field of a tool's input that says most, cut to a line."""
+    for key in ("command", "file_path", "pattern", "path", "url", "query", "description"):
+        if isinstance(tool_input.get(key), str):
+            text = tool_input[key]
+            break
+    else:
+        text = json.dumps(tool_input, ensure_ascii=False, default=str) if tool_input else ""
+    text = " ".join(text.split())
+    return text if len(text) <= _WIDTH else f"{text[:_WIDTH]}…"
+
+
+class StreamJson:
+    """One JSON object a line on stdout."""
+
+    def __enter__(self) -> StreamJson:
+        """Nothing to set up."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to undo."""
+
+    def show(self, message: AgentMessage) -> None:
+        """Print one message."""
+        print_json(message.to_json())
+
+
+class Silent(StreamJson):
+    """Prints nothing."""
+
+    def show(self, message: AgentMessage) -> None:
+        """Print nothing."""
+
+
+def silent() -> Silent:
+    """A view for `--output json`."""
+    return Silent()

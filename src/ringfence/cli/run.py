@@ -1,0 +1,225 @@
+"""`ringfence run` and `ringfence exec`."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ringfence.cli.context import AppContext
+from ringfence.cli.live import LiveView, StreamJson, silent
+from ringfence.cli.output import clear_errors, print_json
+from ringfence.errors import CallerError, UnavailableError
+from ringfence.model import PermissionMode, RunRequest, RunResult, RunStatus, WorkspaceMode
+
+Workspace = Annotated[
+    Path, typer.Option("--workspace", "-w", help="Directory that the agent works on.")
+]
+PolicyFile = Annotated[
+    Path | None, typer.Option("--policy", "-p", help="Policy file; see `ringfence policy`.")
+]
+Preset = Annotated[
+    str | None, typer.Option(help="Built-in policy: strict, ci, review or developer.")
+]
+Mode = Annotated[
+    WorkspaceMode | None,
+    typer.Option("--workspace-mode", help="review leaves a patch, direct writes, readonly reads."),
+]
+Timeout = Annotated[
+    float | None, typer.Option("--timeout", min=1, help="Seconds; can only shorten the policy's.")
+]
+Output = Annotated[str, typer.Option("--output", "-o", help="text, json or stream-json.")]
+Apply = Annotated[
+    bool, typer.Option("--apply", help="Write the changes; files that run later only when named.")
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option("--include", help="With --apply: also this file that runs later; repeatable."),
+]
+
+_OUTPUTS = ("text", "json", "stream-json")
+
+
+def register(app: typer.Typer) -> None:
+    """Add both commands to the root."""
+    app.command(
+        "run",
+        epilog='Examples:  ringfence run "Fix the failing tests"    '
+        'ringfence run "Why is it slow?" --permission-mode plan    '
+        "git diff | ringfence run - --output json",
+    )(run)
+    app.command(
+        "exec",
+        context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+        epilog="Example:  ringfence exec --workspace . -- python3 -m unittest",
+    )(exec_)
+
+
+def run(
+    context: typer.Context,
+    prompt: Annotated[str, typer.Argument(help="What to do; - reads it from standard input.")],
+    *,
+    workspace: Workspace = Path(),
+    policy: PolicyFile = None,
+    preset: Preset = None,
+    workspace_mode: Mode = None,
+    permission_mode: Annotated[
+        PermissionMode | None,
+        typer.Option(help="Who may say yes to a tool call; the policy's by default."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Model name.")] = None,
+    fallback_model: Annotated[str | None, typer.Option(help="When it is overloaded.")] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="Instead of the usual one.")] = None,
+    max_turns: Annotated[int | None, typer.Option(min=1, help="Model turns at most.")] = None,
+    max_budget_usd: Annotated[
+        float | None, typer.Option(min=0, help="Dollars; can only lower the policy's.")
+    ] = None,
+    timeout: Timeout = None,
+    resume: Annotated[str | None, typer.Option(help="Session to go on with.")] = None,
+    fork: Annotated[bool, typer.Option("--fork", help="With --resume: into a new session.")] = False,
+    apply: Apply = False,
+    include: Include = None,
+    output: Output = "text",
+) -> None:
+    """Run a Claude agent on a directory, inside a fence, and leave a patch."""
+    with clear_errors(as_json=output != "text"):
+        text = sys.stdin.read() if prompt == "-" else prompt
+        if not text.strip():
+            raise CallerError("usage", "the prompt is empty")
+        request = RunRequest(
+            prompt=text,
+            workspace=str(workspace.resolve()),
+            workspace_mode=workspace_mode,
+            permission_mode=permission_mode,
+            model=model,
+            fallback_model=fallback_model,
+            system_prompt=system_prompt,
+            max_turns=max_turns,
+            max_budget_usd=max_budget_usd,
+            timeout_seconds=timeout,
+            resume=resume,
+            fork=fork,
+        )
+        result = _execute(context.obj, request, policy, preset, output)
+        _finish(context.obj, result, output, apply=apply, include=tuple(include or ()))
+
+
+def exec_(
+    context: typer.Context,
+    command: Annotated[list[str], typer.Argument(help="Program and arguments, after --.")],
+    *,
+    workspace: Workspace = Path(),
+    policy: PolicyFile = None,
+    preset: Preset = None,
+    workspace_mode: Mode = None,
+    timeout: Timeout = None,
+    task: Annotated[str, typer.Option(help="TASK in its environment.")] = "",
+    apply: Apply = False,
+    include: Include = None,
+    output: Output = "text",
+) -> None:
+    """Run any program on a directory, inside the same fence."""
+    with clear_errors(as_json=output != "text"):
+        request = RunRequest(
+            prompt=task,
+            workspace=str(workspace.resolve()),
+            command=tuple(command),
+            workspace_mode=workspace_mode,
+            timeout_seconds=timeout,
+        )
+        result = _execute(context.obj, request, policy, preset, output)
+        if output == "json":
+            print_json(
+                {
+                    "exit_code": result.exit_code,
+                    "output": result.text,
+                    "errors": result.stderr,
+                    "run_id": result.run_id,
+                    "changed_files": result.changed_files,
+                    "error": result.error,
+                }
+            )
+            raise typer.Exit(result.exit_code)
+        if output == "text":
+            sys.stderr.write(result.stderr)
+        _finish(context.obj, result, output, apply=apply, include=tuple(include or ()))
+
+
+def _execute(
+    context: AppContext,
+    request: RunRequest,
+    policy: Path | None,
+    preset: str | None,
+    output: str,
+) -> RunResult:
+    from ringfence.policy.compile import compile_policy
+    from ringfence.policy.load import load_policy
+
+    if output not in _OUTPUTS:
+        raise CallerError("usage", f"--output is one of {', '.join(_OUTPUTS)}")
+    compiled = compile_policy(load_policy(policy, preset=preset))
+    launcher = context.launcher()
+    missing = launcher.missing_credential(compiled.egress.model.provider)
+    if not request.command and compiled.egress.model.enabled and missing is not None:
+        raise UnavailableError(
+            "credential-missing",
+            f"no credential {missing!r} for the model",
+            hint=f"ringfence vault set {missing}",
+        )
+    if launcher.environment_key and not request.command and output == "text":
+        typer.echo(
+            "ringfence: the key comes from ANTHROPIC_API_KEY; egress alone uses it "
+            "(better: ringfence vault set anthropic)",
+            err=True,
+        )
+    return asyncio.run(_attempt(launcher, compiled, request, output))
+
+
+async def _attempt(launcher: Any, compiled: Any, request: RunRequest, output: str) -> RunResult:
+    from ringfence.cli.approve import approver
+    from ringfence.worker.control import RunControl
+    from ringfence.worker.launch import attempt
+
+    control = RunControl()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, control.interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, control.cancel)
+    view = _view(output, command=bool(request.command))
+    async with launcher.station(approver(view)) as station:
+        with view:
+            return await attempt(
+                station, compiled, request, control=control, on_message=view.show
+            )
+
+
+def _view(output: str, *, command: bool) -> Any:
+    if output == "stream-json":
+        return StreamJson()
+    return silent() if output == "json" else LiveView(command=command)
+
+
+def _finish(
+    context: AppContext, result: RunResult, output: str, *, apply: bool, include: tuple[str, ...]
+) -> None:
+    applied = None
+    if apply and result.status is RunStatus.SUCCEEDED and result.patch:
+        from ringfence.cli.patch import apply_run
+
+        applied = apply_run(context.state_dir, result.run_id, include=include)
+    if output != "text":
+        from ringfence.worker.rundir import result_to_json
+
+        value = result_to_json(result)
+        if applied is not None:
+            value["applied"] = applied
+        print_json({"type": "result", **value} if output == "stream-json" else value)
+    else:
+        from ringfence.cli.summary import print_summary
+
+        print_summary(result, context.state_dir, applied)
+    raise typer.Exit(result.exit_code)

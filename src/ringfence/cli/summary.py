@@ -1,0 +1,74 @@
+"""The last words of `ringfence run` for people."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from ringfence.model import RunResult, RunStatus
+from ringfence.record.safe_text import printable
+
+
+def print_summary(result: RunResult, state_dir: Path, applied: dict[str, Any] | None) -> None:
+    """Answer on stdout; patch, cost, record on stderr."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if result.session_id and result.text:
+        sys.stdout.write(printable(result.text.strip()) + "\n")
+        sys.stdout.flush()
+    if result.error is not None:
+        hint = f"\n  {result.error['hint']}" if result.error["hint"] else ""
+        console.print(
+            f"[red]{escape(result.error['code'])}: {escape(printable(result.error['message']))}[/]"
+            f"{escape(hint)}"
+        )
+    for line in result.errors:
+        console.print(f"[red]{escape(printable(line))}[/]")
+    _print_changes(console, result, applied)
+    _print_usage(console, result)
+    console.print(
+        f"[dim]{result.run_id} · {result.status.value} · "
+        f"{result.duration_seconds:.1f} s · audit record {result.audit_index}[/]"
+    )
+    if result.session_id and result.status is not RunStatus.FAILED:
+        console.print(f"[dim]go on with: ringfence run … --resume {result.session_id}[/]")
+
+
+def _print_changes(console: Console, result: RunResult, applied: dict[str, Any] | None) -> None:
+    if result.hidden_files:
+        console.print(f"[dim]hidden from the agent: {_names(result.hidden_files)}[/]")
+    if not result.changed_files:
+        return
+    console.print(f"[bold]{len(result.changed_files)} file(s) changed[/]")
+    for path in result.changed_files:
+        late = " [yellow](runs on your machine later)[/]" if path in result.host_files else ""
+        console.print(f"  {escape(printable(path))}{late}")
+    if applied is not None:
+        console.print(f"[green]applied {len(applied['written'])} file(s)[/]")
+        if applied["held"]:
+            console.print(f"[yellow]held back until named with --include: {_names(applied['held'])}[/]")
+    else:
+        console.print(
+            f"see it: ringfence patch show {result.run_id}\n"
+            f"write it: ringfence patch apply {result.run_id}"
+        )
+
+
+def _names(paths: Any) -> str:
+    shown = [escape(printable(path, keep_newlines=False)) for path in list(paths)[:10]]
+    more = len(paths) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+
+
+def _print_usage(console: Console, result: RunResult) -> None:
+    usage = result.usage
+    if not usage.requests:
+        return
+    cost = "unknown price" if usage.cost_usd is None else f"${usage.cost_usd:.4f}"
+    console.print(
+        f"[dim]{usage.requests} model requests · {usage.input_tokens} tokens in, "
+        f"{usage.output_tokens} out · {cost} (metered on the wire)[/]"
+    )

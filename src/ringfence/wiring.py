@@ -1,0 +1,49 @@
+"""Composition roots, one a process: the only file that names backends.
+
+Imports that cost (the Agent SDK takes a second) happen when a command needs them, so that
+`ringfence --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from ringfence.config import Config, load_config
+from ringfence.errors import RingfenceError
+
+if TYPE_CHECKING:
+    from ringfence.worker.launch import Launcher
+
+
+def launcher(config: Config) -> Launcher:
+    """What a run needs, with the bubblewrap backend."""
+    from ringfence.sandbox.bubblewrap import BubblewrapBackend
+    from ringfence.worker.launch import Launcher
+
+    backend = BubblewrapBackend(
+        state_dir=config.state_dir, uid_base=config.uid_base, uid_count=config.uid_count
+    )
+    return Launcher(
+        config=config, backend=backend, environment_key=os.environ.get("ANTHROPIC_API_KEY")
+    )
+
+
+def main() -> None:
+    """Entry of the `ringfence` command."""
+    from ringfence.cli.context import AppContext
+    from ringfence.cli.main import app
+    from ringfence.cli.output import report
+
+    try:
+        config = load_config()
+    except RingfenceError as error:
+        report(error)
+        sys.exit(error.status)
+
+    def again(arguments: list[str]) -> Any:
+        return app(args=arguments, obj=context, standalone_mode=True)
+
+    context = AppContext(config=config, launcher=lambda: launcher(config), run=again)
+    app(obj=context)

@@ -1,0 +1,168 @@
+"""Bringing a worker up: recorder and egress processes, stores, and what attempts share."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ringfence.agent.permissions import Approver
+from ringfence.channel.link import EgressLink
+from ringfence.channel.messages import Configure, ProviderConfig
+from ringfence.channel.spawn import EgressProcess
+from ringfence.config import Config, Provider
+from ringfence.errors import UnavailableError
+from ringfence.model import RunRequest, RunResult
+from ringfence.policy.compiled import CompiledPolicy
+from ringfence.record.client import RecorderClient, RecorderProcess
+from ringfence.record.sessions import SqliteSessionStore
+from ringfence.sandbox.protocol import Backend
+from ringfence.vault.keys import VaultPaths
+from ringfence.vault.store import VaultFile
+from ringfence.worker.attempt import Attempt, NoticeBoard, OnMessage, Station
+from ringfence.worker.control import RunControl
+
+_ENVIRONMENT = "environment"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launcher:
+    """Makes stations. `environment_key` is the operator's ANTHROPIC_API_KEY, if there is one."""
+
+    config: Config
+    backend: Backend
+    environment_key: str | None = None
+
+    @asynccontextmanager
+    async def station(self, approver: Approver) -> AsyncIterator[Station]:
+        """Start the processes; on leaving, drain and end them in the right order."""
+        state = self.config.state_dir
+        private_directory(state)
+        async with AsyncExitStack() as stack:
+            recorder_process = RecorderProcess.start(state / "audit")
+            stack.push_async_callback(asyncio.to_thread, recorder_process.close)
+            egress_process = EgressProcess.start()
+            stack.push_async_callback(asyncio.to_thread, egress_process.close)
+            recorder = RecorderClient(recorder_process.sockets["worker"])
+            stack.push_async_callback(recorder.close)
+            notices = NoticeBoard()
+            link = EgressLink(egress_process.connection, notices.post)
+            stack.push_async_callback(link.close)
+            await recorder.ready()
+            await link.request(
+                Configure,
+                descriptors=[recorder_process.sockets["egress"].fileno()],
+                **self._configuration(),
+            )
+            recorder_process.sockets["egress"].close()
+            sessions = SqliteSessionStore(state / "sessions.sqlite")
+            stack.callback(sessions.close)
+            yield Station(
+                config=self.config,
+                backend=self.backend,
+                recorder=recorder,
+                egress=link,
+                notices=notices,
+                sessions=sessions,
+                approver=approver,
+                claude=self.config.claude or bundled_claude(),
+                ca_certificate=(state / "ca" / "ca.pem").read_bytes(),
+            )
+
+    def _configuration(self) -> dict[str, Any]:
+        config, paths = self.config, VaultPaths(self.config.state_dir)
+        sealed = set(VaultFile(paths.store).entries())
+        return {
+            "providers": {
+                name: self._provider(provider, sealed)
+                for name, provider in config.providers.items()
+            },
+            "vault_path": str(paths.store) if sealed else None,
+            "key_path": str(paths.key) if sealed else None,
+            "environment_credential": self.environment_key,
+            "ca_dir": str(config.state_dir / "ca"),
+            "resolver_overrides": config.egress.resolve,
+            "upstream_overrides": config.egress.connect,
+            "upstream_ca": str(config.egress.ca_file) if config.egress.ca_file else None,
+            "drop_to_uid": config.egress_uid if os.geteuid() == 0 else None,
+        }
+
+    def _provider(self, provider: Provider, sealed: set[str]) -> ProviderConfig:
+        """Where the credential comes from: the vault, or the environment when the vault has none."""
+        credential = provider.credential
+        if credential is not None and credential not in sealed and self.environment_key:
+            credential = _ENVIRONMENT
+        return ProviderConfig(
+            base_url=provider.base_url, credential=credential, header=provider.header
+        )
+
+    def missing_credential(self, provider: str = "anthropic") -> str | None:
+        """Name of the credential that a provider needs and nobody has; None when all is well."""
+        name = self.config.providers[provider].credential
+        if name is None or self.environment_key:
+            return None
+        sealed = VaultFile(VaultPaths(self.config.state_dir).store).entries()
+        return None if name in sealed else name
+
+
+async def attempt(
+    station: Station,
+    policy: CompiledPolicy,
+    request: RunRequest,
+    *,
+    control: RunControl,
+    on_message: OnMessage,
+) -> RunResult:
+    """One attempt on a station."""
+    return await Attempt(
+        station, policy, request, control=control, on_message=on_message
+    ).run()
+
+
+def private_directory(path: Path) -> None:
+    """Make the state directory 0700, or refuse one that others can write.
+
+    Raises:
+        UnavailableError: `state-refused`.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = path.stat()
+        if status.st_uid != os.geteuid():
+            raise UnavailableError(
+                "state-refused",
+                f"{path} belongs to another user",
+                hint="set RINGFENCE_STATE_DIR to a directory of your own",
+            )
+        if status.st_mode & 0o077:
+            path.chmod(0o700)
+    except OSError as error:
+        raise UnavailableError(
+            "state-refused",
+            f"{path} cannot be made: {error.strerror}",
+            hint="set RINGFENCE_STATE_DIR to a directory that you can write",
+        ) from None
+
+
+def bundled_claude() -> Path:
+    """The binary inside the claude-agent-sdk wheel.
+
+    Raises:
+        UnavailableError: `claude-missing`; the pure-Python wheel of other platforms has none.
+    """
+    import importlib.util
+
+    found = importlib.util.find_spec("claude_agent_sdk")
+    origin = Path(found.origin) if found is not None and found.origin else None
+    path = origin.parent / "_bundled" / "claude" if origin is not None else None
+    if path is None or not path.exists():
+        raise UnavailableError(
+            "claude-missing",
+            "the claude binary is not installed",
+            hint="pip install claude-agent-sdk on glibc Linux, or set RINGFENCE_CLAUDE",
+        )
+    return path
