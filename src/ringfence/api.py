@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,13 @@ async def run(
 ) -> RunResult:
     """Run an agent (or a command) inside a fence, and return what it left.
 
-    Args:
-        prompt: the user's turn; for a command, the TASK in its environment.
-        workspace: directory of the host; by default the agent sees a copy-on-write view.
-        policy: path of a YAML file, or a mapping such as a `security_config`; `preset` when None.
-        approver: an `Approver` (ringfence.agent.permissions); by default nobody is asked and
-            what would have to be asked about is denied.
-        on_message: called with every `AgentMessage` as it comes.
+    `prompt` is the user's turn; for a `command`, the TASK in its environment. The agent sees a
+    copy-on-write view of `workspace` unless the policy or `workspace_mode` say otherwise.
+    `policy` is the path of a YAML file or a mapping such as a `security_config`; with None the
+    `preset` stands, `strict` by default. `timeout_seconds` and `max_budget_usd` can only narrow
+    the policy. `resume` names a session to go on with, `fork` goes on in a new one. `approver`
+    (ringfence.agent.permissions) is asked about calls that need a person; by default nobody is
+    there and they are denied. `on_message` is called with every `AgentMessage` as it comes.
 
     Raises:
         CallerError, DeniedError, UnavailableError: nothing of the agent has run.
@@ -60,7 +61,7 @@ async def run(
     )
     request = RunRequest(
         prompt=prompt,
-        workspace=str(Path(workspace).resolve()),
+        workspace=_absolute(workspace),
         command=tuple(command),
         workspace_mode=WorkspaceMode(workspace_mode) if workspace_mode else None,
         permission_mode=PermissionMode(permission_mode) if permission_mode else None,
@@ -89,6 +90,10 @@ async def run(
             raise
 
 
+def _absolute(path: str | Path) -> str:
+    return str(Path(path).resolve())
+
+
 def run_sync(prompt: str, **arguments: Any) -> RunResult:
     """`run` for code without an event loop; takes the same arguments."""
     return asyncio.run(run(prompt, **arguments))
@@ -111,8 +116,6 @@ def run_agent_in_sandbox(
 
 def seed_policy() -> dict[str, Any]:
     """The limits of `run_agent_in_sandbox`, as a policy."""
-    import os
-
     unenforced = ["workspace_disk"]
     if os.geteuid() != 0:
         # the contract has no policy in which a caller could accept them; printed and recorded

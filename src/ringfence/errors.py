@@ -85,7 +85,7 @@ class AgentError(RingfenceError):
 # Grouped by room; a code is never renamed or reused.
 CODES: dict[str, str] = {
     # config
-    "settings-invalid": "A setting of the operator is malformed, or its file can be written by others.",
+    "settings-invalid": "A setting is malformed, or its file can be written by others.",
     # policy
     "policy-invalid": "A policy says something vague, contradictory or unknown; it does not load.",
     "policy-unreadable": "A policy file cannot be read.",
@@ -103,7 +103,7 @@ CODES: dict[str, str] = {
     "session-busy": "Another run holds the session.",
     "session-frame-refused": "A transcript frame from inside named another session or a bad path.",
     # vault
-    "credential-name": "A credential's name has a form of its own, so that a value is not taken for one.",
+    "credential-name": "A credential's name has a form of its own; a value is not one.",
     "credential-value": "A credential's value holds characters that no header may carry.",
     "credential-unknown": "No credential of that name is in the vault.",
     "credential-missing": "A credential that the run needs is not in the vault.",
@@ -111,7 +111,7 @@ CODES: dict[str, str] = {
     # egress
     "egress-unavailable": "The egress process is gone or not configured; nothing can leave.",
     # sandbox
-    "control-unenforceable": "This host cannot enforce a control that the policy does not accept without.",
+    "control-unenforceable": "This host cannot enforce a control that the policy requires.",
     "isolation-unavailable": "The isolation technology cannot run on this host.",
     "sandbox-start-failed": "The sandbox could not be made; nothing of the agent has run.",
     "profile-path-refused": "A path of the policy would cover what the sandbox itself needs.",
@@ -120,9 +120,11 @@ CODES: dict[str, str] = {
     "tree-too-large": "A tree has more entries or levels than may be walked.",
     # simulator
     "scenario-invalid": "A simulator's scenario, or a script in a prompt, is malformed.",
+    # patch
+    "patch-conflict": "A file changed on the host since the run began; nothing was written.",
     # agent
     "agent-start-failed": "The agent's program did not start.",
-    "agent-protocol": "The agent's program does not keep to its protocol; it is not listened to further.",
+    "agent-protocol": "The agent's program does not keep to its protocol.",
     "agent-failed": "The agent ended its turn without success.",
     "transcript-lost": "The transcript could not be kept, so the run was ended.",
     "witness-violated": "A tool result that nobody allowed was on the wire; the run was ended.",

@@ -14,19 +14,27 @@ from ringfence.config import Config, load_config
 from ringfence.errors import RingfenceError
 
 if TYPE_CHECKING:
+    from ringfence.sandbox.protocol import Backend
     from ringfence.worker.launch import Launcher
 
 
 def launcher(config: Config) -> Launcher:
     """What a run needs, with the bubblewrap backend."""
-    from ringfence.sandbox.bubblewrap import BubblewrapBackend
     from ringfence.worker.launch import Launcher
 
-    backend = BubblewrapBackend(
-        state_dir=config.state_dir, uid_base=config.uid_base, uid_count=config.uid_count
-    )
     return Launcher(
-        config=config, backend=backend, environment_key=os.environ.get("ANTHROPIC_API_KEY")
+        config=config,
+        make_backend=backend,
+        environment_key=os.environ.get("ANTHROPIC_API_KEY") or None,
+    )
+
+
+def backend(config: Config) -> Backend:
+    """The isolation technology."""
+    from ringfence.sandbox.bubblewrap import BubblewrapBackend
+
+    return BubblewrapBackend(
+        state_dir=config.state_dir, uid_base=config.uid_base, uid_count=config.uid_count
     )
 
 

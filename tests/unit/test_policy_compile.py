@@ -83,7 +83,13 @@ def test_the_models_host_opens_the_model_route_and_nothing_else() -> None:
 
 @pytest.mark.parametrize(
     "network",
-    [{}, {"allowed_hosts": []}, {"mode": "none"}, {"allowed_hosts": ["a.example.com"]}, {"allowed_hosts": ["api.anthropic.com"], "blocked_ports": [443]}],
+    [
+        {},
+        {"allowed_hosts": []},
+        {"mode": "none"},
+        {"allowed_hosts": ["a.example.com"]},
+        {"allowed_hosts": ["api.anthropic.com"], "blocked_ports": [443]},
+    ],
 )
 def test_the_model_route_is_closed_unless_it_is_named(network: dict[str, Any]) -> None:
     # an empty list once meant "everything" elsewhere (CVE-2025-66479)
@@ -91,7 +97,11 @@ def test_the_model_route_is_closed_unless_it_is_named(network: dict[str, Any]) -
 
 
 def test_a_secret_goes_to_its_header() -> None:
-    hosts = [{"host": "a.example.com", "credential": "a"}, {"host": "b.example.com", "credential": "b"}, {"host": "c.example.com", "credential": "c"}]
+    hosts = [
+        {"host": "a.example.com", "credential": "a"},
+        {"host": "b.example.com", "credential": "b"},
+        {"host": "c.example.com", "credential": "c"},
+    ]
     secrets = {
         "a": {"hosts": ["a.example.com"]},
         "b": {"hosts": ["b.example.com"], "header": "x-api-key"},
@@ -100,11 +110,22 @@ def test_a_secret_goes_to_its_header() -> None:
     }
     rules = compiled({"network": {"allowed_hosts": hosts}, "secrets": secrets}).egress
     assert rules.credentials == (
-        CredentialRule(name="a", hosts=("a.example.com",), header="authorization", template="Bearer {}"),
+        CredentialRule(
+            name="a", hosts=("a.example.com",), header="authorization", template="Bearer {}"
+        ),
         CredentialRule(name="b", hosts=("b.example.com",), header="x-api-key", template="{}"),
         CredentialRule(name="c", hosts=("c.example.com",), header=None, template="{}", query="key"),
     )
-    assert rules.hosts[0] == HostRule(host="a.example.com", credential="a", rule="network.allowed_hosts[0]")
+    assert rules.hosts[0] == HostRule(
+        host="a.example.com", credential="a", rule="network.allowed_hosts[0]"
+    )
+
+
+def test_an_exact_host_stands_before_the_wildcard_that_covers_it() -> None:
+    exact = {"host": "a.example.com", "paths": ["GET /x"]}
+    rules = compiled({"network": {"allowed_hosts": ["*.example.com", exact]}}).egress
+    assert [rule.host for rule in rules.hosts] == ["a.example.com", "*.example.com"]
+    assert rules.hosts[0].rule == "network.allowed_hosts[1]"
 
 
 # --- tools
@@ -113,19 +134,40 @@ RUNNERS = {name for name, tool in KNOWN.items() if tool.runs_programs and not to
 REACHERS = {name for name, tool in KNOWN.items() if tool.network and not tool.dangerous}
 ALL = sorted(name for name, tool in KNOWN.items() if not tool.dangerous)
 MCP = {
-    "mcp_servers": {"local": {"command": ["srv"]}, "remote": {"url": "https://mcp.example.com/sse"}},
-    "roles": {"a": {"allow": [*ALL, "mcp__local__x", "mcp__remote__x"], "preapproved": ["Bash", "WebFetch", "mcp__local__x"]}},
+    "mcp_servers": {
+        "local": {"command": ["srv"]},
+        "remote": {"url": "https://mcp.example.com/sse"},
+    },
+    "roles": {
+        "a": {
+            "allow": [*ALL, "mcp__local__x", "mcp__remote__x"],
+            "preapproved": ["Bash", "WebFetch", "mcp__local__x"],
+        }
+    },
 }
 
 
 def offered(**execution: bool) -> CompiledPolicy:
-    return compiled({"network": {"allowed_hosts": ["api.anthropic.com", "mcp.example.com"]}, "tools": MCP, "execution": execution, "model": {"server_tools": ["web_fetch"], "url_sources": True, "mcp_servers": True}})
+    return compiled(
+        {
+            "network": {"allowed_hosts": ["api.anthropic.com", "mcp.example.com"]},
+            "tools": MCP,
+            "execution": execution,
+            "model": {"server_tools": ["web_fetch"], "url_sources": True, "mcp_servers": True},
+        }
+    )
 
 
 def test_without_ceilings_a_role_has_what_it_names() -> None:
     policy = offered()
     assert set(policy.tools.offered) == {*ALL, "mcp__local__x", "mcp__remote__x"}
-    assert set(policy.egress.model.tools) == {*ALL, "Agent", "mcp__local__x", "mcp__remote__x", *WIRE_HELPERS}
+    assert set(policy.egress.model.tools) == {
+        *ALL,
+        "Agent",
+        "mcp__local__x",
+        "mcp__remote__x",
+        *WIRE_HELPERS,
+    }
     assert policy.egress.model.server_tools == ("web_fetch_", "web_search_")
     assert policy.egress.model.url_sources
     assert policy.egress.model.mcp_servers
@@ -158,7 +200,19 @@ def test_no_network_tools_means_none_inside_and_none_at_the_provider() -> None:
 
 
 def test_a_tool_denied_whole_is_not_offered() -> None:
-    policy = compiled({"tools": {"roles": {"a": {"allow": ["Bash", "Read"], "deny": ["Bash"], "preapproved": ["Bash", "Read"]}}}})
+    policy = compiled(
+        {
+            "tools": {
+                "roles": {
+                    "a": {
+                        "allow": ["Bash", "Read"],
+                        "deny": ["Bash"],
+                        "preapproved": ["Bash", "Read"],
+                    }
+                }
+            }
+        }
+    )
     assert policy.tools.offered == ("Read",)
     assert policy.tools.preapproved == ("Read",)
     assert "Bash" not in policy.egress.model.tools
@@ -181,10 +235,16 @@ def test_the_named_role_is_compiled() -> None:
         ({"roles": {"a": {}}}, "default", list(PermissionMode)),
         ({"permission_mode": "plan"}, "plan", ["plan"]),
         ({"permission_mode": "default"}, "default", ["plan", "dontAsk", "default"]),
-        ({"permission_mode": "bypassPermissions", "permission_modes": ["bypassPermissions"]}, "bypassPermissions", ["bypassPermissions"]),
+        (
+            {"permission_mode": "bypassPermissions", "permission_modes": ["bypassPermissions"]},
+            "bypassPermissions",
+            ["bypassPermissions"],
+        ),
     ],
 )
-def test_modes_are_at_most_as_wide_as_what_is_stated(tools: dict[str, Any], mode: str, modes: list[str]) -> None:
+def test_modes_are_at_most_as_wide_as_what_is_stated(
+    tools: dict[str, Any], mode: str, modes: list[str]
+) -> None:
     grants = compiled({"tools": tools}).tools
     assert grants.permission_mode == mode
     assert list(grants.permission_modes) == modes
@@ -201,16 +261,23 @@ def test_modes_are_at_most_as_wide_as_what_is_stated(tools: dict[str, Any], mode
         ({"writable_paths": []}, WorkspaceMode.READONLY),
         ({"writable_paths": ["/data/out"]}, WorkspaceMode.READONLY),
         ({"workspace": "direct"}, WorkspaceMode.DIRECT),
-        ({"workspace": "direct", "writable_paths": ["/workspace", "/data/out"]}, WorkspaceMode.DIRECT),
+        (
+            {"workspace": "direct", "writable_paths": ["/workspace", "/data/out"]},
+            WorkspaceMode.DIRECT,
+        ),
         ({"workspace": "readonly"}, WorkspaceMode.READONLY),
     ],
 )
-def test_the_workspace_is_writable_when_the_policy_says_so(filesystem: dict[str, Any], mode: WorkspaceMode) -> None:
+def test_the_workspace_is_writable_when_the_policy_says_so(
+    filesystem: dict[str, Any], mode: WorkspaceMode
+) -> None:
     assert compiled({"filesystem": filesystem}).sandbox.workspace_mode is mode
 
 
 def test_hidden_files_can_be_added_and_shown() -> None:
-    profile = compiled({"filesystem": {"hidden": ["x/*.key2"], "show": ["*.pem", "config/dev.key"]}}).sandbox
+    profile = compiled(
+        {"filesystem": {"hidden": ["x/*.key2"], "show": ["*.pem", "config/dev.key"]}}
+    ).sandbox
     assert "x/*.key2" in profile.hidden
     assert "*.pem" not in profile.hidden
     assert ".env" in profile.hidden
@@ -218,7 +285,9 @@ def test_hidden_files_can_be_added_and_shown() -> None:
 
 
 def test_a_tool_has_no_more_time_than_its_run() -> None:
-    limits = compiled({"execution": {"max_duration_seconds": 10, "max_tool_seconds": 60}}).sandbox.limits
+    limits = compiled(
+        {"execution": {"max_duration_seconds": 10, "max_tool_seconds": 60}}
+    ).sandbox.limits
     assert limits.tool_seconds == limits.wall_seconds == 10
 
 
@@ -227,7 +296,14 @@ def test_a_tool_has_no_more_time_than_its_run() -> None:
 
 def test_the_digest_names_the_meaning_and_not_the_spelling() -> None:
     one = from_mapping({"network": {"allowed_hosts": ["a.example.com"]}, "version": 1})
-    other = from_mapping({"network": {"mode": "restricted", "allowed_hosts": [{"port": 443, "host": "a.example.com"}]}})
+    other = from_mapping(
+        {
+            "network": {
+                "mode": "restricted",
+                "allowed_hosts": [{"port": 443, "host": "a.example.com"}],
+            }
+        }
+    )
     third = from_mapping({"network": {"allowed_hosts": ["b.example.com"]}})
     assert policy_digest(one) == policy_digest(other)
     assert policy_digest(one) != policy_digest(third)
@@ -240,8 +316,21 @@ def test_the_digest_names_the_meaning_and_not_the_spelling() -> None:
 NAME = st.text("abc", min_size=1, max_size=4)
 RULES = st.builds(
     EgressRules,
-    model=st.builds(ModelRules, tools=st.lists(NAME).map(tuple), max_budget_usd=st.none() | st.floats(0, 9), enabled=st.booleans()),
-    hosts=st.lists(st.builds(HostRule, host=NAME, port=st.integers(1, 65535), paths=st.lists(st.builds(PathRule, method=NAME, path=NAME)).map(tuple), opaque=st.booleans())).map(tuple),
+    model=st.builds(
+        ModelRules,
+        tools=st.lists(NAME).map(tuple),
+        max_budget_usd=st.none() | st.floats(0, 9),
+        enabled=st.booleans(),
+    ),
+    hosts=st.lists(
+        st.builds(
+            HostRule,
+            host=NAME,
+            port=st.integers(1, 65535),
+            paths=st.lists(st.builds(PathRule, method=NAME, path=NAME)).map(tuple),
+            opaque=st.booleans(),
+        )
+    ).map(tuple),
     blocked_ports=st.lists(st.integers(1, 65535)).map(tuple),
 )
 
@@ -253,7 +342,10 @@ def test_egress_rules_travel_exactly(rules: EgressRules) -> None:
 
 def test_the_other_rules_travel_exactly() -> None:
     for policy in golden_documents().values():
-        assert sandbox_from_json(json.loads(json.dumps(sandbox_to_json(policy.sandbox)))) == policy.sandbox
+        assert (
+            sandbox_from_json(json.loads(json.dumps(sandbox_to_json(policy.sandbox))))
+            == policy.sandbox
+        )
         assert tools_from_json(json.loads(json.dumps(tools_to_json(policy.tools)))) == policy.tools
     # whole seconds are as good as fractions of them
     profile = SandboxProfile(limits=Limits(wall_seconds=5))
@@ -294,7 +386,13 @@ def test_json_that_is_not_ours_is_refused() -> None:
         assert caught.value.code == "policy-invalid"
 
 
-ANY = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4), lambda i: st.lists(i, max_size=3) | st.dictionaries(st.sampled_from(["model", "hosts", "limits", "role", "x"]), i, max_size=3))
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda i: (
+        st.lists(i, max_size=3)
+        | st.dictionaries(st.sampled_from(["model", "hosts", "limits", "role", "x"]), i, max_size=3)
+    ),
+)
 
 
 @settings(deadline=None)

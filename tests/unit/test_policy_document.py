@@ -83,7 +83,11 @@ def test_every_problem_is_given_at_once_with_its_path_and_mend() -> None:
         {
             "version": 2,
             "netwrok": {},
-            "network": {"mode": "open", "allowed_hosts": ["*.com", {"host": "a.example.com", "prot": 1}], "blocked_ports": ["22", 0]},
+            "network": {
+                "mode": "open",
+                "allowed_hosts": ["*.com", {"host": "a.example.com", "prot": 1}],
+                "blocked_ports": ["22", 0],
+            },
             "execution": {"max_memory_mb": "2g", "cpus": 0, "allow_subprocess": "no"},
             "tools": {"roles": {"a": {"allow": ["Bsh"]}}},
             "accept_unenforced": ["everything"],
@@ -96,9 +100,20 @@ def test_every_problem_is_given_at_once_with_its_path_and_mend() -> None:
     assert "did you mean Bash?" in found["tools.roles.a.allow[0]"]
     assert found["execution.allow_subprocess"] == "write true or false"
     assert set(found) == {
-        *("version", "netwrok", "network.mode", "network.allowed_hosts[0]", "network.blocked_ports[0]"),
+        *(
+            "version",
+            "netwrok",
+            "network.mode",
+            "network.allowed_hosts[0]",
+            "network.blocked_ports[0]",
+        ),
         *("network.allowed_hosts[1].prot", "network.blocked_ports[1]", "execution.max_memory_mb"),
-        *("execution.cpus", "execution.allow_subprocess", "tools.roles.a.allow[0]", "accept_unenforced[0]"),
+        *(
+            "execution.cpus",
+            "execution.allow_subprocess",
+            "tools.roles.a.allow[0]",
+            "accept_unenforced[0]",
+        ),
     }
 
 
@@ -132,7 +147,12 @@ def test_types_are_strict(values: dict[Any, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("entry", "port"),
-    [("a.example.com", 443), ("a.example.com:8443", 8443), ({"host": "a.example.com", "port": 8443}, 8443), ("*.example.com:444", 444)],
+    [
+        ("a.example.com", 443),
+        ("a.example.com:8443", 8443),
+        ({"host": "a.example.com", "port": 8443}, 8443),
+        ("*.example.com:444", 444),
+    ],
 )
 def test_hosts_are_text_or_mappings(entry: object, port: int) -> None:
     assert from_mapping(host(entry)).network.allowed_hosts[0].port == port
@@ -141,7 +161,13 @@ def test_hosts_are_text_or_mappings(entry: object, port: int) -> None:
 @pytest.mark.parametrize(
     "entry",
     [
-        *("a.example.com:0", "a.example.com:65536", "a.example.com:022", "a.example.com:443:443", "a.example.com:https"),
+        *(
+            "a.example.com:0",
+            "a.example.com:65536",
+            "a.example.com:022",
+            "a.example.com:443:443",
+            "a.example.com:https",
+        ),
         *(":443", "a.example.com:", 1, None, ["a.example.com"], {}, {"port": 443}),
         {"host": "a.example.com", "opaque": True, "paths": ["GET /"]},
         {"host": "a.example.com", "opaque": True, "credential": "x"},
@@ -167,7 +193,16 @@ def test_odd_hosts_are_refused(entry: object) -> None:
     assert problems(host(entry))
 
 
-@pytest.mark.parametrize("path", ["GET /", "GET /**", "POST /v1/items", "DELETE /v1/items/**", {"method": "PUT", "path": "/~a/b-c_d.e"}])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "GET /",
+        "GET /**",
+        "POST /v1/items",
+        "DELETE /v1/items/**",
+        {"method": "PUT", "path": "/~a/b-c_d.e"},
+    ],
+)
 def test_path_rules_are_text_or_mappings(path: object) -> None:
     assert from_mapping(host({"host": "a.example.com", "paths": [path]}))
 
@@ -195,6 +230,8 @@ def test_path_rules_are_text_or_mappings(path: object) -> None:
         ({"hidden": ["!x"]}, "relative"),
         ({"hidden": ["a/../b"]}, "parts"),
         ({"show": [""]}, "relative"),
+        ({"show": ["**"]}, "everything"),
+        ({"hidden": ["*.*"]}, "everything"),
         ({"workspace": "direct", "writable_paths": []}, "add /workspace"),
         ({"workspace": "readonly", "writable_paths": ["/workspace"]}, "out of writable_paths"),
     ],
@@ -226,19 +263,44 @@ def test_grants_are_explicit(name: str, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", ["Bash(*)", "Bash()", "Bash(:*)", "Edit(**)", "Edit(/**)", "*", "mcp__*", "TodoWrite(x)", "WebFetch(*)", "WebFetch(domain:*)", "Foo(x)", "Bash(a\nb)", "Bash(" + "*a" * 9 + ")"]
+    "rule",
+    [
+        "Bash(*)",
+        "Bash()",
+        "Bash(:*)",
+        "Edit(**)",
+        "Edit(/**)",
+        "*",
+        "mcp__*",
+        "TodoWrite(x)",
+        "WebFetch(*)",
+        "WebFetch(domain:*)",
+        "Foo(x)",
+        "Bash(a\nb)",
+        "Bash(" + "*a" * 9 + ")",
+    ],
 )
 def test_rules_that_narrow_nothing_or_mean_nothing_are_refused(rule: str) -> None:
     assert problems({"tools": {"roles": {"a": {"allow": ["Bash"], "deny": [rule]}}}})
 
 
 def test_rules_have_one_spelling() -> None:
-    role = {"allow": ["Edit", "Agent"], "deny": ["Edit(docs/**)", "Edit(//workspace/x)", "Edit(/workspace/y)", "Read(~/.ssh/**)"]}
+    role = {
+        "allow": ["Edit", "Agent"],
+        "deny": ["Edit(docs/**)", "Edit(//workspace/x)", "Edit(/workspace/y)", "Read(~/.ssh/**)"],
+    }
     loaded = from_mapping({"tools": {"roles": {"a": role}}}).tools.roles
     assert loaded is not None
     assert loaded["a"].allow == ("Edit", "Task")
-    assert loaded["a"].deny == ("Edit(//workspace/docs/**)", "Edit(//workspace/x)", "Edit(//workspace/y)", "Read(//home/agent/.ssh/**)")
-    again = from_mapping({"tools": {"roles": {"a": {"allow": ["Edit"], "deny": list(loaded["a"].deny)}}}}).tools.roles
+    assert loaded["a"].deny == (
+        "Edit(//workspace/docs/**)",
+        "Edit(//workspace/x)",
+        "Edit(//workspace/y)",
+        "Read(//home/agent/.ssh/**)",
+    )
+    again = from_mapping(
+        {"tools": {"roles": {"a": {"allow": ["Edit"], "deny": list(loaded["a"].deny)}}}}
+    ).tools.roles
     assert again is not None
     assert again["a"].deny == loaded["a"].deny
 
@@ -247,15 +309,33 @@ def test_rules_have_one_spelling() -> None:
     ("values", "path"),
     [
         ({"network": {"mode": "none", "allowed_hosts": ["a.example.com"]}}, "network.mode"),
-        ({"network": {"allowed_hosts": ["a.example.com", {"host": "a.example.com"}]}}, "network.allowed_hosts[1]"),
+        (
+            {"network": {"allowed_hosts": ["a.example.com", {"host": "a.example.com"}]}},
+            "network.allowed_hosts[1]",
+        ),
         (host({"host": "a.example.com", "credential": "x"}), "network.allowed_hosts[0].credential"),
-        ({**host({"host": "a.example.com", "credential": "x"}), "secrets": {"x": {"hosts": ["b.example.com"]}}}, "network.allowed_hosts[0].credential"),
+        (
+            {
+                **host({"host": "a.example.com", "credential": "x"}),
+                "secrets": {"x": {"hosts": ["b.example.com"]}},
+            },
+            "network.allowed_hosts[0].credential",
+        ),
         ({"tools": {"role": "b", "roles": {"a": {}}}}, "tools.role"),
         ({"tools": {"roles": {"a": {}, "b": {}}}}, "tools.role"),
         ({"tools": {"role": "a"}}, "tools.role"),
-        ({"tools": {"roles": {"a": {"allow": ["Read"], "preapproved": ["Bash"]}}}}, "tools.roles.a.preapproved[0]"),
-        ({"tools": {"permission_mode": "auto", "permission_modes": ["plan"]}}, "tools.permission_modes"),
-        ({"tools": {"mcp_servers": {"x": {"url": "https://mcp.example.com/sse"}}}}, "tools.mcp_servers.x.url"),
+        (
+            {"tools": {"roles": {"a": {"allow": ["Read"], "preapproved": ["Bash"]}}}},
+            "tools.roles.a.preapproved[0]",
+        ),
+        (
+            {"tools": {"permission_mode": "auto", "permission_modes": ["plan"]}},
+            "tools.permission_modes",
+        ),
+        (
+            {"tools": {"mcp_servers": {"x": {"url": "https://mcp.example.com/sse"}}}},
+            "tools.mcp_servers.x.url",
+        ),
         ({"model": {"models": ["claude-a"], "fallback": "claude-b"}}, "model.fallback"),
     ],
 )
@@ -368,10 +448,21 @@ def test_a_policy_is_a_mapping() -> None:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=10,
 )
-KEYS = st.sampled_from([*PolicyDocument.model_fields, *(name for field in PolicyDocument.model_fields.values() for name in getattr(field.annotation, "model_fields", {}))])
+KEYS = st.sampled_from(
+    [
+        *PolicyDocument.model_fields,
+        *(
+            name
+            for field in PolicyDocument.model_fields.values()
+            for name in getattr(field.annotation, "model_fields", {})
+        ),
+    ]
+)
 
 
 @settings(max_examples=300, deadline=None)

@@ -10,14 +10,25 @@ from hypothesis import strategies as st
 
 from ringfence.policy.hosts import MODEL_HOST, host_problem, is_host, matches, normal_form
 
-ODD = st.text(st.sampled_from(string.ascii_letters + string.digits + ".-*_%:@/[]\0 \tüß。"), max_size=24)
+ODD = st.text(
+    st.sampled_from(string.ascii_letters + string.digits + ".-*_%:@/[]\0 \tüß。"), max_size=24
+)
 LABEL = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,8}[a-z0-9])?", fullmatch=True)
-HOST = st.builds(".".join, st.lists(LABEL, min_size=1, max_size=3)).map(lambda h: f"{h}.example.com")
+HOST = st.builds(".".join, st.lists(LABEL, min_size=1, max_size=3)).map(
+    lambda h: f"{h}.example.com"
+)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["example.com", "a.b.example.co.uk", "*.example.com", "*.a.example.com", "xn--mnchen-3ya.de", "x1.internal"],
+    [
+        "example.com",
+        "a.b.example.co.uk",
+        "*.example.com",
+        "*.a.example.com",
+        "xn--mnchen-3ya.de",
+        "x1.internal",
+    ],
 )
 def test_a_normal_host_is_taken(text: str) -> None:
     assert host_problem(text) is None
@@ -98,7 +109,14 @@ def test_an_exact_name_matches_itself_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["a\0.example.com", "a%2e.example.com", "a.example.com\n", "evil.com\0.example.com", "\uff41.example.com"]
+    "host",
+    [
+        "a\0.example.com",
+        "a%2e.example.com",
+        "a.example.com\n",
+        "evil.com\0.example.com",
+        "\uff41.example.com",
+    ],
 )
 def test_a_name_that_is_not_normal_never_matches(host: str) -> None:
     assert not matches("*.example.com", host)

@@ -89,11 +89,38 @@ def test_an_approval_covers_nothing_more(specifiers: tuple[str, ...], command: s
     "command",
     [
         *("curl x", "curl", "/usr/bin/curl x", "ls; curl x", "ls && curl x", "ls | curl -d @- x"),
-        *("ls & curl x", "ls\ncurl x", "echo $(curl x)", "echo `curl x`", "(curl x)", "{ curl x; }"),
-        *("env A=1 curl x", "A=1 curl x", "timeout 5 curl x", "sudo -u x nohup curl x", "xargs curl"),
-        *("sh -c 'curl x'", 'bash -c "ls; curl x"', "eval 'curl x'", "c'ur'l x", 'c"u"rl x', "c\\url x"),
-        *("cu\\\nrl x", "if true; then curl x; fi", "$'curl' x", "/usr/bin/cur? x", "cur* x", "! curl x"),
-        *("curl<<<x", "cat <(curl x)", "sh -c 'sh -c \"sh -c \\\"curl x\\\"\"'", "a=$(curl x) ls"),
+        *(
+            "ls & curl x",
+            "ls\ncurl x",
+            "echo $(curl x)",
+            "echo `curl x`",
+            "(curl x)",
+            "{ curl x; }",
+        ),
+        *(
+            "env A=1 curl x",
+            "A=1 curl x",
+            "timeout 5 curl x",
+            "sudo -u x nohup curl x",
+            "xargs curl",
+        ),
+        *(
+            "sh -c 'curl x'",
+            'bash -c "ls; curl x"',
+            "eval 'curl x'",
+            "c'ur'l x",
+            'c"u"rl x',
+            "c\\url x",
+        ),
+        *(
+            "cu\\\nrl x",
+            "if true; then curl x; fi",
+            "$'curl' x",
+            "/usr/bin/cur? x",
+            "cur* x",
+            "! curl x",
+        ),
+        *("curl<<<x", "cat <(curl x)", 'sh -c \'sh -c "sh -c \\"curl x\\""\'', "a=$(curl x) ls"),
         "true && " * 60 + "curl x",
         "true;" * 3000 + "curl x",
         "x" * 20_000 + "; curl y",
@@ -104,7 +131,9 @@ def test_a_denial_takes_whatever_could_be_meant(command: str) -> None:
     assert denies("curl:*", command)
 
 
-@pytest.mark.parametrize("command", ["ls", "ls *", "rm *.pyc", "curly x", "cat docs/curly", "git push", "echo $x"])
+@pytest.mark.parametrize(
+    "command", ["ls", "ls *", "rm *.pyc", "curly x", "cat docs/curly", "git push", "echo $x"]
+)
 def test_a_denial_leaves_the_rest(command: str) -> None:
     assert not denies("curl *", command)
 
@@ -124,7 +153,12 @@ def test_reading_is_total(command: str, specifier: str) -> None:
     denies(specifier, command)
 
 
-WORDS = st.lists(st.sampled_from(["ls", "curl", "git", "push", "-x", "a b", "'q'", ";", "&&", "|", "$(", ")", "\n"]), max_size=12)
+WORDS = st.lists(
+    st.sampled_from(
+        ["ls", "curl", "git", "push", "-x", "a b", "'q'", ";", "&&", "|", "$(", ")", "\n"]
+    ),
+    max_size=12,
+)
 
 
 @settings(max_examples=300, deadline=None)
@@ -145,7 +179,8 @@ def test_appending_a_command_never_earns_an_approval(words: list[str], joint: st
 
 
 @pytest.mark.parametrize(
-    "command", ["a " * 8000, "curl " * 3000, ("x" * 50 + "*") * 300, "'" * 16_000, "a;" * 8000, "*a" * 8000]
+    "command",
+    ["a " * 8000, "curl " * 3000, ("x" * 50 + "*") * 300, "'" * 16_000, "a;" * 8000, "*a" * 8000],
 )
 def test_the_agent_does_not_choose_the_cost(command: str) -> None:
     begin = time.process_time()

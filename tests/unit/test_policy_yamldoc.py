@@ -48,7 +48,16 @@ def test_plain_values_load(text: str, value: object) -> None:
             for word in [
                 *("no", "No", "off", "ON", "yes", "y", "N", "~", "True", "FALSE", "Null", "NULL"),
                 *("010", "0o10", "0x1F", "0b1", "1_000", "+1", "1.", ".5", "1:30", "190:20:30.15"),
-                *(".inf", "-.Inf", ".nan", "2001-12-14", "2001-12-14 21:59:43", "1e999", "00", "-0_1"),
+                *(
+                    ".inf",
+                    "-.Inf",
+                    ".nan",
+                    "2001-12-14",
+                    "2001-12-14 21:59:43",
+                    "1e999",
+                    "00",
+                    "-0_1",
+                ),
                 *("2001-12-14t21:59:43.10-05:00", "0777", "08", "9" * 400, "="),
             ]
         ],
@@ -83,7 +92,19 @@ def test_what_readers_disagree_about_is_refused_with_its_place(text: str, place:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "# nothing", "---", b"\xff\xfe", b"a: \x00", "a: \x07", "\ud800", '"\\ud800"', '"\\UFFFFFFFF"', "%YAML 9.9\n---\na"]
+    "text",
+    [
+        "",
+        "# nothing",
+        "---",
+        b"\xff\xfe",
+        b"a: \x00",
+        "a: \x07",
+        "\ud800",
+        '"\\ud800"',
+        '"\\UFFFFFFFF"',
+        "%YAML 9.9\n---\na",
+    ],
 )
 def test_what_is_no_document_is_refused(text: str | bytes) -> None:
     with pytest.raises(PolicyInvalidError):
@@ -119,7 +140,32 @@ def _error(data: bytes | str) -> CallerError | None:
 
 TOKENS = st.lists(
     st.sampled_from(
-        ["a", "b", ": ", "- ", "\n", "  ", "{", "}", "[", "]", ",", "? ", "&x ", "*x", "!t ", "|", ">", "'", '"', "#", "%", "---", "no", "1_0"]
+        [
+            "a",
+            "b",
+            ": ",
+            "- ",
+            "\n",
+            "  ",
+            "{",
+            "}",
+            "[",
+            "]",
+            ",",
+            "? ",
+            "&x ",
+            "*x",
+            "!t ",
+            "|",
+            ">",
+            "'",
+            '"',
+            "#",
+            "%",
+            "---",
+            "no",
+            "1_0",
+        ]
     ),
     max_size=30,
 ).map("".join)
@@ -136,8 +182,21 @@ def test_what_loads_here_means_the_same_to_pyyaml(text: str) -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**15), 10**15) | st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"], exclude_characters="\u2028\u2029\ufeff\ufffe\uffff\x85"), max_size=12),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text("abcdef", min_size=1, max_size=6), inner, max_size=4),
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**15), 10**15)
+    | st.text(
+        st.characters(
+            codec="utf-8",
+            exclude_categories=["Cc", "Cs"],
+            exclude_characters="\u2028\u2029\ufeff\ufffe\uffff\x85",
+        ),
+        max_size=12,
+    ),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text("abcdef", min_size=1, max_size=6), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 

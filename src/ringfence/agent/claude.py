@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from claude_agent_sdk import (
     AssistantMessage,
@@ -23,6 +23,7 @@ from claude_agent_sdk import (
     PermissionResultAllow,
     PermissionResultDeny,
     ResultMessage,
+    SessionStore,
     SystemMessage,
     TextBlock,
     ToolPermissionContext,
@@ -104,9 +105,6 @@ class ClaudeDriver:
     def options(self) -> ClaudeAgentOptions:
         """The SDK's options: nothing of the workspace configures the agent."""
         settings, grants = self._settings, self._settings.grants
-        own = {"resume": settings.session_id} if settings.resume else {
-            "session_id": settings.session_id
-        }
         return ClaudeAgentOptions(
             tools=list(grants.offered),
             allowed_tools=[],
@@ -123,17 +121,17 @@ class ClaudeDriver:
             mcp_servers={server.name: _mcp(server) for server in grants.mcp_servers},
             model=settings.model,
             fallback_model=settings.fallback_model,
-            system_prompt=settings.system_prompt
-            or {"type": "preset", "preset": "claude_code"},
+            system_prompt=settings.system_prompt or {"type": "preset", "preset": "claude_code"},
             max_turns=settings.max_turns or grants.max_turns,
             max_budget_usd=settings.max_budget_usd,
-            session_store=self._mirror,  # type: ignore[arg-type]  the protocol's two methods
+            session_store=cast("SessionStore", self._mirror),
             session_store_flush="eager",
             env={"CLAUDE_CONFIG_DIR": CONFIG_DIR},
             permission_prompt_tool_name=None,
             skills=[],
             extra_args={"disable-slash-commands": None},
-            **own,
+            resume=settings.session_id if settings.resume else None,
+            session_id=None if settings.resume else settings.session_id,
         )
 
     @staticmethod
@@ -149,9 +147,7 @@ class ClaudeDriver:
         options = self.options()
         # the SDK sets this itself when can_use_tool is given, but only for a process of its own
         flagged = [*argv(options), "--permission-prompt-tool", "stdio"]
-        transport = SandboxTransport(
-            self._sandbox, flagged, environment(self._settings.grants)
-        )
+        transport = SandboxTransport(self._sandbox, flagged, environment(self._settings.grants))
         self._client = ClaudeSDKClient(options, transport)
         try:
             await self._client.connect()
@@ -266,7 +262,11 @@ class ClaudeDriver:
         self._decided[identity] = digest, allowed
         self._put(
             ToolStarted(
-                tool_use_id=identity, name=name, input=dict(tool_input), allowed=allowed, reason=rule
+                tool_use_id=identity,
+                name=name,
+                input=dict(tool_input),
+                allowed=allowed,
+                reason=rule,
             )
         )
         if allowed:
@@ -336,7 +336,9 @@ class ClaudeDriver:
         name = self._running[identity][0]
         self.tool_timed_out = name
         self._put(
-            Notice(kind="tool_timeout", text=f"{name} is over its {self._settings.tool_seconds:g} s")
+            Notice(
+                kind="tool_timeout", text=f"{name} is over its {self._settings.tool_seconds:g} s"
+            )
         )
         await self._finish(identity, "timeout")
         await self.interrupt()
@@ -346,7 +348,7 @@ class ClaudeDriver:
         except TimeoutError:
             await self.kill()
 
-    async def _after_success(self, data: Any, tool_use_id: str | None, _: Any) -> dict[str, Any]:
+    async def _after_success(self, _data: Any, tool_use_id: str | None, _: Any) -> dict[str, Any]:
         await self._finish(tool_use_id or "", "success")
         return {}
 
@@ -362,9 +364,7 @@ class ClaudeDriver:
         name, hmac, started, timer = entry
         timer.cancel()
         elapsed = round((time.monotonic() - started) * 1000, 3)
-        self._put(
-            ToolEnded(tool_use_id=identity, name=name, outcome=outcome, duration_ms=elapsed)
-        )
+        self._put(ToolEnded(tool_use_id=identity, name=name, outcome=outcome, duration_ms=elapsed))
         await self._recorder.append(
             ToolFinished(
                 **self._ids(),

@@ -60,7 +60,7 @@ def environment(grants: ToolGrants) -> dict[str, str]:
 def tool_environment(proxy: str) -> dict[str, str]:
     """How programs inside find the way out and trust it. A hint for them, never a control."""
     names = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
-    found = {name: proxy for name in names} | {name.lower(): proxy for name in names}
+    found = dict.fromkeys(names, proxy) | {name.lower(): proxy for name in names}
     trust = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "GIT_SSL_CAINFO", "PIP_CERT")
     found |= dict.fromkeys((*trust, "NODE_EXTRA_CA_CERTS"), CA_BUNDLE)
     return found | {

@@ -63,8 +63,8 @@ class Channel:
 
     async def _writable(self) -> None:
         loop = asyncio.get_running_loop()
-        ready = loop.create_future()
-        loop.add_writer(self._socket, lambda: ready.done() or ready.set_result(None))
+        ready: asyncio.Future[None] = loop.create_future()
+        loop.add_writer(self._socket, _settle, ready)
         try:
             await ready
         finally:
@@ -72,8 +72,8 @@ class Channel:
 
     async def _readable(self) -> None:
         loop = asyncio.get_running_loop()
-        ready = loop.create_future()
-        loop.add_reader(self._socket, lambda: ready.done() or ready.set_result(None))
+        ready: asyncio.Future[None] = loop.create_future()
+        loop.add_reader(self._socket, _settle, ready)
         try:
             await ready
         finally:
@@ -127,9 +127,7 @@ class Channel:
 class EgressLink:
     """The worker's end: requests that are answered, notices that are not asked for."""
 
-    def __init__(
-        self, connection: socket.socket, on_notice: Callable[[AnyMessage], None]
-    ) -> None:
+    def __init__(self, connection: socket.socket, on_notice: Callable[[AnyMessage], None]) -> None:
         self._on_notice = on_notice
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._number = 0
@@ -151,7 +149,7 @@ class EgressLink:
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._waiting[number] = answer
         try:
-            await self._channel.send(kind(id=number, **fields), descriptors)
+            await self._channel.send(kind(**{**fields, "id": number}), descriptors)
         except OSError:
             self._waiting.pop(number, None)
             raise _unavailable() from None
@@ -197,5 +195,13 @@ def _unavailable() -> UnavailableError:
 def _error(value: dict[str, str]) -> RingfenceError:
     family = _FAMILIES.get(value.get("family", ""), UnavailableError)
     return family(
-        value.get("code", "egress-unavailable"), value.get("message", ""), hint=value.get("hint", "")
+        value.get("code", "egress-unavailable"),
+        value.get("message", ""),
+        hint=value.get("hint", ""),
     )
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    """The descriptor is ready; it may say so twice before the reader is removed."""
+    if not future.done():
+        future.set_result(None)

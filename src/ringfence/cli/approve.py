@@ -66,9 +66,15 @@ async def _read_line() -> str:
     """A line of the terminal without a thread, so that a timeout leaves nobody reading it."""
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(sys.stdin, lambda: ready.done() or ready.set_result(None))
+    loop.add_reader(sys.stdin, _settle, ready)
     try:
         await ready
         return sys.stdin.readline()
     finally:
         loop.remove_reader(sys.stdin)
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    """The descriptor is ready; it may say so twice before the reader is removed."""
+    if not future.done():
+        future.set_result(None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,7 +12,7 @@ from rich.text import Text as RichText
 
 from ringfence.agent.messages import AgentMessage, Notice, Text, ToolEnded, ToolStarted
 from ringfence.cli.output import print_json
-from ringfence.record.safe_text import printable
+from ringfence.record.safe_text import one_line, printable
 
 _WIDTH = 100
 
@@ -27,7 +27,7 @@ class LiveView:
         self._command = command
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
 
-    def __enter__(self) -> LiveView:
+    def __enter__(self) -> Self:
         """Nothing to set up."""
         return self
 
@@ -52,14 +52,14 @@ class LiveView:
             self.console.print(f"[yellow]! {escape(printable(message.text))}[/]")
 
     def _tool(self, message: ToolStarted) -> None:
-        shown = printable(brief(message.name, message.input), keep_newlines=False)
+        shown = one_line(brief(message.input))
         line = f"[bold cyan]▸ {escape(printable(message.name))}[/] {escape(shown)}"
         if not message.allowed:
             line += f" [red]denied[/] [dim]({escape(printable(message.reason))})[/]"
         self.console.print(line)
 
 
-def brief(name: str, tool_input: dict[str, Any]) -> str:
+def brief(tool_input: dict[str, Any]) -> str:
     """The one field of a tool's input that says most, cut to a line."""
     for key in ("command", "file_path", "pattern", "path", "url", "query", "description"):
         if isinstance(tool_input.get(key), str):
@@ -74,7 +74,7 @@ def brief(name: str, tool_input: dict[str, Any]) -> str:
 class StreamJson:
     """One JSON object a line on stdout."""
 
-    def __enter__(self) -> StreamJson:
+    def __enter__(self) -> Self:
         """Nothing to set up."""
         return self
 

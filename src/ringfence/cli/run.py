@@ -80,7 +80,9 @@ def run(
     ] = None,
     timeout: Timeout = None,
     resume: Annotated[str | None, typer.Option(help="Session to go on with.")] = None,
-    fork: Annotated[bool, typer.Option("--fork", help="With --resume: into a new session.")] = False,
+    fork: Annotated[
+        bool, typer.Option("--fork", help="With --resume: into a new session.")
+    ] = False,
     apply: Apply = False,
     include: Include = None,
     output: Output = "text",
@@ -192,9 +194,7 @@ async def _attempt(launcher: Any, compiled: Any, request: RunRequest, output: st
     view = _view(output, command=bool(request.command))
     async with launcher.station(approver(view)) as station:
         with view:
-            return await attempt(
-                station, compiled, request, control=control, on_message=view.show
-            )
+            return await attempt(station, compiled, request, control=control, on_message=view.show)
 
 
 def _view(output: str, *, command: bool) -> Any:
@@ -221,5 +221,5 @@ def _finish(
     else:
         from ringfence.cli.summary import print_summary
 
-        print_summary(result, context.state_dir, applied)
+        print_summary(result, applied)
     raise typer.Exit(result.exit_code)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
 from ringfence.model import RunResult, RunStatus
-from ringfence.record.safe_text import printable
+from ringfence.record.safe_text import one_line, printable
 
 
-def print_summary(result: RunResult, state_dir: Path, applied: dict[str, Any] | None) -> None:
+def print_summary(result: RunResult, applied: dict[str, Any] | None) -> None:
     """Answer on stdout; patch, cost, record on stderr."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if result.session_id and result.text:
@@ -45,11 +44,13 @@ def _print_changes(console: Console, result: RunResult, applied: dict[str, Any] 
     console.print(f"[bold]{len(result.changed_files)} file(s) changed[/]")
     for path in result.changed_files:
         late = " [yellow](runs on your machine later)[/]" if path in result.host_files else ""
-        console.print(f"  {escape(printable(path))}{late}")
+        console.print(f"  {escape(one_line(path))}{late}")
     if applied is not None:
         console.print(f"[green]applied {len(applied['written'])} file(s)[/]")
         if applied["held"]:
-            console.print(f"[yellow]held back until named with --include: {_names(applied['held'])}[/]")
+            console.print(
+                f"[yellow]held back until named with --include: {_names(applied['held'])}[/]"
+            )
     else:
         console.print(
             f"see it: ringfence patch show {result.run_id}\n"
@@ -58,7 +59,7 @@ def _print_changes(console: Console, result: RunResult, applied: dict[str, Any] 
 
 
 def _names(paths: Any) -> str:
-    shown = [escape(printable(path, keep_newlines=False)) for path in list(paths)[:10]]
+    shown = [escape(one_line(path)) for path in list(paths)[:10]]
     more = len(paths) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 

@@ -77,9 +77,7 @@ class Credentials:
 
     def values(self, names: Iterable[str]) -> list[bytes]:
         """What redaction looks for, of the named ones."""
-        return [
-            self._secrets[name].reveal().encode() for name in names if name in self._secrets
-        ]
+        return [self._secrets[name].reveal().encode() for name in names if name in self._secrets]
 
     def for_model(self, name: str, header: str) -> Injection:
         """The platform's credential for the model route. Raises CredentialError."""

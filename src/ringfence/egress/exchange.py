@@ -1,4 +1,4 @@
-"""One request from inside, carried out: judged, recorded, sent with the credential, streamed back."""
+"""One request from inside, carried out: judged, recorded, sent, its answer streamed back."""
 
 from __future__ import annotations
 
@@ -306,9 +306,7 @@ def _with_query(query: str, injection: Injection) -> str:
     return "&".join([*kept, *(f"{name}={value}" for name, value in injection.query)])
 
 
-def _request(
-    method: str, path: str, target: Target, lines: list[tuple[bytes, bytes]]
-) -> bytes:
+def _request(method: str, path: str, target: Target, lines: list[tuple[bytes, bytes]]) -> bytes:
     parts = [f"{method} {path} HTTP/1.1\r\nhost: {target.host_header}\r\n".encode("latin-1")]
     parts += [b"%b: %b\r\n" % line for line in lines]
     return b"".join(parts)

@@ -79,11 +79,11 @@ def parse(raw: bytes) -> Head:
         if field is None:
             raise HeadError(400, "header-syntax")
         headers.append((field[1].lower(), field[2]))
-    return _framed(method, match[2].decode(), match[3] == b"1", tuple(headers))
+    return _framed(method, match[2].decode(), tuple(headers), modern=match[3] == b"1")
 
 
 def _framed(
-    method: str, target: str, modern: bool, headers: tuple[tuple[bytes, bytes], ...]  # noqa: FBT001
+    method: str, target: str, headers: tuple[tuple[bytes, bytes], ...], *, modern: bool
 ) -> Head:
     hosts = _values(headers, b"host")
     lengths = _values(headers, b"content-length")

@@ -144,7 +144,7 @@ class Egress:
                 server = await loop.create_server(
                     lambda: Client(sandbox), sock=listener, backlog=256
                 )
-            sandbox.servers.append(server)  # type: ignore[arg-type]  uvloop's own Server
+            sandbox.servers.append(server)
 
     async def _close(self, sandbox: SandboxState) -> dict[str, Any]:
         sandbox.close()

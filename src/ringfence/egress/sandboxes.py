@@ -107,7 +107,8 @@ class SandboxState:
 
     def record_soon(self, kind: str, **fields: object) -> None:
         """Append without waiting, in order; a recorder that is gone is noticed by the next
-        durable append, which refuses."""
+        durable append, which refuses.
+        """
         task = asyncio.get_running_loop().create_task(
             self._record_quietly(kind, fields), name="record"
         )
@@ -180,7 +181,7 @@ class SandboxState:
                 status=status,
                 duration_ms=duration_ms,
                 tool_uses=[tool.id for tool in report.tool_uses],
-                **counted,  # type: ignore[arg-type]
+                **counted,
             )
         )
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable, Coroutine
 from enum import Enum
+from typing import Any, cast
 
 from ringfence.egress import head as heads
 from ringfence.egress import rules
@@ -59,7 +61,7 @@ class Client(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio."""
-        self._transport = transport  # type: ignore[assignment]  a stream transport by construction
+        self._transport = cast("asyncio.Transport", transport)
         sandbox = self._sandbox
         if len(sandbox.connections) >= sandbox.rules.max_connections + 64 or sandbox.closed:
             self.abort()
@@ -282,11 +284,11 @@ class Client(asyncio.Protocol):
 
     # TLS towards the sandbox
 
-    def _start_tls(self, choose: object) -> None:
+    def _start_tls(self, choose: Callable[[str], str | None]) -> None:
         authority = self._sandbox.shared.authority
         if authority is None:
             raise TlsError("no-authority")
-        self._tls = ServerTls(authority, choose)  # type: ignore[arg-type]
+        self._tls = ServerTls(authority, choose)
         self._state = _State.FIRST
         self._alarm(HEAD_SECONDS)
         waiting = bytes(self._buffer)
@@ -324,9 +326,9 @@ class Client(asyncio.Protocol):
             work = exchange.generic(self._rule, self._target[0], body)
         self._task = asyncio.get_running_loop().create_task(self._run(work, head))
 
-    async def _run(self, work: object, head: Head) -> None:
+    async def _run(self, work: Coroutine[Any, Any, None], head: Head) -> None:
         try:
-            await work  # type: ignore[misc]
+            await work
         except Exception:  # noqa: BLE001  a defect of ours must close, not leak or hang
             self.refuse(502, "internal", "egress")
         finally:

@@ -95,9 +95,7 @@ def _make(key_path: Path, certificate_path: Path) -> None:
         .not_valid_before(now - _DAY)
         .not_valid_after(now + 3650 * _DAY)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(
-            x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False
-        )
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .add_extension(_ca_usage(), critical=True)
         .sign(key, hashes.SHA256())
     )

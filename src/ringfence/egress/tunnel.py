@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ringfence.egress.address import AddressError
 from ringfence.egress.sandboxes import SandboxState
@@ -80,9 +80,9 @@ class Tunnel(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio."""
-        self._transport = transport  # type: ignore[assignment]  a stream transport by construction
+        self._transport = cast("asyncio.Transport", transport)
         self._client.established()
-        self._transport.write(bytes(self._waiting))  # type: ignore[union-attr]
+        self._transport.write(bytes(self._waiting))
         self._waiting.clear()
 
     def data_received(self, data: bytes) -> None:

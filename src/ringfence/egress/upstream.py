@@ -7,7 +7,7 @@ import contextlib
 import ssl
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import httptools
 
@@ -51,7 +51,7 @@ class Upstream(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio."""
-        self.transport = transport  # type: ignore[assignment]  a stream transport by construction
+        self.transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
         """See asyncio."""
@@ -66,7 +66,7 @@ class Upstream(asyncio.Protocol):
             self._fail("upstream-malformed")
 
     def eof_received(self) -> bool:
-        """An answer framed by the end of the connection is refused: it cannot be told from a cut."""
+        """An answer framed by the connection's end is refused: it cannot be told from a cut."""
         return False
 
     def connection_lost(self, _: Exception | None) -> None:
@@ -93,14 +93,14 @@ class Upstream(asyncio.Protocol):
         self.transport.write(request)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """llhttp callback."""
+        """Llhttp callback."""
         self._head_size += len(name) + len(value)
         if self._head_size > 128 << 10 or len(self._headers) > 200:
             raise httptools.HttpParserError("head too large")
         self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        """llhttp callback."""
+        """Llhttp callback."""
         status = self._parser.get_status_code()
         self._informational = status < 200
         if self._informational:
@@ -116,12 +116,12 @@ class Upstream(asyncio.Protocol):
                 self.abort()
 
     def on_body(self, data: bytes) -> None:
-        """llhttp callback."""
+        """Llhttp callback."""
         if self._sink is not None and not self._informational:
             self._sink.answer_body(data)
 
     def on_message_complete(self) -> None:
-        """llhttp callback."""
+        """Llhttp callback."""
         if self._informational:
             self._parser = httptools.HttpResponseParser(self)
             return

@@ -255,7 +255,7 @@ def workspace_mode(document: PolicyDocument) -> WorkspaceMode:
 
 def _egress(document: PolicyDocument, grants: ToolGrants) -> EgressRules:
     network = document.network
-    hosts = tuple(
+    named = [
         HostRule(
             host=grant.host,
             port=grant.port,
@@ -266,7 +266,9 @@ def _egress(document: PolicyDocument, grants: ToolGrants) -> EgressRules:
         )
         for index, grant in enumerate(network.allowed_hosts)
         if grant.host != MODEL_HOST and network.mode != "none"
-    )
+    ]
+    # first match wins in every reader, so the exact name stands before the wildcard that covers it
+    hosts = tuple(sorted(named, key=lambda rule: rule.host.startswith("*.")))
     used = {rule.credential for rule in hosts}
     return EgressRules(
         model=_model(document, grants),

@@ -36,6 +36,7 @@ CATALOGUE: dict[str, tuple[Severity, str]] = {
     "POL006": (Severity.WARNING, "Port 80 is not encrypted."),
     "POL007": (Severity.WARNING, "A credential is sent with every method and path of a host."),
     "POL008": (Severity.WARNING, "A secret that no host carries is never sent."),
+    "POL009": (Severity.WARNING, "An exact host stands below a wildcard: its own rule decides."),
     "POL010": (Severity.INFO, "Filters on a command's text are advice, not a boundary."),
     "POL011": (Severity.ERROR, "The Agent SDK never matches a path rule of this tool."),
     "POL012": (Severity.WARNING, "A path rule does not bind Bash."),
@@ -152,6 +153,18 @@ def _hosts(document: PolicyDocument) -> Iterator[Finding]:
             )
         if grant.host != MODEL_HOST:
             yield from _host(grant, path)
+        covering = next((o for o in network.allowed_hosts if _stands_above(o, grant)), None)
+        if covering:
+            yield _found(
+                "POL009",
+                path,
+                f"what {covering.host} permits does not hold for {grant.host}",
+                "name the hosts in place of the wildcard",
+            )
+
+
+def _stands_above(other: HostGrant, grant: HostGrant) -> bool:
+    return other.host != grant.host and other.port == grant.port and matches(other.host, grant.host)
 
 
 def _host(grant: HostGrant, path: str) -> Iterator[Finding]:
@@ -314,7 +327,7 @@ def _workspace(document: PolicyDocument) -> Iterator[Finding]:
     if filesystem.workspace == "direct":
         yield _found("POL024", "filesystem.workspace", "", "write review: the result is a patch")
     for index, pattern in enumerate(filesystem.show):
-        if pattern in DEFAULT_HIDDEN:
+        if pattern in DEFAULT_HIDDEN or set("*?[") & set(pattern):
             yield _found(
                 "POL023",
                 f"filesystem.show[{index}]",

@@ -82,6 +82,8 @@ def glob_problem(pattern: str) -> str | None:
         return "write a glob relative to the workspace, such as config/*.key"
     if any(ord(character) < 0x20 or ord(character) == 0x7F for character in pattern):
         return "holds a control character"
+    if not pattern.strip("*?/."):
+        return "it matches everything; name what is meant"
     if any(part in {"", ".", ".."} for part in pattern.split("/")):
         return "write it without empty, `.` or `..` parts"
     return None

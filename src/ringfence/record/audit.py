@@ -57,7 +57,7 @@ class AuditLog:
             self._keys = load_keys(directory)
             with self._transaction():
                 self._claim()
-                (size, hashes, _, _) = self._head()
+                (size, _, _, _) = self._head()
         except BaseException:
             self._connection.close()
             raise

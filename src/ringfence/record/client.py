@@ -26,7 +26,7 @@ class RecorderClient:
     """`Recorder` over a socket, pipelined. Belongs to the running event loop."""
 
     def __init__(self, connection: socket.socket) -> None:
-        connection.setblocking(False)
+        connection.settimeout(0)
         self._socket = connection
         self._loop = asyncio.get_running_loop()
         self._decoder = Decoder()

@@ -36,7 +36,7 @@ class _Client:
     """One connection: what has arrived of it, and what it has not taken yet."""
 
     def __init__(self, label: str, connection: socket.socket) -> None:
-        connection.setblocking(False)
+        connection.settimeout(0)
         self.label = label
         self.socket = connection
         self.decoder = Decoder()
@@ -137,28 +137,30 @@ class Recorder:
         batch: list[tuple[_Client, int, dict[str, Any]]],
     ) -> None:
         """Sort one frame: into the batch, into a count, or back with a refusal."""
-        event, number = value.get("e"), value.get("n")
         if isinstance(value.get("q"), str) and client.label == "worker":
             self._quota.allow(value["q"], value.get("records"))
             return
-        if not isinstance(event, dict) or not isinstance(number, int):
-            why = "not-an-event"
-        elif not may_write(client.label, str(event.get("type"))):
-            why = "wrong-source"
-        else:
-            why = fault(self._shapes, event)
+        number, event = value.get("n"), value.get("e")
+        number = number if isinstance(number, int) else 0
+        event = event if isinstance(event, dict) else {}
+        why = self._fault(client, event)
         if why:
             key = (client.label, why)
             self._refused[key] = self._refused.get(key, 0) + 1
-        elif (verdict := self._quota.judge(event)) is Verdict.REFUSE:
-            why = "quota"
         else:
-            record = {} if verdict is Verdict.COUNT else shortened(event)
-            if record:
-                record["source"] = client.label
-            batch.append((client, number, record))
-        if why and isinstance(number, int) and number:
+            verdict = self._quota.judge(event)
+            if verdict is not Verdict.REFUSE:
+                record = shortened(event) if verdict is Verdict.WRITE else {}
+                batch.append((client, number, record and {**record, "source": client.label}))
+                return
+            why = "quota"
+        if number:
             client.send(encode({"n": number, "x": why}))
+
+    def _fault(self, client: _Client, event: dict[str, Any]) -> str:
+        if not may_write(client.label, str(event.get("type"))):
+            return "wrong-source"
+        return fault(self._shapes, event)
 
     def _commit(self, batch: list[tuple[_Client, int, dict[str, Any]]]) -> None:
         records = [record for _, _, record in batch if record]

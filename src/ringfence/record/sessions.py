@@ -2,47 +2,60 @@
 
 Session and path come from the lease, never from a frame (requirement H): `LeasedStore` is what
 a run is given, and a frame that names another session, or a path that is none, ends the run.
+Resuming carries a conversation over, never a right: policy is today's.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
-import re
 import sqlite3
+import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ringfence.errors import CallerError, DeniedError, UnavailableError
+from ringfence.errors import CallerError, UnavailableError
+from ringfence.record.transcript import (
+    Entry,
+    check_subpath,
+    encode_entry,
+    entry_uuid,
+    files_of,
+    first_prompt,
+    forked,
+    refused,
+    tool_use_ids,
+)
 from ringfence.store.sqlite import open_database
 
 PROJECT = "ringfence"
 """CLAUDE_CODE_PROJECT_DIR_NAME inside: pinned, so that a transcript resumes from any directory."""
 
 LEASE_SECONDS = 60.0
-MAX_ENTRY = 16 << 20
-MAX_SESSION = 1 << 30
-_SUBPATH = re.compile(
-    r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}(?:/[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}){0,7}\Z"
-)
+MAX_SESSION_BYTES = 256 << 20
+ENTRIES_PER_SECOND = 500
+ENTRIES_AT_ONCE = 20_000
 
 Key = Mapping[str, str]
-Entry = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SessionInfo:
-    """One session for people."""
+    """One session for people. Times are seconds since the epoch."""
 
     session_id: str
     created: float
     changed: float
     entries: int
+    bytes: int
     first_prompt: str
     parent: str
+    held_by: str
 
 
 def check_session_id(text: str) -> str:
@@ -59,72 +72,77 @@ def check_session_id(text: str) -> str:
 
 
 class SqliteSessionStore:
-    """SessionStore over one file; passes the SDK's conformance suite unchanged."""
+    """SessionStore over one file; passes the SDK's conformance suite unchanged.
+
+    Safe for several threads of a process, and for several processes on one file.
+
+    Raises:
+        UnavailableError: `store-unavailable`.
+    """
 
     def __init__(self, path: Path) -> None:
         self._db = open_database(path, "ringfence.record.sessions_sql")
+        self._lock = threading.Lock()
 
     def close(self) -> None:
         """Close the file."""
-        self._db.close()
+        with self._lock:
+            self._db.close()
 
     # SessionStore
 
     async def append(self, key: Key, entries: Sequence[Entry]) -> None:
         """Add entries in order; those whose uuid is there already are left out."""
-        self.add(key, entries)
+        if entries:
+            await asyncio.to_thread(self.add, key, entries)
 
     def add(
         self, key: Key, entries: Sequence[Entry], *, token: tuple[str, int] | None = None
     ) -> None:
-        """`append` in one transaction; with a token, only while its lease holds."""
+        """`append` in one transaction; with a (run, token) pair, only while that lease holds."""
         project, session, subpath = _parts(key)
-        now = time.time()
         rows = [
-            (project, session, subpath, _uuid(entry), json.dumps(entry, ensure_ascii=False))
-            for entry in entries
+            (project, session, subpath, entry_uuid(entry), encode_entry(entry)) for entry in entries
         ]
-        with _transaction(self._db) as db:
+        size = sum(len(row[4]) for row in rows)
+        with self._transaction() as db:
             if token is not None:
                 _check_token(db, session, *token)
-            db.execute(
-                "INSERT INTO session (project, id, created, changed) VALUES (?, ?, ?, ?) "
-                "ON CONFLICT DO UPDATE SET changed = max(changed, excluded.changed)",
-                (project, session, now, now),
-            )
+            (total,) = db.execute(
+                "INSERT INTO session (project, id, created, changed, bytes) VALUES (?, ?, ?, ?, ?)"
+                " ON CONFLICT DO UPDATE SET changed = max(changed, excluded.changed),"
+                " bytes = bytes + excluded.bytes RETURNING bytes",
+                (project, session, _now(), _now(), size),
+            ).fetchone()
+            if total > MAX_SESSION_BYTES:
+                raise refused(f"a transcript grew past {MAX_SESSION_BYTES} bytes")
             db.executemany(
-                "INSERT OR IGNORE INTO entry (project, session, subpath, uuid, body) "
-                "VALUES (?, ?, ?, ?, ?)",
+                "INSERT OR IGNORE INTO entry (project, session, subpath, uuid, body)"
+                " VALUES (?, ?, ?, ?, ?)",
                 rows,
             )
 
     async def load(self, key: Key) -> list[Entry] | None:
         """All entries of a key in order; None when nothing was ever written to it."""
-        project, session, subpath = _parts(key)
-        rows = self._db.execute(
-            "SELECT body FROM entry WHERE project = ? AND session = ? AND subpath = ? ORDER BY seq",
-            (project, session, subpath),
-        ).fetchall()
-        if rows:
-            return [json.loads(body) for (body,) in rows]
-        return [] if not subpath and self._exists(project, session) else None
-
-    def _exists(self, project: str, session: str) -> bool:
-        query = "SELECT 1 FROM session WHERE project = ? AND id = ?"
-        return self._db.execute(query, (project, session)).fetchone() is not None
+        return await asyncio.to_thread(self._entries, *_parts(key)) or None
 
     async def list_sessions(self, project_key: str) -> list[dict[str, Any]]:
         """Ids and modification times (milliseconds) of a project's sessions."""
-        rows = self._db.execute(
-            "SELECT id, changed FROM session WHERE project = ? ORDER BY changed DESC",
-            (project_key,),
+        rows = self._select(
+            "SELECT id, changed FROM session s WHERE project = ? AND EXISTS (SELECT 1 FROM entry e"
+            " WHERE e.project = s.project AND e.session = s.id AND e.subpath = '')",
+            project_key,
         )
-        return [{"session_id": id_, "mtime": int(changed * 1000)} for id_, changed in rows]
+        return [{"session_id": name, "mtime": changed} for name, changed in rows]
+
+    async def list_session_summaries(self, project_key: str) -> list[dict[str, Any]]:
+        """The SDK's summaries, folded here over what has come since the last time."""
+        return await asyncio.to_thread(self._summaries, project_key)
 
     async def delete(self, key: Key) -> None:
         """Remove a session with everything below it, or one subpath."""
         project, session, subpath = _parts(key)
-        with _transaction(self._db) as db:
+        with self._transaction() as db:
             if subpath:
                 db.execute(
                     "DELETE FROM entry WHERE project = ? AND session = ? AND subpath = ?",
@@ -136,56 +154,49 @@ class SqliteSessionStore:
     async def list_subkeys(self, key: Key) -> list[str]:
         """Subpaths of a session that hold entries."""
         project, session, _ = _parts(key)
-        rows = self._db.execute(
-            "SELECT DISTINCT subpath FROM entry WHERE project = ? AND session = ? AND subpath <> ''"
-            " ORDER BY subpath",
-            (project, session),
-        )
-        return [subpath for (subpath,) in rows]
+        return self._subpaths(project, session)
 
     # leases (requirement H)
 
     def lease(self, session_id: str, run_id: str) -> LeasedStore:
-        """Take the right to a session for one run.
+        """Take the right to a session for one run; the session need not exist yet.
 
         Raises:
+            CallerError: `session-unknown` for what is no session id.
             UnavailableError: `session-busy` while another run holds it.
         """
         check_session_id(session_id)
-        now = time.time()
-        with _transaction(self._db) as db:
+        with self._transaction() as db:
             row = db.execute(
                 "SELECT run, token, expires FROM lease WHERE session = ?", (session_id,)
             ).fetchone()
-            if row is not None and row[0] and row[2] > now:
+            if row is not None and row[2] > _now():
                 raise UnavailableError(
                     "session-busy",
                     f"run {row[0]} holds session {session_id}",
-                    hint=f"wait for it to end; a run that was killed lets go within "
-                    f"{int(LEASE_SECONDS)} seconds",
+                    hint="wait for it to end; a run that was killed lets go within "
+                    f"{LEASE_SECONDS:.0f} seconds",
                 )
             token = (row[1] if row is not None else 0) + 1
             db.execute(
-                "INSERT OR REPLACE INTO lease VALUES (?, ?, ?, ?)",
-                (session_id, run_id, token, now + LEASE_SECONDS),
+                "INSERT INTO lease VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE"
+                " SET run = excluded.run, token = excluded.token, expires = excluded.expires",
+                (session_id, run_id, token, _expiry()),
             )
         return LeasedStore(self, session_id, run_id, token)
 
     def renew(self, session_id: str, run_id: str, token: int) -> None:
         """Heartbeat. Raises UnavailableError `session-busy` when the lease was taken over."""
-        with _transaction(self._db) as db:
+        with self._transaction() as db:
             _check_token(db, session_id, run_id, token)
-            db.execute(
-                "UPDATE lease SET expires = ? WHERE session = ?",
-                (time.time() + LEASE_SECONDS, session_id),
-            )
+            db.execute("UPDATE lease SET expires = ? WHERE session = ?", (_expiry(), session_id))
 
     def release(self, session_id: str, run_id: str, token: int) -> None:
-        """Give the lease back; the token stays, so that it only grows."""
-        with _transaction(self._db) as db:
+        """Give the lease back; the token stays, so that it only ever grows."""
+        with self._transaction() as db:
             db.execute(
-                "UPDATE lease SET run = '', expires = 0 "
-                "WHERE session = ? AND run = ? AND token = ?",
+                "UPDATE lease SET run = '', expires = 0"
+                " WHERE session = ? AND run = ? AND token = ?",
                 (session_id, run_id, token),
             )
 
@@ -193,103 +204,67 @@ class SqliteSessionStore:
 
     def sessions(self) -> list[SessionInfo]:
         """All sessions of runs, the latest first."""
-        rows = self._db.execute(
-            "SELECT s.id, s.created, s.changed, s.parent, "
-            "(SELECT count(*) FROM entry e WHERE e.project = s.project AND e.session = s.id) "
-            "FROM session s WHERE project = ? ORDER BY changed DESC",
-            (PROJECT,),
-        ).fetchall()
+        rows = self._select(
+            "SELECT s.id, s.created, s.changed, s.bytes, s.parent,"
+            " (SELECT count(*) FROM entry e WHERE e.project = s.project AND e.session = s.id),"
+            " coalesce((SELECT run FROM lease l WHERE l.session = s.id AND l.expires > ?), '')"
+            " FROM session s WHERE project = ? ORDER BY changed DESC, id",
+            _now(),
+            PROJECT,
+        )
         return [
             SessionInfo(
-                session_id=id_,
-                created=created,
-                changed=changed,
-                entries=entries,
-                first_prompt=self._first_prompt(id_),
+                session_id=name,
+                created=created / 1000,
+                changed=changed / 1000,
+                bytes=size,
                 parent=parent,
+                entries=count,
+                held_by=run,
+                first_prompt=first_prompt(self._entries(PROJECT, name, "", limit=64)),
             )
-            for id_, created, changed, parent, entries in rows
+            for name, created, changed, size, parent, count, run in rows
         ]
-
-    def _first_prompt(self, session_id: str) -> str:
-        rows = self._db.execute(
-            "SELECT body FROM entry WHERE project = ? AND session = ? AND subpath = '' "
-            "ORDER BY seq LIMIT 50",
-            (PROJECT, session_id),
-        )
-        for (body,) in rows:
-            entry = json.loads(body)
-            if entry.get("type") == "user":
-                content = entry.get("message", {}).get("content")
-                if isinstance(content, str):
-                    return content
-                for block in content or ():
-                    if isinstance(block, dict) and block.get("type") == "text":
-                        return str(block.get("text", ""))
-        return ""
 
     def transcript(self, session_id: str) -> list[Entry]:
         """Main transcript of a session. Raises CallerError `session-unknown`."""
-        check_session_id(session_id)
-        if not self._exists(PROJECT, session_id):
+        entries = self._entries(PROJECT, check_session_id(session_id), "")
+        if not entries:
             raise CallerError(
                 "session-unknown", f"no session {session_id}", hint="ringfence sessions list"
             )
-        rows = self._db.execute(
-            "SELECT body FROM entry WHERE project = ? AND session = ? AND subpath = '' "
-            "ORDER BY seq",
-            (PROJECT, session_id),
-        )
-        return [json.loads(body) for (body,) in rows]
+        return entries
 
     def materialise(self, session_id: str) -> dict[str, bytes]:
         """Files below the agent's home from which `claude --resume` goes on.
 
-        Every path is built from validated parts; entries go in as they are, because today's
-        policy is applied by hooks and egress, not by the transcript.
+        Needs CLAUDE_CONFIG_DIR=HOME/.claude and CLAUDE_CODE_PROJECT_DIR_NAME=PROJECT inside.
+        Every path is built from checked parts. Raises CallerError `session-unknown`.
         """
-        self.transcript(session_id)
-        base = f".claude/projects/{PROJECT}/{session_id}"
-        files = {f"{base}.jsonl": self._lines(session_id, "")}
-        rows = self._db.execute(
-            "SELECT DISTINCT subpath FROM entry WHERE project = ? AND session = ? AND subpath <> ''",
-            (PROJECT, session_id),
-        ).fetchall()
-        for (subpath,) in rows:
-            files[f"{base}/{check_subpath(subpath)}.jsonl"] = self._lines(session_id, subpath)
+        base = f".claude/projects/{PROJECT}/{check_session_id(session_id)}"
+        files: dict[str, bytes] = {}
+        for subpath, entries in self._streams(session_id).items():
+            files |= files_of(base, subpath, entries)
         return files
 
-    def _lines(self, session_id: str, subpath: str) -> bytes:
-        rows = self._db.execute(
-            "SELECT body FROM entry WHERE project = ? AND session = ? AND subpath = ? ORDER BY seq",
-            (PROJECT, session_id, subpath),
-        )
-        return "".join(f"{body}\n" for (body,) in rows).encode("utf-8", "surrogatepass")
-
     def tool_use_ids(self, session_id: str) -> list[str]:
-        """Ids of every tool call in the stored transcript, for the witness ledger."""
-        rows = self._db.execute(
-            "SELECT body FROM entry WHERE project = ? AND session = ?", (PROJECT, session_id)
-        )
+        """Ids of every tool call in the stored transcript, for the witness ledger (B)."""
         found: dict[str, None] = {}
-        for (body,) in rows:
-            found.update(dict.fromkeys(_tool_uses(json.loads(body))))
+        for entries in self._streams(session_id).values():
+            found.update(dict.fromkeys(tool_use_ids(entries)))
         return list(found)
 
     def fork(self, session_id: str) -> str:
-        """A copy under a new id; its entries name the new one. Returns the id."""
-        entries = self.transcript(session_id)
+        """A copy under a new id, subagents included. Returns the id.
+
+        Raises:
+            CallerError: `session-unknown`.
+        """
         new = str(uuid.uuid4())
-        subpaths = self._db.execute(
-            "SELECT subpath, body FROM entry WHERE project = ? AND session = ? AND subpath <> '' "
-            "ORDER BY seq",
-            (PROJECT, session_id),
-        ).fetchall()
-        key = {"project_key": PROJECT, "session_id": new}
-        self.add(key, [_renamed(entry, session_id, new) for entry in entries])
-        for subpath, body in subpaths:
-            self.add({**key, "subpath": subpath}, [_renamed(json.loads(body), session_id, new)])
-        with _transaction(self._db) as db:
+        streams = forked(self._streams(session_id), session_id, new, lambda: str(uuid.uuid4()))
+        for subpath, entries in streams.items():
+            self.add({"project_key": PROJECT, "session_id": new, "subpath": subpath}, entries)
+        with self._transaction() as db:
             db.execute(
                 "UPDATE session SET parent = ? WHERE project = ? AND id = ?",
                 (session_id, PROJECT, new),
@@ -297,42 +272,122 @@ class SqliteSessionStore:
         return new
 
     def remove(self, session_id: str) -> None:
-        """Delete a session for good. Raises CallerError, UnavailableError `session-busy`."""
+        """Delete a session for good.
+
+        Raises:
+            CallerError: `session-unknown`. UnavailableError: `session-busy` during a run.
+        """
         self.transcript(session_id)
         lease = self.lease(session_id, "delete")
         try:
-            with _transaction(self._db) as db:
+            with self._transaction() as db:
                 db.execute(
                     "DELETE FROM session WHERE project = ? AND id = ?", (PROJECT, session_id)
                 )
         finally:
             lease.release()
 
+    # below
+
+    def _streams(self, session_id: str) -> dict[str, list[Entry]]:
+        streams = {"": self.transcript(session_id)}
+        for subpath in self._subpaths(PROJECT, session_id):
+            streams[subpath] = self._entries(PROJECT, session_id, subpath)
+        return streams
+
+    def _subpaths(self, project: str, session: str) -> list[str]:
+        rows = self._select(
+            "SELECT DISTINCT subpath FROM entry WHERE project = ? AND session = ? AND subpath <> ''"
+            " ORDER BY subpath",
+            project,
+            session,
+        )
+        return [subpath for (subpath,) in rows]
+
+    def _entries(self, project: str, session: str, subpath: str, *, limit: int = -1) -> list[Entry]:
+        rows = self._select(
+            "SELECT body FROM entry WHERE project = ? AND session = ? AND subpath = ?"
+            " ORDER BY seq LIMIT ?",
+            project,
+            session,
+            subpath,
+            limit,
+        )
+        return [json.loads(body) for (body,) in rows]
+
+    def _summaries(self, project: str) -> list[dict[str, Any]]:
+        from claude_agent_sdk import fold_session_summary
+
+        summaries = []
+        with self._transaction() as db:
+            rows = db.execute(
+                "SELECT id, changed, summary, folded FROM session WHERE project = ?", (project,)
+            ).fetchall()
+            for name, changed, stored, folded in rows:
+                fresh = db.execute(
+                    "SELECT seq, body FROM entry WHERE project = ? AND session = ?"
+                    " AND subpath = '' AND seq > ? ORDER BY seq",
+                    (project, name, folded),
+                ).fetchall()
+                summary: Any = json.loads(stored) if stored else None
+                if fresh:
+                    entries: Any = [json.loads(body) for _, body in fresh]
+                    key: Any = {"project_key": project, "session_id": name}
+                    summary = fold_session_summary(summary, key, entries)
+                    db.execute(
+                        "UPDATE session SET summary = ?, folded = ? WHERE project = ? AND id = ?",
+                        (json.dumps(summary), fresh[-1][0], project, name),
+                    )
+                if summary is not None:
+                    summaries.append({**summary, "mtime": changed})
+        return summaries
+
+    def _select(self, query: str, *values: object) -> list[Any]:
+        with self._lock:
+            return self._db.execute(query, values).fetchall()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
 
 class LeasedStore:
-    """What a run's driver mirrors into: one session, one run, hard caps."""
+    """What a run's driver mirrors into: one session, one run, hard caps. A SessionStore."""
 
     def __init__(self, store: SqliteSessionStore, session_id: str, run_id: str, token: int) -> None:
         self._store, self._session, self._run, self._token = store, session_id, run_id, token
-        self._bytes = 0
+        self._allowance, self._filled = float(ENTRIES_AT_ONCE), time.monotonic()
+
+    @property
+    def session_id(self) -> str:
+        """The one session."""
+        return self._session
 
     async def append(self, key: Key, entries: Sequence[Entry]) -> None:
-        """See SessionStore; the key's session must be the lease's.
+        """See SessionStore. The project key is ignored; the session must be the lease's.
 
         Raises:
             DeniedError: `session-frame-refused`; whoever wrote the frame is lying.
+            UnavailableError: `session-busy` when another run has taken the session over.
         """
         if key.get("session_id") != self._session:
-            raise DeniedError("session-frame-refused", "a transcript frame named another session")
+            raise refused("a transcript frame named another session")
         subpath = check_subpath(key["subpath"]) if key.get("subpath") else ""
-        self._bytes += sum(len(json.dumps(entry)) for entry in entries)
-        if self._bytes > MAX_SESSION or any(len(json.dumps(e)) > MAX_ENTRY for e in entries):
-            raise DeniedError("session-frame-refused", "a transcript grew past its cap")
+        self._spend(len(entries))
         own = {"project_key": PROJECT, "session_id": self._session, "subpath": subpath}
-        self._store.add(own, entries, token=(self._run, self._token))
+        if entries:
+            await asyncio.to_thread(self._store.add, own, entries, token=(self._run, self._token))
 
     async def load(self, key: Key) -> list[Entry] | None:
-        """See SessionStore."""
+        """See SessionStore; any other session is unknown."""
         if key.get("session_id") != self._session:
             return None
         return await self._store.load({**key, "project_key": PROJECT})
@@ -345,51 +400,28 @@ class LeasedStore:
         """Give the lease back."""
         self._store.release(self._session, self._run, self._token)
 
+    def _spend(self, entries: int) -> None:
+        """A bucket: a long transcript may come at once, an endless one may not (requirement M)."""
+        now = time.monotonic()
+        grown = self._allowance + (now - self._filled) * ENTRIES_PER_SECOND
+        self._allowance, self._filled = min(ENTRIES_AT_ONCE, grown) - entries, now
+        if self._allowance < 0:
+            raise refused("transcript frames came faster than an agent writes")
 
-def check_subpath(subpath: str) -> str:
-    """A relative path of plain names. Raises DeniedError `session-frame-refused`."""
-    if not _SUBPATH.match(subpath) or ".." in subpath:
-        raise DeniedError("session-frame-refused", "a transcript frame named a bad path")
-    return subpath
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _expiry() -> int:
+    return _now() + int(LEASE_SECONDS * 1000)
 
 
 def _parts(key: Key) -> tuple[str, str, str]:
     return key["project_key"], key["session_id"], key.get("subpath") or ""
 
 
-def _uuid(entry: Entry) -> str | None:
-    value = entry.get("uuid")
-    return value if isinstance(value, str) and value else None
-
-
 def _check_token(db: sqlite3.Connection, session: str, run: str, token: int) -> None:
     row = db.execute("SELECT run, token FROM lease WHERE session = ?", (session,)).fetchone()
     if row != (run, token):
         raise UnavailableError("session-busy", f"another run took session {session} over")
-
-
-def _tool_uses(entry: Entry) -> Iterable[str]:
-    message = entry.get("message")
-    content = message.get("content") if isinstance(message, dict) else None
-    for block in content if isinstance(content, list) else ():
-        if isinstance(block, dict) and block.get("type") == "tool_use":
-            yield str(block.get("id"))
-
-
-def _renamed(entry: Entry, old: str, new: str) -> Entry:
-    """The same entry under another session; uuids stay, because they only order one transcript."""
-    return {**entry, **({"sessionId": new} if entry.get("sessionId") == old else {})}
-
-
-class _transaction:  # noqa: N801  a context manager in the place of a function
-    """BEGIN IMMEDIATE … COMMIT, or ROLLBACK."""
-
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
-
-    def __enter__(self) -> sqlite3.Connection:
-        self._db.execute("BEGIN IMMEDIATE")
-        return self._db
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._db.execute("COMMIT" if kind is None else "ROLLBACK")

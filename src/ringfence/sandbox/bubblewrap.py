@@ -45,7 +45,9 @@ class BubblewrapBackend:
 
     name = "bubblewrap"
 
-    def __init__(self, *, state_dir: Path, uid_base: int = 2_000_000, uid_count: int = 65_536):
+    def __init__(
+        self, *, state_dir: Path, uid_base: int = 2_000_000, uid_count: int = 65_536
+    ) -> None:
         self._state_dir = state_dir
         self._uids = range(uid_base, uid_base + uid_count)
 
@@ -74,9 +76,7 @@ class BubblewrapBackend:
             ),
             _state(Control.NETWORK, True, "network namespace with a loopback alone"),
             _state(Control.USER_NAMESPACE, True, "user namespace, no further ones inside"),
-            _state(
-                Control.TMP_NOEXEC, not profile.tmp_exec, "mount flag", "the policy lifts it"
-            ),
+            _state(Control.TMP_NOEXEC, not profile.tmp_exec, "mount flag", "the policy lifts it"),
             _state(
                 Control.UID_PER_SANDBOX,
                 os.geteuid() == 0,
@@ -388,9 +388,7 @@ def _open_workspace(path: Path) -> int:
         ) from None
 
 
-async def _prepare(
-    rules: SandboxProfile, facts: profile.HostFacts, workspace_fd: int
-) -> list[int]:
+async def _prepare(rules: SandboxProfile, facts: profile.HostFacts, workspace_fd: int) -> list[int]:
     launcher, control = _launch()
     try:
         send_frame(control, profile.prepare_plan(rules, facts), [workspace_fd])

@@ -1,4 +1,4 @@
-"""Limits by control groups: version 1, version 2, and hosts that mix them. Read back, never assumed.
+"""Limits by control groups, version 1, 2 and hosts that mix them. Read back, never assumed.
 
 A group is named after its sandbox and the worker's process id, so that groups of a worker that was
 killed can be told from live ones and swept.
@@ -70,9 +70,7 @@ def _discover_unified(root: Path) -> Hierarchy:
             continue
         enabled = _enable(directory)
         if enabled:
-            return Hierarchy(
-                parents={control: directory for control in enabled}, freezer=None, unified=True
-            )
+            return Hierarchy(parents=dict.fromkeys(enabled, directory), freezer=None, unified=True)
     return Hierarchy(parents={}, freezer=None, unified=True)
 
 
@@ -195,9 +193,11 @@ def _set(file: Path, value: str) -> None:
 
 
 def _same_number(kept: str, value: str) -> bool:
-    """memory limits are rounded down to pages."""
-    return kept.isdigit() and value.isdigit() and 0 <= int(value) - int(kept) < os.sysconf(
-        "SC_PAGE_SIZE"
+    """Memory limits are rounded down to pages."""
+    return (
+        kept.isdigit()
+        and value.isdigit()
+        and 0 <= int(value) - int(kept) < os.sysconf("SC_PAGE_SIZE")
     )
 
 

@@ -100,9 +100,7 @@ def lease_uid(state_dir: Path, uids: range) -> UidLease:
     raise UnavailableError("sandbox-start-failed", "every uid of the range is in use")
 
 
-def gather(
-    spec: SandboxSpec, masked: Mapping[str, bool], uid: int, state_dir: Path
-) -> HostFacts:
+def gather(spec: SandboxSpec, masked: Mapping[str, bool], uid: int, state_dir: Path) -> HostFacts:
     """Everything `profile.py` needs to know."""
     links = {}
     existing: dict[str, bool] = {}

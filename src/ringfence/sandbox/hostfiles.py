@@ -44,30 +44,47 @@ _HELD: tuple[tuple[str, str], ...] = (
     ),
     (r"(.*/)?(\.husky|\.githooks)/.*", "git hooks"),
     (r"(.*/)?(\.pre-commit-config\.yaml|lefthook\.ya?ml|\.lefthook/.*)", "git hooks"),
-    (r"(.*/)?\.(bashrc|bash_profile|profile|zshrc|zshenv|zprofile|inputrc|vimrc|exrc|nvimrc)", "a"
-     " shell or an editor reads it at start"),
-    (r"(.*/)?\.(npmrc|yarnrc(\.yml)?|pypirc|netrc|pnpmfile\.cjs|yarn/(releases|plugins)/.*)",
-     "a package manager obeys it"),
+    (
+        r"(.*/)?\.(bashrc|bash_profile|profile|zshrc|zshenv|zprofile|inputrc|vimrc|exrc|nvimrc)",
+        "a shell or an editor reads it at start",
+    ),
+    (
+        r"(.*/)?\.(npmrc|yarnrc(\.yml)?|pypirc|netrc|pnpmfile\.cjs|yarn/(releases|plugins)/.*)",
+        "a package manager obeys it",
+    ),
     (r"(.*/)?\.ssh/.*", "ssh obeys it"),
 )
 
 _ADVICE: tuple[tuple[str, str], ...] = (
     (r"(.*/)?(gnu)?makefile|.*\.mk|(.*/)?\.?justfile|(.*/)?taskfile\.ya?ml", "a build runs it"),
-    (r"(.*/)?(conftest|setup|noxfile|fabfile|tasks|manage|sitecustomize|usercustomize)\.py",
-     "Python runs it without being asked"),
-    (r"(.*/)?(pyproject\.toml|setup\.cfg|tox\.ini|pytest\.ini|hatch_build\.py)",
-     "tools run what it names"),
+    (
+        r"(.*/)?(conftest|setup|noxfile|fabfile|tasks|manage|sitecustomize|usercustomize)\.py",
+        "Python runs it without being asked",
+    ),
+    (
+        r"(.*/)?(pyproject\.toml|setup\.cfg|tox\.ini|pytest\.ini|hatch_build\.py)",
+        "tools run what it names",
+    ),
     (r".*\.pth", "Python runs it at every start"),
-    (r"(.*/)?(package\.json|\.?(eslint|prettier|babel|jest|vite|webpack|rollup|postcss|next|"
-     r"tailwind|metro|gulpfile|gruntfile).*\.(js|cjs|mjs|ts|json))", "node runs it"),
-    (r"(.*/)?(dockerfile.*|.*\.dockerfile|(docker-)?compose.*\.ya?ml|containerfile.*)",
-     "a container build runs it"),
-    (r"(.*/)?(build\.gradle(\.kts)?|settings\.gradle(\.kts)?|pom\.xml|gradlew|mvnw|build\.rs"
-     r"|\.cargo/config(\.toml)?|cmakelists\.txt|configure(\.ac)?|meson\.build|rakefile|gemfile"
-     r"|.*\.gemspec|package\.swift|build\.zig|flake\.nix|shell\.nix|default\.nix)",
-     "a build runs it"),
-    (r"(.*/)?(vagrantfile|procfile|\.tool-versions|\.mise\.toml|mise\.toml|\.sdkmanrc)",
-     "a tool runs what it names"),
+    (
+        r"(.*/)?(package\.json|\.?(eslint|prettier|babel|jest|vite|webpack|rollup|postcss|next|"
+        r"tailwind|metro|gulpfile|gruntfile).*\.(js|cjs|mjs|ts|json))",
+        "node runs it",
+    ),
+    (
+        r"(.*/)?(dockerfile.*|.*\.dockerfile|(docker-)?compose.*\.ya?ml|containerfile.*)",
+        "a container build runs it",
+    ),
+    (
+        r"(.*/)?(build\.gradle(\.kts)?|settings\.gradle(\.kts)?|pom\.xml|gradlew|mvnw|build\.rs"
+        r"|\.cargo/config(\.toml)?|cmakelists\.txt|configure(\.ac)?|meson\.build|rakefile|gemfile"
+        r"|.*\.gemspec|package\.swift|build\.zig|flake\.nix|shell\.nix|default\.nix)",
+        "a build runs it",
+    ),
+    (
+        r"(.*/)?(vagrantfile|procfile|\.tool-versions|\.mise\.toml|mise\.toml|\.sdkmanrc)",
+        "a tool runs what it names",
+    ),
 )
 
 

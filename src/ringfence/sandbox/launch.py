@@ -1,7 +1,7 @@
-"""Runs outside the sandbox, standard library only: makes the place, then becomes bubblewrap.
+"""Runs outside the sandbox, standard library only: makes the place, becomes bubblewrap.
 
-Started as `python -I -S launch.py N`, where N is the descriptor of a control socket. One JSON frame with
-descriptors comes in, one goes out. Two phases:
+Started as `python -I -S launch.py N`, where N is the descriptor of a control socket. One JSON
+frame with descriptors comes in, one goes out. Two phases:
 
 prepare  makes the namespaces and the mounts, hands descriptors of them out, and exits: nothing
          of it stays resident, the namespaces live through the descriptors that the worker holds.
@@ -23,6 +23,7 @@ import signal
 import socket
 import struct
 import sys
+from typing import Any
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -37,6 +38,8 @@ PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 24, 38
 
 # asm-generic numbers; x86_64 has the same ones for everything newer than 5.1
 _NR_OPEN_TREE, _NR_MOVE_MOUNT, _NR_MOUNT_SETATTR = 428, 429, 442
+
+Plan = dict[str, Any]
 
 STAGE = "/tmp"
 """Over-mounted in the private mount namespace only: it exists on every host."""
@@ -133,7 +136,7 @@ def enter_own_namespaces(*, as_root: bool) -> None:
 
 
 def loopback_listener(port: int) -> socket.socket:
-    """Bring `lo` up and listen on it: the descriptor keeps this network namespace wherever it goes."""
+    """Bring `lo` up and listen: the descriptor keeps this network namespace wherever it goes."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
         request = struct.pack("16sH14x", b"lo", 0x1 | 0x40)
         fcntl.ioctl(control, 0x8914, request)  # SIOCSIFFLAGS: IFF_UP | IFF_RUNNING
@@ -145,9 +148,9 @@ def loopback_listener(port: int) -> socket.socket:
     return listener
 
 
-def receive(control: socket.socket) -> tuple[dict, list[int]]:
+def receive(control: socket.socket) -> tuple[Plan, list[int]]:
     size = array.array("i")
-    data, ancillary, flags, _ = control.recvmsg(4, socket.CMSG_SPACE(64 * size.itemsize))
+    data, ancillary, _, _ = control.recvmsg(4, socket.CMSG_SPACE(64 * size.itemsize))
     descriptors = array.array("i")
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -164,7 +167,7 @@ def receive(control: socket.socket) -> tuple[dict, list[int]]:
     return json.loads(body), list(descriptors)
 
 
-def send(control: socket.socket, value: dict, descriptors: list[int] = []) -> None:  # noqa: B006
+def send(control: socket.socket, value: Plan, descriptors: list[int] = []) -> None:  # noqa: B006
     body = json.dumps(value).encode()
     ancillary = (
         [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
@@ -174,7 +177,7 @@ def send(control: socket.socket, value: dict, descriptors: list[int] = []) -> No
     control.sendmsg([struct.pack(">I", len(body)) + body], ancillary)
 
 
-def prepare(plan: dict, descriptors: list[int]) -> tuple[dict, list[int]]:
+def prepare(plan: Plan, descriptors: list[int]) -> tuple[Plan, list[int]]:
     as_root, uid = plan["as_root"], plan["uid"]
     workspace = descriptors[0]
     owner = os.fstat(workspace)
@@ -211,13 +214,13 @@ def prepare(plan: dict, descriptors: list[int]) -> tuple[dict, list[int]]:
         os.open("/proc/self/ns/user", os.O_RDONLY | os.O_CLOEXEC),
         listener.fileno(),
     ]
-    for name in plan["handles"]:
-        out.append(os.open(f"{STAGE}/{name}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    out += [os.open(f"{STAGE}/{name}", flags) for name in plan["handles"]]
     listener.detach()
     return {"ok": True}, out
 
 
-def _scratch(plan: dict, uid: int) -> None:
+def _scratch(plan: Plan, uid: int) -> None:
     scratch = f"{STAGE}/scratch"
     os.mkdir(scratch)
     size = f"size={plan['disk_mb']}m,nr_inodes={max(4096, plan['disk_mb'] * 128)},mode=0755"
@@ -236,7 +239,7 @@ def _scratch(plan: dict, uid: int) -> None:
     os.close(os.open(f"{STAGE}/masked", os.O_CREAT | os.O_WRONLY, 0))
 
 
-def _attach(tree: int, source: dict) -> None:
+def _attach(tree: int, source: Plan) -> None:
     target = f"{STAGE}/{source['target']}"
     if source["directory"]:
         os.makedirs(target, exist_ok=True)
@@ -247,7 +250,7 @@ def _attach(tree: int, source: dict) -> None:
     os.close(tree)
 
 
-def _write_files(plan: dict) -> None:
+def _write_files(plan: Plan) -> None:
     for path, text in plan["files"].items():
         target = f"{STAGE}/{path}"
         os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -255,7 +258,7 @@ def _write_files(plan: dict) -> None:
             file.write(text)
 
 
-def become(plan: dict, descriptors: list[int]) -> None:
+def become(plan: Plan, descriptors: list[int]) -> None:
     """Enter the prepared place and exec bubblewrap. Returns only by raising."""
     mnt, net, user, standard_in, standard_out, standard_error, seccomp, status = descriptors
     for path in plan["cgroups"]:
@@ -286,7 +289,10 @@ def become(plan: dict, descriptors: list[int]) -> None:
     os.dup2(standard_out, 1)
     os.dup2(standard_error, 2)
     # Duplicated upwards first, so that neither lands on the other before it is read.
-    seccomp, status = fcntl.fcntl(seccomp, fcntl.F_DUPFD, 64), fcntl.fcntl(status, fcntl.F_DUPFD, 64)
+    seccomp, status = (
+        fcntl.fcntl(seccomp, fcntl.F_DUPFD, 64),
+        fcntl.fcntl(status, fcntl.F_DUPFD, 64),
+    )
     os.dup2(seccomp, 10)
     os.dup2(status, 11)
     os.closerange(3, 10)

@@ -61,8 +61,9 @@ class _Reader:
         self._left -= len(data)
         return _Side(_EXECUTABLE if status.st_mode & stat.S_IXUSR else _PLAIN, data)
 
-    def _refuse(self, path: bytes, reason: str) -> None:
+    def _refuse(self, path: bytes, reason: str) -> _Side | None:
         self.refused.append((os.fsdecode(path), reason))
+        return None
 
 
 def read_changes(
@@ -74,9 +75,8 @@ def read_changes(
     counts, as in git. Directories themselves are no changes.
     """
     reader = _Reader(max_file, max_total)
-    paths: dict[bytes, bool] = {}
-    for path, gone in _touched(lower_fd, upper_fd):
-        paths[path] = gone
+    # a replaced directory names its old files first and its new ones after: the last word stands
+    paths = dict(_touched(lower_fd, upper_fd))
     items = []
     for path, gone in sorted(paths.items()):
         before = reader.side(lower_fd, path)

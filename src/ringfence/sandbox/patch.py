@@ -76,7 +76,7 @@ def _index(change: Change, before: bytes, after: bytes) -> bytes:
 
 
 def _blob(data: bytes) -> bytes:
-    """git's name of the content; binary patches need it in full."""
+    """Git's name of the content; binary patches need it in full."""
     return hashlib.sha1(b"blob %d\x00" % len(data) + data).hexdigest().encode()  # noqa: S324  git's
 
 

@@ -43,7 +43,14 @@ _ETC_FILES = {
 """The synthetic /etc: the host's own is absent. git's safe.directory is lifted because the one
 uid inside owns nothing of a workspace that another host user owns."""
 
-_ETC_FROM_HOST = ("alternatives", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime", "python3")
+_ETC_FROM_HOST = (
+    "alternatives",
+    "ld.so.cache",
+    "ld.so.conf",
+    "ld.so.conf.d",
+    "localtime",
+    "python3",
+)
 
 _PROC_MASKED_FILES = ("kcore", "keys", "key-users", "timer_list", "sched_debug", "kmsg", "kallsyms")
 _PROC_MASKED_DIRS = ("acpi", "scsi", "fs", "driver")
@@ -129,7 +136,9 @@ def prepare_plan(profile: SandboxProfile, facts: HostFacts) -> dict[str, Any]:
     for index, (path, writable) in enumerate(shown_paths(profile, facts)):
         directory = facts.existing[path]
         sources.append(
-            _source(path, f"shown/{index}", read_only=not writable, idmap=writable, directory=directory)
+            _source(
+                path, f"shown/{index}", read_only=not writable, idmap=writable, directory=directory
+            )
         )
     if facts.egress_dir is not None:
         sources.append(_source(facts.egress_dir, "egress", read_only=True))
@@ -175,7 +184,7 @@ def enclose_argv(
     environment: Mapping[str, str],
     cwd: str,
 ) -> list[str]:
-    """bubblewrap's command line. Order is meaning: a later mount covers an earlier one."""
+    """Bubblewrap's command line. Order is meaning: a later mount covers an earlier one."""
     arguments = [
         "bwrap",
         *("--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup"),

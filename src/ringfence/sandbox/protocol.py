@@ -155,8 +155,9 @@ class Sandbox(Protocol):
         """Start a program as uid 1000 inside, in a PID namespace of its own.
 
         The environment holds what is given plus PATH, HOME, LANG, TMPDIR, and nothing of the
-        host's. A program that does not exist inside ends with 127, one that may not run with 126. Every process of it is dead when the returned process has ended, and one second
-        after ringfence itself is killed.
+        host's. A program that does not exist inside ends with 127, one that may not
+        run with 126. Every process of it is dead when the returned process has ended, and one
+        second after ringfence itself is killed.
 
         Raises:
             UnavailableError: `sandbox-start-failed`, with the tail of the technology's own words.

@@ -97,7 +97,7 @@ def open_beneath_parent(directory: int, path: str | bytes) -> int:
 
 
 def make_directories(directory: int, path: str | bytes, *, owner: int | None = None) -> None:
-    """mkdir -p below `directory`, through no link; new ones are 0755."""
+    """Mkdir -p below `directory`, through no link; new ones are 0755."""
     done: list[bytes] = []
     for part in os.fsencode(path).split(b"/"):
         parent = open_beneath(directory, b"/".join(done) or b".", os.O_RDONLY | os.O_DIRECTORY)

@@ -29,13 +29,14 @@ def load_changes(path: Path) -> tuple[Changes, str]:
     try:
         lines = path.read_text().splitlines()
         head = json.loads(lines[0])
-        if head["version"] != _VERSION:
-            raise ValueError("another version")
-        items = tuple(_from_json(json.loads(line)) for line in lines[1:])
+        readable = head["version"] == _VERSION
+        items = tuple(_from_json(json.loads(line)) for line in lines[1:]) if readable else None
     except (OSError, ValueError, KeyError, IndexError, TypeError):
         raise CallerError(
             "run-unknown", "that run left no changes here", hint="ringfence audit show lists runs"
         ) from None
+    if items is None:
+        raise CallerError("run-unknown", "another version of ringfence wrote that run's changes")
     return Changes(items=items), str(head["workspace"])
 
 

@@ -155,15 +155,21 @@ class SocketProcess:
         self._on_end(self)
 
     def _status_of(self, code: int) -> int:
-        """bubblewrap reports a signal as shells do; a monitor that was killed reports for it."""
+        """Bubblewrap reports a signal as shells do; a monitor that was killed reports for it."""
         return 128 + signal.SIGKILL if self._killed or code < 0 else code
 
 
 async def _readable(descriptor: int) -> None:
     loop = asyncio.get_running_loop()
-    ready = loop.create_future()
-    loop.add_reader(descriptor, lambda: ready.done() or ready.set_result(None))
+    ready: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(descriptor, _settle, ready)
     try:
         await ready
     finally:
         loop.remove_reader(descriptor)
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    """The descriptor is ready; it may say so twice before the reader is removed."""
+    if not future.done():
+        future.set_result(None)

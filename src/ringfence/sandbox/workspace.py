@@ -79,8 +79,7 @@ def _union(expressions: object) -> re.Pattern[str] | None:
 
 def _path_regex(pattern: str) -> str:
     """Regular expression of one pattern with slashes."""
-    if pattern.endswith("/**"):
-        pattern = pattern[:-3]
+    pattern = pattern.removesuffix("/**")
     pieces = []
     index = 0
     while index < len(pattern):
@@ -125,14 +124,19 @@ def scan(workspace_fd: int, patterns: tuple[str, ...], *, max_entries: int = 1_0
                 inside_hidden = path + "/"
         elif _is_special(status.st_mode):
             special.append(path)
-        elif path.endswith(".git/config") or path.endswith("/config") and "/modules/" in path:
-            if _bears_credential(workspace_fd, raw):
-                configs.append(path)
+        elif _is_git_config(path) and _bears_credential(workspace_fd, raw):
+            configs.append(path)
     return Scan(
         hidden=tuple(hidden),
         special=tuple(special),
         git_configs=tuple(configs),
         directories=frozenset(directories),
+    )
+
+
+def _is_git_config(path: str) -> bool:
+    return path.endswith((".git/config", ".git/config.worktree")) or (
+        path.endswith("/config") and "/modules/" in path
     )
 
 

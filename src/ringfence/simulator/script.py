@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ringfence.errors import CallerError
 
+_M = TypeVar("_M", bound=BaseModel)
 _FENCE = re.compile(r"```ringfence-script[ \t]*\n(.*?)\n[ \t]*```", re.DOTALL)
 
 
@@ -111,7 +112,7 @@ def _yaml(text: str) -> Any:
         raise CallerError("scenario-invalid", f"not YAML: {error}".replace("\n", " ")) from None
 
 
-def _validated(model: Any, value: Any) -> Any:
+def _validated(model: type[_M], value: Any) -> _M:
     try:
         return model.model_validate(value)
     except ValidationError as error:

@@ -7,9 +7,9 @@ import hashlib
 import json
 import socket
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import uvicorn
 from starlette.applications import Starlette
@@ -101,9 +101,7 @@ async def _body(request: Request, requests: list[Recorded] | None) -> dict[str, 
         value = {}
     body = value if isinstance(value, dict) else {}
     if requests is not None:
-        requests.append(
-            Recorded(request.method, request.url.path, dict(request.headers), body)
-        )
+        requests.append(Recorded(request.method, request.url.path, dict(request.headers), body))
     return body
 
 
@@ -152,7 +150,7 @@ def server(app: Any, **where: Any) -> uvicorn.Server:
 
 
 class Simulator:
-    """A simulator on a loopback port of its own, in a thread; `with Simulator() as s: s.base_url`."""
+    """On a loopback port of its own, in a thread: `with Simulator() as s: s.base_url`."""
 
     def __init__(self, scenario: Scenario | None = None) -> None:
         self.requests: list[Recorded] = []
@@ -170,7 +168,7 @@ class Simulator:
         """`http://127.0.0.1:PORT`."""
         return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
 
-    def __enter__(self) -> Simulator:
+    def __enter__(self) -> Self:
         """Start; the listener takes connections at once."""
         self._thread.start()
         return self
@@ -180,3 +178,21 @@ class Simulator:
         self._server.should_exit = True
         self._thread.join(10)
         self._listener.close()
+
+
+def serve_forever(app: Any, port: int, *, ready: Callable[[str], None]) -> None:
+    """Serve on loopback until a signal; `ready` is told the URL once connections are taken.
+
+    Raises:
+        CallerError: `usage` when the port is taken.
+    """
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", port))
+    except OSError as error:
+        listener.close()
+        raise CallerError("usage", f"port {port} cannot be used: {error.strerror}") from None
+    listener.listen(1024)
+    ready(f"http://127.0.0.1:{listener.getsockname()[1]}")
+    server(app).run(sockets=[listener])

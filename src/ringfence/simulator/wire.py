@@ -110,15 +110,15 @@ def _block(index: int, block: dict[str, Any]) -> Iterator[tuple[str, dict[str, A
     kind = block["type"]
     if kind == "tool_use":
         empty, parts = {**block, "input": {}}, json.dumps(block["input"])
-        deltas = ({"type": "input_json_delta", "partial_json": part} for part in _pieces(parts))
+        deltas = [{"type": "input_json_delta", "partial_json": part} for part in _pieces(parts)]
     elif kind == "thinking":
         empty = {"type": "thinking", "thinking": "", "signature": ""}
         pieces = _pieces(block["thinking"])
         signed = {"type": "signature_delta", "signature": block["signature"]}
-        deltas = iter([*({"type": "thinking_delta", "thinking": p} for p in pieces), signed])
+        deltas = [*({"type": "thinking_delta", "thinking": p} for p in pieces), signed]
     else:
         empty = {"type": "text", "text": ""}
-        deltas = ({"type": "text_delta", "text": part} for part in _pieces(block["text"]))
+        deltas = [{"type": "text_delta", "text": part} for part in _pieces(block["text"])]
     start = {"type": "content_block_start", "index": index, "content_block": empty}
     yield "content_block_start", start
     for delta in deltas:

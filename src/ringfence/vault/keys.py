@@ -90,9 +90,7 @@ def _make(paths: VaultPaths) -> None:
         ring.set_password(_SERVICE, str(paths.key), text)
         text = "keyring"
     try:
-        descriptor = os.open(
-            paths.key, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600
-        )
+        descriptor = os.open(paths.key, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError:
         # the private half is there: only its public half was lost
         private = private_key(paths.key)

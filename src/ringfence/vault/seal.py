@@ -8,9 +8,7 @@ from ringfence.vault.keys import VaultPaths, public_key
 from ringfence.vault.store import Entry, VaultFile, check_name, context_of, now
 
 
-def set_credential(
-    paths: VaultPaths, name: str, value: str, hosts: tuple[str, ...] = ()
-) -> Entry:
+def set_credential(paths: VaultPaths, name: str, value: str, hosts: tuple[str, ...] = ()) -> Entry:
     """Seal a value under a name; returns its redacted twin.
 
     Raises:

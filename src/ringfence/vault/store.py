@@ -105,9 +105,7 @@ class VaultFile:
     @contextmanager
     def _locked(self) -> Iterator[dict[str, Entry]]:
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = os.open(
-            self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
-        )
+        lock = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             entries = self.entries()

@@ -202,9 +202,7 @@ class Attempt:
             )
 
     async def _carry_out(self, stack: AsyncExitStack, lease: LeasedStore | None) -> None:
-        stack.enter_context(
-            self._station.notices.reading(self._sandbox_id, self._noticed)
-        )
+        stack.enter_context(self._station.notices.reading(self._sandbox_id, self._noticed))
         egress_dir = await self._open_egress(stack)
         sandbox = await self._start_sandbox(stack, egress_dir)
         try:
@@ -501,8 +499,10 @@ def _text(ended: TurnEnded | None) -> str:
 def _exit_code(
     status: RunStatus, command: CommandResult | None, error: RingfenceError | None
 ) -> int:
-    if command is not None and status in {RunStatus.SUCCEEDED, RunStatus.FAILED} and (
-        error is None or error.code == "agent-failed"
+    if (
+        command is not None
+        and status in {RunStatus.SUCCEEDED, RunStatus.FAILED}
+        and (error is None or error.code == "agent-failed")
     ):
         return command.exit_code
     return error.status if error is not None else 0
@@ -519,9 +519,7 @@ def narrowed(policy: CompiledPolicy, request: RunRequest) -> CompiledPolicy:
     sandbox = replace(policy.sandbox, limits=limits)
     if request.workspace_mode is not None:
         sandbox = replace(sandbox, workspace_mode=request.workspace_mode)
-    return replace(
-        policy, sandbox=sandbox, egress=replace(policy.egress, model=model)
-    )
+    return replace(policy, sandbox=sandbox, egress=replace(policy.egress, model=model))
 
 
 def _check(request: RunRequest, policy: CompiledPolicy) -> None:
@@ -541,7 +539,8 @@ def _check(request: RunRequest, policy: CompiledPolicy) -> None:
 
 def listen(path: Path) -> socket.socket:
     """A listening unix socket. Bound through the directory's descriptor, because a socket's path
-    may have 108 bytes only (unix(7)) and a state directory can be deeper."""
+    may have 108 bytes only (unix(7)) and a state directory can be deeper.
+    """
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:

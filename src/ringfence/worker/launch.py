@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +31,15 @@ _ENVIRONMENT = "environment"
 
 @dataclass(frozen=True, kw_only=True)
 class Launcher:
-    """Makes stations. `environment_key` is the operator's ANTHROPIC_API_KEY, if there is one."""
+    """Makes stations.
+
+    Attributes:
+        make_backend: the isolation technology for a configuration; named in `wiring` only.
+        environment_key: the operator's ANTHROPIC_API_KEY, if there is one.
+    """
 
     config: Config
-    backend: Backend
+    make_backend: Callable[[Config], Backend]
     environment_key: str | None = None
 
     @asynccontextmanager
@@ -63,7 +68,7 @@ class Launcher:
             stack.callback(sessions.close)
             yield Station(
                 config=self.config,
-                backend=self.backend,
+                backend=self.make_backend(self.config),
                 recorder=recorder,
                 egress=link,
                 notices=notices,
@@ -92,7 +97,7 @@ class Launcher:
         }
 
     def _provider(self, provider: Provider, sealed: set[str]) -> ProviderConfig:
-        """Where the credential comes from: the vault, or the environment when the vault has none."""
+        """A credential that the vault does not have may come from the environment."""
         credential = provider.credential
         if credential is not None and credential not in sealed and self.environment_key:
             credential = _ENVIRONMENT
@@ -118,9 +123,7 @@ async def attempt(
     on_message: OnMessage,
 ) -> RunResult:
     """One attempt on a station."""
-    return await Attempt(
-        station, policy, request, control=control, on_message=on_message
-    ).run()
+    return await Attempt(station, policy, request, control=control, on_message=on_message).run()
 
 
 def private_directory(path: Path) -> None:

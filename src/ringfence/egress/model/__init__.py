@@ -7,9 +7,9 @@ from ringfence.egress.model.exchange import (
     Refusal,
     Report,
     RunState,
-    ToolUseSeen,
 )
 from ringfence.egress.model.ledger import Violation
+from ringfence.egress.model.sse import ToolUseSeen
 
 __all__ = [
     "Admitted",

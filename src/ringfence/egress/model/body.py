@@ -16,7 +16,16 @@ from ringfence.policy.compiled import ModelRules
 
 TOP_LEVEL = frozenset(
     {
-        *("model", "max_tokens", "messages", "system", "tools", "tool_choice", "metadata", "stream"),
+        *(
+            "model",
+            "max_tokens",
+            "messages",
+            "system",
+            "tools",
+            "tool_choice",
+            "metadata",
+            "stream",
+        ),
         *("temperature", "top_p", "top_k", "stop_sequences", "thinking", "output_config"),
         *("context_management", "output_format", "service_tier", "cache_control", "diagnostics"),
         *("safeguards", "speed", "betas", "inference_geo"),
@@ -120,11 +129,7 @@ def _check_block(
     kind = block.get("type")
     if kind not in BLOCKS and not _server_block(kind, rules):
         raise BodyError("block-not-granted")
-    source = block.get("source")
-    if isinstance(source, dict):
-        _check_source(source, rules, results, depth)
-    elif source is not None and kind != "search_result":
-        raise BodyError("source-malformed")
+    _check_source(block, rules, results, depth)
     if kind == "tool_result":
         tool_use_id = block.get("tool_use_id")
         if not isinstance(tool_use_id, str):
@@ -146,8 +151,13 @@ def _server_block(kind: Any, rules: ModelRules) -> bool:
 
 
 def _check_source(
-    source: dict[str, Any], rules: ModelRules, results: list[tuple[str, Report]], depth: int
+    block: dict[str, Any], rules: ModelRules, results: list[tuple[str, Report]], depth: int
 ) -> None:
+    source = block.get("source")
+    if source is None or (isinstance(source, str) and block.get("type") == "search_result"):
+        return
+    if not isinstance(source, dict):
+        raise BodyError("source-malformed")
     kind = source.get("type")
     if kind == "url" and rules.url_sources:
         return

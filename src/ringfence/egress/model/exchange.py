@@ -175,7 +175,9 @@ class ModelExchange:
             return Refusal(415, "content-type")
         return None
 
-    def answer_head(self, status: int, headers: Headers) -> tuple[tuple[bytes, bytes], ...] | Refusal:
+    def answer_head(
+        self, status: int, headers: Headers
+    ) -> tuple[tuple[bytes, bytes], ...] | Refusal:
         """Filtered headers of an answer; how its body will be read is decided here."""
         for name, value in headers:
             if name == b"content-encoding" and value.lower() != b"identity":

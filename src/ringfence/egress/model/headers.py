@@ -50,11 +50,9 @@ def request_headers(headers: Headers, granted_betas: Iterable[str]) -> list[tupl
     for name, value in headers:
         if name not in REQUEST:
             continue
-        if name == b"anthropic-beta":
-            value = _only(value, betas)
-            if not value:
-                continue
-        kept.append((name, value))
+        passed = _only(value, betas) if name == b"anthropic-beta" else value
+        if passed:
+            kept.append((name, passed))
     # nothing may pass that redaction and metering cannot read
     return [*kept, (b"accept-encoding", b"identity")]
 

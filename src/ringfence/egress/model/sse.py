@@ -84,8 +84,7 @@ class Answer:
         self.model = str(message.get("model") or "")
         self._count(message.get("usage"))
         self.stop_reason = str(message.get("stop_reason") or "")
-        for block in message.get("content") or ():
-            block = _object(block)
+        for block in map(_object, message.get("content") or ()):
             if block.get("type") == "tool_use":
                 opened = self._ask(block)
                 data = json.dumps(block.get("input"), separators=(",", ":")).encode()
@@ -157,7 +156,8 @@ class EventStream:
 
     def feed(self, data: bytes) -> bytes:
         """The bytes of all events that are complete now. Raises StreamError; what was complete
-        before the offending event is in its `passed` attribute."""
+        before the offending event is in its `passed` attribute.
+        """
         self._buffer += data
         passed = 0
         while (end := _event_end(self._buffer, passed)) >= 0:
@@ -165,10 +165,10 @@ class EventStream:
                 self._event(bytes(self._buffer[passed:end]))
             except StreamError as error:
                 error.add_note("cut")
-                raise _Cut(str(error), bytes(self._buffer[:passed])) from None
+                raise _CutError(str(error), bytes(self._buffer[:passed])) from None
             passed = end
         if len(self._buffer) - passed > MAX_EVENT:
-            raise _Cut("answer-event-too-large", bytes(self._buffer[:passed]))
+            raise _CutError("answer-event-too-large", bytes(self._buffer[:passed]))
         out = bytes(self._buffer[:passed])
         del self._buffer[:passed]
         return out
@@ -192,7 +192,7 @@ class EventStream:
         self._answer.event(value)
 
 
-class _Cut(StreamError):
+class _CutError(StreamError):
     """A StreamError with the bytes that may still pass."""
 
     def __init__(self, reason: str, passed: bytes) -> None:
@@ -202,7 +202,7 @@ class _Cut(StreamError):
 
 def passed_before(error: StreamError) -> bytes:
     """Bytes that were complete before the event that raised."""
-    return error.passed if isinstance(error, _Cut) else b""
+    return error.passed if isinstance(error, _CutError) else b""
 
 
 def _event_end(buffer: bytearray, start: int) -> int:

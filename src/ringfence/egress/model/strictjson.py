@@ -10,6 +10,7 @@ the original bytes may be forwarded.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, NoReturn
 
 MAX_DEPTH = 64
@@ -30,6 +31,7 @@ def _constant(_: str) -> NoReturn:
     raise NotStrictError("json-not-a-number")
 
 
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant)
 
 
@@ -59,18 +61,9 @@ def _deeper_than(text: str, limit: int) -> bool:
     """A cheap bound first: brackets inside strings only make it larger."""
     if text.count("[") + text.count("{") <= limit:
         return False
-    depth, in_string, escaped = 0, False, False
-    for character in text if len(text) < 4096 else _structure(text):
-        if in_string:
-            if escaped:
-                escaped = False
-            elif character == "\\":
-                escaped = True
-            elif character == '"':
-                in_string = False
-        elif character == '"':
-            in_string = True
-        elif character in "[{":
+    depth = 0
+    for character in _structure(text):
+        if character in "[{":
             depth += 1
             if depth > limit:
                 return True
@@ -81,6 +74,4 @@ def _deeper_than(text: str, limit: int) -> bool:
 
 def _structure(text: str) -> str:
     """The text without its strings, at the speed of the regular expression engine."""
-    import re
-
-    return re.sub(r'"[^"\\]*(?:\\.[^"\\]*)*"', "", text, flags=re.DOTALL)
+    return _STRING.sub("", text)

@@ -1,16 +1,19 @@
--- Transcripts: one row an entry, in the order they came. The project key of the SDK is kept for
--- its own conformance, and never decides what is found: session ids are global to this store.
+-- Transcripts: one row an entry, in the order they came. The SDK's project key is kept for its
+-- own contract; runs use one constant for it, so that session ids are global to this store.
 CREATE TABLE session (
     project     TEXT NOT NULL,
     id          TEXT NOT NULL,
-    created     REAL NOT NULL,
-    changed     REAL NOT NULL,
-    parent      TEXT NOT NULL DEFAULT '',
+    created     INTEGER NOT NULL,           -- milliseconds since the epoch
+    changed     INTEGER NOT NULL,
+    bytes       INTEGER NOT NULL DEFAULT 0,
+    parent      TEXT NOT NULL DEFAULT '',   -- the session it was forked from
+    summary     TEXT,                       -- the SDK's own fold, opaque
+    folded      INTEGER NOT NULL DEFAULT 0, -- seq of the last entry in `summary`
     PRIMARY KEY (project, id)
 ) STRICT;
 
 CREATE TABLE entry (
-    seq         INTEGER PRIMARY KEY,
+    seq         INTEGER PRIMARY KEY AUTOINCREMENT,
     project     TEXT NOT NULL,
     session     TEXT NOT NULL,
     subpath     TEXT NOT NULL,
@@ -30,5 +33,5 @@ CREATE TABLE lease (
     session     TEXT PRIMARY KEY,
     run         TEXT NOT NULL,
     token       INTEGER NOT NULL,
-    expires     REAL NOT NULL
+    expires     INTEGER NOT NULL            -- milliseconds since the epoch; 0 when released
 ) STRICT;

@@ -1,0 +1,214 @@
+"""`ringfence audit`: show, verify, export, checkpoint, key."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ringfence.cli.output import clear_errors, print_json
+from ringfence.errors import CallerError, UnavailableError
+from ringfence.record import verify as verifier
+from ringfence.record.read import AuditReader
+from ringfence.record.safe_text import one_line
+
+app = typer.Typer(
+    name="audit",
+    no_args_is_help=True,
+    help="Read and verify the audit log: what was asked, decided, sent and ended.",
+)
+_FOLLOW_SECONDS = 0.25
+_BAD = 3
+_HEAD = ("index", "time", "source", "type", "run_id", "session_id", "sandbox_id")
+
+
+def _directory(ctx: typer.Context) -> Path:
+    return Path(ctx.obj.state_dir) / "audit"
+
+
+@app.command()
+def show(
+    ctx: typer.Context,
+    *,
+    run: Annotated[str | None, typer.Option("--run", help="Only this run.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on as records come.")] = False,
+    last: Annotated[int, typer.Option("--last", min=1, help="How many, without --run.")] = 50,
+    as_json: Annotated[bool, typer.Option("--json", help="One record a line, as stored.")] = False,
+) -> None:
+    """Print records, oldest first; the last 50 unless a run is named."""
+    with clear_errors(as_json=as_json), AuditReader(_directory(ctx)) as reader:
+        after = -1
+        for record in reader.all_events(run) if run else reader.last(last):
+            _print(record, as_json=as_json)
+            after = record["index"]
+        if follow:
+            for record in _follow(reader, run, after):
+                _print(record, as_json=as_json)
+
+
+def _follow(reader: AuditReader, run: str | None, after: int) -> Iterator[dict[str, Any]]:
+    """New records until Ctrl-C, which is how one leaves and no error."""
+    try:
+        while True:
+            for record in reader.events(run, after=after):
+                after = record["index"]
+                yield record
+            time.sleep(_FOLLOW_SECONDS)
+    except KeyboardInterrupt:
+        return
+
+
+def _print(record: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print_json(record)
+        return
+    rest = " ".join(
+        f"{name}={one_line(str(value), 120)}"
+        for name, value in record.items()
+        if name not in _HEAD and value not in ("", None, [], {})
+    )
+    head = f"{record['index']:>7} {record.get('time', '')} {record.get('source', ''):<8} "
+    sys.stdout.write(one_line(f"{head}{record.get('type', ''):<18} {rest}") + "\n")
+    sys.stdout.flush()
+
+
+@app.command()
+def verify(
+    ctx: typer.Context,
+    *,
+    path: Annotated[Path | None, typer.Argument(help="A copied log; this host's own.")] = None,
+    public_key: Annotated[Path | None, typer.Option("--public-key", help="Its public key.")] = None,
+    anchor: Annotated[
+        list[Path] | None, typer.Option("--anchor", help="A checkpoint that was kept elsewhere.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Verify the log. Exit status 0 when it is good, 3 when not: the first bad index is named."""
+    with clear_errors(as_json=as_json):
+        log = path or _directory(ctx) / "log.sqlite"
+        key = public_key or log.parent / "public.key"
+        try:
+            texts = [_read(entry) for entry in anchor or []]
+            report = verifier.verify(log, _read(key), texts)
+        except verifier.UsageError as error:
+            raise CallerError("audit-invalid", str(error)) from None
+        if as_json:
+            print_json(report.to_json())
+        else:
+            for line in verifier.describe(report).splitlines():
+                sys.stdout.write(one_line(line) + "\n")
+        if not report.ok:
+            raise typer.Exit(_BAD)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CallerError("audit-invalid", f"{path} cannot be read: {error}") from None
+
+
+@app.command()
+def export(
+    ctx: typer.Context,
+    *,
+    out: Annotated[Path, typer.Option("--out", help="A directory; made if absent.")] = Path(),
+    with_verifier: Annotated[
+        bool, typer.Option("--verifier", help="Add verify.py, which needs nothing of ringfence.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Copy the log, its public key and its last checkpoint, for whoever is to verify it."""
+    with clear_errors(as_json=as_json):
+        directory = _directory(ctx)
+        with AuditReader(directory) as reader:
+            notes = reader.checkpoints()
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            names = ["log.sqlite", "public.key", "checkpoint"]
+            _copy_database(directory / "log.sqlite", out / "log.sqlite")
+            shutil.copyfile(directory / "public.key", out / "public.key")
+            (out / "checkpoint").write_text(notes[-1][1] if notes else "", encoding="utf-8")
+            if with_verifier:
+                shutil.copyfile(str(verifier.__file__), out / "verify.py")
+                names.append("verify.py")
+        except (OSError, sqlite3.Error) as error:
+            raise UnavailableError(
+                "store-unavailable", f"cannot export to {out}: {error}"
+            ) from None
+        if as_json:
+            print_json({"out": str(out), "files": names})
+        else:
+            sys.stdout.write("".join(f"{out / name}\n" for name in names))
+
+
+def _copy_database(source: Path, target: Path) -> None:
+    """One consistent file, whatever recorders write meanwhile; replaces an older copy whole."""
+    part = target.with_name(target.name + ".part")
+    part.unlink(missing_ok=True)
+    reading = sqlite3.connect(f"{source.absolute().as_uri()}?mode=ro", uri=True)
+    writing = sqlite3.connect(part)
+    try:
+        reading.backup(writing)
+        writing.execute("PRAGMA journal_mode=DELETE")
+    finally:
+        writing.close()
+        reading.close()
+    part.replace(target)
+
+
+@app.command()
+def checkpoint(
+    ctx: typer.Context, *, as_json: Annotated[bool, typer.Option("--json")] = False
+) -> None:
+    """Sign the log as it is now and print the checkpoint, to be kept where root here cannot."""
+    from ringfence.record.audit import AuditLog
+
+    with clear_errors(as_json=as_json):
+        _must_exist(ctx)
+        log = AuditLog(_directory(ctx))
+        try:
+            note = log.checkpoint()
+        finally:
+            log.close()
+        if as_json:
+            print_json({"checkpoint": note})
+        else:
+            sys.stdout.write(note)
+
+
+@app.command()
+def key(
+    ctx: typer.Context,
+    *,
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="Change the signing key; old records stay verifiable.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Print the public key, which is all that a verifier needs."""
+    from ringfence.record.audit import AuditLog
+
+    with clear_errors(as_json=as_json):
+        if not rotate:
+            _must_exist(ctx)
+        log = AuditLog(_directory(ctx))
+        try:
+            public = log.rotate() if rotate else log.public_key
+        finally:
+            log.close()
+        if as_json:
+            print_json({"public_key": public})
+        else:
+            sys.stdout.write(public + "\n")
+
+
+def _must_exist(ctx: typer.Context) -> None:
+    with AuditReader(_directory(ctx)):
+        pass

@@ -1,0 +1,160 @@
+"""`ringfence demo`: the main job, offline, in under a minute, and five attacks on the fence."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.markup import escape
+
+from ringfence.cli.context import AppContext
+from ringfence.cli.live import LiveView, silent
+from ringfence.cli.output import clear_errors, print_json
+from ringfence.config import Provider
+from ringfence.model import RunRequest, RunResult, RunStatus
+from ringfence.record.safe_text import printable
+
+_CANARY = "sk-ant-demo-CANARY-never-inside-the-fence"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the root."""
+    app.command("demo", epilog="Example: ringfence demo --json")(demo)
+
+
+def demo(
+    context: typer.Context,
+    *,
+    json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
+) -> None:
+    """Let a (simulated) agent fix a failing test in a real fence, then attack the fence."""
+    with clear_errors(as_json=json), tempfile.TemporaryDirectory(prefix="ringfence-demo-") as name:
+        story = yaml.safe_load(
+            (resources.files("ringfence.simulator") / "scenarios" / "demo.yaml").read_text()
+        )
+        outcome = asyncio.run(_play(context.obj, story, Path(name), quiet=json))
+        if json:
+            print_json(outcome)
+        raise typer.Exit(0 if outcome["held"] else 1)
+
+
+async def _play(
+    context: AppContext, story: dict[str, Any], place: Path, *, quiet: bool
+) -> dict[str, Any]:
+    from ringfence.agent.permissions import DenyApprover
+    from ringfence.policy.compile import compile_policy
+    from ringfence.policy.load import from_mapping
+    from ringfence.simulator.script import Scenario
+    from ringfence.simulator.server import Simulator
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
+    workspace = _repository(place / "basket", story["files"])
+    scenario = Scenario.model_validate({"default": story["steps"]})
+    with Simulator(scenario) as simulator:
+        launcher = context.launcher()
+        config = launcher.config.model_copy(
+            update={
+                "state_dir": place / "state",
+                "providers": {"anthropic": Provider(base_url=simulator.base_url)},
+            }
+        )
+        launcher = replace(launcher, config=config, environment_key=_CANARY)
+        policy = compile_policy(from_mapping(_policy()))
+        async with launcher.station(DenyApprover()) as station:
+            console.rule("an agent fixes a failing test, inside the fence")
+            view = silent() if quiet else LiveView(command=False)
+            request = RunRequest(prompt=story["prompt"], workspace=str(workspace))
+            result = await _attempt(station, policy, request, view)
+            _show(console, result)
+            attacks = await _attack(console, station, policy, story["attacks"], workspace)
+        verified = _verify(console, place / "state")
+    held = result.status is RunStatus.SUCCEEDED and verified
+    held = held and all(attack["held"] for attack in attacks)
+    return {
+        "held": held,
+        "status": result.status.value,
+        "changed_files": result.changed_files,
+        "cost_usd": result.usage.cost_usd,
+        "attacks": attacks,
+        "audit_verified": verified,
+    }
+
+
+def _policy() -> dict[str, Any]:
+    """The strict preset; an ordinary user's demo accepts by name what only root can enforce on
+    some hosts, and says so at every start.
+    """
+    accepted = [] if os.geteuid() == 0 else ["memory", "cpu", "pids"]
+    return {"preset": "strict", "accept_unenforced": accepted}
+
+
+def _repository(path: Path, files: dict[str, str]) -> Path:
+    path.mkdir()
+    for name, text in files.items():
+        (path / name).write_text(text)
+    return path
+
+
+async def _attempt(station: Any, policy: Any, request: RunRequest, view: Any) -> RunResult:
+    from ringfence.worker.control import RunControl
+    from ringfence.worker.launch import attempt
+
+    return await attempt(station, policy, request, control=RunControl(), on_message=view.show)
+
+
+def _show(console: Console, result: RunResult) -> None:
+    console.rule("the patch it leaves; your files are untouched")
+    for line in result.patch.decode("utf-8", "replace").splitlines():
+        style = {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], "")
+        console.print(printable(line), style=style, markup=False)
+    if result.hidden_files:
+        console.print(f"[dim]hidden from the agent: {escape(', '.join(result.hidden_files))}[/]")
+    usage = result.usage
+    console.print(
+        f"[dim]{usage.requests} model requests · {usage.input_tokens + usage.output_tokens} tokens"
+        f" · ${usage.cost_usd or 0:.4f} at list price, metered on the wire[/]"
+    )
+
+
+async def _attack(
+    console: Console, station: Any, policy: Any, attacks: list[dict[str, str]], workspace: Path
+) -> list[dict[str, Any]]:
+    console.rule("five attacks from inside")
+    outcomes = []
+    for attack in attacks:
+        request = RunRequest(
+            prompt="attack", workspace=str(workspace), command=("bash", "-c", attack["script"])
+        )
+        result = await _attempt(station, policy, request, silent())
+        said = result.text.strip().splitlines()
+        held = bool(said) and not any("ESCAPED" in line or _CANARY in line for line in said)
+        mark = "[green]blocked[/]" if held else "[bold red]ESCAPED[/]"
+        last = escape(printable(said[-1])) if said else "(no answer)"
+        console.print(f"{mark}  {escape(attack['title'])}\n         [dim]{last}[/]")
+        outcomes.append({"title": attack["title"], "held": held, "said": said[-1] if said else ""})
+    return outcomes
+
+
+def _verify(console: Console, state_dir: Path) -> bool:
+    """The verifier that anyone can run on a copy of the log."""
+    from ringfence.record.verify import describe, verify
+
+    console.rule("the audit log verifies")
+    key = (state_dir / "audit" / "public.key").read_text()
+    report = verify(state_dir / "audit" / "log.sqlite", key, [])
+    if report.ok:
+        console.print(
+            f"[green]{report.records} records[/], each bound to all before it by a Merkle tree, "
+            "signed with Ed25519"
+        )
+    else:
+        console.print(f"[bold red]{escape(describe(report))}[/]")
+    return report.ok

@@ -1,0 +1,156 @@
+"""What may be known about a transcript without trusting it. PURE.
+
+Entries are opaque JSON that the `claude` inside wrote (any process beside it could have): nothing
+here decides what an agent may do. Names and places that become paths are checked.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ringfence.errors import DeniedError
+
+MAX_ENTRY_BYTES = 8 << 20
+_SUBPATH = re.compile(
+    r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}(?:/[A-Za-z0-9_][A-Za-z0-9._-]{0,127}){0,7}"
+)
+_OF_ANOTHER_SESSION = ("teamName", "agentName", "slug", "sourceToolAssistantUUID")
+
+Entry = dict[str, Any]
+
+
+def check_subpath(subpath: str) -> str:
+    """A relative path of plain names, at most eight deep.
+
+    Raises:
+        DeniedError: `session-frame-refused`.
+    """
+    if not _SUBPATH.fullmatch(subpath) or ".." in subpath:
+        raise refused("a transcript frame named a bad path")
+    return subpath
+
+
+def refused(why: str) -> DeniedError:
+    """The error of every frame that is not taken."""
+    return DeniedError(
+        "session-frame-refused",
+        why,
+        hint="something in the sandbox wrote what claude would not; the run must end",
+    )
+
+
+def encode_entry(entry: Entry) -> str:
+    """One line of JSON, ASCII: it survives SQLite, UTF-8 and line ends, whatever it holds.
+
+    Raises:
+        DeniedError: `session-frame-refused` for what is no object, no JSON, or too large.
+    """
+    if not isinstance(entry, dict):
+        raise refused("a transcript entry is not an object")
+    try:
+        line = json.dumps(entry, separators=(",", ":"), allow_nan=False)
+    except (ValueError, TypeError, RecursionError):
+        raise refused("a transcript entry is not JSON") from None
+    if len(line) > MAX_ENTRY_BYTES:
+        raise refused(f"a transcript entry is longer than {MAX_ENTRY_BYTES} bytes")
+    return line
+
+
+def entry_uuid(entry: Entry) -> str | None:
+    """The entry's idempotency key, if it has one."""
+    value = entry.get("uuid")
+    return value if isinstance(value, str) and 0 < len(value) <= 128 else None
+
+
+def tool_use_ids(entries: Iterable[Entry]) -> Iterator[str]:
+    """Ids of the tool calls in a transcript, as they appear."""
+    for entry in entries:
+        message = entry.get("message")
+        content = message.get("content") if isinstance(message, dict) else None
+        for block in content if isinstance(content, list) else ():
+            if isinstance(block, dict) and block.get("type") == "tool_use":
+                name = block.get("id")
+                if isinstance(name, str):
+                    yield name
+
+
+def first_prompt(entries: Iterable[Entry]) -> str:
+    """The first text of the person's, for lists; empty when there is none."""
+    for entry in entries:
+        message = entry.get("message")
+        if entry.get("type") != "user" or entry.get("isMeta") or not isinstance(message, dict):
+            continue
+        text = _text(message.get("content"))
+        if text:
+            return text
+    return ""
+
+
+def _text(content: object) -> str:
+    if isinstance(content, str):
+        return content
+    for block in content if isinstance(content, list) else ():
+        if isinstance(block, dict) and block.get("type") == "text":
+            text = block.get("text")
+            if isinstance(text, str) and text:
+                return text
+    return ""
+
+
+def files_of(base: str, subpath: str, entries: Sequence[Entry]) -> dict[str, bytes]:
+    """Files that `claude --resume` reads for one key: path to content.
+
+    A subagent's stream carries its sidecar as entries of type `agent_metadata`, the last of which
+    is the file `agent-….meta.json` (as the SDK materialises it).
+    """
+    path = f"{base}/{check_subpath(subpath)}" if subpath else base
+    lines = [entry for entry in entries if not subpath or entry.get("type") != "agent_metadata"]
+    files = {}
+    if lines:
+        files[f"{path}.jsonl"] = b"".join(encode_entry(line).encode() + b"\n" for line in lines)
+    for entry in reversed(entries if subpath else ()):
+        if entry.get("type") == "agent_metadata":
+            sidecar = {name: value for name, value in entry.items() if name != "type"}
+            files[f"{path}.meta.json"] = encode_entry(sidecar).encode()
+            break
+    return files
+
+
+def forked(
+    streams: Mapping[str, Sequence[Entry]], old: str, new: str, fresh: Callable[[], str]
+) -> dict[str, list[Entry]]:
+    """The same conversation under another session id, with uuids of its own.
+
+    As the SDK's fork does, and with the subagents' streams, which that leaves out. `fresh` makes
+    a uuid. Every place that names an entry is renamed, wherever it lies.
+    """
+    names = {old: new}
+    for entries in streams.values():
+        for entry in entries:
+            uuid = entry_uuid(entry)
+            if uuid is not None and uuid not in names:
+                names[uuid] = fresh()
+    return {
+        subpath: [_renamed(entry, old, names) for entry in entries]
+        for subpath, entries in streams.items()
+    }
+
+
+def _renamed(entry: Entry, old: str, names: Mapping[str, str]) -> Entry:
+    copy = _replace({k: v for k, v in entry.items() if k not in _OF_ANOTHER_SESSION}, names)
+    if isinstance(copy, dict) and entry_uuid(entry) is not None:
+        copy["forkedFrom"] = {"sessionId": old, "messageUuid": entry["uuid"]}
+    return dict(copy)
+
+
+def _replace(value: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(value, str):
+        return names.get(value, value)
+    if isinstance(value, list):
+        return [_replace(item, names) for item in value]
+    if isinstance(value, dict):
+        return {key: _replace(item, names) for key, item in value.items()}
+    return value

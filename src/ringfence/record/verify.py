@@ -1,0 +1,481 @@
+"""Verify an audit log of ringfence. Needs the standard library and `cryptography`, nothing else.
+
+    python verify.py LOG.sqlite --public-key public.key [--anchor CHECKPOINT_FILE]
+
+Everything is computed anew from the records: leaf hashes and tree as in RFC 6962, checkpoints as
+C2SP signed notes (Ed25519). An anchor is a checkpoint that was kept somewhere else; only anchors
+show that somebody with the signing key, such as root on the host, rewrote the log.
+
+Exit status: 0 the log is good, 3 it is not (the first bad index is named), 2 wrong usage.
+
+What it cannot show: an action that was never recorded, and a change after the last checkpoint
+that anyone else holds by someone who has the key.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import hashlib
+import json
+import sqlite3
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+SILENCE_SECONDS = 180.0
+"""A recorder says every 60 seconds that it lives."""
+UNSIGNED_RECORDS = 10_000
+_MAX_RECORD = 4 << 20
+_MAX_NOTE = 65_536
+
+
+class BadLogError(Exception):
+    """The log does not verify; `index` is the first bad record."""
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(reason)
+        self.index, self.reason = index, reason
+
+
+class UsageError(Exception):
+    """A file that was named cannot be used."""
+
+
+@dataclass
+class Report:
+    """What was found.
+
+    Attributes:
+        ok: whether the log verifies.
+        records: how many were read.
+        signed: how many of them a good checkpoint covers.
+        root: tree head over all records, hex.
+        first_bad: index of the first bad record, None when ok.
+        reason: what is wrong with it.
+        warnings: what is not proof of a change, but should be looked at.
+    """
+
+    ok: bool = True
+    records: int = 0
+    signed: int = 0
+    root: str = ""
+    first_bad: int | None = None
+    reason: str = ""
+    warnings: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Key:
+    """A C2SP verifier key."""
+
+    name: str
+    material: bytes
+
+    @property
+    def identity(self) -> bytes:
+        """Four bytes that a signature line begins with."""
+        return hashlib.sha256(self.name.encode() + b"\n\x01" + self.material).digest()[:4]
+
+
+@dataclass(frozen=True)
+class Note:
+    """A signed checkpoint: tree size, root, and its signature lines."""
+
+    text: str
+    size: int
+    root: bytes
+    signatures: tuple[tuple[str, bytes], ...]
+
+    def signed_by(self, key: Key) -> bool:
+        """Whether one of the signatures is the key's, and good."""
+        public = Ed25519PublicKey.from_public_bytes(key.material)
+        for name, value in self.signatures:
+            if name == key.name and value[:4] == key.identity:
+                try:
+                    public.verify(value[4:], self.text.encode())
+                except InvalidSignature:
+                    continue
+                return True
+        return False
+
+
+def parse_key(text: str) -> Key:
+    """`name+hash+base64`. Raises UsageError."""
+    try:
+        name, identity, encoded = text.strip().split("+", 2)
+        data = base64.b64decode(encoded, validate=True)
+        key = Key(name, data[1:])
+        Ed25519PublicKey.from_public_bytes(key.material)
+    except ValueError:
+        raise UsageError("this is no public key of an audit log") from None
+    if data[:1] != b"\x01" or key.identity.hex() != identity:
+        raise UsageError("this is no public key of an audit log")
+    return key
+
+
+def parse_note(text: str) -> Note:
+    """A checkpoint (C2SP tlog-checkpoint). Raises ValueError."""
+    if len(text) > _MAX_NOTE:
+        raise ValueError("too long")
+    body, separator, signatures = text.rpartition("\n\n")
+    lines = body.split("\n")
+    if not separator or len(lines) < 3 or not lines[1].isascii() or not lines[1].isdigit():
+        raise ValueError("not a checkpoint")
+    found = []
+    for line in signatures.splitlines():
+        dash, _, rest = line.partition(" ")
+        name, _, encoded = rest.partition(" ")
+        if dash != "\u2014" or not name:
+            raise ValueError("not a signature line")
+        found.append((name, base64.b64decode(encoded, validate=True)))
+    root = base64.b64decode(lines[2], validate=True)
+    return Note(body + "\n", int(lines[1][:18]), root, tuple(found))
+
+
+class Tree:
+    """Roots of the complete subtrees of a growing RFC 6962 tree."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._roots: list[bytes] = []
+
+    def append(self, leaf: bytes) -> None:
+        """Add a leaf hash."""
+        level, roots = self.size, self._roots
+        while level & 1:
+            leaf = hashlib.sha256(b"\x01" + roots.pop() + leaf).digest()
+            level >>= 1
+        roots.append(leaf)
+        self.size += 1
+
+    def root(self) -> bytes:
+        """Root over all leaves."""
+        if not self._roots:
+            return hashlib.sha256(b"").digest()
+        node = self._roots[-1]
+        for left in reversed(self._roots[:-1]):
+            node = hashlib.sha256(b"\x01" + left + node).digest()
+        return node
+
+
+class _Verifier:
+    def __init__(self, key: Key, anchors: list[Note]) -> None:
+        self.report = Report()
+        self._key = key
+        self._anchors = anchors
+        self._tree = Tree()
+        self._roots: dict[int, bytes] = {}
+        self._times: dict[int, str] = {}
+        self._rotations: list[tuple[int, Key, Key]] = []
+        self._alive: dict[str, tuple[int, datetime]] = {}
+        self._last_time = ""
+
+    def run(self, connection: sqlite3.Connection) -> Report:
+        """Read everything once."""
+        notes: list[Note] = []
+        # a fault found late must not hide one that lies before it, so each step is taken
+        steps: list[Callable[[], None]] = [
+            lambda: self._notes(connection, notes),
+            lambda: self._records(connection, {note.size for note in [*notes, *self._anchors]}),
+            lambda: self._check(notes),
+        ]
+        for step in steps:
+            try:
+                step()
+            except BadLogError as bad:
+                self._fail(bad.index, bad.reason)
+        self.report.records = self._tree.size
+        self.report.root = self._tree.root().hex()
+        self._recorders()
+        return self.report
+
+    def _fail(self, index: int, reason: str) -> None:
+        report = self.report
+        if report.ok or (report.first_bad is not None and index < report.first_bad):
+            report.ok, report.first_bad, report.reason = False, index, reason
+
+    def _notes(self, connection: sqlite3.Connection, notes: list[Note]) -> None:
+        good = 0
+        try:
+            for size, text in connection.execute("SELECT size, note FROM checkpoint ORDER BY size"):
+                note = parse_note(_decoded(text))
+                if note.size != size:
+                    raise BadLogError(good, f"the checkpoint at {note.size} is filed under another")
+                notes.append(note)
+                good = note.size
+        except (ValueError, sqlite3.Error) as error:
+            raise BadLogError(good, f"a checkpoint after size {good} is damaged: {error}") from None
+
+    def _records(self, connection: sqlite3.Connection, wanted: set[int]) -> None:
+        tree = self._tree
+        if 0 in wanted:
+            self._roots[0] = tree.root()
+        try:
+            for row in connection.execute("SELECT idx, body, leaf, run FROM record ORDER BY idx"):
+                self._record(*row)
+                if tree.size in wanted:
+                    self._roots[tree.size] = tree.root()
+                    self._times[tree.size] = self._last_time
+        except sqlite3.Error as error:
+            raise BadLogError(tree.size, f"the file is damaged here: {error}") from None
+
+    def _record(self, index: object, body: object, leaf: object, run: object) -> None:
+        expected = self._tree.size
+        if index != expected:
+            if isinstance(index, int) and index > expected:
+                raise BadLogError(expected, f"gap: records {expected} to {index - 1} are missing")
+            raise BadLogError(expected, "the index is not the next one")
+        if not isinstance(body, bytes) or len(body) > _MAX_RECORD:
+            raise BadLogError(expected, "the record is not a record")
+        computed = hashlib.sha256(b"\x00" + body).digest()
+        if computed != leaf:
+            raise BadLogError(expected, "altered: record and stored hash do not match")
+        self._read(expected, body, run)
+        self._tree.append(computed)
+
+    def _read(self, index: int, body: bytes, run: object) -> None:
+        try:
+            record = json.loads(body)
+            kind, time = record["type"], record["time"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise BadLogError(index, "the record is not JSON of a record") from None
+        # fixed width, so that text order is time order
+        if not isinstance(time, str) or len(time) != 27 or time < self._last_time:
+            raise BadLogError(index, "reordered: its time is before the record ahead of it")
+        self._last_time = time
+        if run != str(record.get("run_id", "")).encode(errors="replace"):
+            raise BadLogError(index, "altered: it is filed under another run")
+        if isinstance(kind, str) and kind.startswith("log."):
+            self._about_the_log(index, kind, record, time)
+
+    def _about_the_log(self, index: int, kind: str, record: dict[str, Any], time: str) -> None:
+        if kind == "log.key_rotated":
+            try:
+                old = parse_key(str(record.get("old_public_key")))
+                new = parse_key(str(record.get("new_public_key")))
+            except UsageError:
+                raise BadLogError(index, "a rotation names no key") from None
+            self._rotations.append((index, old, new))
+        name = record.get("recorder")
+        if not isinstance(name, str) or not name:
+            return
+        try:
+            moment = datetime.fromisoformat(time)
+        except ValueError:
+            raise BadLogError(index, "the record has no time") from None
+        before = self._alive.get(name)
+        if before is not None and (moment - before[1]).total_seconds() > SILENCE_SECONDS:
+            seconds = (moment - before[1]).total_seconds()
+            self.report.warnings.append(
+                f"recorder {name[:32]!r} was silent for {seconds:.0f} s before record {index}"
+            )
+        if kind == "log.closed":
+            self._alive.pop(name, None)
+        else:
+            self._alive[name] = (index, moment)
+
+    def _recorders(self) -> None:
+        """A recorder that stopped speaking without leaving was killed, or records are gone."""
+        try:
+            end = datetime.fromisoformat(self._last_time) if self._last_time else None
+        except ValueError:
+            return
+        for name, (index, moment) in self._alive.items():
+            if end is not None and (end - moment).total_seconds() > SILENCE_SECONDS:
+                self.report.warnings.append(
+                    f"recorder {name[:32]!r} was last heard of in record {index} and never closed"
+                )
+
+    def _check(self, notes: list[Note]) -> None:
+        good = 0
+        keys = self._chain(notes)
+        for note in notes:
+            self._check_root(note, good, "checkpoint")
+            for key in _due(keys, note.size):
+                if not note.signed_by(key):
+                    raise BadLogError(
+                        good, f"the signature of the checkpoint at {note.size} is not the key's"
+                    )
+            good = self.report.signed = note.size
+        for note in self._anchors:
+            if not any(note.signed_by(key) for _, key in keys):
+                raise BadLogError(0, "the anchor is signed with another key than this log")
+            self._check_root(note, 0, "anchor")
+        self._check_tail(good, notes)
+
+    def _check_root(self, note: Note, good: int, what: str) -> None:
+        size = self._tree.size
+        if note.size > size:
+            raise BadLogError(
+                size, f"truncated: a signed {what} covers {note.size} records, {size} are here"
+            )
+        if self._roots[note.size] != note.root:
+            raise BadLogError(
+                min(good, max(note.size - 1, 0)),
+                f"one of the records {good} to {note.size - 1} was altered together with its hash:"
+                f" the tree is not that of the {what} at {note.size}",
+            )
+
+    def _check_tail(self, good: int, notes: list[Note]) -> None:
+        unsigned = self._tree.size - good
+        if self._tree.size and not notes:
+            raise BadLogError(0, "no checkpoint: nothing here was ever signed")
+        if unsigned > UNSIGNED_RECORDS:
+            self.report.warnings.append(f"the last {unsigned} records are not signed")
+        signed_at, last = self._times.get(good), self._last_time
+        if unsigned and signed_at and last:
+            try:
+                span = datetime.fromisoformat(last) - datetime.fromisoformat(signed_at)
+            except ValueError:
+                return
+            if span.total_seconds() > SILENCE_SECONDS:
+                self.report.warnings.append(
+                    f"the last checkpoint is {span.total_seconds():.0f} s older than the last"
+                    " record"
+                )
+
+    def _chain(self, notes: list[Note]) -> list[tuple[int, Key]]:
+        """Keys in order with the size from which each signs; the given key must be one of them.
+
+        Trust goes backwards because the prefix with its old key is under the trusted signature,
+        and forwards because the old key signed the checkpoint that covers the change.
+        """
+        if not self._rotations:
+            return [(0, self._key)]
+        keys = [(0, self._rotations[0][1])]
+        for index, old, new in self._rotations:
+            if old != keys[-1][1]:
+                raise BadLogError(index, "a rotation begins with a key that was not in use")
+            keys.append((index + 1, new))
+        if self._key not in [key for _, key in keys]:
+            raise BadLogError(0, "the log is signed with another key than the one given")
+        sizes = {note.size for note in notes}
+        for index, _, _ in self._rotations:
+            if index + 1 not in sizes:
+                raise BadLogError(index, "a rotation that no checkpoint covers")
+        return keys
+
+
+def _due(keys: list[tuple[int, Key]], size: int) -> list[Key]:
+    """Who must have signed at this size: the key in use, and at a change the old one too."""
+    current = 0
+    for position, (since, _) in enumerate(keys):
+        if since <= size:
+            current = position
+    due = [keys[current][1]]
+    if current and keys[current][0] == size:
+        due.append(keys[current - 1][1])
+    return due
+
+
+def _decoded(value: object) -> str:
+    return value.decode("utf-8", "strict") if isinstance(value, bytes) else str(value)
+
+
+def _open(path: Path) -> tuple[sqlite3.Connection, list[str]]:
+    """Read-only, in any state: live, copied, or copied without its -wal file."""
+    if not path.is_file():
+        raise UsageError(f"{path} is not a file")
+    name = f"file:{quote(str(path.absolute()))}"
+    wal = Path(f"{path}-wal")
+    if wal.exists() and wal.stat().st_size:
+        try:
+            return _configured(sqlite3.connect(f"{name}?mode=ro", uri=True)), []
+        except sqlite3.Error:
+            warning = [f"{wal.name} cannot be read: its records were left out"]
+            return _configured(sqlite3.connect(f"{name}?immutable=1", uri=True)), warning
+    return _configured(sqlite3.connect(f"{name}?immutable=1", uri=True)), []
+
+
+def _configured(connection: sqlite3.Connection) -> sqlite3.Connection:
+    """A hostile file must not run code of its own: no views, no triggers, plain tables only."""
+    connection.text_factory = bytes
+    try:
+        connection.execute("PRAGMA trusted_schema=OFF")
+        connection.execute("PRAGMA query_only=ON")
+        connection.execute("PRAGMA cell_size_check=ON")
+        tables = dict(
+            connection.execute(
+                "SELECT name, type FROM sqlite_master WHERE name IN ('record', 'checkpoint')"
+            )
+        )
+    except BaseException:
+        connection.close()
+        raise
+    if tables != {b"record": b"table", b"checkpoint": b"table"}:
+        connection.close()
+        raise BadLogError(0, "the file is not an audit log")
+    return connection
+
+
+def verify(path: Path, public_key: str, anchors: list[str]) -> Report:
+    """Verify a log file. `anchors` are the texts of checkpoints kept elsewhere.
+
+    Raises:
+        UsageError: when the file, the key or an anchor cannot be used at all.
+    """
+    key = parse_key(public_key)
+    notes = []
+    for text in anchors:
+        try:
+            notes.append(parse_note(text if text.endswith("\n") else text + "\n"))
+        except (ValueError, binascii.Error):
+            raise UsageError("the anchor is not a checkpoint") from None
+    try:
+        connection, warnings = _open(path)
+    except BadLogError as bad:
+        return Report(ok=False, first_bad=bad.index, reason=bad.reason)
+    except sqlite3.Error as error:
+        return Report(ok=False, first_bad=0, reason=f"the file is damaged: {error}")
+    try:
+        verifier = _Verifier(key, notes)
+        verifier.report.warnings += warnings
+        return verifier.run(connection)
+    finally:
+        connection.close()
+
+
+def describe(report: Report) -> str:
+    """The report in lines for people."""
+    lines = [f"warning: {warning}" for warning in report.warnings]
+    if report.ok:
+        lines.append(f"good: {report.records} records, {report.signed} of them signed")
+    else:
+        lines.append(f"bad: first bad index {report.first_bad}: {report.reason}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry when run as a file."""
+    parser = argparse.ArgumentParser(description="Verify an audit log of ringfence.")
+    parser.add_argument("log", type=Path)
+    parser.add_argument("--public-key", type=Path, required=True, help="file with the public key")
+    parser.add_argument("--anchor", type=Path, action="append", default=[], help="kept checkpoint")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    try:
+        key = options.public_key.read_text(encoding="utf-8")
+        anchors = [path.read_text(encoding="utf-8") for path in options.anchor]
+        report = verify(options.log, key, anchors)
+    except (UsageError, OSError, UnicodeDecodeError) as error:
+        sys.stderr.write(f"verify: {error}\n")
+        return 2
+    sys.stdout.write((json.dumps(report.to_json()) if options.json else describe(report)) + "\n")
+    return 0 if report.ok else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""The policy's answer and the egress proxy's are one: two readers of a rule must not differ."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ringfence.egress import rules as egress
+from ringfence.policy import hosts
+from ringfence.policy.compiled import EgressRules, HostRule
+from ringfence.policy.decide import decide_host, host_rule
+
+LABEL = st.sampled_from(["a", "b", "x1", "xn--mnchen-3ya", "evil"])
+HOST = st.lists(LABEL, max_size=3).map(lambda labels: ".".join([*labels, "example.com"]))
+PATTERN = HOST | HOST.map(lambda host: f"*.{host}")
+RULES = st.builds(
+    EgressRules,
+    hosts=st.lists(
+        st.builds(HostRule, host=PATTERN, port=st.sampled_from([22, 443])), max_size=4
+    ).map(lambda found: tuple(sorted(found, key=lambda rule: rule.host.startswith("*.")))),
+    blocked_ports=st.lists(st.sampled_from([22, 443]), max_size=1).map(tuple),
+)
+
+
+@settings(max_examples=400)
+@given(RULES, HOST, st.sampled_from([22, 80, 443]))
+def test_both_decide_alike_about_a_host(rules: EgressRules, host: str, port: int) -> None:
+    ours = decide_host(rules, host, port)
+    theirs, rule = egress.decide_host(rules, host, port)
+    assert ours.outcome == theirs.outcome
+    if ours.allowed:
+        assert rule == host_rule(rules, host, port)
+
+
+@settings(max_examples=400)
+@given(st.text("abx1-.0:*_%\0é", max_size=20) | HOST)
+def test_a_name_that_egress_takes_is_one_that_a_policy_can_name(text: str) -> None:
+    parsed = egress.authority(f"{text}:443")
+    if parsed is not None and not hosts.is_host(parsed[0]):
+        # egress may read more names than a policy can say; none of them is ever allowed
+        rules = EgressRules(hosts=(HostRule(host="*.example.com"), HostRule(host="a.example.com")))
+        allowed = egress.decide_host(rules, *parsed)[0].allowed
+        assert not allowed or parsed[0].endswith(".example.com")
+        assert not decide_host(replace(rules), *parsed).allowed
