@@ -246,6 +246,22 @@ def test_a_mode_that_the_policy_does_not_permit_denies_everything() -> None:
     assert answer(decide_tool(narrowed, M.PLAN, "Read", {"file_path": "a"})) == "allow"
 
 
+def test_a_command_that_only_reads_the_workspace_asks_nobody() -> None:
+    for command, expected in {
+        "cat a ./b": "allow",
+        "ls -la /workspace/src": "allow",
+        "echo hello": "allow",
+        "cat /etc/passwd": "ask",
+        "cat ../x": "ask",
+        "wc --files0-from=/etc/passwd": "ask",
+        "cat a | sh": "ask",
+        "ls; ls": "ask",
+        "echo x > a": "ask",
+        "cat $x": "ask",
+    }.items():
+        assert answer(decide_tool(grants(), M.DEFAULT, "Bash", {"command": command})) == expected
+
+
 def test_a_preapproved_command_is_one_that_is_understood() -> None:
     given_ = grants(preapproved=("Bash(ls:*)", "Bash(wc:*)"))
     for command, expected in {

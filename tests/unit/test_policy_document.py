@@ -390,6 +390,32 @@ def test_an_error_shows_the_value_shortened_and_in_ascii() -> None:
     assert "\x1b" not in caught.value.message
 
 
+def test_a_thousand_problems_are_kept_and_twenty_repeated() -> None:
+    with pytest.raises(PolicyInvalidError) as caught:
+        from_mapping({"network": {"allowed_hosts": ["*"] * 1000}})
+    assert len(caught.value.problems) == 1000
+    assert caught.value.message.endswith("; and 980 more")
+
+
+@pytest.mark.parametrize(
+    ("values", "path"),
+    [
+        ({"tools": {"permission_modes": ["lax"]}}, "tools.permission_modes[0]"),
+        ({"filesystem": {"writable_paths": ["x"]}}, "filesystem.writable_paths[0]"),
+        ({"tools": {"mcp_servers": {"a": {"url": "ftp://x"}}}}, "tools.mcp_servers.a.url"),
+        ({"tools": {"mcp_servers": {"a b": {"command": ["x"]}}}}, "tools.mcp_servers.'a b'"),
+        ({"secrets": {"k": {"hosts": ["*"]}}}, "secrets.k.hosts[0]"),
+        (
+            {"network": {"allowed_hosts": [{"host": "a.example.com", "paths": ["x"]}]}},
+            "network.allowed_hosts[0].paths[0]",
+        ),
+        ({"model": {"max_budget_usd": "5"}}, "model.max_budget_usd"),
+    ],
+)
+def test_a_problem_names_its_line(values: dict[str, Any], path: str) -> None:
+    assert set(problems(values)) == {path}
+
+
 def test_controls_are_those_of_the_sandbox() -> None:
     assert set(CONTROLS) == {control.value for control in Control}
 

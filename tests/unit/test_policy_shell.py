@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ringfence.policy.shell import approves, denies, understand
@@ -37,7 +41,7 @@ def test_plain_commands_are_understood(command: str, words: list[tuple[str, ...]
         *("(ls)", "{ ls; }", "if true; then ls; fi", "! ls", "for x in a; do ls; done", "a\\b"),
         *("cat <<EOF\nx\nEOF", "echo {a,b}", "f() { ls; }", "'unclosed", "ls # x", "echo 'a'\"'b"),
         *("ls >/dev/nullx", "ls >/dev/null/../x", "ls &>out", "diff <(a) <(b)", "x\0y", "echo é"),
-        *("time ls", "[[ -f x ]]", "a" * 20_000, "ls\\\n-l", "ls\r\nid"),
+        *("time ls", "[[ -f x ]]", "[ -f x ]", "if[;]", "a" * 20_000, "ls\\\n-l", "ls\r\nid"),
     ],
 )
 def test_everything_else_is_not(command: str) -> None:
@@ -188,3 +192,86 @@ def test_the_agent_does_not_choose_the_cost(command: str) -> None:
         denies(specifier, command)
         approves((specifier,), command)
     assert time.process_time() - begin < 5
+
+
+# --- against the real shell
+
+TOKENS = st.lists(
+    st.sampled_from(
+        [
+            "zz",
+            "yy",
+            "-x",
+            "a=1",
+            "'q r'",
+            '"s t"',
+            "'",
+            '"',
+            " ",
+            " ",
+            ";",
+            "&&",
+            "||",
+            "|",
+            "&",
+            "\n",
+            "$",
+            "`",
+            "(",
+            ")",
+            "{",
+            "}",
+            "<",
+            ">",
+            "\\",
+            "#",
+            "!",
+            "2>&1",
+            ">/dev/null",
+            "|&",
+            "if",
+            "=",
+            "'a'b",
+            "%",
+            "^",
+            "\r",
+        ]
+    ),
+    max_size=14,
+).map("".join)
+
+_PLAIN = "zz 'a;b' && yy; yy 2>&1 &"
+_REPORT = """exec 9>"$0"
+command_not_found_handle() { printf '%s\\0' "$@" $'\\001' >&9; }
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="compares with bash itself")
+@settings(
+    max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(TOKENS)
+@example(_PLAIN)
+@example("zz#x; yy")
+def test_what_is_understood_is_what_bash_would_run(tmp_path: Path, command: str) -> None:
+    understood = understand(command)
+    if understood is None:
+        return
+    log = tmp_path / "log"
+    subprocess.run(
+        [shutil.which("bash") or "bash", "--norc", "-c", f"{_REPORT}{command}\nwait", str(log)],
+        env={"PATH": "/nonexistent"},
+        cwd=tmp_path,
+        timeout=20,
+        check=False,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+    )
+    ran = {tuple(line.split("\0")) for line in log.read_text().split("\0\1\0") if line}
+    read = {
+        tuple(itertools.dropwhile(lambda word: word.startswith("a="), simple.words))
+        for simple in understood
+    }
+    assert ran <= read
+    if command == _PLAIN:
+        assert ran == {("zz", "a;b"), ("yy",)}  # bash did run, and did report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from urllib.parse import unquote
 
 from ringfence.egress.head import Head
 from ringfence.model import Decision, Outcome
@@ -14,6 +15,12 @@ _PLAIN_PATH = re.compile(r"/[A-Za-z0-9/_.:@~!$&'()*+,;=-]*\Z")
 _ENCODED_PATH = re.compile(r"/(?:[A-Za-z0-9/_.:@~!$&'()*+,;=-]|%[0-9A-F]{2})*\Z", re.IGNORECASE)
 _QUERY = re.compile(r"(?:[A-Za-z0-9/_.:@~!$&'()*+,;=?\[\]-]|%[0-9A-Fa-f]{2})*\Z")
 _DANGEROUS_ESCAPES = re.compile(r"%(?:2[eEfF5]|5[cC]|0[0-9a-fA-F]|1[0-9a-fA-F]|7[fF])")
+
+_KEY_FIELD = re.compile(
+    r"(?:.*[-_.])?(?:key|apikey|token|secret|signature|sig|credential|credentials|auth"
+    r"|authorization|password|passwd|pwd|jwt|bearer|session|sessionid)\Z",
+    re.IGNORECASE,
+)
 
 DEFAULT = "default"
 
@@ -63,6 +70,9 @@ def decide_request(rule: HostRule, head: Head) -> Decision:
         return _deny(rule.rule, "path-not-normal")
     if not _QUERY.match(query):
         return _deny(rule.rule, "query-not-normal")
+    if rule.credential is not None and _carries_key(query):
+        # a key of the agent's own beside ours would act for another account
+        return _deny(rule.rule, "foreign-credential")
     if not rule.paths:
         return Decision(outcome=Outcome.ALLOW, rule=rule.rule, reason="host-allowed")
     known_path = False
@@ -73,6 +83,12 @@ def decide_request(rule: HostRule, head: Head) -> Decision:
         if granted.method == head.method:
             return Decision(outcome=Outcome.ALLOW, rule=rule.rule, reason="path-allowed")
     return _deny(rule.rule, "method-not-granted" if known_path else "path-not-granted")
+
+
+def _carries_key(query: str) -> bool:
+    """Whether a field of the query is named like a credential, in any spelling of its name."""
+    names = (unquote(pair.partition("=")[0]) for pair in re.split("[&;]", query) if pair)
+    return any(_KEY_FIELD.match(name.strip("[] ")) for name in names)
 
 
 def _path_matches(pattern: str, path: str) -> bool:

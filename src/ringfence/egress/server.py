@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from ringfence.egress import head as heads
 from ringfence.egress import rules
+from ringfence.egress.address import AddressError
 from ringfence.egress.exchange import Exchange
 from ringfence.egress.head import Body, Head, HeadError
 from ringfence.egress.model.exchange import COUNT_TOKENS, MESSAGES
@@ -33,6 +34,7 @@ class _State(Enum):
     FIRST = "waiting for the first byte"
     HEAD = "reading a request's head"
     BODY = "reading a request's body"
+    VETTING = "a tunnel's host is being resolved"
     BUSY = "an exchange is going on"
     TUNNEL = "bytes are tunnelled"
     CLOSED = "over"
@@ -126,9 +128,11 @@ class Client(asyncio.Protocol):
                 self._read_head()
             if self._state is _State.BODY:
                 self._read_body()
-            if self._state is _State.BUSY and len(self._buffer) > _MAX_HELD:
+            waiting = self._state in {_State.BUSY, _State.VETTING}
+            if waiting and len(self._buffer) > _MAX_HELD:
                 self._hold_client(True)
             if (self._state, len(self._buffer)) == before or self._state in {
+                _State.VETTING,
                 _State.BUSY,
                 _State.TUNNEL,
                 _State.CLOSED,
@@ -247,6 +251,39 @@ class Client(asyncio.Protocol):
         if head.host.lower() not in {head.target.lower(), target[0], f"{target[0]}:{target[1]}"}:
             raise HeadError(400, "host-mismatch")
         self._admit_target(*target)
+        self._state = _State.VETTING
+        self._task = asyncio.get_running_loop().create_task(self._vet(target))
+
+    async def _vet(self, target: tuple[str, int]) -> None:
+        """Resolve before saying 200: a name that leads inside gets its refusal in the clear."""
+        reason = ""
+        try:
+            if not (self._rule is None and self._is_literal_provider()):
+                await self._sandbox.shared.resolver.resolve(*target)
+        except AddressError as error:
+            reason = str(error)
+        if self._state is not _State.VETTING:
+            return
+        if reason:
+            self.refuse(403, reason, self._rule.rule if self._rule is not None else "address")
+            return
+        try:
+            self._establish(target)
+            self._hold_client(False)
+            self._advance()
+        except HeadError as error:
+            self.refuse(error.status, error.reason, "http")
+        except (TlsError, HelloError):
+            self._sandbox.denied(self._name(), "tls", "tls-refused")
+            self._flush_tls()
+            self._close()
+
+    def _is_literal_provider(self) -> bool:
+        provider = self._sandbox.shared.providers.get(self._sandbox.rules.model.provider)
+        return provider is not None and provider_target(provider).literal
+
+    def _establish(self, target: tuple[str, int]) -> None:
+        """The tunnel stands: opaque where the policy says so, terminated everywhere else."""
         if self._rule is not None and self._rule.opaque:
             self._tunnel = Tunnel(self, self._sandbox, self._rule, target)
             self._state = _State.TUNNEL

@@ -329,7 +329,10 @@ def _editable(path: str) -> bool:
 
 
 def _all_inside(words: tuple[str, ...]) -> bool:
-    return all(word.startswith("-") or below(normal(word), WORKSPACE) for word in words)
+    return all(
+        "/" not in word if word.startswith("-") else below(normal(word), WORKSPACE)
+        for word in words
+    )
 
 
 def _one_command(tool_input: Mapping[str, Any]) -> tuple[str, ...] | None:

@@ -8,7 +8,7 @@ denial also takes whatever could be meant.
 Understood is a list of simple commands of plain words, joined by `;`, `&&`, `||`, `|`, `&` or
 newlines, any number of them, with no expansion but `*` and `?`, and no redirection but those to
 /dev/null and between descriptors. Everything else is not: substitutions, variables, braces,
-here-documents, keywords, functions, backslashes.
+here-documents, keywords, functions, backslashes, brackets (`a[;]` is one word to bash).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TOKEN = re.compile(
     r"""(?P<blank>[ \t]+)
     |(?P<harmless>(?:[0-9]?|&)>{1,2}[ \t]*/dev/null(?=[ \t\n;|&]|\Z)|[12]?>&[12](?=[ \t\n;|&]|\Z))
     |(?P<separator>&&|\|\||\|&|[;&|\n])
-    |(?P<word>(?:[A-Za-z0-9_./,:=+@%^*?~\[\]-]|'[^']*'|"[^"$`\\!]*")+)""",
+    |(?P<word>(?:[A-Za-z0-9_./,:=+@%^*?~-]|'[^']*'|"[^"$`\\!]*")+)""",
     re.VERBOSE,
 )
 _PIECE = re.compile(r"""'([^']*)'|"([^"]*)"|([^'"]+)""")
@@ -35,7 +35,7 @@ _KEYWORDS = frozenset(
     }
 )
 _NESTED = re.compile(r"[\s;|&$`]")
-_ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\+?=.*", re.DOTALL)
+_ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(?:\[[^=]*\])?\+?=.*", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +44,7 @@ class Simple:
 
     Attributes:
         words: program and arguments, quotes taken off; assignments in front included.
-        expands: whether a word holds an unquoted `*`, `?`, `[` or `~`.
+        expands: whether a word holds an unquoted `*`, `?` or `~`.
     """
 
     words: tuple[str, ...]
@@ -165,4 +165,4 @@ def _unquote(word: str) -> str:
 
 def _expands(word: str) -> bool:
     bare = "".join(groups[2] for groups in _PIECE.findall(word))
-    return bool(re.search(r"[*?\[~]", bare))
+    return bool(re.search(r"[*?~]", bare))

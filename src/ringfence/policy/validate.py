@@ -18,6 +18,8 @@ from ringfence.policy.tools import mcp_parts
 
 _SHOWN = 80  # characters of an offending value that an error repeats
 
+_LISTED = 20  # problems that the one-line message repeats; `problems` holds all
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
@@ -45,7 +47,9 @@ class PolicyInvalidError(CallerError):
 
     def __init__(self, problems: tuple[Problem, ...]) -> None:
         self.problems = problems
-        lines = "; ".join(problem.render() for problem in problems)
+        lines = "; ".join(problem.render() for problem in problems[:_LISTED])
+        if len(problems) > _LISTED:
+            lines += f"; and {len(problems) - _LISTED} more"
         count = f"{len(problems)} problems: " if len(problems) > 1 else ""
         super().__init__(
             "policy-invalid",

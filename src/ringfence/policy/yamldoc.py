@@ -54,9 +54,9 @@ def _decode(text: str | bytes) -> str:
     if size > MAX_BYTES:
         _refuse(None, "a policy is at most 1 MiB")
     if isinstance(text, str):
-        return text.removeprefix("\ufeff")
+        return text
     try:
-        return text.decode("utf-8").removeprefix("\ufeff")
+        return text.decode("utf-8")
     except UnicodeDecodeError as error:
         _refuse(None, f"byte {error.start} is not UTF-8; save the file as UTF-8")
 

@@ -116,16 +116,15 @@ class AuditReader:
         edges = [
             _record(index, body)
             for index, body in self._select(
-                "SELECT idx, body FROM record WHERE run = ? AND run <> '' AND"
-                " (idx <= ? OR idx >= ?) AND (body LIKE '%\"run.started\"%' OR"
-                " body LIKE '%\"run.ended\"%') ORDER BY idx",
+                "SELECT idx, body FROM record WHERE run = ? AND run <> ''"
+                " AND (idx <= ? OR idx >= ?) ORDER BY idx",
                 run_id,
                 first + 16,
                 last - 64,
             )
         ]
-        started = next((e for e in edges if e.get("type") == "run.started"), {})
-        ended = next((e for e in reversed(edges) if e.get("type") == "run.ended"), {})
+        started = _of_type(edges, "run.started")
+        ended = _of_type(edges, "run.ended")
         return RunSummary(
             run_id=run_id,
             session_id=str(started.get("session_id", "")),
@@ -143,6 +142,10 @@ class AuditReader:
             return self._db.execute(query, values).fetchall()
         except sqlite3.Error as error:
             raise _unreadable(error) from None
+
+
+def _of_type(records: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    return next((record for record in records if record.get("type") == kind), {})
 
 
 def _record(index: int, body: bytes) -> dict[str, Any]:

@@ -1,0 +1,207 @@
+"""SqliteSessionStore against the Agent SDK's own conformance suite, and requirement H."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from claude_agent_sdk import list_sessions_from_store
+from claude_agent_sdk.testing import run_session_store_conformance
+
+from ringfence.errors import CallerError, DeniedError, UnavailableError
+from ringfence.record import sessions
+from ringfence.record.sessions import PROJECT, SqliteSessionStore
+
+SID = "11111111-2222-4333-8444-555555555555"
+OTHER = "99999999-2222-4333-8444-555555555555"
+USER = {"type": "user", "uuid": "u1", "message": {"role": "user", "content": "hello"}}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SqliteSessionStore]:
+    store = SqliteSessionStore(tmp_path / "state" / "sessions.sqlite")
+    yield store
+    store.close()
+
+
+def test_the_sdks_conformance_suite(tmp_path: Path) -> None:
+    made: list[SqliteSessionStore] = []
+    numbers = itertools.count()
+
+    def fresh() -> SqliteSessionStore:
+        made.append(SqliteSessionStore(tmp_path / f"{next(numbers)}" / "s.sqlite"))
+        return made[-1]
+
+    try:
+        asyncio.run(run_session_store_conformance(fresh))
+    finally:
+        for store in made:
+            store.close()
+    assert len(made) == 15, "a contract was skipped"
+
+
+def test_an_entry_sent_twice_is_stored_once(store: SqliteSessionStore) -> None:
+    key = {"project_key": "p", "session_id": "s"}
+
+    async def twice() -> object:
+        await store.append(key, [USER, {"type": "mode"}])
+        await store.append(key, [USER, {"type": "mode"}])
+        return await store.load(key)
+
+    assert asyncio.run(twice()) == [USER, {"type": "mode"}, {"type": "mode"}]
+
+
+def test_the_file_is_private(store: SqliteSessionStore, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    assert state.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in state.iterdir()} == {0o600}
+
+
+def append(store: SqliteSessionStore, *entries: object, run: str = "run_1", **key: str) -> None:
+    lease = store.lease(SID, run)
+    try:
+        asyncio.run(lease.append({"project_key": "anything", "session_id": SID, **key}, list(entries)))  # type: ignore[arg-type]
+    finally:
+        lease.release()
+
+
+def test_what_a_lease_wrote_is_found_from_any_directory(store: SqliteSessionStore) -> None:
+    append(store, USER)
+    assert store.transcript(SID) == [USER]
+    assert list(store.materialise(SID)) == [f".claude/projects/{PROJECT}/{SID}.jsonl"]
+    (info,) = store.sessions()
+    assert (info.session_id, info.entries, info.first_prompt) == (SID, 1, "hello")
+
+
+def test_the_sdk_lists_it_by_its_summary(store: SqliteSessionStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    append(store, {**USER, "timestamp": "2026-01-01T00:00:00Z", "sessionId": SID})
+    monkeypatch.setattr("claude_agent_sdk._internal.sessions.project_key_for_directory", lambda _=None: PROJECT)
+    (found,) = asyncio.run(list_sessions_from_store(store, "/anywhere"))  # type: ignore[arg-type]
+    assert (found.session_id, found.first_prompt) == (SID, "hello")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        {"session_id": OTHER},
+        {"session_id": ""},
+        {"session_id": f"../{SID}"},
+        {"subpath": "../../../.ssh/authorized_keys"},
+        {"subpath": "/etc/cron.d/x"},
+        {"subpath": "a/./b"},
+    ],
+)
+def test_a_frame_that_names_another_session_or_path_is_refused(
+    store: SqliteSessionStore, key: dict[str, str]
+) -> None:
+    with pytest.raises(DeniedError) as caught:
+        append(store, USER, **key)
+    assert caught.value.code == "session-frame-refused"
+    assert store.sessions() == []
+    append(store, USER, subpath="subagents/agent-1")  # its allowed twin
+
+
+def test_a_leased_store_reads_its_own_session_only(store: SqliteSessionStore) -> None:
+    append(store, USER)
+    lease = store.lease(OTHER, "run_2")
+    assert asyncio.run(lease.load({"project_key": PROJECT, "session_id": SID})) is None
+    lease.release()
+    own = store.lease(SID, "run_3")
+    assert asyncio.run(own.load({"project_key": "x", "session_id": SID})) == [USER]
+    own.release()
+
+
+def test_one_live_run_a_session(store: SqliteSessionStore, tmp_path: Path) -> None:
+    lease = store.lease(SID, "run_1")
+    second = SqliteSessionStore(tmp_path / "state" / "sessions.sqlite")
+    with pytest.raises(UnavailableError) as caught:
+        second.lease(SID, "run_2")
+    assert caught.value.code == "session-busy"
+    assert "run_1" in caught.value.message
+    second.lease(OTHER, "run_2").release()
+    lease.release()
+    second.lease(SID, "run_2").release()
+    second.close()
+
+
+def test_a_run_that_lost_its_lease_writes_no_more(
+    store: SqliteSessionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "LEASE_SECONDS", -1.0)
+    late = store.lease(SID, "run_1")
+    monkeypatch.setattr(sessions, "LEASE_SECONDS", 60.0)
+    late.renew()
+    monkeypatch.setattr(sessions, "LEASE_SECONDS", -1.0)
+    late.renew()
+    monkeypatch.setattr(sessions, "LEASE_SECONDS", 60.0)
+    now = store.lease(SID, "run_1")  # the same run id again: the token tells them apart
+    key = {"project_key": PROJECT, "session_id": SID}
+    with pytest.raises(UnavailableError):
+        asyncio.run(late.append(key, [USER]))
+    with pytest.raises(UnavailableError):
+        late.renew()
+    late.release()  # must not free the other's
+    asyncio.run(now.append(key, [USER]))
+    with pytest.raises(UnavailableError):
+        store.lease(SID, "run_9")
+    now.release()
+    assert store.transcript(SID) == [USER]
+
+
+def test_caps_hold(store: SqliteSessionStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "MAX_SESSION_BYTES", 2000)
+    append(store, {"type": "x", "text": "a" * 1000})
+    with pytest.raises(DeniedError):
+        append(store, {"type": "x", "text": "b" * 1500})
+    assert len(store.transcript(SID)) == 1, "a refused append leaves nothing behind"
+    monkeypatch.setattr(sessions, "MAX_SESSION_BYTES", 1 << 30)
+    append(store, *({"type": "x"} for _ in range(5000)))
+    with pytest.raises(DeniedError):
+        append(store, *({"type": "x"} for _ in range(sessions.ENTRIES_AT_ONCE + 1)))
+
+
+def test_fork_and_delete(store: SqliteSessionStore) -> None:
+    append(store, {**USER, "sessionId": SID})
+    append(store, {"type": "user", "uuid": "u2", "sessionId": SID}, subpath="subagents/agent-1")
+    new = store.fork(SID)
+    assert store.transcript(new)[0]["sessionId"] == new
+    assert len(store.materialise(new)) == 2
+    assert {info.session_id: info.parent for info in store.sessions()} == {SID: "", new: SID}
+    held = store.lease(SID, "run_1")
+    with pytest.raises(UnavailableError):
+        store.remove(SID)
+    held.release()
+    store.remove(SID)
+    with pytest.raises(CallerError) as caught:
+        store.transcript(SID)
+    assert caught.value.code == "session-unknown"
+    assert len(store.materialise(new)) == 2
+
+
+def test_tool_uses_of_subagents_too(store: SqliteSessionStore) -> None:
+    def use(name: str) -> dict[str, object]:
+        return {"type": "assistant", "message": {"content": [{"type": "tool_use", "id": name}]}}
+
+    append(store, use("toolu_1"), use("toolu_2"), use("toolu_1"))
+    append(store, use("toolu_3"), subpath="subagents/agent-1")
+    assert store.tool_use_ids(SID) == ["toolu_1", "toolu_2", "toolu_3"]
+
+
+@pytest.mark.parametrize("name", ["", "x", "../x", SID.replace("-", ""), SID + "\n", "A" * 36, SID.upper().replace("1", "A")])
+def test_what_is_no_session_id(store: SqliteSessionStore, name: str) -> None:
+    for ask in (store.transcript, store.materialise, store.fork, store.remove, store.tool_use_ids):
+        with pytest.raises(CallerError):
+            ask(name)
+    with pytest.raises(CallerError):
+        store.lease(name, "run_1")
+
+
+def test_unknown_sessions(store: SqliteSessionStore) -> None:
+    for ask in (store.transcript, store.materialise, store.fork, store.remove, store.tool_use_ids):
+        with pytest.raises(CallerError):
+            ask(str(uuid.uuid4()))
+    assert store.sessions() == []
