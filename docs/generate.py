@@ -16,8 +16,14 @@ HEAD = "<!-- Written by `make docs` from the code. Do not edit. -->\n\n"
 
 
 def errors() -> str:
-    from ringfence.errors import CODES, TIMEOUTS, AgentError, CallerError, DeniedError
-    from ringfence.errors import UnavailableError
+    from ringfence.errors import (
+        CODES,
+        TIMEOUTS,
+        AgentError,
+        CallerError,
+        DeniedError,
+        UnavailableError,
+    )
 
     lines = ["# Errors", "", "Families and the exit status of a process that ends with one:", ""]
     lines += ["| family | exit status | meaning |", "|---|---|---|"]

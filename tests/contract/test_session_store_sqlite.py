@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from claude_agent_sdk import list_sessions_from_store
+from claude_agent_sdk import list_sessions_from_store, project_key_for_directory
 from claude_agent_sdk.testing import run_session_store_conformance
 
 from ringfence.errors import CallerError, DeniedError, UnavailableError
@@ -77,9 +77,10 @@ def test_what_a_lease_wrote_is_found_from_any_directory(store: SqliteSessionStor
     assert (info.session_id, info.entries, info.first_prompt) == (SID, 1, "hello")
 
 
-def test_the_sdk_lists_it_by_its_summary(store: SqliteSessionStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    append(store, {**USER, "timestamp": "2026-01-01T00:00:00Z", "sessionId": SID})
-    monkeypatch.setattr("claude_agent_sdk._internal.sessions.project_key_for_directory", lambda _=None: PROJECT)
+def test_the_sdk_lists_it_by_its_summary(store: SqliteSessionStore) -> None:
+    key = {"project_key": project_key_for_directory("/anywhere"), "session_id": SID}
+    entry = {**USER, "timestamp": "2026-01-01T00:00:00Z", "sessionId": SID}
+    asyncio.run(store.append(key, [entry]))
     (found,) = asyncio.run(list_sessions_from_store(store, "/anywhere"))  # type: ignore[arg-type]
     assert (found.session_id, found.first_prompt) == (SID, "hello")
 

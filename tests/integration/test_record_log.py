@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,22 +87,22 @@ def test_the_tables_are_append_only(tmp_path: Path, statement: str) -> None:
     assert good(tmp_path / "audit") == 2
 
 
-def write_many(directory: Path, name: str, count: int) -> None:
-    log = AuditLog(directory)
-    for number in range(count):
-        log.append([{"type": "run.started", "run_id": name, "n": number}])
-    log.close()
+WRITER = """
+import sys
+from pathlib import Path
+from ringfence.record.audit import AuditLog
+log = AuditLog(Path(sys.argv[1]))
+for number in range(150):
+    log.append([{"type": "run.started", "run_id": sys.argv[2], "n": number}])
+log.close()
+"""
 
 
 def test_two_processes_append_to_one_log(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
     names = ("run_a", "run_b")
-    workers = [context.Process(target=write_many, args=(tmp_path / "audit", name, 150)) for name in names]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
+    argv = [sys.executable, "-c", WRITER, str(tmp_path / "audit")]
+    workers = [subprocess.Popen([*argv, name]) for name in names]
+    assert [worker.wait(60) for worker in workers] == [0, 0]
     assert good(tmp_path / "audit") == 300
     with AuditReader(tmp_path / "audit") as reader:
         for name in names:

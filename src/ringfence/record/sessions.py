@@ -63,8 +63,8 @@ def check_session_id(text: str) -> str:
     try:
         normal = str(uuid.UUID(text))
     except (ValueError, AttributeError):
-        normal = ""
-    if normal != text:
+        normal = None
+    if normal is None or normal != text:
         raise CallerError(
             "session-unknown", f"{text[:64]!r} is not a session id", hint="ringfence sessions list"
         )

@@ -36,6 +36,8 @@ SILENCE_SECONDS = 180.0
 UNSIGNED_RECORDS = 10_000
 _MAX_RECORD = 4 << 20
 _MAX_NOTE = 65_536
+# a damaged schema ends up in the text of SQLite's error, which need not be UTF-8
+_DAMAGE = (sqlite3.Error, UnicodeDecodeError, OverflowError)
 
 
 class BadLogError(Exception):
@@ -216,7 +218,7 @@ class _Verifier:
                     raise BadLogError(good, f"the checkpoint at {note.size} is filed under another")
                 notes.append(note)
                 good = note.size
-        except (ValueError, sqlite3.Error) as error:
+        except (ValueError, *_DAMAGE) as error:
             raise BadLogError(good, f"a checkpoint after size {good} is damaged: {error}") from None
 
     def _records(self, connection: sqlite3.Connection, wanted: set[int]) -> None:
@@ -229,7 +231,7 @@ class _Verifier:
                 if tree.size in wanted:
                     self._roots[tree.size] = tree.root()
                     self._times[tree.size] = self._last_time
-        except sqlite3.Error as error:
+        except _DAMAGE as error:
             raise BadLogError(tree.size, f"the file is damaged here: {error}") from None
 
     def _record(self, index: object, body: object, leaf: object, run: object) -> None:
@@ -394,7 +396,7 @@ def _open(path: Path) -> tuple[sqlite3.Connection, list[str]]:
     if wal.exists() and wal.stat().st_size:
         try:
             return _configured(sqlite3.connect(f"{name}?mode=ro", uri=True)), []
-        except sqlite3.Error:
+        except _DAMAGE:
             warning = [f"{wal.name} cannot be read: its records were left out"]
             return _configured(sqlite3.connect(f"{name}?immutable=1", uri=True)), warning
     return _configured(sqlite3.connect(f"{name}?immutable=1", uri=True)), []
@@ -438,7 +440,7 @@ def verify(path: Path, public_key: str, anchors: list[str]) -> Report:
         connection, warnings = _open(path)
     except BadLogError as bad:
         return Report(ok=False, first_bad=bad.index, reason=bad.reason)
-    except sqlite3.Error as error:
+    except _DAMAGE as error:
         return Report(ok=False, first_bad=0, reason=f"the file is damaged: {error}")
     try:
         verifier = _Verifier(key, notes)

@@ -6,10 +6,13 @@ there would corrupt the file without notice, so such a place is refused.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
 import sqlite3
 import stat
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
@@ -45,15 +48,27 @@ def open_database(path: Path, migrations: str, *, timeout: float = 10.0) -> sqli
     except (OSError, sqlite3.Error) as error:
         raise _unavailable(path, str(error)) from None
     try:
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
-        connection.execute("PRAGMA foreign_keys=ON")
-        connection.execute("PRAGMA trusted_schema=OFF")
-        _migrate(connection, migrations)
+        with _alone(path.parent):
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=FULL")
+            connection.execute("PRAGMA foreign_keys=ON")
+            connection.execute("PRAGMA trusted_schema=OFF")
+            _migrate(connection, migrations)
     except (sqlite3.Error, _NewerError) as error:
         connection.close()
         raise _unavailable(path, str(error)) from None
     return connection
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Hold a lock on the directory: SQLite does not wait for its turn to switch a new file to WAL."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def make_private_directory(directory: Path) -> None:

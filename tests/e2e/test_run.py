@@ -1,0 +1,292 @@
+"""`ringfence run` and `ringfence exec`, end to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+
+import pytest
+from harness import ACCEPT, KEY, Box, bash, processes_with, script, signal, wait_for
+
+from ringfence.simulator.server import Simulator
+
+EDIT = {
+    "tool": "Write",
+    "input": {"file_path": "/workspace/new.txt", "content": "from the agent\n"},
+}
+
+
+def test_an_edit_is_a_patch_that_git_applies(box: Box) -> None:
+    (box.workspace / "a.txt").write_text("one\n")
+    done = box.run(
+        script({"tool": "Read", "input": {"file_path": "/workspace/a.txt"}}, EDIT, {"text": "ok"})
+    )
+    assert done.code == 0, done.err + done.out
+    result = done.json
+    assert result["status"] == "succeeded"
+    assert result["text"] == "ok"
+    assert result["changed_files"] == ["new.txt"]
+    assert not (box.workspace / "new.txt").exists()
+    (box.place / "p.patch").write_text(result["patch"])
+    subprocess.run(["git", "init", "-q"], cwd=box.workspace, check=True)
+    subprocess.run(["git", "apply", str(box.place / "p.patch")], cwd=box.workspace, check=True)
+    assert (box.workspace / "new.txt").read_text() == "from the agent\n"
+    assert result["usage"]["requests"] == 3
+    assert result["usage"]["cost_usd"] > 0
+
+
+def test_apply_writes_and_holds_back_what_runs_later(box: Box) -> None:
+    hook = {"tool": "Write", "input": {"file_path": "/workspace/.envrc", "content": "touch /x\n"}}
+    box.policy({"preset": "ci"})
+    done = box.run(script(EDIT, hook, {"text": "ok"}), "--apply")
+    assert done.code == 0, done.err
+    assert (box.workspace / "new.txt").read_text() == "from the agent\n"
+    assert not (box.workspace / ".envrc").exists()
+    assert done.json["applied"]["held"] == [".envrc"]
+    again = box.call("patch", "apply", done.json["run_id"], "--include", ".envrc")
+    assert again.code == 2  # new.txt is no longer as the agent saw it
+    (box.workspace / "new.txt").unlink()
+    again = box.call("patch", "apply", done.json["run_id"], "--include", ".envrc")
+    assert again.code == 0, again.err
+    assert (box.workspace / ".envrc").read_text() == "touch /x\n"
+
+
+def test_direct_mode_writes_as_the_workspace_owner(box: Box) -> None:
+    box.policy({"preset": "strict", "accept_unenforced": ["workspace_disk"]})
+    done = box.run(script(EDIT, {"text": "ok"}), "--workspace-mode", "direct")
+    assert done.code == 0, done.err + done.out
+    status = (box.workspace / "new.txt").stat()
+    assert status.st_uid == os.geteuid()
+    assert done.json["patch"] == ""
+
+
+def test_direct_mode_must_be_accepted_by_name(box: Box) -> None:
+    done = box.run(script(EDIT), "--workspace-mode", "direct")
+    assert done.code == 4
+    assert done.json["error"]["code"] == "control-unenforceable"
+    assert "workspace_disk" in done.json["error"]["message"]
+
+
+def test_readonly_mode_writes_nothing(box: Box) -> None:
+    done = box.run(
+        script(bash("echo x > y; echo rc=$?"), {"text": "ok"}), "--workspace-mode", "readonly"
+    )
+    assert done.code == 0, done.err
+    assert list(box.workspace.iterdir()) == []
+
+
+def test_the_credential_is_nowhere(box: Box, simulator: Simulator) -> None:
+    done = box.run(
+        script(
+            bash("env; cat /proc/*/environ | tr '\\0' '\\n'; ls -R / 2>/dev/null | head -500"),
+            {"text": "ok"},
+        )
+    )
+    assert done.code == 0, done.err
+    assert KEY not in done.out + done.err
+    assert all(request.headers["x-api-key"] == KEY for request in simulator.requests)
+    sent = json.dumps([request.body for request in simulator.requests])
+    assert KEY not in sent
+    for path in box.state.rglob("*"):
+        if path.is_file() and "claude" not in path.parts[-2]:
+            assert KEY.encode() not in path.read_bytes(), path
+
+
+def test_every_call_is_in_the_audit_log_and_it_verifies(box: Box) -> None:
+    done = box.run(
+        script(bash("echo hi"), {"tool": "Bash", "input": {"command": "exit 3"}}, {"text": "ok"})
+    )
+    assert done.code == 0, done.err
+    kinds = [record["type"] for record in box.records()]
+    for kind in (
+        "run.started",
+        "sandbox.started",
+        "tool.decided",
+        "tool.requested",
+        "tool.finished",
+        "model.requested",
+        "model.answered",
+        "sandbox.stopped",
+        "run.ended",
+    ):
+        assert kind in kinds, kind
+    assert kinds.count("tool.decided") == kinds.count("tool.requested") == 2
+    decided = {
+        r["tool_use_id"]: r["input_hmac"] for r in box.records() if r["type"] == "tool.decided"
+    }
+    asked = {
+        r["tool_use_id"]: r["input_hmac"] for r in box.records() if r["type"] == "tool.requested"
+    }
+    assert set(decided) == set(asked)
+    verify = box.call("audit", "verify")
+    assert verify.code == 0, verify.out + verify.err
+
+
+def test_resume_from_another_directory(box: Box, simulator: Simulator) -> None:
+    first = box.run(script(bash("echo remembered"), {"text": "first"}))
+    assert first.code == 0, first.err
+    elsewhere = box.place / "elsewhere"
+    elsewhere.mkdir()
+    box.workspace = elsewhere
+    simulator.requests.clear()
+    second = box.run(script({"text": "second"}), "--resume", first.json["session_id"])
+    assert second.code == 0, second.err + second.out
+    assert second.json["session_id"] == first.json["session_id"]
+    assert "remembered" in json.dumps(simulator.requests[0].body["messages"])
+    forked = box.run(script({"text": "third"}), "--resume", first.json["session_id"], "--fork")
+    assert forked.code == 0, forked.err + forked.out
+    assert forked.json["session_id"] != first.json["session_id"]
+
+
+def test_resuming_never_widens_the_policy(box: Box) -> None:
+    first = box.run(script(EDIT, {"text": "first"}))
+    assert first.code == 0
+    box.policy({"preset": "review"})
+    second = box.run(script(EDIT, {"text": "second"}), "--resume", first.json["session_id"])
+    assert second.json["changed_files"] == []
+
+
+def test_an_unknown_session_is_one_clear_line(box: Box) -> None:
+    done = box.run("hi", "--resume", "11111111-1111-4111-8111-111111111111")
+    assert done.code == 2
+    assert done.json["error"]["code"] == "session-unknown"
+    traversal = box.run("hi", "--resume", "../../etc/passwd")
+    assert traversal.code == 2
+    assert "Traceback" not in traversal.err
+
+
+def test_exec_is_the_seed_contract(box: Box) -> None:
+    done = box.execute("echo out; echo $TASK; echo err >&2; exit 7", "--task", "the task")
+    assert done.code == 7
+    assert done.json["exit_code"] == 7
+    assert done.json["output"] == "out\nthe task\n"
+    assert done.json["errors"] == "err\n"
+    assert box.execute("true").code == 0
+
+
+def test_a_timeout_ends_with_124_and_leaves_nobody(box: Box) -> None:
+    marker = f"rf-timeout-{os.getpid()}"
+    done = box.execute(
+        f"setsid sleep 300 {marker} & exec -a {marker} sleep 300", "--timeout", "2", seconds=30
+    )
+    assert done.code == 124, done.out + done.err
+    assert wait_for(lambda: not processes_with(marker), 1)
+
+
+def test_a_run_timeout_keeps_the_patch(box: Box) -> None:
+    done = box.run(
+        script(EDIT, bash("tail -f /dev/null"), {"text": "never"}), "--timeout", "6", seconds=60
+    )
+    assert done.code == 124, done.out + done.err
+    assert done.json["status"] == "expired"
+    assert done.json["changed_files"] == ["new.txt"]
+
+
+def test_a_tool_timeout(box: Box) -> None:
+    box.policy({"preset": "strict", "execution": {"max_tool_seconds": 2}})
+    done = box.run(script(bash("tail -f /dev/null"), {"text": "after"}), seconds=60)
+    assert done.code == 124, done.out + done.err
+    assert done.json["error"]["code"] == "tool-timeout"
+    assert any(r["type"] == "tool.finished" and r["outcome"] == "timeout" for r in box.records())
+
+
+def _started(box: Box, marker: str) -> subprocess.Popen[str]:
+    process = box.spawn(
+        *("run", script(EDIT, bash(f"exec -a {marker} sleep 300"), {"text": "x"})),
+        *("--workspace", str(box.workspace), "--policy", str(box.place / "policy.yaml")),
+        *("--output", "json"),
+    )
+    assert wait_for(lambda: processes_with(marker), 30), process.communicate(timeout=5)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_and_keeps_the_patch(box: Box, number: int) -> None:
+    marker = f"rf-signal-{os.getpid()}-{number}"
+    process = _started(box, marker)
+    process.send_signal(number)
+    if number == signal.SIGINT:
+        wait_for(lambda: process.poll() is not None, 4)
+        if process.poll() is None:
+            process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert not processes_with(marker)
+    result = json.loads(out)
+    assert result["status"] == "cancelled", err
+    assert result["changed_files"] == ["new.txt"]
+    assert process.returncode == 5
+    assert box.call("audit", "verify").code == 0
+
+
+def test_a_kill_of_ringfence_leaves_nobody(box: Box) -> None:
+    marker = f"rf-kill-{os.getpid()}"
+    process = _started(box, marker)
+    process.kill()
+    assert wait_for(lambda: not processes_with(marker), 1)
+    process.communicate(timeout=10)
+    assert wait_for(lambda: not processes_with(str(box.state)), 5)
+
+
+def test_a_budget_ends_the_run(box: Box) -> None:
+    steps = [bash("true", input_tokens=100_000, output_tokens=50_000) for _ in range(6)]
+    done = box.run(script(*steps, {"text": "x"}), "--max-budget-usd", "1", seconds=60)
+    assert done.code == 5, done.out
+    assert done.json["usage"]["cost_usd"] < 4
+
+
+def test_bad_input_is_one_line_and_nothing_is_left(box: Box) -> None:
+    done = box.run("   ")
+    assert (done.code, done.json["error"]["code"]) == (2, "usage")
+    missing = box.call("run", "hi", "--workspace", str(box.place / "none"))
+    assert missing.code == 2
+    assert "ringfence: workspace-missing: " in missing.err
+    policy = box.place / "policy.yaml"
+    policy.write_text("network: {mode: open}\n")
+    bad = box.run("hi")
+    assert bad.code == 2
+    assert bad.json["error"]["code"] == "policy-invalid"
+    runs = box.state / "runs"
+    assert not runs.exists() or not list(runs.iterdir())
+
+
+def test_without_a_credential_it_says_what_to_do(box: Box) -> None:
+    done = box.run("hi", ANTHROPIC_API_KEY="")
+    assert done.code == 4
+    assert done.json["error"]["code"] == "credential-missing"
+    assert "ringfence vault set" in done.json["error"]["hint"]
+
+
+def test_the_vault_serves_the_run(box: Box, simulator: Simulator) -> None:
+    sealed = box.call("vault", "set", "anthropic", stdin="sk-ant-from-the-vault-123\n")
+    assert sealed.code == 0, sealed.err
+    done = box.run(script({"text": "ok"}), ANTHROPIC_API_KEY="")
+    assert done.code == 0, done.err + done.out
+    assert simulator.requests[-1].headers["x-api-key"] == "sk-ant-from-the-vault-123"
+    listed = box.call("vault", "list")
+    assert "sk-ant" not in listed.out + listed.err
+
+
+def test_text_output_for_people(box: Box) -> None:
+    done = box.call(
+        *("run", script(EDIT, {"text": "all good\x1b[31m"}), "--workspace", str(box.workspace)),
+        *("--policy", str(box.place / "policy.yaml")),
+    )
+    assert done.code == 0, done.err
+    assert done.out == "all good\n"
+    assert re.search(r"▸ Write /workspace/new.txt", done.err)
+    assert "ringfence patch apply run_" in done.err
+    assert "\x1b" not in done.out + done.err
+    if ACCEPT:
+        assert "not enforced on this host: memory" in done.err
+
+
+def test_stream_json_is_one_object_a_line(box: Box) -> None:
+    done = box.call(
+        *("run", script(EDIT, {"text": "ok"}), "--workspace", str(box.workspace)),
+        *("--policy", str(box.place / "policy.yaml"), "--output", "stream-json"),
+    )
+    kinds = [json.loads(line)["type"] for line in done.out.splitlines()]
+    assert kinds[-1] == "result"
+    assert {"tool_started", "tool_ended", "text", "turn_ended"} <= set(kinds)

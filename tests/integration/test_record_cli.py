@@ -1,0 +1,191 @@
+"""`ringfence audit` and `ringfence sessions`, through typer, on real files."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from ringfence.cli import audit, sessions
+from ringfence.record.audit import AuditLog
+from ringfence.record.events import ModelAnswered, RunEnded, RunStarted
+from ringfence.record.read import AuditReader
+from ringfence.record.sessions import SqliteSessionStore
+
+SID = "11111111-2222-4333-8444-555555555555"
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> SimpleNamespace:
+    log = AuditLog(tmp_path / "audit")
+    for run in ("run_1", "run_2"):
+        started = RunStarted(run_id=run, session_id=SID, kind="claude", policy_digest="d", role="r",
+                             permission_mode="p", workspace_mode="w", prompt_hmac="h")  # fmt: skip
+        answered = ModelAnswered(run_id=run, request_id="q", model="m", status=200, duration_ms=1.0, input_tokens=5, cost_usd=0.5)
+        ended = RunEnded(run_id=run, status="succeeded", exit_code=0, duration_ms=2.0)
+        log.append([{**event.model_dump(), "source": "worker"} for event in (started, answered, answered, ended)])
+    log.append([{"type": "egress.refused", "source": "egress", "target": "x\n  99 \x1b[2Jgood\u202e", "rule": "r", "reason": "q"}])
+    log.close()
+    calls: list[list[str]] = []
+    return SimpleNamespace(state_dir=tmp_path, config=None, run=calls.append, calls=calls)
+
+
+def invoke(app: object, state: SimpleNamespace, *arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments), obj=state)  # type: ignore[arg-type]
+
+
+def test_show(state: SimpleNamespace) -> None:
+    done = invoke(audit.app, state, "show", "--run", "run_1")
+    assert done.exit_code == 0
+    assert [line.split()[3] for line in done.output.splitlines()] == [
+        "run.started",
+        "model.answered",
+        "model.answered",
+        "run.ended",
+    ]
+    done = invoke(audit.app, state, "show", "--last", "1", "--json")
+    assert json.loads(done.output)["target"] == "x\n  99 \x1b[2Jgood\u202e"
+    done = invoke(audit.app, state, "show", "--run", "run_9")
+    assert done.exit_code == 2
+    assert "run-unknown" in done.output
+
+
+def test_terminal_escapes_do_not_reach_a_terminal(state: SimpleNamespace) -> None:
+    """Requirement K: the agent writes what `audit show` prints."""
+    done = invoke(audit.app, state, "show")
+    assert len(done.output.splitlines()) == 9
+    assert "x⏎  99 good" in done.output
+    assert "\x1b" not in done.output
+    assert "\u202e" not in done.output
+
+
+def test_verify_and_its_exit_status(state: SimpleNamespace, tmp_path: Path) -> None:
+    done = invoke(audit.app, state, "verify")
+    assert (done.exit_code, done.output) == (0, "good: 9 records, 9 of them signed\n")
+    connection = sqlite3.connect(tmp_path / "audit" / "log.sqlite")
+    connection.execute("DROP TRIGGER record_no_update")
+    connection.execute("UPDATE record SET leaf = zeroblob(32) WHERE idx = 4")
+    connection.commit()
+    connection.close()
+    done = invoke(audit.app, state, "verify")
+    assert done.exit_code == 3
+    assert "first bad index 4" in done.output
+    done = invoke(audit.app, state, "verify", "--json")
+    assert (done.exit_code, json.loads(done.output)["first_bad"]) == (3, 4)
+
+
+@pytest.mark.parametrize("missing", ["log", "key", "anchor"])
+def test_verify_with_what_is_not_there(state: SimpleNamespace, tmp_path: Path, missing: str) -> None:
+    arguments = {"log": ["/nowhere"], "key": ["--public-key", "/nowhere"], "anchor": ["--anchor", "/nowhere"]}
+    done = invoke(audit.app, state, "verify", *arguments[missing])
+    assert done.exit_code == 2
+    assert "/nowhere" in done.output
+
+
+def test_export_verifies_elsewhere_without_ringfence(state: SimpleNamespace, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = invoke(audit.app, state, "export", "--out", str(out), "--verifier")
+    assert done.exit_code == 0, done.output
+    assert sorted(p.name for p in out.iterdir()) == ["checkpoint", "log.sqlite", "public.key", "verify.py"]
+    argv = [sys.executable, "verify.py", "log.sqlite", "--public-key", "public.key", "--anchor", "checkpoint"]
+    ran = subprocess.run(argv, cwd=out, capture_output=True, text=True, timeout=60, check=False)
+    assert (ran.returncode, ran.stdout) == (0, "good: 9 records, 9 of them signed\n"), ran.stderr
+    assert invoke(audit.app, state, "export", "--out", str(out)).exit_code == 0
+
+
+def test_checkpoint_and_key(state: SimpleNamespace, tmp_path: Path) -> None:
+    note = invoke(audit.app, state, "checkpoint").output
+    assert note.startswith("ringfence/audit\n9\n")
+    (tmp_path / "anchor").write_text(note)
+    old = invoke(audit.app, state, "key").output
+    new = invoke(audit.app, state, "key", "--rotate").output
+    assert old != new
+    assert json.loads(invoke(audit.app, state, "key", "--json").output)["public_key"] + "\n" == new
+    done = invoke(audit.app, state, "verify", "--anchor", str(tmp_path / "anchor"))
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize("command", [["show"], ["verify"], ["export"], ["checkpoint"], ["key"]])
+def test_without_a_log_nothing_is_made(tmp_path: Path, command: list[str]) -> None:
+    empty = SimpleNamespace(state_dir=tmp_path / "state")
+    done = invoke(audit.app, empty, *command)
+    assert done.exit_code == 2
+    assert not (tmp_path / "state").exists()
+
+
+def test_usage_and_runs(state: SimpleNamespace, tmp_path: Path) -> None:
+    with AuditReader(tmp_path / "audit") as reader:
+        usage = reader.usage("run_1")
+        assert (usage.requests, usage.input_tokens, usage.cost_usd) == (2, 10, 1.0)
+        runs = reader.runs()
+    assert [(run.run_id, run.status, run.kind, run.records) for run in runs] == [
+        ("run_2", "succeeded", "claude", 4),
+        ("run_1", "succeeded", "claude", 4),
+    ]
+
+
+def fill(state: SimpleNamespace) -> None:
+    store = SqliteSessionStore(state.state_dir / "sessions.sqlite")
+    lease = store.lease(SID, "run_1")
+    entries = [
+        {"type": "user", "uuid": "u", "message": {"role": "user", "content": "fix\x1b[2J it"}},
+        {"type": "assistant", "message": {"content": [
+            {"type": "text", "text": "on it"}, {"type": "tool_use", "id": "t", "name": "Bash", "input": {"command": "ls"}}]}},
+        {"type": "user", "message": {"content": [{"type": "tool_result", "tool_use_id": "t", "content": "a\nb"}]}},
+    ]  # fmt: skip
+    asyncio.run(lease.append({"project_key": "x", "session_id": SID}, entries))
+    lease.release()
+    store.close()
+
+
+def test_sessions_list_and_show(state: SimpleNamespace) -> None:
+    assert json.loads(invoke(sessions.app, state, "list", "--json").output) == []
+    fill(state)
+    done = invoke(sessions.app, state, "list")
+    assert SID in done.output
+    assert "fix it" in done.output
+    done = invoke(sessions.app, state, "show", SID)
+    assert done.output == 'user: fix it\nassistant: on it\n  → Bash {"command": "ls"}\n  ← a⏎b\n'
+    assert len(invoke(sessions.app, state, "show", SID, "--json").output.splitlines()) == 3
+
+
+def test_sessions_fork_and_delete_are_recorded(state: SimpleNamespace, tmp_path: Path) -> None:
+    fill(state)
+    new = json.loads(invoke(sessions.app, state, "fork", SID, "--json").output)["session_id"]
+    assert invoke(sessions.app, state, "delete", SID).exit_code == 0
+    left = json.loads(invoke(sessions.app, state, "list", "--json").output)
+    assert [(s["session_id"], s["parent"]) for s in left] == [(new, SID)]
+    with AuditReader(tmp_path / "audit") as reader:
+        changes = [(r["action"], r["session_id"], r["source"]) for r in reader.last(2)]
+    assert changes == [("forked", new, "cli"), ("deleted", SID, "cli")]
+    assert invoke(audit.app, state, "verify").exit_code == 0
+    done = invoke(sessions.app, state, "delete", SID)
+    assert done.exit_code == 2
+    assert "session-unknown" in done.output
+
+
+def test_sessions_delete_waits_for_no_run(state: SimpleNamespace) -> None:
+    fill(state)
+    store = SqliteSessionStore(state.state_dir / "sessions.sqlite")
+    lease = store.lease(SID, "run_live")
+    done = invoke(sessions.app, state, "delete", SID)
+    assert done.exit_code == 4
+    assert "run_live" in done.output
+    lease.release()
+    store.close()
+
+
+def test_sessions_resume_is_a_run(state: SimpleNamespace) -> None:
+    fill(state)
+    done = invoke(sessions.app, state, "resume", SID, "and now?", "--timeout", "60")
+    assert done.exit_code == 0, done.output
+    assert state.calls == [["and now?", "--resume", SID, "--timeout", "60"]]
+    assert invoke(sessions.app, state, "resume", "../x", "hi").exit_code == 2
+    assert len(state.calls) == 1

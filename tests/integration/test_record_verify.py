@@ -1,0 +1,363 @@
+"""The verifier against every kind of tampering, and against any damage: a verdict, never a traceback."""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from ringfence.record import verify as verifier
+from ringfence.record.audit import ORIGIN, AuditLog, canonical
+from ringfence.record.keys import encode_public, new_keys, signed_note
+from ringfence.record.merkle import Frontier, leaf_hash
+from ringfence.record.verify import Report, verify
+
+RECORDS = 40
+SIGNED = (10, 20, 30, 40)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A log of 40 records, signed at 10, 20, 30 and 40."""
+    directory = tmp_path_factory.mktemp("original") / "audit"
+    log = AuditLog(directory)
+    for number in range(RECORDS):
+        log.append([{"type": "run.started", "run_id": f"run_{number // 10}", "n": number}])
+        if number + 1 in SIGNED:
+            log.checkpoint()
+    log.close()
+    return directory
+
+
+@pytest.fixture
+def audit(original: Path, tmp_path: Path) -> Path:
+    shutil.copytree(original, tmp_path / "audit")
+    return tmp_path / "audit"
+
+
+@contextmanager
+def tampering(directory: Path) -> Iterator[sqlite3.Connection]:
+    """What somebody with the file can do: the triggers go first."""
+    connection = sqlite3.connect(directory / "log.sqlite", isolation_level=None)
+    for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+        connection.execute(f"DROP TRIGGER {name}")
+    yield connection
+    connection.close()
+
+
+def check(directory: Path, *anchors: str) -> Report:
+    return verify(directory / "log.sqlite", (directory / "public.key").read_text(), list(anchors))
+
+
+def rewrite(connection: sqlite3.Connection, index: int, **changes: object) -> None:
+    """Alter a record together with its hash."""
+    (body,) = connection.execute("SELECT body FROM record WHERE idx = ?", (index,)).fetchone()
+    altered = canonical({**json.loads(body), **changes})
+    connection.execute("UPDATE record SET body = ?, leaf = ? WHERE idx = ?", (altered, leaf_hash(altered), index))
+
+
+def test_untouched(audit: Path) -> None:
+    report = check(audit)
+    assert (report.ok, report.records, report.signed, report.first_bad) == (True, RECORDS, RECORDS, None)
+    assert report.warnings == []
+
+
+Change = Callable[[sqlite3.Connection], object]
+TAMPERING: dict[str, tuple[Change, int, str]] = {
+    "altered record": (
+        lambda db: db.execute("UPDATE record SET body = CAST(replace(body, 'run_1', 'run_9') AS BLOB) WHERE idx = 13"),
+        13,
+        "altered",
+    ),
+    "altered hash": (
+        lambda db: db.execute("UPDATE record SET leaf = zeroblob(32) WHERE idx = 7"), 7, "altered"),
+    "record altered with its hash": (lambda db: rewrite(db, 25, n=99), 20, "records 20 to 29"),
+    "filed under another run": (
+        lambda db: db.execute("UPDATE record SET run = 'run_x' WHERE idx = 3"), 3, "another run"),
+    "gap": (lambda db: db.execute("DELETE FROM record WHERE idx = 17"), 17, "gap"),
+    "first record gone": (lambda db: db.execute("DELETE FROM record WHERE idx = 0"), 0, "gap"),
+    "inserted before the first": (
+        lambda db: db.execute("INSERT INTO record SELECT -1, body, leaf, run FROM record WHERE idx = 0"), 0, "not the next"),
+    "swapped": (
+        lambda db: [
+            db.execute("UPDATE record SET idx = 1000 WHERE idx = 5"),
+            db.execute("UPDATE record SET idx = 5 WHERE idx = 6"),
+            db.execute("UPDATE record SET idx = 6 WHERE idx = 1000"),
+        ],
+        6,
+        "reordered",
+    ),
+    "deleted, the rest moved up": (
+        lambda db: [
+            db.execute("DELETE FROM record WHERE idx = 12"),
+            *(db.execute("UPDATE record SET idx = ? WHERE idx = ?", (i - 1, i)) for i in range(13, RECORDS)),
+        ],
+        10,
+        "records 10 to 19",
+    ),
+    "truncated below a signed checkpoint": (
+        lambda db: db.execute("DELETE FROM record WHERE idx >= 33"), 33, "truncated"),
+    "forged signature": (
+        lambda db: db.execute(
+            "UPDATE checkpoint SET note = ? WHERE size = 30",
+            (db.execute("SELECT note FROM checkpoint WHERE size = 20").fetchone()[0].replace("\n20\n", "\n30\n"),),
+        ),
+        20,
+        "",
+    ),
+    "checkpoint of another key": (
+        lambda db: db.execute(
+            "UPDATE checkpoint SET note = ? WHERE size = 40",
+            (signed_note(db.execute("SELECT note FROM checkpoint WHERE size = 40").fetchone()[0].rpartition("\n\n")[0] + "\n", new_keys()),),
+        ),
+        30,
+        "signature",
+    ),
+    "checkpoint that is none": (
+        lambda db: db.execute("UPDATE checkpoint SET note = 'x' WHERE size = 20"), 10, "damaged"),
+    "checkpoint under another size": (
+        lambda db: db.execute("UPDATE checkpoint SET size = 35 WHERE size = 40"), 30, "filed"),
+    "no checkpoint left": (lambda db: db.execute("DELETE FROM checkpoint"), 0, "ever signed"),
+    "a record that is not JSON": (
+        lambda db: db.execute("UPDATE record SET body = x'7b', leaf = ? WHERE idx = 2", (leaf_hash(b"{"),)), 2, "not JSON"),
+    "a record that is NULL in all but name": (
+        lambda db: db.execute("UPDATE record SET body = x'' , leaf = ? WHERE idx = 2", (leaf_hash(b""),)), 2, "not JSON"),
+    "two faults: the first is named": (
+        lambda db: [
+            rewrite(db, 4, n=99),
+            db.execute("UPDATE record SET leaf = zeroblob(32) WHERE idx = 35"),
+        ],
+        0,
+        "records 0 to 9",
+    ),
+    "a view in the place of the table": (
+        lambda db: [
+            db.execute("ALTER TABLE record RENAME TO other"),
+            db.execute("CREATE VIEW record AS SELECT * FROM other"),
+        ],
+        0,
+        "not an audit log",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TAMPERING)
+def test_tampering_is_found_and_the_first_bad_index_named(audit: Path, name: str) -> None:
+    change, index, reason = TAMPERING[name]
+    with tampering(audit) as connection:
+        change(connection)
+    report = check(audit)
+    assert not report.ok
+    assert report.first_bad == index, report.reason
+    assert reason in report.reason
+
+
+def resigned(directory: Path, keep: int) -> None:
+    """What root can do: truncate or rewrite, and sign anew with the real key."""
+    log = AuditLog(directory)
+    with tampering(directory) as connection:
+        connection.execute("DELETE FROM record WHERE idx >= ?", (keep,))
+        connection.execute("DELETE FROM checkpoint")
+        leaves = [leaf for (leaf,) in connection.execute("SELECT leaf FROM record ORDER BY idx")]
+        frontier = Frontier()
+        for leaf in leaves:
+            frontier.append(leaf)
+        connection.execute("UPDATE frontier SET size = ?, hashes = ?", (frontier.size, frontier.pack()))
+    log.checkpoint()
+    log.close()
+
+
+def test_only_an_anchor_shows_what_the_holder_of_the_key_did(audit: Path) -> None:
+    connection = sqlite3.connect(audit / "log.sqlite")
+    (anchor,) = connection.execute("SELECT note FROM checkpoint WHERE size = 40").fetchone()
+    (earlier,) = connection.execute("SELECT note FROM checkpoint WHERE size = 20").fetchone()
+    connection.close()
+    assert check(audit, anchor, earlier).ok
+    resigned(audit, 25)
+    assert check(audit).ok, "the key's holder can rewrite; the docs say so"
+    assert check(audit, earlier).ok
+    report = check(audit, anchor)
+    assert (report.ok, report.first_bad) == (False, 25)
+    assert "anchor" in report.reason
+
+
+def test_an_anchor_of_another_history(audit: Path) -> None:
+    keys_file = audit / "key"
+    other = audit.parent / "other"
+    other.mkdir(mode=0o700)
+    shutil.copy(keys_file, other / "key")
+    log = AuditLog(other)
+    log.append([{"type": "run.started", "run_id": "x"}] * 10)
+    anchor = log.checkpoint()
+    log.close()
+    report = check(audit, anchor)
+    assert (report.ok, report.first_bad) == (False, 0)
+
+
+def test_an_anchor_of_another_key_is_an_alarm(audit: Path) -> None:
+    root = base64.b64encode(bytes(32)).decode()
+    report = check(audit, signed_note(f"{ORIGIN}\n10\n{root}\n", new_keys()))
+    assert (report.ok, report.first_bad) == (False, 0)
+    assert "another key" in report.reason
+
+
+def test_the_key_decides(audit: Path) -> None:
+    report = verify(audit / "log.sqlite", encode_public(new_keys().public), [])
+    assert (report.ok, report.first_bad) == (False, 0)
+
+
+@pytest.mark.parametrize("key", ["", "x", "a+b+c", "ringfence/audit+00000000+AQ==", "ringfence/audit+00000000+" + "A" * 44])
+def test_what_is_no_key(audit: Path, key: str) -> None:
+    with pytest.raises(verifier.UsageError):
+        verify(audit / "log.sqlite", key, [])
+
+
+def test_a_silent_recorder_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = AuditLog(tmp_path / "audit")
+    now = 1_800_000_000_000_000_000
+
+    def at(seconds: int, kind: str, recorder: str) -> None:
+        monkeypatch.setattr("time.time_ns", lambda: now + seconds * 10**9)
+        log.append([{"type": kind, "recorder": recorder}])
+
+    at(0, "log.opened", "aa")
+    at(60, "log.heartbeat", "aa")
+    at(60, "log.opened", "killed")
+    at(400, "log.heartbeat", "aa")
+    at(401, "log.closed", "aa")
+    at(402, "log.opened", "bb")
+    at(403, "log.closed", "bb")
+    at(9999, "log.opened", "cc")
+    monkeypatch.undo()
+    log.close()
+    report = check(tmp_path / "audit")
+    assert report.ok
+    assert len(report.warnings) == 2, report.warnings
+    assert "silent for 340 s before record 3" in report.warnings[0]
+    assert "'killed' was last heard of in record 2" in report.warnings[1]
+
+
+def test_a_tail_that_was_not_signed_for_long_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = AuditLog(tmp_path / "audit")
+    log.append([{"type": "run.started"}])
+    log.checkpoint()
+    monkeypatch.setattr("time.time_ns", lambda: 4_000_000_000_000_000_000)
+    log.append([{"type": "run.ended"}])
+    monkeypatch.undo()
+    log._connection.close()
+    report = check(tmp_path / "audit")
+    assert (report.ok, report.records, report.signed) == (True, 2, 1)
+    assert "older than the last record" in report.warnings[0]
+
+
+# as a file of its own
+
+
+def run_copy(audit: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    copy = audit.parent / "verify.py"
+    shutil.copy(str(verifier.__file__), copy)
+    script = (
+        "import runpy, sys; sys.path = [p for p in sys.path if 'ringfence' not in p]; "
+        "sys.modules['ringfence'] = None; "
+        f"sys.argv = [{str(copy)!r}, *sys.argv[1:]]; runpy.run_path({str(copy)!r}, run_name='__main__')"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=60, cwd="/", check=False
+    )
+
+
+def test_it_runs_as_a_copied_file_without_ringfence(audit: Path) -> None:
+    arguments = (str(audit / "log.sqlite"), "--public-key", str(audit / "public.key"))
+    done = run_copy(audit, *arguments)
+    assert (done.returncode, done.stdout) == (0, "good: 40 records, 40 of them signed\n"), done.stderr
+    with tampering(audit) as connection:
+        connection.execute("UPDATE record SET leaf = zeroblob(32) WHERE idx = 7")
+    done = run_copy(audit, *arguments, "--json")
+    assert done.returncode == 3
+    assert json.loads(done.stdout)["first_bad"] == 7
+    assert run_copy(audit, "/nowhere", "--public-key", str(audit / "public.key")).returncode == 2
+
+
+def test_a_live_log_and_a_copy_without_its_wal(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "audit")
+    log.append([{"type": "run.started"}])
+    log.checkpoint()
+    log._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    log.append([{"type": "run.ended"}])
+    assert check(tmp_path / "audit").records == 2
+    (tmp_path / "copy").mkdir()
+    for name in ("log.sqlite", "public.key"):
+        shutil.copy(tmp_path / "audit" / name, tmp_path / "copy" / name)
+    (tmp_path / "copy" / "log.sqlite").chmod(0o400)
+    (tmp_path / "copy").chmod(0o500)
+    report = check(tmp_path / "copy")
+    assert (report.ok, report.records) == (True, 1)
+    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == ["log.sqlite", "public.key"]
+    (tmp_path / "copy").chmod(0o700)
+    log.close()
+
+
+# any damage
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_damaged_file_gets_a_verdict(audit: Path, seed: int) -> None:
+    random_ = random.Random(seed)
+    path = audit / "log.sqlite"
+    data = bytearray(path.read_bytes())
+    match seed % 4:
+        case 0:
+            for _ in range(random_.randint(1, 40)):
+                data[random_.randrange(len(data))] = random_.randrange(256)
+        case 1:
+            del data[random_.randrange(len(data)) :]
+        case 2:
+            at = random_.randrange(len(data))
+            data[at : at + 4096] = random_.randbytes(4096)
+        case _:
+            for _ in range(3):
+                data[random_.randrange(100)] = random_.randrange(256)
+    path.write_bytes(data)
+    report = check(audit)
+    if report.ok:
+        return  # free space, or a byte of an index that the verifier does not read
+    assert isinstance(report.first_bad, int)
+    assert 0 <= report.first_bad <= RECORDS
+    assert report.reason
+    verifier.describe(report)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_checkpoint_text_is_a_note_or_one_error(original: Path, seed: int) -> None:
+    connection = sqlite3.connect(original / "log.sqlite")
+    (note,) = connection.execute("SELECT note FROM checkpoint WHERE size = 20").fetchone()
+    connection.close()
+    random_ = random.Random(seed)
+    text = list(note)
+    for _ in range(random_.randint(1, 6)):
+        text[random_.randrange(len(text))] = chr(random_.choice([0, 10, 32, 0x2014, 0x663, 65, 0xD800]))
+    try:
+        verifier.parse_note("".join(text))
+    except ValueError:
+        pass
+
+
+def test_every_byte_of_a_record_counts(audit: Path) -> None:
+    with tampering(audit) as connection:
+        (body,) = connection.execute("SELECT body FROM record WHERE idx = 15").fetchone()
+        for at in range(len(body)):
+            changed = bytearray(body)
+            changed[at] ^= 1
+            connection.execute("UPDATE record SET body = ? WHERE idx = 15", (bytes(changed),))
+            assert check(audit).first_bad == 15
+        connection.execute("UPDATE record SET body = ? WHERE idx = 15", (body,))
+    assert check(audit).ok
