@@ -64,7 +64,9 @@ def test_the_file_is_private(store: SqliteSessionStore, tmp_path: Path) -> None:
 def append(store: SqliteSessionStore, *entries: object, run: str = "run_1", **key: str) -> None:
     lease = store.lease(SID, run)
     try:
-        asyncio.run(lease.append({"project_key": "anything", "session_id": SID, **key}, list(entries)))  # type: ignore[arg-type]
+        asyncio.run(
+            lease.append({"project_key": "anything", "session_id": SID, **key}, list(entries))
+        )  # type: ignore[arg-type]
     finally:
         lease.release()
 
@@ -192,7 +194,10 @@ def test_tool_uses_of_subagents_too(store: SqliteSessionStore) -> None:
     assert store.tool_use_ids(SID) == ["toolu_1", "toolu_2", "toolu_3"]
 
 
-@pytest.mark.parametrize("name", ["", "x", "../x", SID.replace("-", ""), SID + "\n", "A" * 36, SID.upper().replace("1", "A")])
+@pytest.mark.parametrize(
+    "name",
+    ["", "x", "../x", SID.replace("-", ""), SID + "\n", "A" * 36, SID.upper().replace("1", "A")],
+)
 def test_what_is_no_session_id(store: SqliteSessionStore, name: str) -> None:
     for ask in (store.transcript, store.materialise, store.fork, store.remove, store.tool_use_ids):
         with pytest.raises(CallerError):

@@ -28,10 +28,33 @@ def state(tmp_path: Path) -> SimpleNamespace:
     for run in ("run_1", "run_2"):
         started = RunStarted(run_id=run, session_id=SID, kind="claude", policy_digest="d", role="r",
                              permission_mode="p", workspace_mode="w", prompt_hmac="h")  # fmt: skip
-        answered = ModelAnswered(run_id=run, request_id="q", model="m", status=200, duration_ms=1.0, input_tokens=5, cost_usd=0.5)
+        answered = ModelAnswered(
+            run_id=run,
+            request_id="q",
+            model="m",
+            status=200,
+            duration_ms=1.0,
+            input_tokens=5,
+            cost_usd=0.5,
+        )
         ended = RunEnded(run_id=run, status="succeeded", exit_code=0, duration_ms=2.0)
-        log.append([{**event.model_dump(), "source": "worker"} for event in (started, answered, answered, ended)])
-    log.append([{"type": "egress.refused", "source": "egress", "target": "x\n  99 \x1b[2Jgood\u202e", "rule": "r", "reason": "q"}])
+        log.append(
+            [
+                {**event.model_dump(), "source": "worker"}
+                for event in (started, answered, answered, ended)
+            ]
+        )
+    log.append(
+        [
+            {
+                "type": "egress.refused",
+                "source": "egress",
+                "target": "x\n  99 \x1b[2Jgood\u202e",
+                "rule": "r",
+                "reason": "q",
+            }
+        ]
+    )
     log.close()
     calls: list[list[str]] = []
     return SimpleNamespace(state_dir=tmp_path, config=None, run=calls.append, calls=calls)
@@ -82,19 +105,40 @@ def test_verify_and_its_exit_status(state: SimpleNamespace, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("missing", ["log", "key", "anchor"])
-def test_verify_with_what_is_not_there(state: SimpleNamespace, tmp_path: Path, missing: str) -> None:
-    arguments = {"log": ["/nowhere"], "key": ["--public-key", "/nowhere"], "anchor": ["--anchor", "/nowhere"]}
+def test_verify_with_what_is_not_there(
+    state: SimpleNamespace, tmp_path: Path, missing: str
+) -> None:
+    arguments = {
+        "log": ["/nowhere"],
+        "key": ["--public-key", "/nowhere"],
+        "anchor": ["--anchor", "/nowhere"],
+    }
     done = invoke(audit.app, state, "verify", *arguments[missing])
     assert done.exit_code == 2
     assert "/nowhere" in done.output
 
 
-def test_export_verifies_elsewhere_without_ringfence(state: SimpleNamespace, tmp_path: Path) -> None:
+def test_export_verifies_elsewhere_without_ringfence(
+    state: SimpleNamespace, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     done = invoke(audit.app, state, "export", "--out", str(out), "--verifier")
     assert done.exit_code == 0, done.output
-    assert sorted(p.name for p in out.iterdir()) == ["checkpoint", "log.sqlite", "public.key", "verify.py"]
-    argv = [sys.executable, "verify.py", "log.sqlite", "--public-key", "public.key", "--anchor", "checkpoint"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "checkpoint",
+        "log.sqlite",
+        "public.key",
+        "verify.py",
+    ]
+    argv = [
+        sys.executable,
+        "verify.py",
+        "log.sqlite",
+        "--public-key",
+        "public.key",
+        "--anchor",
+        "checkpoint",
+    ]
     ran = subprocess.run(argv, cwd=out, capture_output=True, text=True, timeout=60, check=False)
     assert (ran.returncode, ran.stdout) == (0, "good: 9 records, 9 of them signed\n"), ran.stderr
     assert invoke(audit.app, state, "export", "--out", str(out)).exit_code == 0
@@ -178,6 +222,10 @@ def test_sessions_delete_waits_for_no_run(state: SimpleNamespace) -> None:
     done = invoke(sessions.app, state, "delete", SID)
     assert done.exit_code == 4
     assert "run_live" in done.output
+    with AuditReader(state.state_dir / "audit") as reader:
+        assert reader.last(1)[0]["type"] != "session.changed", (
+            "nothing was deleted, nothing is said"
+        )
     lease.release()
     store.close()
 
@@ -186,6 +234,6 @@ def test_sessions_resume_is_a_run(state: SimpleNamespace) -> None:
     fill(state)
     done = invoke(sessions.app, state, "resume", SID, "and now?", "--timeout", "60")
     assert done.exit_code == 0, done.output
-    assert state.calls == [["and now?", "--resume", SID, "--timeout", "60"]]
+    assert state.calls == [["run", "and now?", "--resume", SID, "--timeout", "60"]]
     assert invoke(sessions.app, state, "resume", "../x", "hi").exit_code == 2
     assert len(state.calls) == 1

@@ -54,7 +54,9 @@ def test_time_never_goes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert times == ["2027-01-15T08:00:00.000001Z"] * 2
 
 
-def test_a_checkpoint_every_so_many_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_every_so_many_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("ringfence.record.audit.CHECKPOINT_EVERY", 10)
     log = AuditLog(tmp_path / "audit")
     for _ in range(35):
@@ -244,7 +246,16 @@ def test_the_mount_that_holds_a_directory(path: str, kind: str) -> None:
     assert filesystem_type(Path(path), MOUNTS) == kind
 
 
-@pytest.mark.parametrize(("kind", "refused"), [("nfs4", True), ("9p", True), ("fuse.s3fs", True), ("ext4", False), ("fuse.fuse-overlayfs", False)])
+@pytest.mark.parametrize(
+    ("kind", "refused"),
+    [
+        ("nfs4", True),
+        ("9p", True),
+        ("fuse.s3fs", True),
+        ("ext4", False),
+        ("fuse.fuse-overlayfs", False),
+    ],
+)
 def test_network_file_systems_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, refused: bool
 ) -> None:

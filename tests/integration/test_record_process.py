@@ -108,7 +108,9 @@ def test_a_sender_chooses_neither_source_nor_time(tmp_path: Path) -> None:
             with pytest.raises(UnavailableError, match="wrong-source"):
                 await egress.append_fields({"type": kind})
         with pytest.raises(UnavailableError, match="wrong-source"):
-            await worker.append_fields({"type": "log.key_rotated", "old_public_key": "", "new_public_key": ""})
+            await worker.append_fields(
+                {"type": "log.key_rotated", "old_public_key": "", "new_public_key": ""}
+            )
         assert await egress.append_fields({**ALLOWED}) > 0
 
     with_recorder(tmp_path / "audit", body)
@@ -144,13 +146,17 @@ def test_order_is_kept_and_nothing_lost_under_a_flood(tmp_path: Path) -> None:
         worker.quota("box", 100_000)
         await worker.append(STARTED)
         for number in range(count):
-            await egress.append_fields({**ALLOWED, "path": f"{number:05}" + "x" * 800}, durable=False)
+            await egress.append_fields(
+                {**ALLOWED, "path": f"{number:05}" + "x" * 800}, durable=False
+            )
         async with asyncio.TaskGroup() as group:
             for number in range(count, count + 500):
                 group.create_task(egress.append_fields({**ALLOWED, "path": f"{number:05}"}))
 
     with_recorder(tmp_path / "audit", body)
-    found = [int(r["path"][:5]) for r in records(tmp_path / "audit") if r["type"] == "egress.allowed"]
+    found = [
+        int(r["path"][:5]) for r in records(tmp_path / "audit") if r["type"] == "egress.allowed"
+    ]
     assert found[:count] == list(range(count))
     assert sorted(found[count:]) == list(range(count, count + 500))
     assert check(tmp_path / "audit").ok
@@ -172,7 +178,9 @@ def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
             async def write(task: int) -> None:
                 for number in range(100_000):
                     name = seed * 10**7 + task * 10**6 + number
-                    await egress.append_fields({**ALLOWED, "sandbox_id": f"b{task}", "path": str(name)})
+                    await egress.append_fields(
+                        {**ALLOWED, "sandbox_id": f"b{task}", "path": str(name)}
+                    )
                     acknowledged.append(name)
 
             tasks = [asyncio.ensure_future(write(task)) for task in range(8)]
@@ -193,7 +201,9 @@ def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
 
 
 def test_it_drains_on_sigterm_and_ignores_sigint(tmp_path: Path) -> None:
-    async def body(worker: RecorderClient, egress: RecorderClient, process: RecorderProcess) -> None:
+    async def body(
+        worker: RecorderClient, egress: RecorderClient, process: RecorderProcess
+    ) -> None:
         os.kill(process.pid, signal.SIGINT)
         assert await worker.append(STARTED) == 1
         for number in range(50):
@@ -218,7 +228,9 @@ def test_a_flood_of_denials_is_coalesced_and_the_others_go_on(tmp_path: Path) ->
         await worker.append(STARTED)
         line = "GET /\r\nFAKE audit line: allowed\x1b[2J"
         for _n in range(1000):
-            event = EgressRefused(sandbox_id="noisy", target=line, rule="default", reason="host-not-allowed")
+            event = EgressRefused(
+                sandbox_id="noisy", target=line, rule="default", reason="host-not-allowed"
+            )
             await egress.append(event, durable=False)
         for number in range(50):
             await egress.append_fields({**ALLOWED, "sandbox_id": "quiet", "path": str(number)})
@@ -246,7 +258,9 @@ HOSTILE = [
     b"\0\0\0\2[]",
     struct.pack(">I", 40_000) + b"[" * 40_000,
     b"GET / HTTP/1.1\r\n\r\n",
-    encode({"n": "x", "e": None}) + encode({"n": True, "e": {"type": ["x"]}}) + encode({"q": 1, "records": {}}),
+    encode({"n": "x", "e": None})
+    + encode({"n": True, "e": {"type": ["x"]}})
+    + encode({"q": 1, "records": {}}),
     encode({"n": 10**30, "e": {**ALLOWED, "port": 10**30}}),
     encode({"n": 1, "e": {**ALLOWED, "host": {"a": 1}}}),
 ]
@@ -324,7 +338,8 @@ def test_a_log_that_fails_mid_way_tells_every_waiter(tmp_path: Path) -> None:
     )
     ours, theirs = socket.socketpair()
     process = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path / "audit"), f"worker:{theirs.fileno()}"], pass_fds=[theirs.fileno()]
+        [sys.executable, "-c", script, str(tmp_path / "audit"), f"worker:{theirs.fileno()}"],
+        pass_fds=[theirs.fileno()],
     )
     theirs.close()
     written = 0
@@ -333,11 +348,15 @@ def test_a_log_that_fails_mid_way_tells_every_waiter(tmp_path: Path) -> None:
         nonlocal written
         worker = RecorderClient(ours)
         await worker.ready()
-        with pytest.raises(UnavailableError) as caught:
-            for _ in range(5000):
+        failure = ""
+        for _ in range(5000):
+            try:
                 await worker.append(STARTED)
-                written += 1
-        assert caught.value.code == "recorder-unavailable"
+            except UnavailableError as error:
+                failure = error.code
+                break
+            written += 1
+        assert failure == "recorder-unavailable"
         await worker.close()
 
     asyncio.run(run())
@@ -346,6 +365,48 @@ def test_a_log_that_fails_mid_way_tells_every_waiter(tmp_path: Path) -> None:
     assert written > 10
     assert len(stored) == written
     assert check(tmp_path / "audit").ok
+
+
+def test_once_a_beat_it_lives_signs_and_says_what_it_counted(tmp_path: Path) -> None:
+    script = (
+        "import sys; import ringfence.record.process as process; process.BEAT_SECONDS = 0.2; "
+        "sys.exit(process.main(sys.argv[1:]))"
+    )
+    pairs = {label: socket.socketpair() for label in ("worker", "egress")}
+    ends = {label: pair[1] for label, pair in pairs.items()}
+    argv = [
+        sys.executable,
+        "-c",
+        script,
+        str(tmp_path / "audit"),
+        *(f"{k}:{v.fileno()}" for k, v in ends.items()),
+    ]
+    process = subprocess.Popen(argv, pass_fds=[end.fileno() for end in ends.values()])
+    for end in ends.values():
+        end.close()
+
+    async def run() -> None:
+        worker, egress = (RecorderClient(pairs[label][0]) for label in ("worker", "egress"))
+        await worker.ready()
+        worker.quota("noisy", 1)
+        await worker.append(STARTED)
+        for _ in range(11):
+            event = EgressRefused(sandbox_id="noisy", target="x", rule="default", reason="q")
+            await egress.append(event)
+        await asyncio.sleep(1)
+        await worker.close()
+        await egress.close()
+
+    asyncio.run(run())
+    assert process.wait(5) == 0
+    everything = records(tmp_path / "audit", own=True)
+    beats = [r["index"] for r in everything if r["type"] == "log.heartbeat"]
+    assert 3 <= len(beats) <= 6
+    (held,) = [r for r in everything if r.get("count", 1) > 1]
+    assert (held["count"], held["index"] < beats[-1]) == (10, True)
+    with AuditReader(tmp_path / "audit") as reader:
+        assert len(reader.checkpoints()) == len(beats) + 2
+    assert check(tmp_path / "audit").warnings == []
 
 
 def test_its_memory_cannot_be_read_by_its_own_uid(tmp_path: Path) -> None:
@@ -363,14 +424,20 @@ def test_its_memory_cannot_be_read_by_its_own_uid(tmp_path: Path) -> None:
 def test_it_is_not_dumpable(tmp_path: Path) -> None:
     async def body(_: RecorderClient, __: RecorderClient, process: RecorderProcess) -> None:
         with pytest.raises(PermissionError):
-            Path(f"/proc/{process.pid}/mem").open("rb")
+            Path(f"/proc/{process.pid}/mem").read_bytes()
 
     with_recorder(tmp_path / "audit", body)
 
 
 def test_unknown_clients_are_not_served(tmp_path: Path) -> None:
     ours, theirs = socket.socketpair()
-    argv = [sys.executable, "-m", "ringfence.record", str(tmp_path / "audit"), f"agent:{theirs.fileno()}"]
+    argv = [
+        sys.executable,
+        "-m",
+        "ringfence.record",
+        str(tmp_path / "audit"),
+        f"agent:{theirs.fileno()}",
+    ]
     done = subprocess.run(argv, pass_fds=[theirs.fileno()], timeout=30, check=False)
     ours.close()
     theirs.close()
@@ -380,7 +447,9 @@ def test_unknown_clients_are_not_served(tmp_path: Path) -> None:
 
 def test_it_starts_without_pydantic(tmp_path: Path) -> None:
     script = "import sys, ringfence.record.process; print(sorted(sys.modules))"
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout
     assert "'ringfence.record.shapes'" in out
     for name in ("pydantic", "asyncio", "rich", "typer", "claude_agent_sdk"):
         assert f"'{name}'" not in out

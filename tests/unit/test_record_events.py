@@ -17,9 +17,7 @@ GOLDEN = Path(__file__).parent / "record_events.golden.json"
 CLASSES: dict[str, type[BaseModel]] = {
     value.model_fields["type"].default: value
     for value in vars(catalogue).values()
-    if isinstance(value, type)
-    and issubclass(value, BaseModel)
-    and "type" in value.model_fields
+    if isinstance(value, type) and issubclass(value, BaseModel) and "type" in value.model_fields
 }
 SHAPES = load_shapes()
 

@@ -129,7 +129,7 @@ HOSTILE = {
     "hyperlink": ("\x1b]8;;http://x\x1b\\click\x1b]8;;\x1b\\", "click"),
     "device attributes": ("\x1b[c", ""),
     "8-bit CSI": ("a\x9b2Jb", "ab"),
-    "DCS": ("a\x1bP$q\"p\x1b\\b", "ab"),
+    "DCS": ('a\x1bP$q"p\x1b\\b', "ab"),
     "unfinished": ("a\x1b", "a"),
     "carriage return": ("good\rbad", "goodbad"),
     "backspace": ("rm\b\bls", "rmls"),
@@ -149,19 +149,34 @@ def test_controls_are_stripped(name: str) -> None:
     assert printable(text) == expected
 
 
-@pytest.mark.parametrize("text", ["plain", "déjà vu", "日本語", "a\tb\nc", "👩‍👩‍👧", "שלום", "(x) [y]"])
+@pytest.mark.parametrize(
+    "text", ["plain", "déjà vu", "日本語", "a\tb\nc", "👩‍👩‍👧", "שלום", "(x) [y]"]
+)
 def test_ordinary_text_stays(text: str) -> None:
     assert printable(text) == text
 
 
-@given(st.text(alphabet=st.characters(), max_size=80) | st.binary(max_size=80).map(lambda b: b.decode("latin-1")))
+@given(
+    st.text(alphabet=st.characters(), max_size=80)
+    | st.binary(max_size=80).map(lambda b: b.decode("latin-1"))
+)
 def test_nothing_that_acts_is_left(text: str) -> None:
     out = printable(text)
     assert printable(out) == out
     for character in out:
         if character not in "\n\t":
             assert unicodedata.category(character) not in {"Cc", "Cs", "Zl", "Zp"}
-            assert unicodedata.bidirectional(character) not in {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+            assert unicodedata.bidirectional(character) not in {
+                "LRE",
+                "RLE",
+                "LRO",
+                "RLO",
+                "PDF",
+                "LRI",
+                "RLI",
+                "FSI",
+                "PDI",
+            }
     assert len(one_line(text).splitlines()) <= 1
 
 
@@ -244,7 +259,13 @@ def test_a_fork_renames_everything_and_shares_nothing() -> None:
     streams = {
         "": [
             {"type": "user", "uuid": one, "parentUuid": None, "sessionId": old, "slug": "s"},
-            {"type": "assistant", "uuid": two, "parentUuid": one, "sessionId": old, "x": [{"leaf": one}]},
+            {
+                "type": "assistant",
+                "uuid": two,
+                "parentUuid": one,
+                "sessionId": old,
+                "x": [{"leaf": one}],
+            },
             {"type": "last-prompt", "sessionId": old, "leafUuid": two},
         ],
         "subagents/agent-1": [{"type": "user", "uuid": one, "sessionId": old}],

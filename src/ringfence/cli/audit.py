@@ -93,6 +93,10 @@ def verify(
     with clear_errors(as_json=as_json):
         log = path or _directory(ctx) / "log.sqlite"
         key = public_key or log.parent / "public.key"
+        if not log.is_file():
+            raise CallerError(
+                "audit-invalid", f"{log} is not there", hint="name a log, or run first"
+            )
         try:
             texts = [_read(entry) for entry in anchor or []]
             report = verifier.verify(log, _read(key), texts)

@@ -104,7 +104,7 @@ def resume(ctx: typer.Context, session: _Id, prompt: Annotated[str, typer.Argume
         check_session_id(session)
         with _store(ctx) as store:
             store.transcript(session)
-        ctx.obj.run([prompt, "--resume", session, *ctx.args])
+        ctx.obj.run(["run", prompt, "--resume", session, *ctx.args])
 
 
 @app.command()
@@ -123,9 +123,7 @@ def fork(ctx: typer.Context, session: _Id, *, as_json: _Json = False) -> None:
 def delete(ctx: typer.Context, session: _Id, *, as_json: _Json = False) -> None:
     """Delete a session and its subagents' transcripts for good; not while a run holds it."""
     with clear_errors(as_json=as_json), _store(ctx) as store:
-        store.transcript(session)
-        _note(ctx, session, "deleted")
-        store.remove(session)
+        store.remove(session, record=lambda: _note(ctx, session, "deleted"))
         if as_json:
             print_json({"deleted": session})
         else:

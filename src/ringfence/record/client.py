@@ -73,7 +73,7 @@ class RecorderClient:
         return await answer
 
     def quota(self, sandbox_id: str, records: int) -> None:
-        """Set a sandbox's share of the log (requirement K); heeded from the worker only."""
+        """See the protocol."""
         self._send(encode({"q": sandbox_id, "records": records}))
 
     def hmac(self, data: bytes) -> str:

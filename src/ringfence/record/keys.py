@@ -105,6 +105,11 @@ def write_keys(path: Path, keys: Keys) -> None:
         file.write(keys.seed + keys.secret)
         file.flush()
         os.fsync(file.fileno())
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)  # a log must not outlive the only key that can go on with it
+    finally:
+        os.close(directory)
 
 
 def _make(path: Path, keys: Keys) -> None:

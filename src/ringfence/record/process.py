@@ -27,9 +27,10 @@ from ringfence.record.wire import Decoder, FrameError, encode
 
 BEAT_SECONDS = 60.0
 _SOURCES = frozenset({"worker", "egress"})
-_PR_SET_DUMPABLE = 4
+_PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
 _MAX_READ = 1 << 20
 _MAX_UNSENT = 4 << 20
+_DRAIN_SECONDS = 5.0
 
 
 class _Client:
@@ -101,7 +102,8 @@ class Recorder:
             while self._clients and not self._stopping:
                 self._turn()
                 self._keep_time()
-            while self._clients and self._turn(block=False):
+            deadline = time.monotonic() + _DRAIN_SECONDS
+            while self._clients and self._turn(block=False) and time.monotonic() < deadline:
                 pass
             self._log.append([*self._held(), self._own("log.closed")])
         except Exception:  # noqa: BLE001  the waiters were told; what cannot be written is over
@@ -111,7 +113,8 @@ class Recorder:
 
     def _turn(self, *, block: bool = True) -> bool:
         """Read all that are ready, commit, answer; whether anything was read."""
-        ready = self._poll.poll(1000 if block else 0)
+        rest = self._beat + BEAT_SECONDS - time.monotonic()
+        ready = self._poll.poll(max(0, int(rest * 1000) + 1) if block else 0)
         batch: list[tuple[_Client, int, dict[str, Any]]] = []
         for descriptor, happened in ready:
             client = self._clients.get(descriptor)
@@ -210,7 +213,9 @@ class Recorder:
 def main(arguments: Sequence[str]) -> int:
     """Entry of the process."""
     # a tool that ends up with this uid must not read the signing key out of this memory
-    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+    libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.umask(0o077)
     clients = {}

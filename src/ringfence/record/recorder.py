@@ -29,6 +29,12 @@ class Recorder(Protocol):
         """
         ...
 
+    def quota(self, sandbox_id: str, records: int) -> None:
+        """Set a sandbox's share of the log (requirement K), before it starts. Only the worker's
+        word counts; past the share denials are coalesced, past ten of it appends are refused.
+        """
+        ...
+
     async def close(self) -> None:
         """Flush and leave. Idempotent."""
         ...

@@ -14,7 +14,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -271,8 +271,8 @@ class SqliteSessionStore:
             )
         return new
 
-    def remove(self, session_id: str) -> None:
-        """Delete a session for good.
+    def remove(self, session_id: str, *, record: Callable[[], object] | None = None) -> None:
+        """Delete a session for good; `record` is called before, once nobody else can use it.
 
         Raises:
             CallerError: `session-unknown`. UnavailableError: `session-busy` during a run.
@@ -280,6 +280,8 @@ class SqliteSessionStore:
         self.transcript(session_id)
         lease = self.lease(session_id, "delete")
         try:
+            if record is not None:
+                record()
             with self._transaction() as db:
                 db.execute(
                     "DELETE FROM session WHERE project = ? AND id = ?", (PROJECT, session_id)

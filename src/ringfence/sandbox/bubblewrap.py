@@ -163,7 +163,9 @@ class BubblewrapSandbox:
         lease = hostfacts.lease_uid(state_dir, uids) if os.geteuid() == 0 else None
         groups = None
         try:
-            found = await asyncio.to_thread(scan, workspace_fd, _patterns(spec.profile))
+            found = await asyncio.to_thread(
+                scan, workspace_fd, _patterns(spec.profile), shown=spec.profile.shown
+            )
             facts = await asyncio.to_thread(
                 hostfacts.gather, spec, found.masked, lease.uid if lease else os.getuid(), state_dir
             )
@@ -265,7 +267,7 @@ class BubblewrapSandbox:
             stdout=ours[1],
             stderr=ours[2],
             status=ours[3],
-            on_end=self._processes.discard,
+            on_release=self._processes.discard,
         )
         self._processes.add(process)
         return process
@@ -351,6 +353,8 @@ _BASE_ENVIRONMENT = {
     "TMPDIR": "/tmp",  # noqa: S108  the sandbox's own
     "USER": "agent",
     "SHELL": "/bin/bash",
+    # a patch is for people: compiled files of a test run are noise in it
+    "PYTHONDONTWRITEBYTECODE": "1",
 }
 
 

@@ -32,11 +32,11 @@ class SocketProcess:
         stdout: socket.socket,
         stderr: socket.socket,
         status: socket.socket,
-        on_end: Callable[[SocketProcess], None],
+        on_release: Callable[[SocketProcess], None],
     ) -> None:
         self._monitor = monitor
         self._stdin, self._stdout, self._stderr, self._status = stdin, stdout, stderr, status
-        self._on_end = on_end
+        self._on_release = on_release
         self._returncode: int | None = None
         self._init: int | None = None
         self._exit_code: int | None = None
@@ -84,8 +84,8 @@ class SocketProcess:
         """Next bytes of standard output."""
         try:
             return await asyncio.get_running_loop().sock_recv(self._stdout, limit)
-        except ConnectionError:
-            return b""
+        except OSError:
+            return b""  # released, or shut by the other side
 
     async def write(self, data: bytes) -> None:
         """Write to standard input."""
@@ -124,11 +124,12 @@ class SocketProcess:
         await asyncio.shield(self._ended)
 
     async def release(self) -> None:
-        """Close every descriptor; after the end."""
+        """Close every descriptor; after the end. Idempotent."""
         await asyncio.shield(self._ended)
         self._drained.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._drained
+        self._on_release(self)
         for end in (self._stdin, self._stdout, self._stderr, self._status):
             end.close()
 
@@ -151,12 +152,17 @@ class SocketProcess:
             await _readable(self._init)
             os.close(self._init)
             self._init = None
+        await self._drained  # nobody is left who could hold the other end
         self._returncode = self._status_of(code)
-        self._on_end(self)
 
     def _status_of(self, code: int) -> int:
         """Bubblewrap reports a signal as shells do; a monitor that was killed reports for it."""
-        return 128 + signal.SIGKILL if self._killed or code < 0 else code
+        if self._killed or code < 0:
+            return 128 + signal.SIGKILL
+        # a program that says the same and ends with 1 only misleads its own caller
+        if code == 1 and self._tail.startswith(b"bwrap: execvp"):
+            return 127 if b"No such file" in self._tail else 126
+        return code
 
 
 async def _readable(descriptor: int) -> None:

@@ -101,13 +101,19 @@ def _path_regex(pattern: str) -> str:
     return rf"(?s:{''.join(pieces)})\Z"
 
 
-def scan(workspace_fd: int, patterns: tuple[str, ...], *, max_entries: int = 1_000_000) -> Scan:
-    """Walk a workspace once.
+def scan(
+    workspace_fd: int,
+    patterns: tuple[str, ...],
+    *,
+    shown: tuple[str, ...] = (),
+    max_entries: int = 1_000_000,
+) -> Scan:
+    """Walk a workspace once. `shown` patterns lift `patterns`, and nothing else.
 
     Raises:
         AgentError: `tree-too-large`; a workspace that cannot be looked through is not mounted.
     """
-    wanted = Patterns(patterns)
+    wanted, lifted = Patterns(patterns), Patterns(shown)
     hidden: list[str] = []
     special: list[str] = []
     configs: list[str] = []
@@ -117,7 +123,7 @@ def scan(workspace_fd: int, patterns: tuple[str, ...], *, max_entries: int = 1_0
         path = os.fsdecode(raw)
         if path.startswith(inside_hidden):
             continue
-        if wanted.match(path):
+        if wanted.match(path) and not lifted.match(path):
             hidden.append(path)
             if stat.S_ISDIR(status.st_mode):
                 directories.add(path)

@@ -62,7 +62,7 @@ def open_database(path: Path, migrations: str, *, timeout: float = 10.0) -> sqli
 
 @contextlib.contextmanager
 def _alone(directory: Path) -> Iterator[None]:
-    """Hold a lock on the directory: SQLite does not wait for its turn to switch a new file to WAL."""
+    """Hold a lock on the directory: SQLite does not wait its turn to switch a new file to WAL."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
