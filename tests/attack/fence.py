@@ -107,7 +107,7 @@ class Fence:
     def _canaries(self) -> None:
         """What an escape would reach: a listener, an abstract socket, a file, a process."""
         self.tcp = socket.create_server(("127.0.0.1", 0))
-        self.abstract_name = f"ringfence-canary-{os.getpid()}"
+        self.abstract_name = f"ringfence-canary-{os.getpid()}-{id(self)}"
         self.abstract = socket.socket(socket.AF_UNIX)
         self.abstract.bind("\0" + self.abstract_name)
         self.abstract.listen(8)
@@ -130,7 +130,7 @@ class Fence:
         state.mkdir(mode=0o700)
         paths = VaultPaths(state)
         set_credential(paths, "platform", KEY, (HOST,))
-        recorder = RecorderProcess.start(state / "audit")
+        recorder = self.recorder_process = RecorderProcess.start(state / "audit")
         self._stack.push_async_callback(asyncio.to_thread, recorder.close)
         egress = EgressProcess.start()
         self.egress_process = egress
@@ -177,15 +177,17 @@ class Fence:
         shutil.copytree(Path(__file__).parent / "workspace", workspace)
         (workspace / ".env").write_text(f"SECRET={CANARY}\n")
         (workspace / "h.py").write_text((Path(__file__).parent / "h.py").read_text())
-        await self.link.request(
-            OpenSandbox,
-            descriptors=[listener.fileno()],
-            sandbox_id=sandbox_id,
-            run_id=new_id("run"),
-            session_id="",
-            rules=egress_to_json(rules),
-        )
-        listener.close()
+        try:
+            await self.link.request(
+                OpenSandbox,
+                descriptors=[listener.fileno()],
+                sandbox_id=sandbox_id,
+                run_id=new_id("run"),
+                session_id="",
+                rules=egress_to_json(rules),
+            )
+        finally:
+            listener.close()
         sandbox = await self.backend.start(
             SandboxSpec(
                 sandbox_id=sandbox_id,

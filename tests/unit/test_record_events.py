@@ -13,7 +13,7 @@ from ringfence.record import events as catalogue
 from ringfence.record.audit import canonical
 from ringfence.record.shapes import MAX_TEXT, fault, load_shapes, may_write, shortened
 
-GOLDEN = Path(__file__).parent / "record_events.golden.json"
+GOLDEN = Path(__file__).parent / "golden" / "record_events.json"
 CLASSES: dict[str, type[BaseModel]] = {
     value.model_fields["type"].default: value
     for value in vars(catalogue).values()

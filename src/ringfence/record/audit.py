@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import json
+import os
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -35,6 +37,7 @@ from ringfence.store.sqlite import open_database
 
 CHECKPOINT_EVERY = 10_000
 """Records; a recorder also signs every minute."""
+_TURN_SECONDS = 0.25
 
 
 def canonical(value: dict[str, Any]) -> bytes:
@@ -53,6 +56,7 @@ class AuditLog:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._connection = open_database(directory / "log.sqlite", "ringfence.record.sql")
+        self._turn = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             self._keys = load_keys(directory)
             with self._transaction():
@@ -60,6 +64,7 @@ class AuditLog:
                 (size, _, _, _) = self._head()
         except BaseException:
             self._connection.close()
+            os.close(self._turn)
             raise
         self.size = size
         """Number of records after the last append of this process."""
@@ -137,17 +142,35 @@ class AuditLog:
                 self.checkpoint()
         finally:
             self._connection.close()
+            os.close(self._turn)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._connection.execute("BEGIN IMMEDIATE")
+        self._wait_for_turn()
         try:
+            self._connection.execute("BEGIN IMMEDIATE")
             yield
             self._connection.execute("COMMIT")
         except BaseException:
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             raise
+        finally:
+            fcntl.flock(self._turn, fcntl.LOCK_UN)
+
+    def _wait_for_turn(self) -> None:
+        """Courtesy among recorders: SQLite's own waiting sleeps up to 100 ms a time, and a run
+        that floods the log could starve another's past its timeout. SQLite's lock is still the
+        one that counts: a turn that is never given back delays the others, and no more.
+        """
+        deadline = time.monotonic() + _TURN_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(self._turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.0001)
+            else:
+                return
 
     def _head(self) -> tuple[int, bytes, int, bytes]:
         row: tuple[int, bytes, int, bytes] = self._connection.execute(

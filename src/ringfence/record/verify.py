@@ -405,6 +405,7 @@ def _open(path: Path) -> tuple[sqlite3.Connection, list[str]]:
 def _configured(connection: sqlite3.Connection) -> sqlite3.Connection:
     """A hostile file must not run code of its own: no views, no triggers, plain tables only."""
     connection.text_factory = bytes
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 2 * _MAX_RECORD)
     try:
         connection.execute("PRAGMA trusted_schema=OFF")
         connection.execute("PRAGMA query_only=ON")

@@ -8,8 +8,9 @@ forgets them is no filter (seccomp(2), "Caveats").
 Ruled by argument: clone without any namespace flag; clone3 is ENOSYS, because its flags lie in
 memory that a filter cannot read and libc then falls back to clone; sockets of the unix, inet,
 inet6 and netlink-route families only (no vsock, packet, alg, xdp); ioctl without TIOCSTI and
-TIOCLINUX, which type into the host's terminal (CVE-2017-5226, CVE-2023-28100); personality only
-where it asks or sets the plain one (no READ_IMPLIES_EXEC, no ADDR_NO_RANDOMIZE).
+TIOCLINUX, which type into the host's terminal (CVE-2017-5226, CVE-2023-28100); mknod of FIFOs and
+plain files; personality only where it asks or sets the plain one (no READ_IMPLIES_EXEC, no
+ADDR_NO_RANDOMIZE).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 
 from ringfence.sandbox.syscalls import AARCH64, RULED, X86_64
 
-_LD, _JEQ, _JGE, _JSET, _RET = 0x20, 0x15, 0x35, 0x45, 0x06
+_LD, _JEQ, _JGE, _JSET, _RET, _AND = 0x20, 0x15, 0x35, 0x45, 0x06, 0x54
 _NR, _ARCH = 0, 4
 _ALLOW, _KILL = 0x7FFF0000, 0x80000000
 _ERRNO = 0x00050000
@@ -36,6 +37,8 @@ _FIRST_UNKNOWN = 463
 FAMILIES = (1, 2, 10)
 _AF_NETLINK, _NETLINK_ROUTE = 16, 0
 FORBIDDEN_IOCTLS = (0x5412, 0x541C)
+_S_IFMT = 0xF000
+_NODE_KINDS = (0x0000, 0x1000, 0x8000)
 _PERSONALITIES = (0x0, 0xFFFFFFFF)
 
 
@@ -141,6 +144,8 @@ def _ruled() -> dict[str, _Program]:
         "socket": _socket(),
         "ioctl": _ioctl(),
         "personality": _personality(),
+        "mknod": _mknod(1),
+        "mknodat": _mknod(2),
     }
 
 
@@ -181,6 +186,18 @@ def _ioctl() -> _Program:
         program.add(_JEQ, request, 0, 1)
         program.returns(errno(_EPERM))
     program.returns(_ALLOW)
+    return program
+
+
+def _mknod(mode_argument: int) -> _Program:
+    """FIFOs and plain files; a device number of 0/0 would be a forged whiteout in an overlay."""
+    program = _Program()
+    program.argument(mode_argument)
+    program.add(_AND, _S_IFMT)
+    for kind in _NODE_KINDS:
+        program.add(_JEQ, kind, 0, 1)
+        program.returns(_ALLOW)
+    program.returns(errno(_EPERM))
     return program
 
 

@@ -8,6 +8,8 @@ performance counters, rings or handles, or reads another process.
 from __future__ import annotations
 
 X86_64: dict[str, int] = {
+    "mknod": 133,
+    "mknodat": 259,
     "read": 0,
     "write": 1,
     "open": 2,
@@ -300,6 +302,7 @@ X86_64: dict[str, int] = {
 }
 
 AARCH64: dict[str, int] = {
+    "mknodat": 33,
     "io_setup": 0,
     "io_destroy": 1,
     "io_submit": 2,
@@ -580,5 +583,5 @@ AARCH64: dict[str, int] = {
     "mseal": 462,
 }
 
-RULED = frozenset({"clone", "clone3", "socket", "ioctl", "personality"})
+RULED = frozenset({"clone", "clone3", "socket", "ioctl", "personality", "mknod", "mknodat"})
 """Not allowed as such: `seccomp.py` looks at their arguments."""
