@@ -33,7 +33,8 @@ def test_an_unregistered_code_is_a_defect() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "status"), [(CallerError, 2), (DeniedError, 3), (UnavailableError, 4), (AgentError, 5)]
+    ("family", "status"),
+    [(CallerError, 2), (DeniedError, 3), (UnavailableError, 4), (AgentError, 5)],
 )
 def test_exit_status_by_family(family: type[RingfenceError], status: int) -> None:
     assert family("usage", "x").status == status

@@ -181,6 +181,7 @@ class Attempt:
 
     async def _record_start(self) -> None:
         station, request, policy = self._station, self._request, self._policy
+        station.recorder.quota(self._sandbox_id, policy.egress.max_audit_records)
         await station.recorder.append(
             RunStarted(
                 **self._ids(),

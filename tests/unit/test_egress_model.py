@@ -1,0 +1,280 @@
+"""The model route's rules, pure: what is admitted, what ends a run, what a budget holds."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ringfence.egress.model import Admitted, Cut, ModelExchange, Refusal, RunState
+from ringfence.egress.model.ledger import TABLE, Report, State, ToolLedger, Verdict, report_of
+from ringfence.egress.model.pricing import cost, price
+from ringfence.model import Usage
+from ringfence.policy.compiled import ModelRules
+
+RULES = ModelRules(tools=("Bash", "Read"))
+JSON = ((b"content-type", b"application/json"),)
+
+
+def admit(
+    body: dict[str, Any] | bytes, rules: ModelRules = RULES, **more: Any
+) -> Admitted | Refusal:
+    run = more.pop("run", None) or RunState(rules)
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    arguments = {"method": "POST", "path": "/v1/messages", "query": "beta=true", "headers": JSON}
+    exchange = ModelExchange(rules, run)
+    return exchange.admit(**{**arguments, **more}, body=data)
+
+
+def body(**more: Any) -> dict[str, Any]:
+    return {
+        "model": "claude-sonnet-5",
+        "max_tokens": 100,
+        "messages": [{"role": "user", "content": "hi"}],
+        **more,
+    }
+
+
+def content(*blocks: dict[str, Any]) -> dict[str, Any]:
+    return body(messages=[{"role": "user", "content": list(blocks)}])
+
+
+def reason(answer: Admitted | Refusal) -> str:
+    return answer.reason if isinstance(answer, Refusal) else ""
+
+
+GRANTED: dict[str, tuple[dict[str, Any], ModelRules]] = {
+    "body-key-not-granted": (body(mcp_servers=[]), ModelRules(tools=RULES.tools, mcp_servers=True)),
+    "server-tool-not-granted": (
+        body(tools=[{"type": "web_search_20250305", "name": "web_search"}]),
+        ModelRules(server_tools=("web_search_",)),
+    ),
+    "tool-not-granted": (
+        body(tools=[{"name": "Evil", "input_schema": {}}]),
+        ModelRules(tools=("Evil",)),
+    ),
+    "source-not-granted": (
+        content({"type": "image", "source": {"type": "url", "url": "https://x.example"}}),
+        ModelRules(url_sources=True),
+    ),
+    "model-not-granted": (body(model="other"), ModelRules(models=("other",))),
+}
+
+
+@pytest.mark.parametrize("tag", list(GRANTED))
+def test_what_is_refused_passes_when_granted(tag: str) -> None:
+    request, grant = GRANTED[tag]
+    strict = ModelRules(tools=RULES.tools, models=("claude-sonnet-5",))
+    assert reason(admit(request, strict)) == tag
+    assert isinstance(admit(request, grant), Admitted)
+
+
+@pytest.mark.parametrize(
+    "request_body",
+    [
+        body(container="c"),
+        body(tools=[{"type": "code_execution_20250825", "name": "x"}]),
+        body(tools=[{"type": 5, "name": "Bash"}]),
+        body(tools={"name": "Bash"}),
+        content({"type": "document", "source": {"type": "file", "file_id": "f"}}),
+        content({"type": "server_tool_use", "id": "x", "name": "web_fetch", "input": {}}),
+        content({"type": "container_upload", "file_id": "f"}),
+        content({"type": "tool_result", "tool_use_id": "t", "content": [{"type": "image", "source": {"type": "url"}}]}),
+        content({"type": "document", "source": {"type": "content", "content": [{"type": "image", "source": {"type": "url"}}]}}),
+        content({"type": "text", "text": "x", "source": "y"}),
+        body(messages="x"),
+        body(messages=[{"role": "user", "content": 5}]),
+        body(model=None),
+        body(system=5),
+    ],
+)  # fmt: skip
+def test_ways_out_through_the_api_are_refused(request_body: dict[str, Any]) -> None:
+    assert isinstance(admit(request_body), Refusal)
+
+
+def test_what_claude_sends_is_admitted() -> None:
+    full = body(
+        system=[{"type": "text", "text": "s", "cache_control": {"type": "ephemeral"}}],
+        tools=[{"name": "Bash", "description": "d", "input_schema": {}}],
+        metadata={"user_id": "{}"},
+        thinking={"type": "adaptive", "display": "updates"},
+        context_management={"edits": []},
+        output_config={"effort": "high"},
+        stream=True,
+        messages=[
+            {"role": "user", "content": [{"type": "text", "text": "x"}]},
+            {"role": "system", "content": "reminder"},
+            {"role": "user", "content": [{"type": "image", "source": {"type": "base64", "data": "", "media_type": "image/png"}}]},
+        ],
+    )  # fmt: skip
+    admitted = admit(full)
+    assert isinstance(admitted, Admitted)
+    assert admitted.streaming
+
+
+def test_headers_are_an_allowlist() -> None:
+    headers = (
+        *JSON,
+        (b"x-api-key", b"foreign"), (b"authorization", b"Bearer x"), (b"cookie", b"a"), (b"x-forwarded-for", b"1"),
+        (b"accept-encoding", b"gzip"), (b"anthropic-version", b"2023-06-01"),
+        (b"anthropic-beta", b"claude-code-20250219,files-api-2025-04-14, mcp-client-2025-11-20"),
+    )  # fmt: skip
+    admitted = admit(body(), headers=headers)
+    assert isinstance(admitted, Admitted)
+    kept = dict(admitted.headers)
+    assert set(kept) == {
+        b"content-type",
+        b"accept-encoding",
+        b"anthropic-version",
+        b"anthropic-beta",
+    }
+    assert kept[b"accept-encoding"] == b"identity"
+    assert kept[b"anthropic-beta"] == b"claude-code-20250219"
+
+
+@pytest.mark.parametrize(
+    ("target", "tag"),
+    [
+        ({"path": "/v1/files"}, "path-not-granted"),
+        ({"path": "/v1/messages/batches"}, "path-not-granted"),
+        ({"method": "GET"}, "method-not-granted"),
+        ({"query": "beta=true&api_key=x"}, "query-not-granted"),
+        ({"headers": ()}, "content-type"),
+        ({"headers": (*JSON, *JSON)}, "content-type"),
+    ],
+)
+def test_targets(target: dict[str, Any], tag: str) -> None:
+    assert reason(admit(body(), **target)) == tag
+    assert isinstance(admit(body()), Admitted)
+
+
+def result(tool_use_id: str, text: str = "out", error: bool = False) -> dict[str, Any]:
+    return content(
+        {"type": "tool_result", "tool_use_id": tool_use_id, "content": text, "is_error": error}
+    )
+
+
+def test_the_two_witnesses() -> None:
+    run = RunState(RULES)
+    assert reason(admit(result("t1"), run=run)) == "tool-result-never-asked"
+    run.ledger.asked("t1")
+    assert reason(admit(result("t1"), run=run)) == "tool-result-not-allowed"
+    assert isinstance(
+        admit(result("t1", "<tool_use_error>InputValidationError", True), run=run), Admitted
+    )
+    assert (
+        reason(admit(result("t1", "<tool_use_error>" + "x" * 9000, True), run=run))
+        == "tool-result-not-allowed"
+    )
+    run.tool_decided("t1", allowed=True)
+    assert isinstance(admit(result("t1"), run=run), Admitted)
+    run.ledger.asked("t2")
+    run.tool_decided("t2", allowed=False)
+    assert reason(admit(result("t2"), run=run)) == "tool-result-not-allowed"
+    assert isinstance(admit(result("t2", "denied", True), run=run), Admitted)
+    run.tool_decided("t2", allowed=True)  # a denial is never lifted
+    assert reason(admit(result("t2"), run=run)) == "tool-result-not-allowed"
+    run.known(["old"])
+    assert isinstance(admit(result("old"), run=run), Admitted)
+
+
+def test_the_table_is_total() -> None:
+    assert set(TABLE) == set(State)
+    for row in TABLE.values():
+        assert set(row) == set(Report)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["asked", "allow", "deny", "known"]), st.sampled_from("abc")),
+        max_size=20,
+    )
+)
+def test_no_order_of_words_lets_an_unasked_or_denied_result_pass(
+    words: list[tuple[str, str]],
+) -> None:
+    ledger = ToolLedger()
+    denied, spoken = set(), set()
+    for word, name in words:
+        spoken.add(name)
+        if word == "asked":
+            ledger.asked(name)
+        elif word == "known":
+            ledger.known([name])
+            denied.discard(name)
+        else:
+            ledger.decided(name, allowed=word == "allow")
+            if word == "deny":
+                denied.add(name)
+    for name in "abc":
+        verdict = ledger.judge(name, Report.RESULT)
+        if name in denied or name not in spoken:
+            assert verdict not in {Verdict.FINE, Verdict.UNHEARD}
+
+
+@given(
+    st.dictionaries(
+        st.text(max_size=12), st.one_of(st.none(), st.booleans(), st.text(), st.lists(st.text()))
+    )
+)
+def test_a_report_is_always_one_of_three(block: dict[str, Any]) -> None:
+    assert report_of(block) in set(Report)
+
+
+def test_parallel_streams_do_not_multiply_a_budget() -> None:
+    rules = ModelRules(tools=RULES.tools, max_budget_usd=1.0)
+    run = RunState(rules)
+    big = body(max_tokens=64_000)
+    first = ModelExchange(rules, run)
+    data = json.dumps(big).encode()
+    assert isinstance(first.admit("POST", "/v1/messages", "", JSON, data), Admitted)
+    assert reason(admit(big, rules, run=run)) == "budget-exhausted-max-budget-usd"
+    first.finish(answered=False)
+    assert isinstance(admit(big, rules, run=run), Admitted)
+
+
+def test_spent_is_spent() -> None:
+    rules = ModelRules(tools=RULES.tools, max_budget_usd=0.01, max_requests=5)
+    run = RunState(rules)
+    run.settle(0, Usage(requests=1, output_tokens=1, cost_usd=0.02))
+    assert reason(admit(body(), rules, run=run)) == "budget-exhausted-max-budget-usd"
+    unknown = RunState(rules)
+    unknown.settle(0, Usage(requests=1, cost_usd=None))
+    assert reason(admit(body(), rules, run=unknown)) == "budget-exhausted-max-budget-usd"
+    counted = RunState(ModelRules(max_requests=1))
+    counted.settle(0, Usage(requests=1))
+    assert reason(admit(body(), ModelRules(max_requests=1), run=counted)).startswith(
+        "budget-exhausted"
+    )
+
+
+def test_an_answer_that_does_not_stream_is_read_too() -> None:
+    run = RunState(RULES)
+    exchange = ModelExchange(RULES, run)
+    exchange.admit("POST", "/v1/messages", "", JSON, json.dumps(body()).encode())
+    assert not isinstance(
+        exchange.answer_head(200, [(b"content-type", b"application/json")]), Refusal
+    )
+    message = {"model": "claude-sonnet-5", "usage": {"input_tokens": 3, "output_tokens": 4}, "stop_reason": "tool_use",
+               "content": [{"type": "tool_use", "id": "t", "name": "Evil", "input": {}}]}  # fmt: skip
+    exchange.feed(json.dumps(message).encode())
+    assert isinstance(exchange.end(), Cut)
+
+
+def test_encoded_answers_are_refused() -> None:
+    exchange = ModelExchange(RULES, RunState(RULES))
+    refused = exchange.answer_head(200, [(b"content-encoding", b"gzip")])
+    assert isinstance(refused, Refusal)
+    assert refused.reason == "answer-encoded"
+
+
+def test_prices() -> None:
+    assert price("claude-nobody") is None
+    assert cost("gpt", Usage(input_tokens=1)) is None
+    usage = Usage(
+        input_tokens=1_000_000, output_tokens=1_000_000, cache_read_input_tokens=1_000_000
+    )
+    assert cost("claude-sonnet-5", usage) == pytest.approx(3 + 15 + 0.3)

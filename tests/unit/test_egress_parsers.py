@@ -1,0 +1,288 @@
+"""Parsers of bytes from inside: accept, or raise one family of error; nothing else."""
+
+from __future__ import annotations
+
+import ssl
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ringfence.egress import rules
+from ringfence.egress.address import vet
+from ringfence.egress.head import Body, HeadError, end_of_head, parse
+from ringfence.egress.model.sse import Answer, EventStream, StreamError
+from ringfence.egress.model.strictjson import NotStrictError
+from ringfence.egress.model.strictjson import parse as parse_json
+from ringfence.egress.redact import MARK, Redactor
+from ringfence.egress.sni import HelloError, server_name
+from ringfence.policy.compiled import HostRule, PathRule
+
+GOOD = b"POST /v1/messages HTTP/1.1\r\nHost: api.test\r\nContent-Length: 2\r\n\r\n"
+
+HTTPISH = st.lists(
+    st.sampled_from(
+        [b"GET", b"POST", b" ", b"/", b"HTTP/1.1", b"\r\n", b"\n", b"\r", b"Host: a.test", b"Host:", b":",
+         b"Content-Length: 5", b"Content-Length: +5", b"Transfer-Encoding: chunked", b"\x00", b"\t", b"x",
+         b"5\r\nhello\r\n", b"0\r\n\r\n", b"Upgrade: websocket", b"\xff", b"Connection: close"]
+    ),
+    max_size=30,
+).map(b"".join)  # fmt: skip
+
+
+@given(st.one_of(st.binary(max_size=400), HTTPISH))
+def test_any_head_is_accepted_or_refused(data: bytes) -> None:
+    try:
+        end = end_of_head(data)
+        if end >= 0:
+            head = parse(data[:end])
+            assert head.host
+    except HeadError as error:
+        assert 400 <= error.status < 500
+        assert error.reason
+
+
+def test_a_good_head() -> None:
+    head = parse(GOOD)
+    assert (head.method, head.target, head.host, head.length) == (
+        "POST",
+        "/v1/messages",
+        "api.test",
+        2,
+    )
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        GOOD.replace(b"Host: api.test", b"Host: a\r\nHost: b"),
+        GOOD.replace(b"Host: api.test\r\n", b""),
+        GOOD.replace(b"Content-Length: 2", b"Content-Length: 2\r\nContent-Length: 2"),
+        GOOD.replace(b"Content-Length: 2", b"Content-Length: 2\r\nTransfer-Encoding: chunked"),
+        GOOD.replace(b"Content-Length: 2", b"Transfer-Encoding: chunked, chunked"),
+        GOOD.replace(b"Content-Length: 2", b"Transfer-Encoding : chunked"),
+        GOOD.replace(b"Content-Length: 2", b"Content-Length: 0x2"),
+        GOOD.replace(b"Content-Length: 2", b"Content-Length: -2"),
+        GOOD.replace(b"Content-Length: 2", b" folded"),
+        GOOD.replace(b"HTTP/1.1", b"HTTP/2.5"),
+        GOOD.replace(b"POST", b"post"),
+        GOOD.replace(b"POST", b"TRACE"),
+        GOOD.replace(b"Content-Length: 2", b"Upgrade: h2c"),
+        GOOD.replace(b"POST", b"GET"),
+        GOOD.replace(b"Content-Length: 2", b"Content-Encoding: gzip"),
+        GOOD.replace(b"Content-Length", b"Content_Length"),
+    ],
+)
+def test_smuggling_shapes_are_refused(bad: bytes) -> None:
+    with pytest.raises(HeadError):
+        parse(bad)
+
+
+@given(st.binary(max_size=200), st.integers(1, 50))
+def test_chunked_bodies_survive_any_cut(body: bytes, size: int) -> None:
+    chunks = [body[at : at + size] for at in range(0, len(body), size)]
+    framed = b"".join(b"%x\r\n%b\r\n" % (len(c), c) for c in chunks) + b"0\r\n\r\nNEXT"
+    collector, rest = Body(None, 1000), b""
+    for at in range(0, len(framed), 7):
+        rest += (
+            collector.feed(framed[at : at + 7]) if not collector.complete else framed[at : at + 7]
+        )
+    assert collector.complete
+    assert (collector.value(), rest) == (body, b"NEXT")
+
+
+@given(st.binary(max_size=300))
+def test_any_chunked_body_is_read_or_refused(data: bytes) -> None:
+    try:
+        Body(None, 64).feed(data)
+    except HeadError:
+        return
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"5;ext=1\r\nhello\r\n",
+        b"+5\r\nhello",
+        b"5\nhello",
+        b"0\r\nTrailer: x\r\n\r\n",
+        b"ffffffff\r\n",
+    ],
+)
+def test_odd_chunks_are_refused(bad: bytes) -> None:
+    with pytest.raises(HeadError):
+        Body(None, 1 << 20).feed(bad)
+
+
+@given(st.binary(max_size=600))
+def test_any_hello_is_read_or_refused(data: bytes) -> None:
+    try:
+        server_name(b"\x16\x03\x01" + data)
+    except HelloError:
+        return
+
+
+@pytest.mark.parametrize("name", ["tunnel.test", "a.b.c.example"])
+def test_a_real_hello(name: str) -> None:
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname=name)
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    hello = outgoing.read()
+    assert server_name(hello) == name
+    assert server_name(hello[:50]) is None
+
+
+@given(st.text(max_size=60))
+def test_an_authority_is_normal_or_none(text: str) -> None:
+    found = rules.authority(text)
+    if found is not None:
+        assert rules.authority(f"{found[0]}:{found[1]}") == found
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["127.0.0.1:80", "127.1:80", "0x7f.1:80", "2130706433:80", "[::1]:80", "localhost:80", "a_b.test:80", "a.test",
+     "a.test:0", "a.test:99999", "a.test:080", "a..test:80", "-a.test:80", "a.test.0x1:80", "\u0430.test:80",
+     "a%2etest:80", "user@a.test:80", "a.test:80\x00", "a.test.:80.", "1.2.3.4.:80", "*.test:80"],
+)  # fmt: skip
+def test_odd_authorities_are_none(text: str) -> None:
+    assert rules.authority(text) is None
+
+
+def test_good_authorities() -> None:
+    assert rules.authority("API.Example.COM.:443") == ("api.example.com", 443)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "100.64.0.1", "224.0.0.1",
+     "255.255.255.255", "168.63.129.16", "100.100.100.200", "::1", "::", "::ffff:127.0.0.1", "::ffff:10.0.0.1",
+     "64:ff9b::7f00:1", "2002:7f00:1::", "2001:0:0:0:0:0:80ff:fffe", "fe80::1", "fc00::1", "fd00:ec2::254", "ff02::1",
+     "::127.0.0.1", "192.0.2.1", "198.18.0.1", "not-an-address", ""],
+)  # fmt: skip
+def test_addresses_inside_are_refused(address: str) -> None:
+    assert not vet(address)
+
+
+def test_addresses_outside_pass_unless_they_are_ours() -> None:
+    assert vet("93.184.216.34")
+    assert vet("2606:2800:220:1:248:1893:25c8:1946")
+    assert not vet("93.184.216.34", own=["93.184.216.34"])
+
+
+RULE = HostRule(
+    host="api.test",
+    paths=(PathRule(method="GET", path="/repos/**"), PathRule(method="POST", path="/exact")),
+    credential="k",
+)
+
+
+def _decide(method: str, target: str) -> str:
+    raw = f"{method} {target} HTTP/1.1\r\nHost: api.test\r\n\r\n".encode()
+    decision = rules.decide_request(RULE, parse(raw))
+    return "" if decision.allowed else decision.reason
+
+
+def test_paths() -> None:
+    assert _decide("GET", "/repos/a/b?page=2") == ""
+    assert _decide("POST", "/exact") == ""
+    assert _decide("POST", "/repos/a") == "method-not-granted"
+    assert _decide("GET", "/other") == "path-not-granted"
+    for odd in ("/repos/%2e%2e/x", "/repos//x", "/repos/../x", "/repos/./x", "/repos/a%2fb"):
+        assert _decide("GET", odd) == "path-not-normal"
+    for key in ("access_token", "api_key", "key", "X-Amz-Signature", "api%5Fkey", "client_secret"):
+        assert _decide("GET", f"/repos/a?{key}=x") == "foreign-credential"
+
+
+@given(
+    st.lists(st.binary(max_size=30), max_size=12),
+    st.integers(0, 12),
+)
+def test_redaction_survives_any_cut(parts: list[bytes], at: int) -> None:
+    secret = b"sk-ant-SECRETVALUE"
+    data = b"".join([*parts[:at], secret, *parts[at:]])
+    for size in (1, 3, 7, 1000):
+        redactor = Redactor([secret])
+        out = b"".join(redactor.feed(data[i : i + size]) for i in range(0, len(data), size))
+        out += redactor.end()
+        assert secret not in out
+        assert out == data.replace(secret, MARK)
+
+
+def test_redaction_holds_nothing_back_without_need() -> None:
+    assert Redactor([b"sk-ant-SECRET"]).feed(b"data: hello\n\n") == b"data: hello\n\n"
+
+
+@given(st.binary(max_size=300))
+def test_any_json_is_strict_or_refused(data: bytes) -> None:
+    try:
+        parse_json(data)
+    except NotStrictError:
+        return
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [b'{"a":1,"a":2}', b'{"a":{"b":1,"b":2}}', b"\xef\xbb\xbf{}", '{"a":1}'.encode("utf-16"), b'{"a":NaN}',
+     b'{"a":"\\ud800"}', b"[" * 100 + b"]" * 100, b'{"a":1}x', b'{"a":1,}', b"{'a':1}", b'{"a":"\xff"}', b'{"\\u0061":1,"a":2}',
+     b"", b'{"a":Infinity}'],
+)  # fmt: skip
+def test_ambiguous_json_is_refused(bad: bytes) -> None:
+    with pytest.raises(NotStrictError):
+        parse_json(bad)
+
+
+def test_strict_json_passes() -> None:
+    assert (
+        parse_json(b'{"a":"\\u00e4{[","b":[1,2.5,null,true],"c":"\\ud83d\\ude00"}')["b"][1] == 2.5
+    )
+
+
+STREAM = (
+    b'event: message_start\ndata: {"type":"message_start","message":{"model":"claude-sonnet-5","usage":'
+    b'{"input_tokens":7,"output_tokens":1}}}\n\n'
+    b'event: content_block_start\ndata: {"type":"content_block_start","index":0,"content_block":'
+    b'{"type":"tool_use","id":"toolu_1","name":"Bash","input":{}}}\n\n'
+    b'data: {"type":"content_block_delta","index":0,"delta":{"type":"input_json_delta","partial_json":"{\\"a\\""}}\n\n'
+    b'data: {"type":"content_block_delta","index":0,"delta":{"type":"input_json_delta","partial_json":":1}"}}\n\n'
+    b'data: {"type":"content_block_stop","index":0}\n\n: comment\n\nevent: ping\ndata: {"type":"ping"}\n\n'
+    b'data: {"type":"message_delta","delta":{"stop_reason":"tool_use"},"usage":{"output_tokens":9}}\n\n'
+    b'data: {"type":"message_stop"}\n\n'
+)
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=60))
+def test_a_stream_passes_byte_for_byte_in_any_cut(sizes: list[int]) -> None:
+    answer = Answer(frozenset({"Bash"}))
+    stream, out, at = EventStream(answer), b"", 0
+    for size in [*sizes, len(STREAM)]:
+        out += stream.feed(STREAM[at : at + size])
+        at += size
+    assert out + stream.rest() == STREAM
+    answer.end()
+    assert [(t.id, t.name, t.input_json, t.complete) for t in answer.tool_uses] == [
+        ("toolu_1", "Bash", b'{"a":1}', True)
+    ]
+    assert (answer.usage.input_tokens, answer.usage.output_tokens) == (7, 9)
+    assert answer.stop_reason == "tool_use"
+
+
+@given(st.integers(1, 400))
+def test_a_tool_outside_the_grant_never_passes(size: int) -> None:
+    stream = EventStream(Answer(frozenset({"Read"})))
+    out = b""
+    with pytest.raises(StreamError, match="tool-use-not-granted"):
+        for at in range(0, len(STREAM), size):
+            out += stream.feed(STREAM[at : at + size])
+    assert b"toolu_1" not in out
+    assert b"Bash" not in out
+
+
+@settings(max_examples=200)
+@given(st.binary(max_size=500))
+def test_any_stream_is_read_or_cut(data: bytes) -> None:
+    try:
+        EventStream(Answer(frozenset())).feed(data + b"\n\n")
+    except StreamError:
+        return
