@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ringfence.errors import UnavailableError
-from ringfence.sandbox.profile import HostFacts, host_paths
+from ringfence.sandbox.profile import STAGES, HostFacts, host_paths
 from ringfence.sandbox.protocol import SandboxSpec
 
 _TRUST_STORES = (
@@ -123,8 +123,24 @@ def gather(spec: SandboxSpec, masked: Mapping[str, bool], uid: int, state_dir: P
         ca_bundle=_trust_store(spec.ca_certificate),
         masked=masked,
         proc_entries=frozenset(os.listdir("/proc")),
+        stage=stage_for(Path(bwrap_path())),
         egress_dir=str(spec.egress_dir) if spec.egress_dir else None,
         claude=str(claude) if claude else None,
+    )
+
+
+def stage_for(binary: Path) -> str:
+    """Where the stage may stand without covering what has to be executed afterwards.
+
+    Raises:
+        UnavailableError: `isolation-unavailable`.
+    """
+    needed = {binary, binary.resolve()}
+    for stage in STAGES:
+        if Path(stage).is_dir() and not any(path.is_relative_to(stage) for path in needed):
+            return stage
+    raise UnavailableError(
+        "isolation-unavailable", "no directory can be covered by the stage", hint="mkdir /mnt"
     )
 
 

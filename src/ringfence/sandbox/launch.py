@@ -41,9 +41,6 @@ _NR_OPEN_TREE, _NR_MOVE_MOUNT, _NR_MOUNT_SETATTR = 428, 429, 442
 
 Plan = dict[str, Any]
 
-STAGE = "/tmp"
-"""Over-mounted in the private mount namespace only: it exists on every host."""
-
 
 def _check(result: int, what: str) -> int:
     if result < 0:
@@ -197,17 +194,18 @@ def prepare(plan: Plan, descriptors: list[int]) -> tuple[Plan, list[int]]:
             attributes |= MOUNT_ATTR_IDMAP
         set_attributes(tree, attributes, max(idmap, 0), recursive=not as_root)
         trees.append((tree, source))
-    mount("stage", STAGE, "tmpfs", MS_NOSUID | MS_NODEV, "size=16m,mode=0755")
+    stage = plan["stage"]
+    mount("stage", stage, "tmpfs", MS_NOSUID | MS_NODEV, "size=16m,mode=0755")
     _scratch(plan, uid)
     for tree, source in trees:
-        _attach(tree, source)
+        _attach(stage, tree, source)
     _write_files(plan)
     if plan["overlay"]:
         options = (
-            f"lowerdir={STAGE}/lower,upperdir={STAGE}/scratch/upper,"
-            f"workdir={STAGE}/scratch/work,userxattr"
+            f"lowerdir={stage}/lower,upperdir={stage}/scratch/upper,"
+            f"workdir={stage}/scratch/work,userxattr"
         )
-        mount("overlay", f"{STAGE}/workspace", "overlay", MS_NOSUID | MS_NODEV, options)
+        mount("overlay", f"{stage}/workspace", "overlay", MS_NOSUID | MS_NODEV, options)
     out = [
         os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC),
         os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC),
@@ -215,13 +213,14 @@ def prepare(plan: Plan, descriptors: list[int]) -> tuple[Plan, list[int]]:
         listener.fileno(),
     ]
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    out += [os.open(f"{STAGE}/{name}", flags) for name in plan["handles"]]
+    out += [os.open(f"{stage}/{name}", flags) for name in plan["handles"]]
     listener.detach()
     return {"ok": True}, out
 
 
 def _scratch(plan: Plan, uid: int) -> None:
-    scratch = f"{STAGE}/scratch"
+    stage = plan["stage"]
+    scratch = f"{stage}/scratch"
     os.mkdir(scratch)
     size = f"size={plan['disk_mb']}m,nr_inodes={max(4096, plan['disk_mb'] * 128)},mode=0755"
     mount("scratch", scratch, "tmpfs", MS_NOSUID | MS_NODEV, size)
@@ -230,17 +229,17 @@ def _scratch(plan: Plan, uid: int) -> None:
         os.chown(f"{scratch}/{name}", uid, uid if plan["as_root"] else -1)
     flags = MS_NOSUID | MS_NODEV | (0 if plan["tmp_exec"] else MS_NOEXEC)
     for name in ("tmp", "home", "shm"):
-        target = f"{STAGE}/{name}"
+        target = f"{stage}/{name}"
         os.mkdir(target)
         mount(f"{scratch}/{name}", target, None, MS_BIND)
         mount("none", target, None, MS_REMOUNT | MS_BIND | flags)
     for name in ("workspace", "lower"):
-        os.mkdir(f"{STAGE}/{name}")
-    os.close(os.open(f"{STAGE}/masked", os.O_CREAT | os.O_WRONLY, 0))
+        os.mkdir(f"{stage}/{name}")
+    os.close(os.open(f"{stage}/masked", os.O_CREAT | os.O_WRONLY, 0))
 
 
-def _attach(tree: int, source: Plan) -> None:
-    target = f"{STAGE}/{source['target']}"
+def _attach(stage: str, tree: int, source: Plan) -> None:
+    target = f"{stage}/{source['target']}"
     if source["directory"]:
         os.makedirs(target, exist_ok=True)
     else:
@@ -251,8 +250,9 @@ def _attach(tree: int, source: Plan) -> None:
 
 
 def _write_files(plan: Plan) -> None:
+    stage = plan["stage"]
     for path, text in plan["files"].items():
-        target = f"{STAGE}/{path}"
+        target = f"{stage}/{path}"
         os.makedirs(os.path.dirname(target), exist_ok=True)
         with open(target, "w") as file:
             file.write(text)

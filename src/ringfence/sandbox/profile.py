@@ -23,7 +23,9 @@ from ringfence.sandbox.protocol import (
     INSIDE_WORKSPACE,
 )
 
-STAGE = "/tmp"  # noqa: S108  the stage's place in a private mount namespace, see launch.py
+STAGES = ("/mnt", "/media", "/srv", "/opt", "/tmp")  # noqa: S108
+"""Directories that the stage may cover, in a private mount namespace; the first that exists and
+that bubblewrap itself does not lie under."""
 SECCOMP_FD, STATUS_FD = 10, 11
 
 PATH = "/opt/ringfence/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
@@ -67,6 +69,7 @@ class HostFacts:
         ca_bundle: content of the trust store, our CA included.
         masked: workspace-relative paths to hide, to whether each is a directory.
         proc_entries: names below /proc that exist on this kernel.
+        stage: which of STAGES is covered.
     """
 
     as_root: bool
@@ -76,6 +79,7 @@ class HostFacts:
     ca_bundle: str
     masked: Mapping[str, bool]
     proc_entries: frozenset[str]
+    stage: str = STAGES[0]
     egress_dir: str | None = None
     claude: str | None = None
 
@@ -152,6 +156,7 @@ def prepare_plan(profile: SandboxProfile, facts: HostFacts) -> dict[str, Any]:
             )
     return {
         "phase": "prepare",
+        "stage": facts.stage,
         "as_root": facts.as_root,
         "uid": facts.uid,
         "proxy_port": INSIDE_PROXY_PORT,
@@ -213,7 +218,7 @@ def _system(facts: HostFacts) -> list[str]:
             arguments += ["--symlink", facts.links[name], f"/{name}"]
         elif f"/{name}" in facts.existing:
             arguments += ["--ro-bind", f"/{name}", f"/{name}"]
-    return [*arguments, "--ro-bind", f"{STAGE}/etc", "/etc"]
+    return [*arguments, "--ro-bind", f"{facts.stage}/etc", "/etc"]
 
 
 def _proc(facts: HostFacts) -> list[str]:
@@ -230,17 +235,17 @@ def _proc(facts: HostFacts) -> list[str]:
 def _places(profile: SandboxProfile, facts: HostFacts) -> list[str]:
     workspace = "--ro-bind" if profile.workspace_mode is WorkspaceMode.READONLY else "--bind"
     arguments = [
-        *("--bind", f"{STAGE}/tmp", "/tmp", "--bind", f"{STAGE}/tmp", "/var/tmp"),  # noqa: S108
-        *("--bind", f"{STAGE}/shm", "/dev/shm"),  # noqa: S108
-        *("--bind", f"{STAGE}/home", INSIDE_HOME),
+        *("--bind", f"{facts.stage}/tmp", "/tmp", "--bind", f"{facts.stage}/tmp", "/var/tmp"),  # noqa: S108
+        *("--bind", f"{facts.stage}/shm", "/dev/shm"),  # noqa: S108
+        *("--bind", f"{facts.stage}/home", INSIDE_HOME),
     ]
     if facts.egress_dir is not None:
-        arguments += ["--ro-bind", f"{STAGE}/egress", INSIDE_EGRESS_DIR]
+        arguments += ["--ro-bind", f"{facts.stage}/egress", INSIDE_EGRESS_DIR]
     if facts.claude is not None:
-        arguments += ["--ro-bind", f"{STAGE}/claude", INSIDE_CLAUDE]
+        arguments += ["--ro-bind", f"{facts.stage}/claude", INSIDE_CLAUDE]
     for index, (path, writable) in enumerate(shown_paths(profile, facts)):
-        arguments += ["--bind" if writable else "--ro-bind", f"{STAGE}/shown/{index}", path]
-    return [*arguments, workspace, f"{STAGE}/workspace", INSIDE_WORKSPACE]
+        arguments += ["--bind" if writable else "--ro-bind", f"{facts.stage}/shown/{index}", path]
+    return [*arguments, workspace, f"{facts.stage}/workspace", INSIDE_WORKSPACE]
 
 
 def _masks(facts: HostFacts) -> list[str]:
@@ -252,7 +257,7 @@ def _masks(facts: HostFacts) -> list[str]:
             arguments += ["--perms", "0000", "--size", "4096", "--tmpfs", target]
             arguments += ["--remount-ro", target]
         else:
-            arguments += ["--ro-bind", f"{STAGE}/masked", target]
+            arguments += ["--ro-bind", f"{facts.stage}/masked", target]
     return arguments
 
 
@@ -266,4 +271,4 @@ def _covers(path: str, profile: SandboxProfile, facts: HostFacts) -> list[str]:
         return []
     if facts.existing[path]:
         return ["--perms", "0000", "--size", "4096", "--tmpfs", path, "--remount-ro", path]
-    return ["--ro-bind", f"{STAGE}/masked", path]
+    return ["--ro-bind", f"{facts.stage}/masked", path]

@@ -227,11 +227,11 @@ class SandboxContract:
         spec = self.spec(backend, place)
         loader = "$(ls /lib64/ld-linux-*.so.* /lib/ld-linux-*.so.* 2>/dev/null | head -1)"
         script = f"cp /bin/true DIR/t && chmod +x DIR/t && DIR/t && {loader} DIR/t"
-        for directory in ("/tmp", "/dev/shm", "/home/agent", "/var/tmp"):  # noqa: S108
+        for directory in ("/tmp", "/dev/shm", "/home/agent", "/var/tmp"):
             assert self.inside(backend, spec, script.replace("DIR", directory))[0] != 0
         assert self.inside(backend, spec, script.replace("DIR", "/workspace"))[0] == 0
         lifted = self.spec(backend, place, tmp_exec=True)
-        assert self.inside(backend, lifted, script.replace("DIR", "/tmp"))[0] == 0  # noqa: S108
+        assert self.inside(backend, lifted, script.replace("DIR", "/tmp"))[0] == 0
 
     def test_blocked_paths_are_absent(self, backend: Backend, place: Path) -> None:
         """A readable host path is visible, a blocked one below it is not; /etc is synthetic."""
