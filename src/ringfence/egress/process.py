@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import socket
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ class Egress:
         secrets = _secrets(message)
         authority = Authority.load(Path(message.ca_dir)) if message.ca_dir else None
         context = upstream_context(message.upstream_ca)
+        preload()
         if message.drop_to_uid is not None and os.geteuid() == 0:
             _drop(message.drop_to_uid)
         await recorder.ready()
@@ -186,6 +188,14 @@ def _secrets(message: Configure) -> dict[str, Secret]:
     if message.environment_credential is not None:
         secrets[ENVIRONMENT_CREDENTIAL] = Secret(message.environment_credential)
     return secrets
+
+
+def preload() -> None:
+    """Import what the standard library imports late: the interpreter may lie in a directory that
+    the uid to come cannot read, such as a 0700 home.
+    """
+    "a.test".encode("idna")  # ssl encodes every server name by this codec
+    traceback.format_exception(ValueError())
 
 
 def _drop(uid: int) -> None:

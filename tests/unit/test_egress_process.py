@@ -1,0 +1,33 @@
+"""What the egress process must have ready before it gives up its rights."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+SCRIPT = """
+import ssl, sys
+from ringfence.egress import process
+if "preload" in sys.argv:
+    process.preload()
+sys.meta_path.clear()  # from here on nothing can be imported, as under a uid that may not read
+sys.path_importer_cache.clear()
+context = ssl.create_default_context()
+context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname="api.anthropic.com")
+"""
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, timeout=30
+    )
+
+
+def test_a_handshake_needs_no_import_after_preload() -> None:
+    assert _run("preload").returncode == 0
+
+
+def test_without_it_the_handshake_fails() -> None:
+    done = _run()
+    assert done.returncode != 0
+    assert "idna" in done.stderr
