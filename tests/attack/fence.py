@@ -33,8 +33,8 @@ from ringfence.sandbox.protocol import SandboxSpec
 from ringfence.testing.upstream import Upstream, UpstreamSettings
 from ringfence.vault.keys import VaultPaths
 from ringfence.vault.seal import set_credential
-from ringfence.worker.attempt import listen
 from ringfence.worker.ids import new_id
+from ringfence.worker.prepare import listen
 
 KEY = "sk-REAL-CANARY-0123456789abcdef"
 CANARY = "CANARY-host-file-0123456789"

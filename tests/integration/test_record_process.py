@@ -464,7 +464,7 @@ def test_the_fake_keeps_the_contract() -> None:
         assert recorder.hmac(b"a") == recorder.hmac(b"a") != recorder.hmac(b"b")
         with pytest.raises(ValueError, match="union_tag_invalid"):
             await fake.append_fields({"type": "no.such"})
-        fake.gone = True
+        fake.kill()
         with pytest.raises(UnavailableError):
             await recorder.append(STARTED)
         await recorder.close()

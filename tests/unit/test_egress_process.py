@@ -19,7 +19,11 @@ context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname="api.anthropi
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, timeout=30
+        [sys.executable, "-c", SCRIPT, *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=30,
     )
 
 

@@ -131,7 +131,7 @@ class EgressLink:
         self._on_notice = on_notice
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._number = 0
-        self._gone = False
+        self._gone = asyncio.Event()
         self._channel = Channel(connection, self._received, self._ended)
 
     async def request(
@@ -143,7 +143,7 @@ class EgressLink:
             UnavailableError: `egress-unavailable` when the process is gone.
             RingfenceError: what egress refused it with.
         """
-        if self._gone:
+        if self._gone.is_set():
             raise _unavailable()
         self._number = number = self._number + 1
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
@@ -168,16 +168,15 @@ class EgressLink:
             self._on_notice(message)
 
     def _ended(self) -> None:
-        self._gone = True
+        self._gone.set()
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(_unavailable())
         self._waiting.clear()
 
-    @property
-    def gone(self) -> bool:
-        """Whether the egress process has ended."""
-        return self._gone
+    async def ended(self) -> None:
+        """Returns when the egress process is gone."""
+        await self._gone.wait()
 
     async def close(self) -> None:
         """Leave; egress ends when its channel does."""

@@ -82,6 +82,10 @@ class RecorderClient:
             raise _unavailable(self._lost or "it has not answered yet")
         return hmac.new(self._key, data, hashlib.sha256).hexdigest()
 
+    async def ended(self) -> None:
+        """See the protocol."""
+        await self._ended.wait()
+
     async def close(self) -> None:
         """See the protocol. Returns when the recorder has all of it on disk, or is gone."""
         if self._socket.fileno() < 0:

@@ -35,6 +35,10 @@ class Recorder(Protocol):
         """
         ...
 
+    async def ended(self) -> None:
+        """Returns when nothing can be appended any more."""
+        ...
+
     async def close(self) -> None:
         """Flush and leave. Idempotent."""
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 from typing import Any
@@ -15,12 +16,11 @@ class MemoryRecorder:
 
     Attributes:
         records: every event as the log would hold it, without `time`, in order.
-        gone: set it, and every append fails as if the recorder had been killed.
     """
 
     def __init__(self, *, source: str = "worker") -> None:
         self.records: list[dict[str, Any]] = []
-        self.gone = False
+        self._gone = asyncio.Event()
         self._source = source
 
     async def ready(self) -> None:
@@ -32,7 +32,7 @@ class MemoryRecorder:
 
     async def append_fields(self, fields: dict[str, object], *, durable: bool = True) -> int:
         """`append` of fields; those that the catalogue does not know raise ValueError."""
-        if self.gone:
+        if self._gone.is_set():
             raise UnavailableError("recorder-unavailable", "the recorder cannot be reached: gone")
         self.records.append({**EVENTS.validate_python(fields).model_dump(), "source": self._source})
         return len(self.records) - 1 if durable else -1
@@ -43,6 +43,14 @@ class MemoryRecorder:
     def hmac(self, data: bytes) -> str:
         """Keyed under a constant: equal inputs are equal, as in the log."""
         return hmac.new(b"memory", data, hashlib.sha256).hexdigest()
+
+    def kill(self) -> None:
+        """From now on every append fails."""
+        self._gone.set()
+
+    async def ended(self) -> None:
+        """See the protocol."""
+        await self._gone.wait()
 
     async def close(self) -> None:
         """See the protocol."""

@@ -9,22 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import shutil
-import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from ringfence.agent.claude import ClaudeDriver, ClaudeSettings
-from ringfence.agent.command import CommandResult, run_command
-from ringfence.agent.messages import AgentMessage, Notice, Text, TurnEnded
-from ringfence.agent.permissions import Approver
-from ringfence.channel.link import EgressLink
+from ringfence.agent.command import run_command
+from ringfence.agent.messages import Notice, Text, TurnEnded
 from ringfence.channel.messages import (
     AddListener,
     AnyMessage,
@@ -35,15 +30,13 @@ from ringfence.channel.messages import (
     ToolDecided,
     WitnessViolated,
 )
-from ringfence.config import Config
 from ringfence.errors import (
     AgentError,
-    CallerError,
     DeniedError,
     RingfenceError,
     UnavailableError,
 )
-from ringfence.model import RunRequest, RunResult, RunStatus, Usage, WorkspaceMode
+from ringfence.model import RunRequest, RunResult, Usage, WorkspaceMode
 from ringfence.policy.codec import egress_to_json
 from ringfence.policy.compiled import CompiledPolicy
 from ringfence.record.events import (
@@ -53,56 +46,19 @@ from ringfence.record.events import (
     SandboxStopped,
     SessionChanged,
 )
-from ringfence.record.recorder import Recorder
-from ringfence.record.sessions import LEASE_SECONDS, LeasedStore, SqliteSessionStore
+from ringfence.record.sessions import LEASE_SECONDS, LeasedStore
 from ringfence.sandbox.hostfiles import host_files
 from ringfence.sandbox.patch import render
-from ringfence.sandbox.protocol import Backend, Changes, Control, Sandbox, SandboxSpec
+from ringfence.sandbox.protocol import Changes, Control, Sandbox, SandboxSpec
 from ringfence.sandbox.saved import save_changes
-from ringfence.worker.control import RunControl, Wish
+from ringfence.worker.control import RunControl
 from ringfence.worker.ids import new_id
+from ringfence.worker.outcome import Outcome
+from ringfence.worker.prepare import check, listen, narrowed
 from ringfence.worker.rundir import RunDirectory
+from ringfence.worker.station import OnMessage, Station
 
 _GRACE_SECONDS = 5.0
-
-OnMessage = Callable[[AgentMessage], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Station:
-    """What an attempt works with; made by the composition root, shared by attempts."""
-
-    config: Config
-    backend: Backend
-    recorder: Recorder
-    egress: EgressLink
-    notices: NoticeBoard
-    sessions: SqliteSessionStore
-    approver: Approver
-    claude: Path | None
-    ca_certificate: bytes | None
-
-
-class NoticeBoard:
-    """Hands egress's notices to the attempt whose sandbox they name."""
-
-    def __init__(self) -> None:
-        self._readers: dict[str, Callable[[AnyMessage], None]] = {}
-
-    def post(self, message: AnyMessage) -> None:
-        """Called by the link for every notice."""
-        reader = self._readers.get(getattr(message, "sandbox_id", ""))
-        if reader is not None:
-            reader(message)
-
-    @contextlib.contextmanager
-    def reading(self, sandbox_id: str, reader: Callable[[AnyMessage], None]) -> Any:
-        """Receive a sandbox's notices while the block runs."""
-        self._readers[sandbox_id] = reader
-        try:
-            yield
-        finally:
-            del self._readers[sandbox_id]
 
 
 class Attempt:
@@ -125,10 +81,8 @@ class Attempt:
         self._mode = request.permission_mode or self._policy.tools.permission_mode
         self._started = time.monotonic()
         self._usage = Usage()
-        self._failure: RingfenceError | None = None
-        self._expired = False
-        self._ended: TurnEnded | None = None
-        self._command: CommandResult | None = None
+        self._outcome = Outcome()
+        self._begun = False
         self._changes = Changes()
         self._sandbox: Sandbox | None = None
         self._driver: ClaudeDriver | None = None
@@ -142,26 +96,42 @@ class Attempt:
             RingfenceError: only when nothing of the agent has run: a caller's mistake, or a
                 host that cannot.
         """
-        _check(self._request, self._policy)
+        check(self._request, self._policy)
         directory = RunDirectory(self._station.config.state_dir, self.run_id)
-        started = False
         try:
             async with AsyncExitStack() as stack:
                 lease = await self._lease(stack)
+                self._begun = True
                 await self._record_start()
-                started = True
                 await self._carry_out(stack, lease)
         except RingfenceError as error:
-            self._failure = self._failure or error
-            if not started:
+            self._outcome.fail(error)
+            if not self._begun:
                 shutil.rmtree(directory.path, ignore_errors=True)
                 raise
-        result = self._result()
-        index = await self._record_end(result)
-        result = replace(result, audit_index=index)
+        except BaseException as error:
+            # cancelled by whoever called, or a fault of ours: the record still gets its end
+            if self._begun:
+                self._outcome.fail(_broken_off(error))
+                await asyncio.shield(self._settle(directory))
+            else:
+                shutil.rmtree(directory.path, ignore_errors=True)
+            raise
+        result = await self._settle(directory)
+        if self._sandbox is None and self._outcome.failure is not None:
+            raise self._outcome.failure
+        return result
+
+    async def _settle(self, directory: RunDirectory) -> RunResult:
+        """Record the end and keep what there is; without a recorder the changes are kept still."""
+        self._outcome.wish = self._control.wish
+        try:
+            index = await self._record_end(self._result())
+        except UnavailableError as error:
+            self._outcome.fail(error)
+            index = -1
+        result = replace(self._result(), audit_index=index)
         await asyncio.to_thread(self._save, directory, result)
-        if self._sandbox is None and self._failure is not None:
-            raise self._failure
         return result
 
     # the steps
@@ -246,7 +216,7 @@ class Attempt:
         try:
             detail = await self._station.egress.request(CloseSandbox, sandbox_id=self._sandbox_id)
         except UnavailableError as error:
-            self._failure = self._failure or error
+            self._outcome.fail(error)
             return
         self._usage = Usage(**detail)
 
@@ -290,30 +260,43 @@ class Attempt:
 
     async def _within_time(self, sandbox: Sandbox, lease: LeasedStore | None) -> None:
         """The clock is out here: at the limit the turn is interrupted, then killed."""
-        seconds = self._policy.sandbox.limits.wall_seconds
-        work = asyncio.get_running_loop().create_task(self._drive(sandbox, lease))
-        wishes = asyncio.get_running_loop().create_task(
+        loop = asyncio.get_running_loop()
+        work = loop.create_task(self._drive(sandbox, lease))
+        lost = loop.create_task(self._station.lost())
+        wishes = loop.create_task(
             self._control.follow(interrupt=self._interrupt, cancel=self._cancel)
         )
         try:
-            done, _ = await asyncio.wait({work}, timeout=seconds)
-            if not done:
-                self._expired = True
-                self._failure = AgentError(
-                    "run-timeout",
-                    f"the run reached its limit of {seconds:g} seconds",
-                    hint="raise execution.max_duration_seconds in the policy, or --timeout",
-                )
-                await self._interrupt()
-                done, _ = await asyncio.wait({work}, timeout=_GRACE_SECONDS)
-            if not done:
+            await asyncio.wait(
+                {work, lost},
+                timeout=self._policy.sandbox.limits.wall_seconds,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if lost.done():
+                self._outcome.fail(lost.result())
                 await sandbox.stop()
+            elif not work.done():
+                await self._expire(sandbox, work)
             await work
         finally:
-            wishes.cancel()
-            if not work.done():
-                work.cancel()
-            await asyncio.gather(work, wishes, return_exceptions=True)
+            for task in (work, lost, wishes):
+                task.cancel()
+            await asyncio.gather(work, lost, wishes, return_exceptions=True)
+
+    async def _expire(self, sandbox: Sandbox, work: asyncio.Task[None]) -> None:
+        seconds = self._policy.sandbox.limits.wall_seconds
+        self._outcome.expired = True
+        self._outcome.fail(
+            AgentError(
+                "run-timeout",
+                f"the run reached its limit of {seconds:g} seconds",
+                hint="raise execution.max_duration_seconds in the policy, or --timeout",
+            )
+        )
+        await self._interrupt()
+        await asyncio.wait({work}, timeout=_GRACE_SECONDS)
+        if not work.done():
+            await sandbox.stop()
 
     async def _interrupt(self) -> None:
         if self._driver is not None:
@@ -334,7 +317,7 @@ class Attempt:
 
     async def _drive_command(self, sandbox: Sandbox) -> None:
         request = self._request
-        self._command = await run_command(
+        self._outcome.command = await run_command(
             sandbox,
             request.command,
             task=request.prompt,
@@ -370,20 +353,24 @@ class Attempt:
             await driver.start()
             async for message in driver.turn(request.prompt):
                 if isinstance(message, TurnEnded):
-                    self._ended = message
+                    self._outcome.ended = message
                 self._on_message(message)
         finally:
             self._driver = None
             await driver.close()
         if driver.mirror_failed:
-            self._failure = UnavailableError(
-                "transcript-lost", "the transcript could not be kept, so the run was ended"
+            self._outcome.fail(
+                UnavailableError(
+                    "transcript-lost", "the transcript could not be kept, so the run was ended"
+                )
             )
         if driver.tool_timed_out:
-            self._failure = self._failure or AgentError(
-                "tool-timeout",
-                f"a call of {driver.tool_timed_out} was over its time limit",
-                hint="raise execution.max_tool_seconds in the policy",
+            self._outcome.fail(
+                AgentError(
+                    "tool-timeout",
+                    f"a call of {driver.tool_timed_out} was over its time limit",
+                    hint="raise execution.max_tool_seconds in the policy",
+                )
             )
 
     async def _announce(self, tool_use_id: str, name: str, digest: str, allowed: bool) -> None:  # noqa: FBT001
@@ -401,16 +388,20 @@ class Attempt:
             text = f"egress refused {message.target}: {message.reason}"
             self._on_message(Notice(kind="egress_denied", text=text))
             if message.reason.startswith("budget-exhausted"):
-                self._failure = self._failure or AgentError(
-                    "budget-exhausted",
-                    f"the run's budget is spent ({message.reason})",
-                    hint="raise model.max_budget_usd in the policy, or --max-budget-usd",
+                self._outcome.fail(
+                    AgentError(
+                        "budget-exhausted",
+                        f"the run's budget is spent ({message.reason})",
+                        hint="raise model.max_budget_usd in the policy, or --max-budget-usd",
+                    )
                 )
         elif isinstance(message, WitnessViolated):
-            self._failure = self._failure or DeniedError(
-                "witness-violated",
-                f"the wire shows a result that nobody allowed ({message.reason})",
-                hint="something inside the sandbox speaks to the model in the agent's name",
+            self._outcome.fail(
+                DeniedError(
+                    "witness-violated",
+                    f"the wire shows a result that nobody allowed ({message.reason})",
+                    hint="something inside the sandbox speaks to the model in the agent's name",
+                )
             )
             self._on_message(Notice(kind="witness_violated", text=message.reason))
             self._control.cancel()
@@ -426,45 +417,26 @@ class Attempt:
     # the end
 
     def _result(self) -> RunResult:
-        ended, command, failure = self._ended, self._command, self._failure
-        status = self._status()
-        error = failure
-        if error is None and status is RunStatus.FAILED:
-            why = ended.reason if ended else "no answer"
-            error = AgentError("agent-failed", f"the agent did not succeed: {why}")
-        if error is None and status is RunStatus.CANCELLED:
-            error = AgentError("run-interrupted", "the run was ended from outside")
-        patch = render(self._changes) if self._changes.items else b""
-        paths = tuple(change.path for change in self._changes.items)
+        outcome, changes = self._outcome, self._changes
+        ended, error = outcome.ended, outcome.error
         return RunResult(
             run_id=self.run_id,
             session_id=self._session_id,
-            status=status,
-            text=command.output.decode("utf-8", "replace") if command else _text(ended),
-            stderr=command.errors.decode("utf-8", "replace") if command else "",
-            exit_code=_exit_code(status, command, error),
+            status=outcome.status,
+            text=outcome.text,
+            stderr=outcome.stderr,
+            exit_code=outcome.exit_code,
             errors=ended.errors if ended else (),
             usage=self._usage,
             num_turns=ended.num_turns if ended else 0,
             duration_seconds=round(time.monotonic() - self._started, 3),
-            patch=patch,
-            changed_files=paths,
-            host_files=tuple(file.path for file in host_files(self._changes)),
+            patch=render(changes) if changes.items else b"",
+            changed_files=tuple(change.path for change in changes.items),
+            host_files=tuple(file.path for file in host_files(changes)),
             hidden_files=self._hidden,
             unenforced=self._unenforced,
             error=error.to_json() if error is not None else None,
         )
-
-    def _status(self) -> RunStatus:
-        if self._expired:
-            return RunStatus.EXPIRED
-        if self._failure is not None:
-            return RunStatus.FAILED
-        if self._control.wish is not Wish.GO_ON:
-            return RunStatus.CANCELLED
-        if self._command is not None:
-            return RunStatus.SUCCEEDED if self._command.exit_code == 0 else RunStatus.FAILED
-        return RunStatus.SUCCEEDED if self._ended and self._ended.ok else RunStatus.FAILED
 
     async def _record_end(self, result: RunResult) -> int:
         return await self._station.recorder.append(
@@ -493,66 +465,10 @@ class Attempt:
         }
 
 
-def _text(ended: TurnEnded | None) -> str:
-    return ended.text if ended else ""
-
-
-def _exit_code(
-    status: RunStatus, command: CommandResult | None, error: RingfenceError | None
-) -> int:
-    if (
-        command is not None
-        and status in {RunStatus.SUCCEEDED, RunStatus.FAILED}
-        and (error is None or error.code == "agent-failed")
-    ):
-        return command.exit_code
-    return error.status if error is not None else 0
-
-
-def narrowed(policy: CompiledPolicy, request: RunRequest) -> CompiledPolicy:
-    """The policy with what the request asks for: a request can only ever narrow it."""
-    limits, model = policy.sandbox.limits, policy.egress.model
-    if request.timeout_seconds is not None:
-        limits = replace(limits, wall_seconds=min(limits.wall_seconds, request.timeout_seconds))
-    if request.max_budget_usd is not None:
-        budget = min(request.max_budget_usd, model.max_budget_usd or request.max_budget_usd)
-        model = replace(model, max_budget_usd=budget)
-    sandbox = replace(policy.sandbox, limits=limits)
-    if request.workspace_mode is not None:
-        sandbox = replace(sandbox, workspace_mode=request.workspace_mode)
-    return replace(policy, sandbox=sandbox, egress=replace(policy.egress, model=model))
-
-
-def _check(request: RunRequest, policy: CompiledPolicy) -> None:
-    if not Path(request.workspace).is_dir():
-        raise CallerError(
-            "workspace-missing", f"{request.workspace} is not a directory that can be read"
-        )
-    mode = request.permission_mode
-    if mode is not None and mode not in policy.tools.permission_modes:
-        allowed = ", ".join(m.value for m in policy.tools.permission_modes)
-        raise DeniedError(
-            "permission-mode-denied",
-            f"the policy does not permit mode {mode.value}",
-            hint=f"it permits: {allowed}",
-        )
-
-
-def listen(path: Path) -> socket.socket:
-    """A listening unix socket. Bound through the directory's descriptor, because a socket's path
-    may have 108 bytes only (unix(7)) and a state directory can be deeper.
-    """
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        listener.bind(f"/proc/self/fd/{directory}/{path.name}")
-        listener.listen(256)
-    except BaseException:
-        listener.close()
-        raise
-    finally:
-        os.close(directory)
-    return listener
+def _broken_off(error: BaseException) -> RingfenceError:
+    if isinstance(error, asyncio.CancelledError):
+        return AgentError("run-interrupted", "the run was cancelled by its caller")
+    return UnavailableError("internal", f"{type(error).__name__} in the worker")
 
 
 @asynccontextmanager

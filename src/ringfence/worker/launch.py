@@ -23,10 +23,11 @@ from ringfence.record.sessions import SqliteSessionStore
 from ringfence.sandbox.protocol import Backend
 from ringfence.vault.keys import VaultPaths
 from ringfence.vault.store import VaultFile
-from ringfence.worker.attempt import Attempt, NoticeBoard, OnMessage, Station
+from ringfence.worker.attempt import Attempt
 from ringfence.worker.control import RunControl
+from ringfence.worker.station import NoticeBoard, OnMessage, Station
 
-_ENVIRONMENT = "environment"
+_ENVIRONMENT, _PLATFORM = "environment", "anthropic"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +98,9 @@ class Launcher:
         }
 
     def _provider(self, provider: Provider, sealed: set[str]) -> ProviderConfig:
-        """A credential that the vault does not have may come from the environment."""
+        """The Anthropic key, and no other, may come from the environment."""
         credential = provider.credential
-        if credential is not None and credential not in sealed and self.environment_key:
+        if credential == _PLATFORM and credential not in sealed and self.environment_key:
             credential = _ENVIRONMENT
         return ProviderConfig(
             base_url=provider.base_url, credential=credential, header=provider.header
@@ -108,7 +109,7 @@ class Launcher:
     def missing_credential(self, provider: str = "anthropic") -> str | None:
         """Name of the credential that a provider needs and nobody has; None when all is well."""
         name = self.config.providers[provider].credential
-        if name is None or self.environment_key:
+        if name is None or (name == _PLATFORM and self.environment_key):
             return None
         sealed = VaultFile(VaultPaths(self.config.state_dir).store).entries()
         return None if name in sealed else name

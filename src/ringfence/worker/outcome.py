@@ -1,0 +1,81 @@
+"""How a run ended, decided from what is known of it. Pure: one table of causes, worst first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ringfence.agent.command import CommandResult
+from ringfence.agent.messages import TurnEnded
+from ringfence.errors import AgentError, RingfenceError
+from ringfence.model import RunStatus
+from ringfence.worker.control import Wish
+
+
+@dataclass(kw_only=True, slots=True)
+class Outcome:
+    """What is known, filled in while the run goes on.
+
+    Attributes:
+        failure: the first thing that went wrong; later ones are its effects.
+        expired: the wall clock ran out.
+        wish: how strongly the end was asked for from outside.
+        ended: how the agent's turn ended, in its own words.
+        command: what a command left.
+    """
+
+    failure: RingfenceError | None = None
+    expired: bool = False
+    wish: Wish = Wish.GO_ON
+    ended: TurnEnded | None = None
+    command: CommandResult | None = None
+
+    def fail(self, error: RingfenceError) -> None:
+        """Keep the first failure."""
+        self.failure = self.failure or error
+
+    @property
+    def status(self) -> RunStatus:
+        """The terminal state."""
+        if self.expired:
+            return RunStatus.EXPIRED
+        if self.failure is not None:
+            return RunStatus.FAILED
+        if self.wish is not Wish.GO_ON:
+            return RunStatus.CANCELLED
+        if self.command is not None:
+            return RunStatus.SUCCEEDED if self.command.exit_code == 0 else RunStatus.FAILED
+        return RunStatus.SUCCEEDED if self.ended and self.ended.ok else RunStatus.FAILED
+
+    @property
+    def error(self) -> RingfenceError | None:
+        """What to tell the caller; None after success."""
+        if self.failure is not None:
+            return self.failure
+        if self.status is RunStatus.FAILED:
+            why = self.ended.reason if self.ended else "no answer"
+            if self.command is not None:
+                why = f"exit status {self.command.exit_code}"
+            return AgentError("agent-failed", f"the agent did not succeed: {why}")
+        if self.status is RunStatus.CANCELLED:
+            return AgentError("run-interrupted", "the run was ended from outside")
+        return None
+
+    @property
+    def exit_code(self) -> int:
+        """A command's own status when nothing else ended it; otherwise the error's family."""
+        error = self.error
+        if self.command is not None and (error is None or error.code == "agent-failed"):
+            return self.command.exit_code
+        return error.status if error is not None else 0
+
+    @property
+    def text(self) -> str:
+        """The agent's last answer, or a command's standard output."""
+        if self.command is not None:
+            return self.command.output.decode("utf-8", "replace")
+        return self.ended.text if self.ended else ""
+
+    @property
+    def stderr(self) -> str:
+        """A command's standard error."""
+        return self.command.errors.decode("utf-8", "replace") if self.command else ""

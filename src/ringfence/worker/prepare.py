@@ -1,0 +1,64 @@
+"""Before an attempt starts: the request against the policy, and the sandbox's socket."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+from ringfence.errors import CallerError, DeniedError
+from ringfence.model import RunRequest
+from ringfence.policy.compiled import CompiledPolicy
+
+
+def narrowed(policy: CompiledPolicy, request: RunRequest) -> CompiledPolicy:
+    """The policy with what the request asks for: a request can only ever narrow it."""
+    limits, model = policy.sandbox.limits, policy.egress.model
+    if request.timeout_seconds is not None:
+        limits = replace(limits, wall_seconds=min(limits.wall_seconds, request.timeout_seconds))
+    if request.max_budget_usd is not None:
+        budget = min(request.max_budget_usd, model.max_budget_usd or request.max_budget_usd)
+        model = replace(model, max_budget_usd=budget)
+    sandbox = replace(policy.sandbox, limits=limits)
+    if request.workspace_mode is not None:
+        sandbox = replace(sandbox, workspace_mode=request.workspace_mode)
+    return replace(policy, sandbox=sandbox, egress=replace(policy.egress, model=model))
+
+
+def check(request: RunRequest, policy: CompiledPolicy) -> None:
+    """Refuse what cannot or may not run.
+
+    Raises:
+        CallerError: `workspace-missing`.
+        DeniedError: `permission-mode-denied`.
+    """
+    if not Path(request.workspace).is_dir():
+        raise CallerError(
+            "workspace-missing", f"{request.workspace} is not a directory that can be read"
+        )
+    mode = request.permission_mode
+    if mode is not None and mode not in policy.tools.permission_modes:
+        allowed = ", ".join(m.value for m in policy.tools.permission_modes)
+        raise DeniedError(
+            "permission-mode-denied",
+            f"the policy does not permit mode {mode.value}",
+            hint=f"it permits: {allowed}",
+        )
+
+
+def listen(path: Path) -> socket.socket:
+    """A listening unix socket. Bound through the directory's descriptor, because a socket's path
+    may have 108 bytes only (unix(7)) and a state directory can be deeper.
+    """
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(f"/proc/self/fd/{directory}/{path.name}")
+        listener.listen(256)
+    except BaseException:
+        listener.close()
+        raise
+    finally:
+        os.close(directory)
+    return listener

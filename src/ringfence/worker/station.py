@@ -1,0 +1,80 @@
+"""What attempts share on one worker, and how its helpers' deaths are noticed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ringfence.agent.messages import AgentMessage
+from ringfence.agent.permissions import Approver
+from ringfence.channel.link import EgressLink
+from ringfence.channel.messages import AnyMessage
+from ringfence.config import Config
+from ringfence.errors import UnavailableError
+from ringfence.record.recorder import Recorder
+from ringfence.record.sessions import SqliteSessionStore
+from ringfence.sandbox.protocol import Backend
+
+OnMessage = Callable[[AgentMessage], None]
+
+
+class NoticeBoard:
+    """Hands egress's notices to the attempt whose sandbox they name."""
+
+    def __init__(self) -> None:
+        self._readers: dict[str, Callable[[AnyMessage], None]] = {}
+
+    def post(self, message: AnyMessage) -> None:
+        """Called by the link for every notice."""
+        reader = self._readers.get(getattr(message, "sandbox_id", ""))
+        if reader is not None:
+            reader(message)
+
+    @contextlib.contextmanager
+    def reading(self, sandbox_id: str, reader: Callable[[AnyMessage], None]) -> Iterator[None]:
+        """Receive a sandbox's notices while the block runs."""
+        self._readers[sandbox_id] = reader
+        try:
+            yield
+        finally:
+            del self._readers[sandbox_id]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Station:
+    """What an attempt works with; made by the composition root, shared by attempts."""
+
+    config: Config
+    backend: Backend
+    recorder: Recorder
+    egress: EgressLink
+    notices: NoticeBoard
+    sessions: SqliteSessionStore
+    approver: Approver
+    claude: Path | None
+    ca_certificate: bytes | None
+
+    async def lost(self) -> UnavailableError:
+        """Wait until egress or the recorder is gone, and say which.
+
+        Without either nothing may go on: `claude` alone would ask a dead socket again and again
+        for minutes, with a sandbox that nobody watches.
+        """
+        loop = asyncio.get_running_loop()
+        egress = loop.create_task(self.egress.ended())
+        recorder = loop.create_task(self.recorder.ended())
+        try:
+            await asyncio.wait({egress, recorder}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            egress.cancel()
+            recorder.cancel()
+        # egress ends by itself without a recorder: the cause is named, not its effect
+        name = "recorder" if recorder.done() and not recorder.cancelled() else "egress"
+        return UnavailableError(
+            f"{name}-unavailable",
+            f"the {name} process has ended, and with it the run",
+            hint="see its last words on standard error",
+        )

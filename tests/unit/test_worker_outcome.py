@@ -1,0 +1,67 @@
+"""How a run ended: every combination of causes has one status, one error, one exit code."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from ringfence.agent.command import CommandResult
+from ringfence.agent.messages import TurnEnded
+from ringfence.errors import AgentError, DeniedError, RingfenceError, UnavailableError
+from ringfence.model import RunStatus
+from ringfence.worker.control import Wish
+from ringfence.worker.outcome import Outcome
+
+OK = TurnEnded(ok=True, text="done", num_turns=1, reason="", errors=())
+BAD = TurnEnded(ok=False, text="", num_turns=1, reason="max_turns", errors=())
+
+
+def left(code: int) -> CommandResult:
+    return CommandResult(exit_code=code, output=b"out", errors=b"err", truncated=False)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status", "code", "exit_code"),
+    [
+        (Outcome(ended=OK), RunStatus.SUCCEEDED, None, 0),
+        (Outcome(ended=BAD), RunStatus.FAILED, "agent-failed", 5),
+        (Outcome(), RunStatus.FAILED, "agent-failed", 5),
+        (Outcome(command=left(0)), RunStatus.SUCCEEDED, None, 0),
+        (Outcome(command=left(7)), RunStatus.FAILED, "agent-failed", 7),
+        (Outcome(ended=OK, wish=Wish.INTERRUPT), RunStatus.CANCELLED, "run-interrupted", 5),
+        (Outcome(failure=DeniedError("witness-violated", "x")), RunStatus.FAILED, None, 3),
+        (Outcome(failure=UnavailableError("egress-unavailable", "x")), RunStatus.FAILED, None, 4),
+    ],
+)
+def test_one_row_each(
+    outcome: Outcome, status: RunStatus, code: str | None, exit_code: int
+) -> None:
+    assert outcome.status is status
+    assert outcome.exit_code == exit_code
+    if code is not None:
+        assert outcome.error is not None
+        assert outcome.error.code == code
+
+
+def test_the_first_failure_is_the_cause() -> None:
+    outcome = Outcome()
+    outcome.fail(DeniedError("witness-violated", "first"))
+    outcome.fail(UnavailableError("egress-unavailable", "its effect"))
+    assert outcome.error is not None
+    assert outcome.error.code == "witness-violated"
+
+
+def test_success_is_never_said_of_anything_that_went_wrong() -> None:
+    failures: list[RingfenceError | None] = [None, AgentError("run-timeout", "x")]
+    for failure, expired, wish, ended, command in itertools.product(
+        failures, (False, True), Wish, (None, OK, BAD), (None, left(0), left(1))
+    ):
+        outcome = Outcome(failure=failure, expired=expired, wish=wish, ended=ended, command=command)
+        clean = failure is None and not expired and wish is Wish.GO_ON
+        if outcome.status is RunStatus.SUCCEEDED:
+            assert clean
+            assert outcome.error is None
+            assert outcome.exit_code == 0
+        elif failure is not None:
+            assert outcome.error is failure
