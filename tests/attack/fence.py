@@ -101,6 +101,15 @@ class Fence:
         self._canaries()
         self.run(self._start())
 
+    def assert_only_what_was_granted_came_out(self) -> None:
+        """After all probes: the methods and hosts that the upstream saw."""
+        for seen in self.upstream.seen:
+            headers = {name.lower(): value for name, value in seen.headers}
+            assert headers["host"] in {HOST, "tunnel.test"}
+            assert seen.method == "GET"
+            assert headers.get("accept-encoding") in {"identity", None}
+            assert "x-forwarded-for" not in headers
+
     def run(self, work: Any, seconds: float = 60) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(seconds)
 

@@ -30,6 +30,7 @@ def fence() -> Iterator[Fence]:
     fence.start()
     try:
         yield fence
+        fence.assert_only_what_was_granted_came_out()
     finally:
         fence.stop()
 

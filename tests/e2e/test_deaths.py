@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from tests.e2e.harness import Box, bash, processes_with, script, signal, wait_for
+from harness import Box, bash, processes_with, script, signal, wait_for
 
 import ringfence
 
-MARKER = "ringfence-e2e-death"
+
+@pytest.fixture
+def marker() -> str:
+    """Tests run side by side on one host: each looks for its own process."""
+    return f"ringfence-e2e-death-{secrets.token_hex(4)}"
 
 
 def _child(parent: int, module: str) -> int:
@@ -30,17 +35,17 @@ def _child(parent: int, module: str) -> int:
     raise AssertionError(f"no {module} below {parent}")
 
 
-def _going(box: Box, tmp_path: Path) -> subprocess.Popen[str]:
+def _going(box: Box, marker: str) -> subprocess.Popen[str]:
     prompt = script(
         {"tool": "Write", "input": {"file_path": "/workspace/kept.txt", "content": "so far\n"}},
-        bash(f"exec -a {MARKER} sleep 300"),
+        bash(f"exec -a {marker} sleep 300"),
         {"text": "never"},
     )
     process = box.spawn(
         *("run", prompt, "--workspace", str(box.workspace), "--output", "json"),
         *("--policy", str(box.place / "policy.yaml")),
     )
-    assert wait_for(lambda: processes_with(f"{MARKER}\0"), 40), process.stderr
+    assert wait_for(lambda: processes_with(f"{marker}\0"), 40), process.stderr
     return process
 
 
@@ -52,9 +57,9 @@ def _going(box: Box, tmp_path: Path) -> subprocess.Popen[str]:
     ],
 )
 def test_a_helper_that_is_killed_ends_the_run_at_once(
-    box: Box, tmp_path: Path, module: str, code: str
+    box: Box, marker: str, module: str, code: str
 ) -> None:
-    process = _going(box, tmp_path)
+    process = _going(box, marker)
     os.kill(_child(process.pid, module), signal.SIGKILL)
     started = time.monotonic()
     out, err = process.communicate(timeout=30)
@@ -63,14 +68,14 @@ def test_a_helper_that_is_killed_ends_the_run_at_once(
     assert f'"code":"{code}"' in out
     assert "kept.txt" in out
     assert "Traceback" not in err
-    assert wait_for(lambda: not processes_with(f"{MARKER}\0"), 1)
+    assert wait_for(lambda: not processes_with(f"{marker}\0"), 1)
     assert not list((box.state / "egress").iterdir())
     assert len(list((box.state / "runs").glob("*/run.patch"))) == 1
     assert box.call("audit", "verify").code == 0
 
 
 def test_a_caller_that_cancels_leaves_a_record_and_nobody(
-    box: Box, monkeypatch: pytest.MonkeyPatch
+    box: Box, marker: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in box.environment.items():
         if name.startswith(("RINGFENCE_", "ANTHROPIC_")):
@@ -79,12 +84,12 @@ def test_a_caller_that_cancels_leaves_a_record_and_nobody(
     async def cancelled() -> None:
         task = asyncio.get_running_loop().create_task(
             ringfence.run(
-                script(bash(f"exec -a {MARKER} sleep 300"), {"text": "never"}),
+                script(bash(f"exec -a {marker} sleep 300"), {"text": "never"}),
                 workspace=box.workspace,
                 policy=box.place / "policy.yaml",
             )
         )
-        while not processes_with(f"{MARKER}\0"):
+        while not processes_with(f"{marker}\0"):
             assert not task.done(), task
             await asyncio.sleep(0.05)
         task.cancel()
@@ -92,7 +97,7 @@ def test_a_caller_that_cancels_leaves_a_record_and_nobody(
             await task
 
     asyncio.run(asyncio.wait_for(cancelled(), 60))
-    assert wait_for(lambda: not processes_with(f"{MARKER}\0"), 1)
+    assert wait_for(lambda: not processes_with(f"{marker}\0"), 1)
     ended = [record for record in box.records() if record["type"] == "run.ended"]
     assert [record["reason"] for record in ended] == ["run-interrupted"]
     assert not list((box.state / "egress").iterdir())
