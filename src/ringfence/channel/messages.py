@@ -99,15 +99,6 @@ class CloseSandbox(Message):
     sandbox_id: str
 
 
-class FreezeSandbox(Message):
-    """Between turns the socket refuses (requirement I)."""
-
-    type: Literal["freeze_sandbox"] = "freeze_sandbox"
-    id: int
-    sandbox_id: str
-    frozen: bool
-
-
 class Ack(Message):
     """Done."""
 
@@ -122,22 +113,6 @@ class Refused(Message):
     type: Literal["refused"] = "refused"
     id: int
     error: dict[str, str]
-
-
-class ModelUsed(Message):
-    """Notice: one model request ended. Tokens as metered on the wire."""
-
-    type: Literal["model_used"] = "model_used"
-    sandbox_id: str
-    model: str
-    status: int
-    duration_ms: float
-    input_tokens: int = 0
-    output_tokens: int = 0
-    cache_creation_input_tokens: int = 0
-    cache_read_input_tokens: int = 0
-    cost_usd: float | None = None
-    tool_uses: list[str] = []
 
 
 class EgressDenied(Message):
@@ -158,27 +133,16 @@ class WitnessViolated(Message):
     tool_use_id: str
 
 
-class BudgetExhausted(Message):
-    """Notice: the run's budget is spent; further requests are refused with 403."""
-
-    type: Literal["budget_exhausted"] = "budget_exhausted"
-    sandbox_id: str
-    limit: str
-
-
 AnyMessage = Annotated[
     Configure
     | OpenSandbox
     | AddListener
     | ToolDecided
     | CloseSandbox
-    | FreezeSandbox
     | Ack
     | Refused
-    | ModelUsed
     | EgressDenied
-    | WitnessViolated
-    | BudgetExhausted,
+    | WitnessViolated,
     Field(discriminator="type"),
 ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from typing import TYPE_CHECKING
 
@@ -12,8 +11,7 @@ from ringfence.egress.address import AddressError
 from ringfence.egress.credentials import CredentialError, Injection
 from ringfence.egress.head import Head
 from ringfence.egress.model import Admitted, Cut, ModelExchange, Refusal
-from ringfence.egress.redact import Redactor
-from ringfence.egress.sandboxes import SandboxState, Target, provider_target
+from ringfence.egress.sandboxes import SandboxState, Target
 from ringfence.egress.upstream import Upstream
 from ringfence.errors import UnavailableError
 from ringfence.policy.compiled import HostRule
@@ -29,14 +27,14 @@ class Exchange:
 
     def __init__(self, client: Client, state: SandboxState, head: Head) -> None:
         self._client, self._state, self._head = client, state, head
-        self._redactor = Redactor(state.shared.credentials.values(_names(state)))
+        self._redactor = state.redactor()
+        self._out: list[bytes] = []
         self._model: ModelExchange | None = None
         self._upstream: Upstream | None = None
-        self._done: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._done: asyncio.Future[str] = client.loop.create_future()
         self.status = 0
         self.bytes_in = 0
         self._chunked = False
-        self._finished = False
 
     # ways in
 
@@ -52,7 +50,7 @@ class Exchange:
             self.refuse(admitted.status, admitted.reason, "model", model=True)
             return
         started = time.monotonic()
-        request_id = f"req_{secrets.token_hex(8)}"
+        request_id = state.next_request()
         reason = "aborted"
         try:
             reason = await self._send_model(exchange, admitted, request_id)
@@ -67,10 +65,9 @@ class Exchange:
         self, exchange: ModelExchange, admitted: Admitted, request_id: str
     ) -> str:
         state = self._state
-        provider = state.shared.providers.get(state.rules.model.provider)
-        if provider is None:
+        provider, target = state.provider, state.model_target
+        if provider is None or target is None:
             return self.refuse(502, "provider-unknown", "model", model=True)
-        target = provider_target(provider)
         try:
             injection = _model_injection(state, provider.credential, provider.header)
             await state.record(
@@ -116,7 +113,7 @@ class Exchange:
         except UnavailableError:
             self.refuse(502, "recorder-unavailable", rule.rule)
             return
-        injected = injection.header_names if injection else frozenset()
+        injected = injection.header_names if injection else None
         lines = generic_headers.request_headers(head, injected=injected)
         if injection is not None:
             lines += injection.headers
@@ -209,7 +206,8 @@ class Exchange:
             pass
         else:
             lines.append(b"connection: close\r\n")
-        self._client.send(b"".join(lines) + b"\r\n")
+        self._out += lines
+        self._out.append(b"\r\n")
 
     def answer_body(self, data: bytes) -> None:
         """See Sink."""
@@ -230,9 +228,7 @@ class Exchange:
                 self._cut(rest)
                 return
             self._pass(self._redactor.feed(rest))
-        self._pass(self._redactor.end())
-        if self._chunked:
-            self._client.send(b"0\r\n\r\n")
+        self._finish(self._redactor.end())
         self._settle("")
 
     def answer_failed(self, reason: str) -> None:
@@ -248,16 +244,26 @@ class Exchange:
             return
         if self._chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
-        self._client.send(data)
+        self._out.append(data)
+
+    def _finish(self, rest: bytes) -> None:
+        self._pass(rest)
+        if self._chunked:
+            self._out.append(b"0\r\n\r\n")
+        self.answer_flush()
+
+    def answer_flush(self) -> None:
+        """See Sink: what one read brought goes in in one write, and one TLS record."""
+        if self._out:
+            self._client.send(b"".join(self._out))
+            self._out.clear()
 
     def _cut(self, cut: Cut) -> None:
         """A tool call outside the grant, or an answer we cannot read: it ends here."""
         if self._upstream is not None:
             self._upstream.abort()
         self._state.denied("model answer", "tools", cut.reason)
-        self._pass(self._redactor.feed(cut.tail) + self._redactor.end())
-        if self._chunked:
-            self._client.send(b"0\r\n\r\n")
+        self._finish(self._redactor.feed(cut.tail) + self._redactor.end())
         self._client.close_after_answer()
         self._settle(cut.reason)
 
@@ -276,14 +282,6 @@ class Exchange:
     def _settle(self, reason: str) -> None:
         if not self._done.done():
             self._done.set_result(reason)
-
-
-def _names(state: SandboxState) -> list[str]:
-    names = [rule.name for rule in state.rules.credentials]
-    provider = state.shared.providers.get(state.rules.model.provider)
-    if provider is not None and provider.credential is not None:
-        names.append(provider.credential)
-    return names
 
 
 def _model_injection(state: SandboxState, name: str | None, header: str) -> Injection | None:

@@ -17,6 +17,13 @@ _LINE = re.compile(rb"([A-Z]{3,10}) ([\x21-\x7e]{1,8192}) HTTP/1\.([01])\Z")
 _FIELD = re.compile(rb"([!#$%&'*+.^`|~0-9A-Za-z-]{1,128}):[ \t]*([\x20-\x7e\t]*?)[ \t]*\Z")
 _LENGTH = re.compile(rb"[0-9]{1,12}\Z")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "CONNECT"})
+_FRAMING = frozenset(
+    {
+        *(b"host", b"content-length", b"transfer-encoding", b"upgrade", b"http2-settings"),
+        *(b"trailer", b"te", b"content-encoding", b"expect", b"connection"),
+    }
+)
+_NONE: list[bytes] = []
 _BODYLESS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS", "CONNECT"})
 
 
@@ -74,23 +81,32 @@ def parse(raw: bytes) -> Head:
     if method not in _METHODS:
         raise HeadError(405, "method-unknown")
     headers = []
+    framing: dict[bytes, list[bytes]] = {}
     for line in lines[1:]:
         field = _FIELD.match(line)
         if field is None:
             raise HeadError(400, "header-syntax")
-        headers.append((field[1].lower(), field[2]))
-    return _framed(method, match[2].decode(), tuple(headers), modern=match[3] == b"1")
+        name, value = field[1].lower(), field[2]
+        headers.append((name, value))
+        if name in _FRAMING:
+            framing.setdefault(name, []).append(value)
+    return _framed(method, match[2].decode(), tuple(headers), framing, modern=match[3] == b"1")
 
 
 def _framed(
-    method: str, target: str, headers: tuple[tuple[bytes, bytes], ...], *, modern: bool
+    method: str,
+    target: str,
+    headers: tuple[tuple[bytes, bytes], ...],
+    framing: dict[bytes, list[bytes]],
+    *,
+    modern: bool,
 ) -> Head:
-    hosts = _values(headers, b"host")
-    lengths = _values(headers, b"content-length")
-    encodings = _values(headers, b"transfer-encoding")
+    hosts = framing.get(b"host", _NONE)
+    lengths = framing.get(b"content-length", _NONE)
+    encodings = framing.get(b"transfer-encoding", _NONE)
     if len(hosts) != 1 or not hosts[0]:
         raise HeadError(400, "host-header")
-    if _values(headers, b"upgrade") or _values(headers, b"http2-settings"):
+    if b"upgrade" in framing or b"http2-settings" in framing:
         raise HeadError(403, "upgrade-refused")
     if len(lengths) > 1 or len(encodings) > 1 or (lengths and encodings):
         raise HeadError(400, "framing")
@@ -98,17 +114,17 @@ def _framed(
         raise HeadError(400, "framing")
     if lengths and not _LENGTH.match(lengths[0]):
         raise HeadError(400, "framing")
-    if _values(headers, b"trailer") or _values(headers, b"te"):
+    if b"trailer" in framing or b"te" in framing:
         headers = tuple(h for h in headers if h[0] not in {b"trailer", b"te"})
-    if _values(headers, b"content-encoding"):
+    if b"content-encoding" in framing:
         raise HeadError(415, "encoded-body")
     length = int(lengths[0]) if lengths else 0
     if method in _BODYLESS and (encodings or length):
         raise HeadError(400, "body-on-bodyless-method")
-    expects = _values(headers, b"expect")
+    expects = framing.get(b"expect", _NONE)
     if expects and (len(expects) > 1 or expects[0].lower() != b"100-continue"):
         raise HeadError(417, "expect")
-    connection = b",".join(_values(headers, b"connection")).lower()
+    connection = b",".join(framing.get(b"connection", _NONE)).lower()
     return Head(
         method=method,
         target=target,
@@ -119,10 +135,6 @@ def _framed(
         expect=bool(expects),
         modern=modern,
     )
-
-
-def _values(headers: tuple[tuple[bytes, bytes], ...], name: bytes) -> list[bytes]:
-    return [value for header, value in headers if header == name]
 
 
 class Body:

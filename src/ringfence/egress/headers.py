@@ -28,11 +28,12 @@ _RESPONSE_DROPPED = frozenset(
 )
 
 
-def request_headers(head: Head, *, injected: frozenset[bytes]) -> list[tuple[bytes, bytes]]:
+def request_headers(head: Head, *, injected: frozenset[bytes] | None) -> list[tuple[bytes, bytes]]:
     """What goes upstream, without host, length and the credential.
 
-    `injected` names the headers that a credential will be set in; all spellings of them from
-    inside are dropped, and so is every header that Connection nominates (RFC 9110, 7.6.1).
+    `injected` names the headers that a credential will be set in, none when it goes into the
+    query, None when there is no credential. Where there is one, every header from inside that
+    could carry another is dropped; and so is what Connection nominates (RFC 9110, 7.6.1).
     """
     nominated = {
         token.strip().lower()
@@ -40,7 +41,9 @@ def request_headers(head: Head, *, injected: frozenset[bytes]) -> list[tuple[byt
         if name == b"connection"
         for token in value.split(b",")
     }
-    dropped = _HOP | nominated | injected | (_CREDENTIALS if injected else frozenset())
+    dropped = _HOP | nominated
+    if injected is not None:
+        dropped |= injected | _CREDENTIALS
     kept = [
         (name, value)
         for name, value in head.headers

@@ -22,7 +22,6 @@ from ringfence.channel.messages import (
     AnyMessage,
     CloseSandbox,
     Configure,
-    FreezeSandbox,
     Message,
     OpenSandbox,
     Refused,
@@ -87,8 +86,6 @@ class Egress:
             sandbox.run.tool_decided(message.tool_use_id, allowed=message.allowed)
         elif isinstance(message, AddListener):
             await self._listen(sandbox, descriptors)
-        elif isinstance(message, FreezeSandbox):
-            sandbox.frozen = message.frozen
         elif isinstance(message, CloseSandbox):
             return await self._close(sandbox)
         return {}

@@ -13,13 +13,13 @@ from urllib.parse import urlsplit
 from ringfence.channel.messages import (
     EgressDenied,
     Message,
-    ModelUsed,
     ProviderConfig,
     WitnessViolated,
 )
 from ringfence.egress.address import Resolver
 from ringfence.egress.credentials import Credentials
 from ringfence.egress.model import Report, RunState, ToolUseSeen, Violation
+from ringfence.egress.redact import Redactor
 from ringfence.egress.tls import Authority
 from ringfence.egress.upstream import Pool
 from ringfence.errors import UnavailableError
@@ -90,18 +90,34 @@ class SandboxState:
     notices: int = 0
     requests: int = 0
 
-    def ids(self) -> dict[str, str]:
-        """The fields that every event carries."""
-        return {
+    def __post_init__(self) -> None:
+        """What every request needs and no request changes."""
+        self._ids = {
             "run_id": self.run_id,
             "session_id": self.session_id,
             "sandbox_id": self.sandbox_id,
         }
+        names = [rule.name for rule in self.rules.credentials]
+        provider = self.shared.providers.get(self.rules.model.provider)
+        if provider is not None and provider.credential is not None:
+            names.append(provider.credential)
+        self._hidden = self.shared.credentials.values(names)
+        self.provider = provider
+        self.model_target = provider_target(provider) if provider is not None else None
+
+    def redactor(self) -> Redactor:
+        """For one answer: removes every credential that this sandbox's rules can inject."""
+        return Redactor(self._hidden)
+
+    def next_request(self) -> str:
+        """A name for a model request, unique in its run."""
+        self.requests += 1
+        return f"req_{self.requests}"
 
     async def record(self, kind: str, *, durable: bool, **fields: object) -> None:
         """Append an event; the caller may go on only when this returns."""
         await self.shared.recorder.append_fields(
-            {"type": kind, **self.ids(), **fields},
+            {"type": kind, **self._ids, **fields},
             durable=durable and self.shared.wait_for_audit,
         )
 
@@ -109,15 +125,8 @@ class SandboxState:
         """Append without waiting, in order; a recorder that is gone is noticed by the next
         durable append, which refuses.
         """
-        task = asyncio.get_running_loop().create_task(
-            self._record_quietly(kind, fields), name="record"
-        )
-        self.connections.add(task)
-        task.add_done_callback(self.connections.discard)
-
-    async def _record_quietly(self, kind: str, fields: dict[str, object]) -> None:
         try:
-            await self.record(kind, durable=False, **fields)
+            self.shared.recorder.append_soon({"type": kind, **self._ids, **fields})
         except UnavailableError:
             self.frozen = True  # nothing more may pass unrecorded
 
@@ -173,16 +182,6 @@ class SandboxState:
             stop_reason=report.stop_reason,
             reason=reason,
             **counted,
-        )
-        self.shared.notify(
-            ModelUsed(
-                sandbox_id=self.sandbox_id,
-                model=report.model,
-                status=status,
-                duration_ms=duration_ms,
-                tool_uses=[tool.id for tool in report.tool_uses],
-                **counted,
-            )
         )
 
     def close(self) -> None:

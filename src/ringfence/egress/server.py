@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Callable, Coroutine
 from enum import Enum
 from typing import Any, cast
@@ -17,7 +18,7 @@ from ringfence.egress.address import AddressError
 from ringfence.egress.exchange import Exchange
 from ringfence.egress.head import Body, Head, HeadError
 from ringfence.egress.model.exchange import COUNT_TOKENS, MESSAGES
-from ringfence.egress.sandboxes import MODEL_HOST, SandboxState, provider_target
+from ringfence.egress.sandboxes import MODEL_HOST, SandboxState
 from ringfence.egress.sni import HelloError
 from ringfence.egress.tls import ServerTls, TlsError
 from ringfence.egress.tunnel import Tunnel
@@ -45,6 +46,8 @@ class Client(asyncio.Protocol):
 
     def __init__(self, state: SandboxState) -> None:
         self._sandbox = state
+        # asked for once: get_running_loop is a system call before Python 3.12
+        self.loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._state = _State.FIRST
         self._buffer = bytearray()
@@ -57,6 +60,7 @@ class Client(asyncio.Protocol):
         self._tunnel: Tunnel | None = None
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._deadline = math.inf
         self._held = False
 
     # asyncio.Protocol
@@ -164,8 +168,10 @@ class Client(asyncio.Protocol):
         if self._state is _State.HEAD:
             self._body = Body(head.length, self._sandbox.rules.max_body_mb << 20)
             self._state = _State.BODY
+            if self._body.complete:
+                return
             self._alarm(BODY_SECONDS)
-            if head.expect and not self._body.complete:
+            if head.expect:
                 self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _read_body(self) -> None:
@@ -236,11 +242,8 @@ class Client(asyncio.Protocol):
     def _is_model_host(self, host: str, port: int) -> bool:
         if (host, port) == (_PUBLIC_MODEL_HOST, 443):
             return True
-        provider = self._sandbox.shared.providers.get(self._sandbox.rules.model.provider)
-        if provider is None:
-            return False
-        target = provider_target(provider)
-        return (target.host, target.port) == (host, port)
+        target = self._sandbox.model_target
+        return target is not None and (target.host, target.port) == (host, port)
 
     def _connect(self, head: Head) -> None:
         if self._tls is not None or self._target is not None:
@@ -252,7 +255,7 @@ class Client(asyncio.Protocol):
             raise HeadError(400, "host-mismatch")
         self._admit_target(*target)
         self._state = _State.VETTING
-        self._task = asyncio.get_running_loop().create_task(self._vet(target))
+        self._task = self.loop.create_task(self._vet(target))
 
     async def _vet(self, target: tuple[str, int]) -> None:
         """Resolve before saying 200: a name that leads inside gets its refusal in the clear."""
@@ -279,8 +282,8 @@ class Client(asyncio.Protocol):
             self._close()
 
     def _is_literal_provider(self) -> bool:
-        provider = self._sandbox.shared.providers.get(self._sandbox.rules.model.provider)
-        return provider is not None and provider_target(provider).literal
+        target = self._sandbox.model_target
+        return target is not None and target.literal
 
     def _establish(self, target: tuple[str, int]) -> None:
         """The tunnel stands: opaque where the policy says so, terminated everywhere else."""
@@ -361,7 +364,7 @@ class Client(asyncio.Protocol):
         else:
             assert self._rule is not None  # noqa: S101  judged with the head
             work = exchange.generic(self._rule, self._target[0], body)
-        self._task = asyncio.get_running_loop().create_task(self._run(work, head))
+        self._task = self.loop.create_task(self._run(work, head))
 
     async def _run(self, work: Coroutine[Any, Any, None], head: Head) -> None:
         try:
@@ -430,17 +433,29 @@ class Client(asyncio.Protocol):
         return self._head.target if self._head is not None else "?"
 
     def _alarm(self, seconds: float, *, keep: bool = False) -> None:
-        """One deadline for what the connection is doing; `keep` leaves a shorter one standing."""
-        loop = asyncio.get_running_loop()
-        if keep and self._timer is not None and self._timer.when() <= loop.time() + seconds:
+        """One deadline for what the connection is doing; `keep` leaves a shorter one standing.
+
+        Deadlines move several times a request and almost never come: the timer stays where it
+        is while it fires early enough, and looks again when it does.
+        """
+        deadline = self.loop.time() + seconds
+        if keep and self._deadline <= deadline:
             return
-        self._disarm()
-        self._timer = loop.call_later(seconds, self.abort)
+        self._deadline = deadline
+        if self._timer is None or self._timer.when() > deadline:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self.loop.call_at(deadline, self._rang)
+
+    def _rang(self) -> None:
+        self._timer = None
+        if self.loop.time() >= self._deadline:
+            self.abort()
+        elif self._deadline != math.inf:
+            self._timer = self.loop.call_at(self._deadline, self._rang)
 
     def _disarm(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._deadline = math.inf
 
     def established(self) -> None:
         """A tunnel's upstream is there; from now on it may be idle."""

@@ -183,6 +183,8 @@ class ServerTls:
             parts = []
             while chunk := self._object.read(65536):
                 parts.append(chunk)
+                if not self._incoming.pending and not self._object.pending():
+                    break  # the next read could only raise SSLWantReadError, which costs more
             return b"".join(parts)
         except ssl.SSLWantReadError:
             return b"".join(parts) if self._handshaken else b""

@@ -13,7 +13,7 @@ import httptools
 
 _CONNECT_SECONDS = 15.0
 _IDLE_SECONDS = 30.0
-_MAX_IDLE = 8
+_MAX_IDLE = 64
 
 
 class Sink(Protocol):
@@ -24,6 +24,9 @@ class Sink(Protocol):
 
     def answer_body(self, data: bytes) -> None:
         """Some of its body, without framing."""
+
+    def answer_flush(self) -> None:
+        """One read of the upstream has been handed in."""
 
     def answer_end(self) -> None:
         """All of it has come."""
@@ -60,6 +63,8 @@ class Upstream(asyncio.Protocol):
             return
         try:
             self._parser.feed_data(data)
+            if self._sink is not None:
+                self._sink.answer_flush()
         except httptools.HttpParserUpgrade:
             self._fail("upstream-upgrade")
         except httptools.HttpParserError:

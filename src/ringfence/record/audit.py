@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import sqlite3
@@ -40,9 +41,13 @@ CHECKPOINT_EVERY = 10_000
 _TURN_SECONDS = 0.25
 
 
+# json.dumps with options builds an encoder a call
+_to_json = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
+
+
 def canonical(value: dict[str, Any]) -> bytes:
     """Canonical JSON: sorted keys, no spaces, ASCII, so that no terminal reads it as more."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    return _to_json(value).encode()
 
 
 class AuditLog:
@@ -256,4 +261,9 @@ def append_event(directory: Path, event: dict[str, Any], *, source: str = "cli")
 def timestamp(microseconds: int) -> str:
     """RFC 3339 UTC with microseconds."""
     seconds, fraction = divmod(microseconds, 1_000_000)
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{fraction:06d}Z"
+    return f"{_to_the_second(seconds)}.{fraction:06d}Z"
+
+
+@functools.lru_cache(maxsize=4)
+def _to_the_second(seconds: int) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}"

@@ -31,7 +31,7 @@ class RecorderClient:
         self._loop = asyncio.get_running_loop()
         self._decoder = Decoder()
         self._unsent = bytearray()
-        self._writing = False
+        self._writing = self._scheduled = False
         self._room = asyncio.Event()
         self._room.set()
         self._waiting: dict[int, asyncio.Future[int]] = {}
@@ -60,17 +60,25 @@ class RecorderClient:
 
     async def append_fields(self, fields: dict[str, object], *, durable: bool = True) -> int:
         """`append` of an event that is fields already (with `type`), for egress's hot path."""
-        if self._lost:
-            raise _unavailable(self._lost)
         if not durable:
-            self._send(encode({"n": 0, "e": fields}))
+            self.append_soon(fields)
             await self._room.wait()
             return -1
+        if self._lost:
+            raise _unavailable(self._lost)
         self._number += 1
         answer: asyncio.Future[int] = self._loop.create_future()
         self._waiting[self._number] = answer
         self._send(encode({"n": self._number, "e": fields}))
         return await answer
+
+    def append_soon(self, fields: dict[str, object]) -> None:
+        """Append in order without waiting, not even for room: for callers whose next step is a
+        durable append. Raises UnavailableError when the recorder is known to be gone.
+        """
+        if self._lost:
+            raise _unavailable(self._lost)
+        self._send(encode({"n": 0, "e": fields}))
 
     def quota(self, sandbox_id: str, records: int) -> None:
         """See the protocol."""
@@ -92,24 +100,31 @@ class RecorderClient:
             return
         with contextlib.suppress(TimeoutError, OSError):
             async with asyncio.timeout(_CLOSE_SECONDS):
-                await self._room.wait()
+                while self._unsent and not self._lost:
+                    self._room.clear()
+                    await self._room.wait()
                 self._socket.shutdown(socket.SHUT_WR)
                 await self._ended.wait()
         self._lose("this connection was closed")
         self._socket.close()
 
     def _send(self, frame: bytes) -> None:
-        """Queue a frame behind all that came before it, and send what the socket takes."""
+        """Queue a frame behind all that came before it; what one turn of the loop queues goes
+        out in one write.
+        """
         if self._lost:
             return
         self._unsent += frame
-        if self._writing:
-            if len(self._unsent) > _MAX_UNSENT:
-                self._room.clear()
-        else:
-            self._flush()
+        if len(self._unsent) > _MAX_UNSENT:
+            self._room.clear()
+        if not self._writing and not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
+        self._scheduled = False
+        if self._lost:
+            return
         try:
             sent = self._socket.send(self._unsent)
         except BlockingIOError:
@@ -124,6 +139,7 @@ class RecorderClient:
         elif self._writing and not self._unsent:
             self._writing = False
             self._loop.remove_writer(self._socket.fileno())
+        if not self._unsent:
             self._room.set()
 
     def _readable(self) -> None:

@@ -17,9 +17,13 @@ class FrameError(ValueError):
     """The peer does not speak this protocol; the connection is closed."""
 
 
+# json.dumps with separators builds an encoder a call; this is on the path of every request
+_to_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+
+
 def encode(value: dict[str, Any]) -> bytes:
     """One frame."""
-    body = json.dumps(value, separators=(",", ":")).encode()
+    body = _to_json(value).encode()
     return struct.pack(">I", len(body)) + body
 
 
@@ -47,7 +51,7 @@ class Decoder:
 
 def _object(body: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(body)
+        value = json.loads(body.decode())
     except (ValueError, RecursionError) as error:
         raise FrameError("not JSON") from error
     if not isinstance(value, dict):

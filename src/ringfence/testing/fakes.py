@@ -32,10 +32,14 @@ class MemoryRecorder:
 
     async def append_fields(self, fields: dict[str, object], *, durable: bool = True) -> int:
         """`append` of fields; those that the catalogue does not know raise ValueError."""
+        self.append_soon(fields)
+        return len(self.records) - 1 if durable else -1
+
+    def append_soon(self, fields: dict[str, object]) -> None:
+        """`append_fields` without waiting."""
         if self._gone.is_set():
             raise UnavailableError("recorder-unavailable", "the recorder cannot be reached: gone")
         self.records.append({**EVENTS.validate_python(fields).model_dump(), "source": self._source})
-        return len(self.records) - 1 if durable else -1
 
     def quota(self, sandbox_id: str, records: int) -> None:
         """Accepted, and not enforced."""

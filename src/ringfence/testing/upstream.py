@@ -71,6 +71,22 @@ def _certificate(
     return builder.sign(signer, hashes.SHA256())
 
 
+def make_chain(directory: Path, hosts: Sequence[str]) -> Path:
+    """A root in `directory`/ca.pem, and a leaf with its key for the hosts; returns the leaf."""
+    ca_key = ec.generate_private_key(ec.SECP256R1())
+    ca = _certificate("test root", ca_key, _name("test root"), ca_key, None)
+    key = ec.generate_private_key(ec.SECP256R1())
+    leaf = _certificate(hosts[0], key, ca.subject, ca_key, hosts)
+    pem = serialization.Encoding.PEM
+    (directory / "ca.pem").write_bytes(ca.public_bytes(pem))
+    chain = directory / "leaf.pem"
+    private = key.private_bytes(
+        pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    chain.write_bytes(leaf.public_bytes(pem) + private)
+    return chain
+
+
 class Upstream:
     """`with Upstream(UpstreamSettings(hosts=["api.test"])) as u: u.port, u.ca_file, u.seen`."""
 
@@ -90,19 +106,9 @@ class Upstream:
         )
 
     def _context(self) -> ssl.SSLContext:
-        ca_key = ec.generate_private_key(ec.SECP256R1())
-        ca = _certificate("test root", ca_key, _name("test root"), ca_key, None)
-        key = ec.generate_private_key(ec.SECP256R1())
-        host = self.settings.hosts[0]
-        leaf = _certificate(host, key, ca.subject, ca_key, self.settings.hosts)
-        pem = serialization.Encoding.PEM
-        if self.settings.trusted:
-            self.ca_file.write_bytes(ca.public_bytes(pem))
-        chain = Path(self._directory.name) / "leaf.pem"
-        private = key.private_bytes(
-            pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        chain.write_bytes(leaf.public_bytes(pem) + private)
+        chain = make_chain(Path(self._directory.name), self.settings.hosts)
+        if not self.settings.trusted:
+            self.ca_file.unlink()
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(chain)
         return context

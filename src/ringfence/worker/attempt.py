@@ -23,7 +23,6 @@ from ringfence.agent.messages import Notice, Text, TurnEnded
 from ringfence.channel.messages import (
     AddListener,
     AnyMessage,
-    BudgetExhausted,
     CloseSandbox,
     EgressDenied,
     OpenSandbox,
@@ -405,8 +404,6 @@ class Attempt:
             )
             self._on_message(Notice(kind="witness_violated", text=message.reason))
             self._control.cancel()
-        elif isinstance(message, BudgetExhausted):
-            self._on_message(Notice(kind="budget_exhausted", text=message.limit))
 
     async def _stop(self, sandbox: Sandbox) -> None:
         await sandbox.stop()

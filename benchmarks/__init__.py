@@ -1,0 +1,1 @@
+"""Benchmarks: ratios taken within one run, beside what a user would pick instead."""
