@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 4
 
-.PHONY: demo test test-all lint format bench docs lock clean
+.PHONY: demo test test-all lint format bench bench-peers docs lock clean
 
 $(VENV)/.installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "ringfence needs Python 3.11 or newer: make PYTHON=python3.11"; exit 2; }
@@ -39,6 +39,12 @@ format: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks
+
+# What the egress benchmark runs beside ringfence and no Debian package brings.
+bench-peers:
+	npm install --silent --prefix benchmarks/.peers @anthropic-ai/sandbox-runtime
+	$(PYTHON) -m venv benchmarks/.peers/mitmproxy
+	benchmarks/.peers/mitmproxy/bin/pip install --quiet mitmproxy
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python docs/generate.py

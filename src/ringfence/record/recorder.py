@@ -14,8 +14,8 @@ class Recorder(Protocol):
         """Add one event.
 
         Returns its index once it is on disk when `durable`; -1 at once otherwise (it is sent in
-        order at the end of the loop's turn, and on disk no later than the next durable append). The recorder stamps time and
-        source, so that a sender cannot choose them.
+        order at the end of the loop's turn, and on disk no later than the next durable append).
+        The recorder stamps time and source, so that a sender cannot choose them.
 
         Raises:
             UnavailableError: `recorder-unavailable`; the caller must not go on with what it

@@ -12,8 +12,6 @@ import contextlib
 import os
 import platform
 import socket
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +20,8 @@ from ringfence.errors import CallerError, DeniedError, UnavailableError
 from ringfence.model import WorkspaceMode
 from ringfence.policy.compiled import SandboxProfile
 from ringfence.sandbox import cgroups, hostfacts, profile, seccomp
-from ringfence.sandbox.frames import receive_frame, send_frame
+from ringfence.sandbox.frames import send_frame
+from ringfence.sandbox.launcher import Launcher, Spare, launch, prepare
 from ringfence.sandbox.overlay import read_changes
 from ringfence.sandbox.protocol import (
     INSIDE_HOME,
@@ -36,9 +35,6 @@ from ringfence.sandbox.safeopen import make_directories, open_beneath, read_regu
 from ringfence.sandbox.stdio import SocketProcess
 from ringfence.sandbox.workspace import Scan, scan
 
-_LAUNCH = Path(__file__).with_name("launch.py")
-_PREPARE_SECONDS = 30.0
-
 
 class BubblewrapBackend:
     """`Backend` of the protocol."""
@@ -50,6 +46,7 @@ class BubblewrapBackend:
     ) -> None:
         self._state_dir = state_dir
         self._uids = range(uid_base, uid_base + uid_count)
+        self._spare = Spare()
 
     def probe(self, profile: SandboxProfile) -> Sequence[ControlState]:
         """See the protocol."""
@@ -90,7 +87,15 @@ class BubblewrapBackend:
         """See the protocol."""
         states = self.probe(spec.profile)
         _refuse_unenforceable(states, spec.profile)
-        return await BubblewrapSandbox.start(spec, states, self._uids, self._state_dir)
+        return await BubblewrapSandbox.start(spec, states, self._uids, self._state_dir, self._spare)
+
+    def warm(self) -> None:
+        """See the protocol."""
+        self._spare.keep()
+
+    async def close(self) -> None:
+        """See the protocol."""
+        await self._spare.close()
 
 
 _LIMITS = (Control.MEMORY, Control.CPU, Control.PIDS)
@@ -139,12 +144,14 @@ class BubblewrapSandbox:
         lease: hostfacts.UidLease | None,
         groups: cgroups.Groups,
         controls: Sequence[ControlState],
-        descriptors: list[int],
+        launcher: Launcher,
+        handles: list[int],
     ) -> None:
         self._spec, self._facts, self._scan = spec, facts, found
         self._lease, self._groups, self._controls = lease, groups, controls
-        self._mnt, self._net, self._user, self._listener = descriptors[:4]
-        self._workspace, self._lower, self._upper, self._home, self._tmp = descriptors[4:]
+        self._ready: Launcher | None = launcher
+        self._mnt, self._net, self._user, self._listener = handles[:4]
+        self._workspace, self._lower, self._upper, self._home, self._tmp = handles[4:]
         self._processes: set[SocketProcess] = set()
         self._seccomp = os.memfd_create("seccomp", os.MFD_CLOEXEC)
         os.write(self._seccomp, seccomp.build(platform.machine()))
@@ -157,6 +164,7 @@ class BubblewrapSandbox:
         states: Sequence[ControlState],
         uids: range,
         state_dir: Path,
+        spare: Spare,
     ) -> BubblewrapSandbox:
         """Look at the workspace, prepare the place, set the limits."""
         workspace_fd = _open_workspace(spec.workspace)
@@ -174,7 +182,9 @@ class BubblewrapSandbox:
             groups = cgroups.Groups(hierarchy, spec.sandbox_id)
             limits = {state.control: state for state in groups.make(spec.profile.limits)}
             controls = [limits.get(state.control, state) for state in states]
-            descriptors = await _prepare(spec.profile, facts, workspace_fd)
+            launcher = spare.take()
+            plan = profile.prepare_plan(spec.profile, facts)
+            handles = await prepare(launcher, plan, workspace_fd)
         except BaseException:
             if groups is not None:
                 groups.remove()
@@ -183,9 +193,13 @@ class BubblewrapSandbox:
             raise
         finally:
             os.close(workspace_fd)
-        sandbox = cls(spec, facts, found, lease, groups, controls, descriptors)
-        if spec.home_files:
-            await sandbox.copy_in({f"{INSIDE_HOME}/{k}": v for k, v in spec.home_files.items()})
+        sandbox = cls(spec, facts, found, lease, groups, controls, launcher, handles)
+        try:
+            files = spec.home_files or {}
+            await sandbox.copy_in({f"{INSIDE_HOME}/{k}": v for k, v in files.items()})
+        except BaseException:
+            await asyncio.shield(sandbox.close())
+            raise
         return sandbox
 
     @property
@@ -249,20 +263,21 @@ class BubblewrapSandbox:
         ours, theirs = zip(*(socket.socketpair() for _ in range(4)), strict=True)
         stdin, stdout, stderr, status = theirs
         errors = stdout if merge_stderr else stderr
-        monitor, control = _launch()
+        # the process that prepared the place stands in it already: the first program is its
+        launcher, self._ready = self._ready or launch(), None
         handed = [self._mnt, self._net, self._user, stdin.fileno(), stdout.fileno()]
         handed += [errors.fileno(), self._seccomp, status.fileno()]
         os.lseek(self._seccomp, 0, os.SEEK_SET)
         try:
-            send_frame(control, plan, handed)
+            send_frame(launcher.control, plan, handed)
         finally:
-            control.close()
+            launcher.control.close()
             for end in theirs:
                 end.close()
         for end in ours:
             end.setblocking(False)
         process = SocketProcess(
-            monitor,
+            launcher.process,
             stdin=ours[0],
             stdout=ours[1],
             stderr=ours[2],
@@ -318,6 +333,9 @@ class BubblewrapSandbox:
         self._stopped = True
         with contextlib.suppress(OSError):
             self._groups.freeze(frozen=False)
+        if self._ready is not None:
+            launcher, self._ready = self._ready, None
+            await launcher.end()
         for process in list(self._processes):
             await process.kill()
             await process.release()
@@ -390,49 +408,6 @@ def _open_workspace(path: Path) -> int:
         raise CallerError(
             "workspace-missing", f"{path} is not a directory that can be read: {error.strerror}"
         ) from None
-
-
-async def _prepare(rules: SandboxProfile, facts: profile.HostFacts, workspace_fd: int) -> list[int]:
-    launcher, control = _launch()
-    try:
-        send_frame(control, profile.prepare_plan(rules, facts), [workspace_fd])
-        control.setblocking(True)
-        control.settimeout(_PREPARE_SECONDS)
-        answer, descriptors = await asyncio.to_thread(receive_frame, control)
-    except OSError as error:
-        raise UnavailableError("sandbox-start-failed", f"the launcher ended: {error}") from None
-    finally:
-        control.close()
-        with contextlib.suppress(ProcessLookupError):
-            launcher.kill() if launcher.poll() is None and sys.exc_info()[0] else None
-        await asyncio.to_thread(launcher.wait)
-    if not answer.get("ok"):
-        raise UnavailableError(
-            "sandbox-start-failed",
-            str(answer.get("message", "no reason given")),
-            hint="root needs Linux 5.19 or newer and a workspace on a file system with idmapped "
-            "mounts (ext4, xfs, btrfs, tmpfs); an ordinary user needs user namespaces",
-        )
-    return descriptors
-
-
-def _launch() -> tuple[subprocess.Popen[bytes], socket.socket]:
-    ours, theirs = socket.socketpair()
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_LAUNCH), str(theirs.fileno())],
-            pass_fds=(theirs.fileno(),),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={},
-            cwd="/",
-            # A terminal's Ctrl-C goes to the worker alone: the worker decides what it means.
-            start_new_session=True,
-        )
-    finally:
-        theirs.close()
-    return process, ours
 
 
 def with_accepted(rules: SandboxProfile, *controls: Control) -> SandboxProfile:

@@ -1,29 +1,31 @@
 """Runs outside the sandbox, standard library only: makes the place, becomes bubblewrap.
 
-Started as `python -I -S launch.py N`, where N is the descriptor of a control socket. One JSON
-frame with descriptors comes in, one goes out. Two phases:
+Started as `python -I -S launch.py N`, where N is the descriptor of a control socket. Frames
+with descriptors come in, one goes out. Two phases:
 
-prepare  makes the namespaces and the mounts, hands descriptors of them out, and exits: nothing
-         of it stays resident, the namespaces live through the descriptors that the worker holds.
-exec     enters them, gives up every privilege and becomes bubblewrap, which encloses.
+prepare  makes the namespaces and the mounts and hands descriptors of them out: they live through
+         the descriptors that the worker holds. The process then waits for the first exec.
+exec     enters them (it may stand there already), gives up every privilege and becomes
+         bubblewrap, which encloses.
 
 Everything here is decided by a plan that `profile.py` computed; nothing here reads a policy.
+Its start is on the path of every run: `json`, `socket` and `signal` would double the time it
+takes the interpreter to be there, so frames are `marshal` (both ends are one interpreter) and
+the modules in C beneath the others are used.
 """
 
 from __future__ import annotations
 
-import array
+import _signal  # type: ignore[import-not-found]
+import _socket as socket
 import ctypes
 import errno
 import fcntl
-import json
+import marshal
 import os
 import resource
-import signal
-import socket
 import struct
 import sys
-from typing import Any
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -34,12 +36,17 @@ OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC, AT_RECURSIVE, AT_EMPTY_PATH = 1, 0o2000000, 
 MOVE_MOUNT_F_EMPTY_PATH = 4
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
 MOUNT_ATTR_IDMAP = 0x00100000
+SIGKILL = 9
 PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 24, 38
 
 # asm-generic numbers; x86_64 has the same ones for everything newer than 5.1
 _NR_OPEN_TREE, _NR_MOVE_MOUNT, _NR_MOUNT_SETATTR = 428, 429, 442
 
-Plan = dict[str, Any]
+TYPE_CHECKING = False  # typing itself takes longer to import than all of the above
+if TYPE_CHECKING:
+    from typing import Any
+
+    Plan = dict[str, Any]
 
 
 def _check(result: int, what: str) -> int:
@@ -132,26 +139,28 @@ def enter_own_namespaces(*, as_root: bool) -> None:
     mount("none", "/", None, MS_REC | MS_PRIVATE)
 
 
-def loopback_listener(port: int) -> socket.socket:
+def loopback_listener(port: int) -> int:
     """Bring `lo` up and listen: the descriptor keeps this network namespace wherever it goes."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-        request = struct.pack("16sH14x", b"lo", 0x1 | 0x40)
-        fcntl.ioctl(control, 0x8914, request)  # SIOCSIFFLAGS: IFF_UP | IFF_RUNNING
+    control = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    request = struct.pack("16sH14x", b"lo", 0x1 | 0x40)
+    fcntl.ioctl(control.fileno(), 0x8914, request)  # SIOCSIFFLAGS: IFF_UP | IFF_RUNNING
+    control.close()
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", port))
     listener.listen(128)
     listener.setblocking(False)
-    return listener
+    return listener.detach()
 
 
 def receive(control: socket.socket) -> tuple[Plan, list[int]]:
-    size = array.array("i")
-    data, ancillary, _, _ = control.recvmsg(4, socket.CMSG_SPACE(64 * size.itemsize))
-    descriptors = array.array("i")
+    data, ancillary, _, _ = control.recvmsg(4, socket.CMSG_SPACE(64 * 4))
+    descriptors: list[int] = []
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            descriptors.frombytes(payload[: len(payload) - len(payload) % size.itemsize])
+            descriptors += struct.unpack(f"{len(payload) // 4}i", payload)
+    if len(data) < 4:
+        raise OSError(errno.EPIPE, "the worker is gone")
     (length,) = struct.unpack(">I", data)
     body = bytearray()
     while len(body) < length:
@@ -161,16 +170,13 @@ def receive(control: socket.socket) -> tuple[Plan, list[int]]:
         body += chunk
     for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
-    return json.loads(body), list(descriptors)
+    return marshal.loads(body), descriptors  # noqa: S302  the worker wrote it
 
 
 def send(control: socket.socket, value: Plan, descriptors: list[int] = []) -> None:  # noqa: B006
-    body = json.dumps(value).encode()
-    ancillary = (
-        [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
-        if descriptors
-        else []
-    )
+    body = marshal.dumps(value)
+    rights = struct.pack(f"{len(descriptors)}i", *descriptors)
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if descriptors else []
     control.sendmsg([struct.pack(">I", len(body)) + body], ancillary)
 
 
@@ -210,11 +216,10 @@ def prepare(plan: Plan, descriptors: list[int]) -> tuple[Plan, list[int]]:
         os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC),
         os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC),
         os.open("/proc/self/ns/user", os.O_RDONLY | os.O_CLOEXEC),
-        listener.fileno(),
+        listener,
     ]
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     out += [os.open(f"{stage}/{name}", flags) for name in plan["handles"]]
-    listener.detach()
     return {"ok": True}, out
 
 
@@ -258,17 +263,15 @@ def _write_files(plan: Plan) -> None:
             file.write(text)
 
 
-def become(plan: Plan, descriptors: list[int]) -> None:
+def become(plan: Plan, descriptors: list[int], *, inside: bool) -> None:
     """Enter the prepared place and exec bubblewrap. Returns only by raising."""
     mnt, net, user, standard_in, standard_out, standard_error, seccomp, status = descriptors
     for path in plan["cgroups"]:
         with open(f"{path}/cgroup.procs", "w") as file:
             file.write("0")
-    if plan["as_root"]:
-        setns(net, CLONE_NEWNET)
-        setns(mnt, CLONE_NEWNS)
-    else:
-        setns(user, CLONE_NEWUSER)
+    if not inside:
+        if not plan["as_root"]:
+            setns(user, CLONE_NEWUSER)
         setns(net, CLONE_NEWNET)
         setns(mnt, CLONE_NEWNS)
     for name, value in plan["rlimits"].items():
@@ -282,9 +285,10 @@ def become(plan: Plan, descriptors: list[int]) -> None:
         # uid 1000 of a namespace made by root is the kernel's root: it can write /proc/sys.
         raise OSError(errno.EPERM, "refusing to start bubblewrap as euid 0")
     _check(_LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
-    _check(_LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "pdeathsig")
+    _check(_LIBC.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0), "pdeathsig")
     if os.getppid() != plan["parent"]:
         raise OSError(errno.ESRCH, "the worker is gone")
+    os.chdir("/")  # not the host's workspace, which was the working directory of `prepare`
     os.dup2(standard_in, 0)
     os.dup2(standard_out, 1)
     os.dup2(standard_error, 2)
@@ -297,7 +301,7 @@ def become(plan: Plan, descriptors: list[int]) -> None:
     os.dup2(status, 11)
     os.closerange(3, 10)
     os.closerange(12, 4096)
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    _signal.pthread_sigmask(_signal.SIG_SETMASK, [])
     os.execve(plan["bwrap"], plan["argv"], {})
 
 
@@ -312,15 +316,22 @@ def _drop(uid: int) -> None:
 
 def main() -> int:
     control = socket.socket(fileno=int(sys.argv[1]))
-    plan, descriptors = receive(control)
+    inside = False
     try:
+        plan, descriptors = receive(control)
         if plan["phase"] == "prepare":
             value, out = prepare(plan, descriptors)
             send(control, value, out)
-            return 0
-        become(plan, descriptors)
+            for descriptor in out + descriptors:
+                os.close(descriptor)
+            inside = True
+            plan, descriptors = receive(control)
+        become(plan, descriptors, inside=inside)
     except OSError as error:
-        send(control, {"ok": False, "errno": error.errno or 0, "message": str(error)})
+        try:  # noqa: SIM105  contextlib is another import
+            send(control, {"ok": False, "errno": error.errno or 0, "message": str(error)})
+        except OSError:
+            pass  # nobody is there to be told
     return 1
 
 

@@ -274,3 +274,13 @@ class Backend(Protocol):
             CallerError: `workspace-missing`.
         """
         ...
+
+    def warm(self) -> None:
+        """Have ready what can be made before a run is known; later starts are shorter for it.
+        Needs a running event loop.
+        """
+        ...
+
+    async def close(self) -> None:
+        """End what is kept ready. Sandboxes are closed apart. Idempotent."""
+        ...

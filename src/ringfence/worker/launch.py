@@ -49,6 +49,9 @@ class Launcher:
         state = self.config.state_dir
         private_directory(state)
         async with AsyncExitStack() as stack:
+            backend = self.make_backend(self.config)
+            stack.push_async_callback(backend.close)
+            backend.warm()
             recorder_process = RecorderProcess.start(state / "audit")
             stack.push_async_callback(asyncio.to_thread, recorder_process.close)
             egress_process = EgressProcess.start()
@@ -69,7 +72,7 @@ class Launcher:
             stack.callback(sessions.close)
             yield Station(
                 config=self.config,
-                backend=self.make_backend(self.config),
+                backend=backend,
                 recorder=recorder,
                 egress=link,
                 notices=notices,

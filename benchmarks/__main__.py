@@ -1,0 +1,31 @@
+"""`python -m benchmarks [audit|egress|spawn|memory] …`: all of them by default."""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks import audit, egress, memory, spawn
+
+ALL = {
+    "audit": audit.main,
+    "egress": lambda: egress.main([]),
+    "spawn": lambda: spawn.main([]),
+    "memory": lambda: memory.main([]),
+}
+
+
+def main(names: list[str]) -> int:
+    """Run the named ones."""
+    unknown = [name for name in names if name not in ALL]
+    if unknown:
+        print(f"no benchmark {', '.join(unknown)}; there are {', '.join(ALL)}", file=sys.stderr)
+        return 2
+    for name in names or ALL:
+        print(f"== {name}", flush=True)
+        ALL[name]()
+        print(flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,124 @@
+"""Processes of `launch.py`: started, asked to prepare a place, kept ready for the next run."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ringfence.errors import UnavailableError
+from ringfence.sandbox.frames import receive_frame, send_frame
+
+_LAUNCH = Path(__file__).with_name("launch.py")
+_PREPARE_SECONDS = 30.0
+_REFILL_SECONDS = 0.5
+
+
+class Launcher(NamedTuple):
+    """A process of launch.py, and the socket it takes its plans from."""
+
+    process: subprocess.Popen[bytes]
+    control: socket.socket
+
+    async def end(self) -> None:
+        """It waits for a plan, which will not come."""
+        self.control.close()
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+        await asyncio.to_thread(self.process.wait)
+
+
+def launch() -> Launcher:
+    """Start one; returns at once."""
+    ours, theirs = socket.socketpair()
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(_LAUNCH), str(theirs.fileno())],
+            pass_fds=(theirs.fileno(),),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={},
+            cwd="/",
+            # A terminal's Ctrl-C goes to the worker alone: the worker decides what it means.
+            start_new_session=True,
+        )
+    finally:
+        theirs.close()
+    return Launcher(process, ours)
+
+
+async def prepare(launcher: Launcher, plan: dict[str, Any], workspace_fd: int) -> list[int]:
+    """Have it make the place; returns the descriptors of it. The launcher is ended when it cannot.
+
+    Raises:
+        UnavailableError: `sandbox-start-failed`.
+    """
+
+    def ask() -> tuple[dict[str, Any], list[int]]:
+        send_frame(launcher.control, plan, [workspace_fd])
+        launcher.control.settimeout(_PREPARE_SECONDS)
+        return receive_frame(launcher.control)
+
+    try:
+        answer, descriptors = await asyncio.to_thread(ask)
+    except BaseException as error:
+        await asyncio.shield(launcher.end())
+        if isinstance(error, OSError):
+            raise UnavailableError("sandbox-start-failed", f"the launcher ended: {error}") from None
+        raise
+    if not answer.get("ok"):
+        await launcher.end()
+        raise UnavailableError(
+            "sandbox-start-failed",
+            str(answer.get("message", "no reason given")),
+            hint="root needs Linux 5.19 or newer and a workspace on a file system with idmapped "
+            "mounts (ext4, xfs, btrfs, tmpfs); an ordinary user needs user namespaces",
+        )
+    return descriptors
+
+
+class Spare:
+    """One launcher that is up before it is asked for: its interpreter takes longer to start than
+    all that it then does. It knows nothing of any run; each is used once.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: Launcher | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._keeping = False
+
+    def keep(self) -> None:
+        """From now on have one ready."""
+        self._keeping = True
+        if self._waiting is None:
+            self._waiting = launch()
+
+    def take(self) -> Launcher:
+        """The one that is ready, or a new one."""
+        launcher, self._waiting = self._waiting, None
+        if self._keeping and self._timer is None:
+            # later: what was just started needs the processor more
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(_REFILL_SECONDS, self._refill)
+        if launcher is not None and launcher.process.poll() is None:
+            return launcher
+        return launch()
+
+    def _refill(self) -> None:
+        self._timer = None
+        self.keep()
+
+    async def close(self) -> None:
+        """End it. Idempotent."""
+        self._keeping = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._waiting is not None:
+            launcher, self._waiting = self._waiting, None
+            await launcher.end()
