@@ -89,6 +89,21 @@ def test_what_is_refused_passes_when_granted(tag: str) -> None:
         body(messages=[{"role": "user", "content": 5}]),
         body(model=None),
         body(system=5),
+        body(betas=["mcp-client-2025-11-20"]),
+        body(speed="fast"),
+        body(service_tier="auto"),
+        body(messages=[{"role": "user", "content": "x", "container": "c"}]),
+        body(messages=[{"role": "tool", "content": "x"}]),
+        body(tools=[{"name": "Bash", "input_schema": {}, "allowed_callers": ["code_execution"]}]),
+        content({"type": "text", "text": "x", "fetch": {"url": "https://x.example"}}),
+        content({"type": "tool_use", "id": "t", "name": "Bash", "input": {}, "caller": {"type": "code_execution_20250825", "tool_id": "s"}}),
+        content({"type": "tool_addition", "tool": {"type": "tool_reference", "name": "WebFetch"}}),
+        content({"type": "tool_addition", "tool": {"type": "tool_definition", "definition": {"type": "web_fetch_20250910", "name": "Bash"}}}),
+        content({"type": "tool_addition", "tool": {"type": "tool_definition", "definition": {"name": "Other", "input_schema": {}}}}),
+        content({"type": "tool_addition", "tool": "web_fetch"}),
+        content({"type": "compaction", "content": "x", "tool_changes": [{"type": "tool_addition", "tool": {"type": "tool_definition", "definition": {"type": "web_fetch_20250910", "name": "w"}}}]}),
+        content({"type": "compaction", "content": "x", "tool_changes": [{"type": "text"}]}),
+        content({"type": "document", "content": {"type": "image", "source": {"type": "url"}}}),
     ],
 )  # fmt: skip
 def test_ways_out_through_the_api_are_refused(request_body: dict[str, Any]) -> None:
@@ -106,7 +121,10 @@ def test_what_claude_sends_is_admitted() -> None:
         stream=True,
         messages=[
             {"role": "user", "content": [{"type": "text", "text": "x"}]},
-            {"role": "system", "content": "reminder"},
+            {"role": "system", "content": "reminder", "output_config": {"effort": "low"}},
+            {"role": "assistant", "content": [{"type": "thinking", "thinking": "x", "signature": "s", "estimated_tokens": 3}]},
+            {"role": "assistant", "content": [{"type": "tool_use", "id": "x", "name": "Bash", "input": {"a": {"b": []}}, "caller": {"type": "direct"}}]},
+            {"role": "system", "content": [{"type": "tool_addition", "tool": {"type": "tool_reference", "name": "Bash"}}, {"type": "tool_removal", "tool": {"type": "tool_reference", "name": "Gone"}}]},
             {"role": "user", "content": [{"type": "image", "source": {"type": "base64", "data": "", "media_type": "image/png"}}]},
         ],
     )  # fmt: skip

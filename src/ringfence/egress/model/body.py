@@ -16,30 +16,36 @@ from ringfence.policy.compiled import ModelRules
 
 TOP_LEVEL = frozenset(
     {
-        *(
-            "model",
-            "max_tokens",
-            "messages",
-            "system",
-            "tools",
-            "tool_choice",
-            "metadata",
-            "stream",
-        ),
-        *("temperature", "top_p", "top_k", "stop_sequences", "thinking", "output_config"),
-        *("context_management", "output_format", "service_tier", "cache_control", "diagnostics"),
-        *("safeguards", "speed", "betas", "inference_geo"),
+        *("model", "max_tokens", "messages", "system", "tools", "tool_choice", "metadata"),
+        *("stream", "temperature", "top_p", "top_k", "stop_sequences", "thinking"),
+        *("output_config", "output_format", "context_management", "cache_control"),
+        *("diagnostics", "safeguards"),
     }
 )
-"""Top-level keys that CLI 2.1.330 sends or the API documents, less those that reach out."""
+"""Top-level keys that CLI 2.1.330 sends or the API documents, less those that reach out (`betas`
+would undo the header's allowlist) and those that change what a token costs unseen (`speed`,
+`service_tier`, `inference_geo`)."""
 
 BLOCKS = frozenset(
     {
         *("text", "image", "document", "tool_use", "tool_result", "thinking", "redacted_thinking"),
-        *("search_result", "tool_reference", "compaction", "fallback", "mid_conv_system"),
+        *("search_result", "tool_reference", "compaction", "tool_addition", "tool_removal"),
     }
 )
 """Content block types that carry data in the body itself."""
+
+_MESSAGE_KEYS = frozenset({"role", "content", "output_config"})
+_ROLES = frozenset({"user", "assistant", "system"})
+_STRUCTURED = frozenset(
+    {"content", "source", "input", "citations", "cache_control", "caller", "tool", "tool_changes"}
+)
+"""Keys of a block whose value may be an object or a list; each is looked into or inert."""
+_TOOL_KEYS = frozenset(
+    {
+        *("name", "description", "input_schema", "type", "cache_control", "defer_loading"),
+        *("strict", "eager_input_streaming", "input_examples"),
+    }
+)
 
 _SOURCES = frozenset({"base64", "text", "content"})
 
@@ -88,16 +94,36 @@ def _check_tools(tools: Any, rules: ModelRules) -> None:
         return
     if not isinstance(tools, list):
         raise BodyError("tools-not-a-list")
-    granted = frozenset(rules.tools)
     for tool in tools:
-        if not isinstance(tool, dict):
-            raise BodyError("tool-not-an-object")
-        kind = tool.get("type", "custom")
-        if kind != "custom":
-            if not isinstance(kind, str) or not kind.startswith(rules.server_tools or ("\0",)):
-                raise BodyError("server-tool-not-granted")
-        elif tool.get("name") not in granted:
-            raise BodyError("tool-not-granted")
+        _check_tool(tool, rules)
+
+
+def _check_tool(tool: Any, rules: ModelRules) -> None:
+    if not isinstance(tool, dict):
+        raise BodyError("tool-not-an-object")
+    kind = tool.get("type", "custom")
+    if kind != "custom":
+        if not isinstance(kind, str) or not kind.startswith(rules.server_tools or ("\0",)):
+            raise BodyError("server-tool-not-granted")
+        return
+    if tool.get("name") not in rules.tools:
+        raise BodyError("tool-not-granted")
+    if not _TOOL_KEYS.issuperset(tool):
+        raise BodyError("tool-key-not-granted")
+
+
+def _check_tool_change(block: dict[str, Any], rules: ModelRules) -> None:
+    """A tool that joins the conversation later is a tool (mid-conversation-tool-changes)."""
+    tool = block.get("tool")
+    kind = tool.get("type") if isinstance(tool, dict) else None
+    if not isinstance(tool, dict) or kind not in {"tool_reference", "tool_definition"}:
+        raise BodyError("block-malformed")
+    if block["type"] == "tool_removal":
+        return
+    if kind == "tool_definition":
+        _check_tool(tool.get("definition"), rules)
+    elif tool.get("name") not in rules.tools:
+        raise BodyError("tool-not-granted")
 
 
 def _blocks(body: dict[str, Any]) -> Iterator[Any]:
@@ -110,8 +136,10 @@ def _blocks(body: dict[str, Any]) -> Iterator[Any]:
     if not isinstance(messages, list):
         raise BodyError("messages-malformed")
     for message in messages:
-        if not isinstance(message, dict):
+        if not isinstance(message, dict) or message.get("role") not in _ROLES:
             raise BodyError("messages-malformed")
+        if not _MESSAGE_KEYS.issuperset(message):
+            raise BodyError("message-key-not-granted")
         content = message.get("content")
         if isinstance(content, list):
             yield from content
@@ -129,17 +157,43 @@ def _check_block(
     kind = block.get("type")
     if kind not in BLOCKS and not _server_block(kind, rules):
         raise BodyError("block-not-granted")
+    _check_keys(block, rules)
     _check_source(block, rules, results, depth)
+    if kind in {"tool_addition", "tool_removal"}:
+        _check_tool_change(block, rules)
     if kind == "tool_result":
         tool_use_id = block.get("tool_use_id")
         if not isinstance(tool_use_id, str):
             raise BodyError("block-malformed")
         results.append((tool_use_id, report_of(block)))
-    if kind != "tool_use":  # a tool's input is the model's own words, whatever their shape
-        content = block.get("content")
-        if isinstance(content, list):
-            for inner in content:
-                _check_block(inner, rules, results, depth + 1)
+    content = block.get("content")
+    if isinstance(content, dict) and not _server_block(kind, rules):
+        raise BodyError("block-malformed")
+    # a tool's input is the model's own words, whatever their shape: it is not looked into
+    for inner in content if isinstance(content, list) else ():
+        _check_block(inner, rules, results, depth + 1)
+
+
+def _check_keys(block: dict[str, Any], rules: ModelRules) -> None:
+    """A key that we do not know may hold a word or a number, never a structure."""
+    for key, value in block.items():
+        if isinstance(value, (dict, list)) and key not in _STRUCTURED:
+            raise BodyError("block-key-not-granted")
+    caller = block.get("caller")
+    if caller is not None and caller != {"type": "direct"} and not rules.server_tools:
+        raise BodyError("block-key-not-granted")
+    changes = block.get("tool_changes")
+    if changes is None:
+        return
+    if not isinstance(changes, list):
+        raise BodyError("block-malformed")
+    for change in changes:
+        if not isinstance(change, dict) or change.get("type") not in {
+            "tool_addition",
+            "tool_removal",
+        }:
+            raise BodyError("block-malformed")
+        _check_tool_change(change, rules)
 
 
 def _server_block(kind: Any, rules: ModelRules) -> bool:

@@ -29,6 +29,7 @@ BETAS = frozenset(
         *("token-counting-2024-11-01", "prompt-caching-scope-2026-01-05"),
         *("structured-outputs-2025-12-15", "advanced-tool-use-2025-11-20"),
         *("tool-search-tool-2025-10-19", "redact-thinking-2026-02-12"),
+        *("per-turn-control-2026-07-01", "mid-conversation-tool-changes-2026-07-01"),
     }
 )
 """Beta flags that CLI 2.1.330 sends or may send and that open no way out. Others are dropped
@@ -37,9 +38,9 @@ from the header: the request then means what it means without them."""
 RESPONSE = frozenset(
     {
         *(b"content-type", b"request-id", b"retry-after", b"date", b"cache-control"),
-        *(b"x-should-retry", b"retry-after-ms", b"anthropic-organization-id"),
+        *(b"x-should-retry", b"retry-after-ms"),
     }
-) - {b"anthropic-organization-id"}
+)
 _RESPONSE_PREFIXES = (b"anthropic-ratelimit-",)
 
 
