@@ -326,3 +326,37 @@ def test_a_dead_recorder_stops_what_carries_a_credential() -> None:
         assert len(fence.upstream.seen) == before
     finally:
         fence.stop()
+
+
+def test_many_large_bodies_do_not_fill_the_memory_of_egress(fence: Fence) -> None:
+    """Forty clients that each send most of a body and wait: a few are held, the rest refused."""
+    output, _ = fence.probe(
+        "python3 -c '\nfrom h import *\nheld=[]; refused=0\n"
+        'head=b"POST /v1/messages HTTP/1.1\\r\\nHost: model.internal\\r\\nContent-Length: %d\\r\\n\\r\\n"%(31<<20)\n'
+        "for _ in range(12):\n"
+        "    s=dial(8)\n"
+        "    try:\n"
+        '        s.sendall(head); s.sendall(b"x"*(30<<20)); held.append(s)\n'
+        "    except OSError: refused+=1\n"
+        'print("held",len(held),"refused",refused)\''
+    )
+    assert "held 2 refused 10" in output, output
+    assert _reaches(fence, fence.sandbox)
+
+
+def test_the_end_of_a_tunnel_keeps_its_last_bytes(fence: Fence) -> None:
+    """The upstream answers 64 MiB and closes; all of it arrives (`/big` says how much)."""
+    output, _ = fence.probe(
+        "python3 -c '\nfrom h import *\n"
+        's=dial(20); a="tunnel.test:443"\n'
+        's.sendall(("CONNECT %s HTTP/1.1\\r\\nHost: %s\\r\\n\\r\\n"%(a,a)).encode()); s.recv(4096)\n'
+        "c=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT); c.check_hostname=False; c.verify_mode=0\n"
+        'x=c.wrap_socket(s,server_hostname="tunnel.test")\n'
+        'x.sendall(b"GET /big HTTP/1.0\\r\\nHost: tunnel.test\\r\\n\\r\\n"); n=0\n'
+        "while True:\n"
+        "    d=x.recv(1<<16)\n"
+        "    if not d: break\n"
+        "    n+=len(d); time.sleep(0.002)\n"
+        'print("got", n>=64<<20)\''
+    )
+    assert "got True" in output, output

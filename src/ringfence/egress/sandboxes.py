@@ -84,6 +84,7 @@ class SandboxState:
     servers: list[asyncio.Server] = field(default_factory=list)
     connections: set[Any] = field(default_factory=set)
     bytes_out: int = 0
+    body_bytes: int = 0
     frozen: bool = False
     violated: bool = False
     closed: bool = False

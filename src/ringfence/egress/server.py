@@ -16,19 +16,19 @@ from ringfence.egress import head as heads
 from ringfence.egress import rules
 from ringfence.egress.address import AddressError
 from ringfence.egress.exchange import Exchange
+from ringfence.egress.gate import Gate
 from ringfence.egress.head import Body, Head, HeadError
-from ringfence.egress.model.exchange import COUNT_TOKENS, MESSAGES
-from ringfence.egress.sandboxes import MODEL_HOST, SandboxState
+from ringfence.egress.sandboxes import SandboxState
 from ringfence.egress.sni import HelloError
 from ringfence.egress.tls import ServerTls, TlsError
 from ringfence.egress.tunnel import Tunnel
-from ringfence.policy.compiled import HostRule
 
 HEAD_SECONDS = 10.0
 BODY_SECONDS = 120.0
 IDLE_SECONDS = 600.0
 _MAX_HELD = 1 << 20
-_PUBLIC_MODEL_HOST = "api.anthropic.com"
+_TRANSIENT = frozenset({"upstream-timeout", "upstream-refused", "upstream-closed"})
+"""What `claude` may try again: nothing of an answer has come in, and no rule was broken."""
 
 
 class _State(Enum):
@@ -52,8 +52,7 @@ class Client(asyncio.Protocol):
         self._state = _State.FIRST
         self._buffer = bytearray()
         self._tls: ServerTls | None = None
-        self._target: tuple[str, int] | None = None
-        self._rule: HostRule | None = None
+        self._gate = Gate(state)
         self._head: Head | None = None
         self._body: Body | None = None
         self._exchange: Exchange | None = None
@@ -62,6 +61,8 @@ class Client(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._deadline = math.inf
         self._held = False
+        self._half_closed = False
+        self._body_bytes = 0
 
     # asyncio.Protocol
 
@@ -94,12 +95,14 @@ class Client(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         """A half-closed client may still be waiting for its answer."""
+        self._half_closed = True
         return self._state is _State.BUSY or self._state is _State.TUNNEL
 
     def connection_lost(self, _: Exception | None) -> None:
         """See asyncio."""
         self._state = _State.CLOSED
         self._sandbox.connections.discard(self)
+        self._release_body()
         if self._timer is not None:
             self._timer.cancel()
         if self._exchange is not None:
@@ -177,15 +180,28 @@ class Client(asyncio.Protocol):
     def _read_body(self) -> None:
         assert self._body is not None  # noqa: S101  set with the state
         if not self._body.complete:
+            self._hold_body(len(self._buffer))
             rest = self._body.feed(bytes(self._buffer))
             self._buffer[:] = rest
         if self._body.complete:
             self._begin()
 
-    # judging
+    def _hold_body(self, size: int) -> None:
+        """Bodies are read whole before they are judged: all of a sandbox's together stay within
+        two of the largest, or a hundred connections would fill the memory of egress.
+        """
+        sandbox = self._sandbox
+        self._body_bytes += size
+        sandbox.body_bytes += size
+        if sandbox.body_bytes > sandbox.rules.max_body_mb << 21:
+            raise HeadError(413, "bodies-too-large")
+
+    def _release_body(self) -> None:
+        self._sandbox.body_bytes -= self._body_bytes
+        self._body_bytes = 0
 
     def _judge(self, head: Head) -> None:
-        """Everything that the head alone can decide; the first refusal ends the connection."""
+        """The first refusal ends the connection."""
         sandbox = self._sandbox
         if sandbox.frozen or sandbox.violated:
             raise HeadError(403, "witness-violated" if sandbox.violated else "sandbox-frozen")
@@ -193,67 +209,18 @@ class Client(asyncio.Protocol):
             raise HeadError(403, "bytes-exhausted")
         if head.method == "CONNECT":
             self._connect(head)
-        elif self._target is not None:
-            self._judge_inside(head)
         else:
-            self._judge_plain(head)
-
-    def _judge_plain(self, head: Head) -> None:
-        """Plain HTTP is the model route and nothing else."""
-        hosts = {MODEL_HOST, _PUBLIC_MODEL_HOST, f"{_PUBLIC_MODEL_HOST}:443"}
-        if head.host.lower() not in hosts or not head.target.startswith("/"):
-            raise HeadError(403, "plain-http")
-        self._judge_model(head)
-
-    def _judge_model(self, head: Head) -> None:
-        if not self._sandbox.rules.model.enabled:
-            raise HeadError(403, "model-route-closed")
-        if head.target.partition("?")[0] not in {MESSAGES, COUNT_TOKENS}:
-            raise HeadError(403, "path-not-granted")
-        if head.method != "POST":
-            raise HeadError(405, "method-not-granted")
-
-    def _judge_inside(self, head: Head) -> None:
-        """Inside a terminated tunnel: Host is the tunnel's host, the target in origin form."""
-        assert self._target is not None  # noqa: S101  the caller looked
-        host, port = self._target
-        if head.host.lower().removesuffix(".") not in {host, f"{host}:{port}"}:
-            raise HeadError(421, "host-mismatch")
-        if not head.target.startswith("/"):
-            raise HeadError(400, "target-form")
-        if self._to_model(head):
-            self._judge_model(head)
-            return
-        if self._rule is None:
-            raise HeadError(403, "path-not-granted")
-        decision = rules.decide_request(self._rule, head)
-        if not decision.allowed:
-            raise HeadError(403, decision.reason)
-
-    def _to_model(self, head: Head) -> bool:
-        """Whether a request in a tunnel is one to the model: always by our rules, never around."""
-        if self._target is None:
-            return True
-        path = head.target.partition("?")[0]
-        if not self._is_model_host(*self._target):
-            return False
-        return self._rule is None or path in {MESSAGES, COUNT_TOKENS}
-
-    def _is_model_host(self, host: str, port: int) -> bool:
-        if (host, port) == (_PUBLIC_MODEL_HOST, 443):
-            return True
-        target = self._sandbox.model_target
-        return target is not None and (target.host, target.port) == (host, port)
+            self._gate.judge(head)
 
     def _connect(self, head: Head) -> None:
-        if self._tls is not None or self._target is not None:
+        if self._tls is not None or self._gate.target is not None:
             raise HeadError(405, "nested-connect")
         target = rules.authority(head.target)
         if target is None:
             raise HeadError(400, "authority")
         if head.host.lower() not in {head.target.lower(), target[0], f"{target[0]}:{target[1]}"}:
             raise HeadError(400, "host-mismatch")
-        self._admit_target(*target)
+        self._gate.admit(*target)
         self._state = _State.VETTING
         self._task = self.loop.create_task(self._vet(target))
 
@@ -261,14 +228,15 @@ class Client(asyncio.Protocol):
         """Resolve before saying 200: a name that leads inside gets its refusal in the clear."""
         reason = ""
         try:
-            if not (self._rule is None and self._is_literal_provider()):
+            if not self._gate.literal:
                 await self._sandbox.shared.resolver.resolve(*target)
         except AddressError as error:
             reason = str(error)
         if self._state is not _State.VETTING:
             return
         if reason:
-            self.refuse(403, reason, self._rule.rule if self._rule is not None else "address")
+            rule = self._gate.rule
+            self.refuse(403, reason, rule.rule if rule is not None else "address")
             return
         try:
             self._establish(target)
@@ -281,14 +249,10 @@ class Client(asyncio.Protocol):
             self._flush_tls()
             self._close()
 
-    def _is_literal_provider(self) -> bool:
-        target = self._sandbox.model_target
-        return target is not None and target.literal
-
     def _establish(self, target: tuple[str, int]) -> None:
         """The tunnel stands: opaque where the policy says so, terminated everywhere else."""
-        if self._rule is not None and self._rule.opaque:
-            self._tunnel = Tunnel(self, self._sandbox, self._rule, target)
+        if self._gate.rule is not None and self._gate.rule.opaque:
+            self._tunnel = Tunnel(self, self._sandbox, self._gate.rule, target)
             self._state = _State.TUNNEL
             self._alarm(HEAD_SECONDS)
             self.send(b"HTTP/1.1 200 Connection Established\r\n\r\n")
@@ -300,27 +264,16 @@ class Client(asyncio.Protocol):
         host = target[0]
         self._start_tls(lambda sni: host if sni == host else None)
 
-    def _admit_target(self, host: str, port: int) -> None:
-        sandbox = self._sandbox
-        decision, rule = rules.decide_host(sandbox.rules, host, port)
-        if rule is None:
-            blocked = decision.reason == "port-blocked"
-            if blocked or not (sandbox.rules.model.enabled and self._is_model_host(host, port)):
-                raise HeadError(403, decision.reason)
-        if sandbox.shared.authority is None and (rule is None or not rule.opaque):
-            raise HeadError(403, "no-authority")
-        self._target, self._rule = (host, port), rule
-
     def _choose_by_sni(self, sni: str) -> str | None:
         """TLS without CONNECT: the name in the ClientHello is the target, port 443."""
         target = rules.authority(f"{sni}:443")
         if target is None:
             return None
         try:
-            self._admit_target(*target)
+            self._gate.admit(*target)
         except HeadError:
             return None
-        return None if self._rule is not None and self._rule.opaque else target[0]
+        return None if self._gate.rule is not None and self._gate.rule.opaque else target[0]
 
     # TLS towards the sandbox
 
@@ -359,11 +312,11 @@ class Client(asyncio.Protocol):
         self._disarm()
         exchange = Exchange(self, self._sandbox, head)
         self._exchange = exchange
-        if self._target is None or self._to_model(head):
+        target, rule = self._gate.target, self._gate.rule
+        if target is None or rule is None or self._gate.to_model(head):
             work = exchange.model(body)
         else:
-            assert self._rule is not None  # noqa: S101  judged with the head
-            work = exchange.generic(self._rule, self._target[0], body)
+            work = exchange.generic(rule, target[0], body)
         self._task = self.loop.create_task(self._run(work, head))
 
     async def _run(self, work: Coroutine[Any, Any, None], head: Head) -> None:
@@ -373,9 +326,10 @@ class Client(asyncio.Protocol):
             self.refuse(502, "internal", "egress")
         finally:
             self._exchange = None
+            self._release_body()
         if self._state is not _State.BUSY:
             return
-        if not head.keep_alive:
+        if not head.keep_alive or self._half_closed:
             self._close()
             return
         self._state = _State.FIRST
@@ -404,11 +358,18 @@ class Client(asyncio.Protocol):
         self._sandbox.denied(self._name(), rule, reason)
         if self._state is _State.CLOSED:
             return
-        body = _refusal_body(reason, model=model or self._target is None)
+        body = _refusal_body(reason, model=model or self._gate.target is None)
         self.send(
             b"HTTP/1.1 %d Refused\r\ncontent-type: application/json\r\n"
-            b"x-ringfence-reason: %b\r\nx-should-retry: false\r\ncontent-length: %d\r\n"
-            b"connection: close\r\n\r\n%b" % (status, reason.encode(), len(body), body)
+            b"x-ringfence-reason: %b\r\nx-should-retry: %b\r\ncontent-length: %d\r\n"
+            b"connection: close\r\n\r\n%b"
+            % (
+                status,
+                reason.encode(),
+                b"true" if reason in _TRANSIENT else b"false",
+                len(body),
+                body,
+            )
         )
         self._close()
 
@@ -427,9 +388,9 @@ class Client(asyncio.Protocol):
         self._transport.pause_reading() if held else self._transport.resume_reading()
 
     def _name(self) -> str:
-        if self._target is not None:
+        if self._gate.target is not None:
             path = self._head.target.partition("?")[0] if self._head is not None else ""
-            return f"{self._target[0]}:{self._target[1]}{path}"
+            return f"{self._gate.target[0]}:{self._gate.target[1]}{path}"
         return self._head.target if self._head is not None else "?"
 
     def _alarm(self, seconds: float, *, keep: bool = False) -> None:

@@ -81,6 +81,9 @@ class Tunnel(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio."""
         self._transport = cast("asyncio.Transport", transport)
+        if self._closed:
+            self._transport.abort()  # the client left while we dialled
+            return
         self._client.established()
         self._transport.write(bytes(self._waiting))
         self._waiting.clear()
@@ -101,7 +104,8 @@ class Tunnel(asyncio.Protocol):
     def connection_lost(self, _: Exception | None) -> None:
         """See asyncio."""
         self.close()
-        self._client.abort()
+        # not abort: what the upstream sent last is still on its way in
+        self._client.close_after_answer()
 
     def hold(self, held: bool) -> None:  # noqa: FBT001
         """Backpressure from the sandbox's side."""
