@@ -1,0 +1,105 @@
+"""What a policy becomes on the host, line by line: the plan of the mounts, bubblewrap's arguments.
+
+After a change that is meant: `python tests/unit/test_sandbox_golden.py write`, and read the
+difference as what an attacker would: a mount that is new, a flag that is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ringfence.policy.compile import compile_policy
+from ringfence.policy.load import PRESETS, from_mapping
+from ringfence.sandbox.profile import HostFacts, enclose_argv, prepare_plan
+
+GOLDEN = Path(__file__).parent / "golden" / "sandbox"
+
+PATHS = {
+    "filesystem": {
+        "readable_paths": ["/shared", "/absent"],
+        "writable_paths": ["/workspace", "/cache"],
+        "blocked_paths": ["/etc", "/shared/secret", "/workspace/private"],
+    }
+}
+CASES: dict[str, tuple[dict[str, Any], bool]] = {
+    **{f"{name}-root": ({"preset": name}, True) for name in PRESETS},
+    "strict-user": ({"preset": "strict"}, False),
+    "paths-root": ({"preset": "strict", **PATHS}, True),
+    "paths-user": ({"preset": "strict", **PATHS}, False),
+    "direct-user": (
+        {
+            "preset": "developer",
+            "filesystem": {"workspace": "direct"},
+            "accept_unenforced": ["workspace_disk"],
+        },
+        False,
+    ),
+}
+
+
+def facts(*, as_root: bool) -> HostFacts:
+    return HostFacts(
+        as_root=as_root,
+        uid=2_000_000 if as_root else 1000,
+        links={"bin": "usr/bin", "lib": "usr/lib", "lib64": "usr/lib64", "sbin": "usr/sbin"},
+        existing={
+            "/shared": True,
+            "/shared/secret": True,
+            "/cache": True,
+            "/etc/localtime": False,
+            "/etc/alternatives": True,
+        },
+        ca_bundle="(the trust store)",
+        masked={".env": False, ".ssh": True},
+        proc_entries=frozenset({"kcore", "fs", "sysrq-trigger", "keys"}),
+        egress_dir="/state/egress/sb",
+        claude="/state/claude/digest",
+    )
+
+
+def render(name: str) -> str:
+    document, as_root = CASES[name]
+    profile = compile_policy(from_mapping(document)).sandbox
+    where = facts(as_root=as_root)
+    argv = enclose_argv(profile, where, ["PROGRAM"], environment={"A": "b"}, cwd="/workspace")
+    value = {"prepare": prepare_plan(profile, where), "bubblewrap": _lines(argv)}
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
+def _lines(argv: list[str]) -> list[str]:
+    """One option with its values a line."""
+    lines: list[list[str]] = []
+    for word in argv:
+        if word.startswith("--") or not lines:
+            lines.append([])
+        lines[-1].append(word)
+    return [" ".join(line) for line in lines]
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_what_a_profile_becomes_is_written_down(name: str) -> None:
+    assert render(name) == (GOLDEN / f"{name}.json").read_text()
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_what_no_profile_may_lack(name: str) -> None:
+    """The golden files are read by people; these lines are read by this test too."""
+    lines = json.loads(render(name))["bubblewrap"]
+    for wanted in (
+        *("--unshare-user", "--unshare-pid", "--unshare-ipc", "--disable-userns", "--clearenv"),
+        *("--cap-drop ALL", "--die-with-parent", "--new-session", "--seccomp 10"),
+        *("--uid 1000", "--gid 1000", "--remount-ro /"),
+    ):
+        assert wanted in lines, wanted
+    assert not any("docker.sock" in line or "--share-net" in line for line in lines)
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["write"]:
+    GOLDEN.mkdir(parents=True, exist_ok=True)
+    for case in CASES:
+        (GOLDEN / f"{case}.json").write_text(render(case))
