@@ -4,7 +4,7 @@
 
 Each row: median latency of one client (the baseline's is taken away), requests per second of
 sixteen, and the proxy's CPU time per request under that load, the column that a busy machine
-distorts least. Of several windows the best counts. The client and the upstream are Python on
+distorts least. Rows take turns, and of several windows the best counts. The client and the upstream are Python on
 the same cores: a proxy in C is bound by them, so its requests per second are a lower bound.
 """
 
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 
 import uvloop
@@ -105,25 +105,42 @@ async def load(way: Way, kind: str, seconds: float) -> dict[str, float]:
     return {name: float(value) for name, value in json.loads(out).items()}
 
 
-async def measure(start: Start, place: Place, seconds: float, windows: int) -> dict[str, float]:
-    """Best of several windows."""
-    best: dict[str, float] = {}
-    async with start(place) as running:
-        for _ in range(windows):
-            one = await load(running.way, "sequential", seconds)
-            before = cpu_seconds(running.pid)
-            many = await load(running.way, "concurrent", seconds)
-            spent = cpu_seconds(running.pid) - before
-            # the load warms up for a quarter of the window before it counts
-            per_request = spent / (many["requests"] * 1.25) * 1e6
-            best["p50_us"] = min(one["p50_us"], best.get("p50_us", one["p50_us"]))
-            best["p99_us"] = min(one["p99_us"], best.get("p99_us", one["p99_us"]))
-            best["per_second"] = max(many["per_second"], best.get("per_second", 0))
-            best["cpu_us"] = min(per_request, best.get("cpu_us", per_request))
-    return best
+Row = dict[str, float]
+Running = dict[tuple[str, str], proxies.Running]
 
 
-def show(name: str, kind: str, row: dict[str, float], base: dict[str, float]) -> None:
+async def window(running: proxies.Running, seconds: float) -> Row:
+    """One window of one row: a client alone, then sixteen."""
+    one = await load(running.way, "sequential", seconds)
+    before = cpu_seconds(running.pid)
+    many = await load(running.way, "concurrent", seconds)
+    spent = cpu_seconds(running.pid) - before
+    return {
+        "p50_us": one["p50_us"],
+        "p99_us": one["p99_us"],
+        "per_second": many["per_second"],
+        # the load warms up for a quarter of the window before it counts
+        "cpu_us": spent / (many["requests"] * 1.25) * 1e6,
+    }
+
+
+def best(rows: list[Row]) -> Row:
+    """The least disturbed value of each column."""
+    found = {name: min(row[name] for row in rows) for name in rows[0]}
+    return found | {"per_second": max(row["per_second"] for row in rows)}
+
+
+async def measure(running: Running, seconds: float, windows: int) -> dict[tuple[str, str], Row]:
+    """All rows once, then all again: what else the machine does disturbs every row alike."""
+    rows: dict[tuple[str, str], list[Row]] = {key: [] for key in running}
+    for number in range(windows):
+        for key, one in running.items():
+            rows[key].append(await window(one, seconds))
+        print(f"round {number + 1} of {windows} is measured", file=sys.stderr, flush=True)
+    return {key: best(measured) for key, measured in rows.items()}
+
+
+def show(name: str, kind: str, row: Row, base: Row) -> None:
     """One line."""
     added = row["p50_us"] - base["p50_us"]
     print(
@@ -136,24 +153,24 @@ def show(name: str, kind: str, row: dict[str, float], base: dict[str, float]) ->
 
 async def run(seconds: float, windows: int) -> None:
     """The table, and the ratios that the targets name."""
-    print(f"{'way':26} {'kind':11} +p50 µs  +p99 µs     req/s  ratio   CPU µs")
-    results: dict[tuple[str, str], dict[str, float]] = {}
     with tempfile.TemporaryDirectory(prefix="ringfence-bench-") as scratch:
         Path(scratch).chmod(0o755)
-        with upstream(Path(scratch)) as port:
-            place = Place(Path(scratch), port)
+        async with AsyncExitStack() as stack:
+            place = Place(Path(scratch), stack.enter_context(upstream(Path(scratch))))
+            running: Running = {}
             for name, kind, peer, start in ROWS:
-                mend = proxies.missing(peer) if peer else ""
-                if mend:
-                    print(f"{name:26} {kind:11} not installed: {mend}")
+                if peer and (mend := proxies.missing(peer)):
+                    print(f"{name}: not installed: {mend}", file=sys.stderr)
                     continue
-                row = await measure(start, place, seconds, windows)
-                results[name, kind] = row
-                show(name, kind, row, results["direct TLS", "-"])
+                running[name, kind] = await stack.enter_async_context(start(place))
+            results = await measure(running, seconds, windows)
+    print(f"{'way':26} {'kind':11} +p50 µs  +p99 µs     req/s  ratio   CPU µs")
+    for (name, kind), row in results.items():
+        show(name, kind, row, results["direct TLS", "-"])
     _targets(results)
 
 
-def _targets(results: dict[tuple[str, str], dict[str, float]]) -> None:
+def _targets(results: dict[tuple[str, str], Row]) -> None:
     base = results["direct TLS", "-"]["p50_us"]
     for name, limit in (("ringfence, no audit wait", 300), ("ringfence, durable", 900)):
         for kind in ("model", "terminated"):
