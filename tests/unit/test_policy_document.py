@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from ringfence.errors import CallerError
 from ringfence.policy.compile import compile_policy, policy_digest
+from ringfence.policy.diff import diff
 from ringfence.policy.document import CONTROLS, PolicyDocument
 from ringfence.policy.load import DEFAULT, PRESETS, from_mapping, load_policy, loads, preset_text
+from ringfence.policy.problems import PolicyInvalidError
 from ringfence.policy.schema import policy_schema
-from ringfence.policy.validate import PolicyInvalidError
 from ringfence.policy.yamldoc import parse
 from ringfence.sandbox.protocol import Control
 
@@ -443,6 +444,39 @@ def test_a_policy_is_laid_over_its_preset() -> None:
     assert document.network.allowed_hosts == ()
     assert document.network.blocked_ports == base.network.blocked_ports
     assert not compile_policy(document).egress.model.enabled
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_line_that_denies_more_lifts_nothing_of_the_preset(name: str) -> None:
+    base = load_policy(preset=name)
+    values = {
+        "preset": name,
+        "network": {"blocked_ports": [9, 22]},
+        "filesystem": {"blocked_paths": ["/data"], "hidden": ["x"]},
+        "tools": {"roles": {base.tools.role: {"deny": ["Read"]}}},
+    }
+    document = from_mapping(values)
+    role, base_role = document.tools.roles[base.tools.role], base.tools.roles[base.tools.role]  # type: ignore[index]
+    assert set(base.network.blocked_ports) | {9} == set(document.network.blocked_ports)
+    assert document.network.blocked_ports[:2] == (9, 22)
+    assert set(base.filesystem.blocked_paths) | {"/data"} == set(document.filesystem.blocked_paths)
+    assert document.filesystem.hidden == ("x", *base.filesystem.hidden)
+    assert role.deny == ("Read", *base_role.deny)
+    assert not diff(base, document).widens
+    # and a problem in such a line is named by its own index
+    values["network"] = {"blocked_ports": [9, 0]}
+    assert set(problems(values)) == {"network.blocked_ports[1]"}
+
+
+def test_a_role_beside_the_presets_is_chosen_by_name() -> None:
+    roles = {"reader": {"allow": ["Read"]}}
+    found = problems({"preset": "strict", "tools": {"roles": roles}})
+    assert found == {"tools.role": "name one of the roles: engineer, reader"}
+    chosen = from_mapping({"preset": "strict", "tools": {"role": "reader", "roles": roles}})
+    assert compile_policy(chosen).tools.offered == ("Read",)
+    narrowed = {"preset": "strict", "tools": {"roles": {"engineer": {"allow": ["Read"]}}}}
+    narrowed["tools"]["roles"]["engineer"]["preapproved"] = []  # type: ignore[index]
+    assert compile_policy(from_mapping(narrowed)).tools.offered == ("Read",)
 
 
 def test_an_argument_names_the_base_of_a_policy_that_names_none() -> None:
