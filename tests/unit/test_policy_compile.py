@@ -274,6 +274,24 @@ def test_the_workspace_is_writable_when_the_policy_says_so(
     assert compiled({"filesystem": filesystem}).sandbox.workspace_mode is mode
 
 
+@pytest.mark.parametrize(
+    ("filesystem", "modes"),
+    [
+        ({}, ["readonly", "review", "direct"]),
+        ({"writable_paths": ["/workspace"]}, ["readonly", "review", "direct"]),
+        ({"writable_paths": []}, ["readonly"]),
+        ({"workspace": "readonly"}, ["readonly"]),
+        ({"workspace": "review"}, ["readonly", "review"]),
+        ({"workspace": "direct"}, ["readonly", "review", "direct"]),
+        ({"workspace": "direct", "workspace_modes": ["direct"]}, ["direct"]),
+    ],
+)
+def test_a_run_may_choose_a_workspace_mode_at_most_as_wide_as_what_is_stated(
+    filesystem: dict[str, Any], modes: list[str]
+) -> None:
+    assert list(compiled({"filesystem": filesystem}).sandbox.workspace_modes) == modes
+
+
 def test_hidden_files_can_be_added_and_shown() -> None:
     profile = compiled(
         {"filesystem": {"hidden": ["x/*.key2"], "show": ["*.pem", "config/dev.key"]}}

@@ -102,8 +102,21 @@ WIDENINGS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         {"filesystem": {"readable_paths": ["/data"]}},
         "file: /data is read",
     ),
-    ({}, {"filesystem": {"workspace": "direct"}}, "workspace: is read and written in place"),
-    ({"filesystem": {"workspace": "readonly"}}, {}, "workspace: is read; changes become a patch"),
+    (
+        {},
+        {"filesystem": {"workspace": "direct"}},
+        "workspace: is read and written in place, when a run does not choose",
+    ),
+    (
+        {"filesystem": {"workspace": "readonly"}},
+        {},
+        "workspace: is read and written in place, may be chosen",
+    ),
+    (
+        {"filesystem": {"workspace": "review"}},
+        {"filesystem": {"workspace": "review", "workspace_modes": ["review", "direct"]}},
+        "workspace: is read and written in place, may be chosen",
+    ),
     ({}, {"accept_unenforced": ["memory"]}, "control: memory may go unenforced"),
     # an exact line stands before the wildcard that covers it: without it the wildcard decides
     (
@@ -287,6 +300,7 @@ OTHERWISE: dict[str, Any] = {
     "network.max_body_mb": 33,
     "network.max_sent_mb": 1025,
     "filesystem.workspace": "direct",
+    "filesystem.workspace_modes": ["review", "direct"],
     "filesystem.writable_paths": ["/workspace", "/data"],
     "filesystem.readable_paths": ["/data"],
     "filesystem.blocked_paths": ["/data"],

@@ -338,6 +338,7 @@ def test_rules_have_one_spelling() -> None:
             "tools.mcp_servers.x.url",
         ),
         ({"model": {"models": ["claude-a"], "fallback": "claude-b"}}, "model.fallback"),
+        ({"filesystem": {"workspace_modes": ["direct"]}}, "filesystem.workspace_modes"),
     ],
 )
 def test_contradictions_are_refused(values: dict[str, Any], path: str) -> None:

@@ -239,8 +239,8 @@ def _approval(text: str) -> tuple[str, ...]:
 
 def _file_rights(policy: CompiledPolicy) -> list[Right]:
     sandbox = policy.sandbox
-    rank, text = _WORKSPACE[sandbox.workspace_mode]
-    found = [Right(area="workspace", text=text, subject=("workspace",), rank=rank)]
+    found = [_view(sandbox.workspace_mode, "when a run does not choose")]
+    found += [_view(mode, "may be chosen") for mode in sandbox.workspace_modes]
     found += [
         Right(area="file", text=f"{path} is {words}", subject=(access, path))
         for access, words, listed in (
@@ -258,9 +258,14 @@ def _file_rights(policy: CompiledPolicy) -> list[Right]:
 
 _WORKSPACE = {
     WorkspaceMode.READONLY: (0, "is read"),
-    WorkspaceMode.REVIEW: (1, "is read; changes become a patch"),
+    WorkspaceMode.REVIEW: (1, "is read and changes become a patch"),
     WorkspaceMode.DIRECT: (2, "is read and written in place"),
 }
+
+
+def _view(mode: WorkspaceMode, when: str) -> Right:
+    rank, text = _WORKSPACE[mode]
+    return Right(area="workspace", text=f"{text}, {when}", subject=(when,), rank=rank)
 
 
 def _blocked(policy: CompiledPolicy, path: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from ringfence.policy.document import PolicyDocument, permission_mode_of
+from ringfence.policy.document import PolicyDocument, permission_mode_of, workspace_mode_of
 from ringfence.policy.hosts import matches
 from ringfence.policy.problems import PolicyInvalidError, Problem, dotted, show
 from ringfence.policy.rules import parse_rule
@@ -120,7 +120,14 @@ def _tools(document: PolicyDocument) -> Iterator[Problem]:
 
 
 def _modes(document: PolicyDocument) -> Iterator[Problem]:
-    tools = document.tools
+    filesystem, tools = document.filesystem, document.tools
+    view = workspace_mode_of(document)
+    if filesystem.workspace_modes is not None and view not in filesystem.workspace_modes:
+        yield Problem(
+            path="filesystem.workspace_modes",
+            message=f"lacks the mode in force; add {view}, or set workspace",
+            value=show(list(filesystem.workspace_modes)),
+        )
     if tools.permission_modes is None:
         return
     mode = permission_mode_of(document)

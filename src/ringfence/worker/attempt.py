@@ -95,7 +95,7 @@ class Attempt:
             RingfenceError: only when nothing of the agent has run: a caller's mistake, or a
                 host that cannot.
         """
-        check(self._request, self._policy)
+        check(self._request, self._policy, isolation=self._station.backend.name)
         directory = RunDirectory(self._station.config.state_dir, self.run_id)
         try:
             async with AsyncExitStack() as stack:
@@ -335,9 +335,9 @@ class Attempt:
                 grants=policy.tools,
                 mode=self._mode,
                 model=request.model,
-                fallback_model=request.fallback_model,
+                fallback_model=request.fallback_model or policy.tools.fallback_model,
                 system_prompt=request.system_prompt,
-                max_turns=request.max_turns,
+                max_turns=policy.tools.max_turns,
                 max_budget_usd=policy.egress.model.max_budget_usd,
                 tool_seconds=policy.sandbox.limits.tool_seconds,
                 resume=request.resume is not None,
