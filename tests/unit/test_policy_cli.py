@@ -145,3 +145,18 @@ def test_presets_are_listed_and_printed() -> None:
     as_json = json.loads(run("presets", "--json").stdout)["presets"]
     assert [f"{found['name']}: {found['summary']}" for found in as_json] == listed
     assert json.loads(run("presets", "ci", "--json").stdout)["text"] == preset_text("ci")
+
+
+def test_a_path_that_may_not_be_looked_at_is_a_finding_and_not_a_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    path = tmp_path / "p.yaml"
+    path.write_text("preset: strict\nfilesystem: {readable_paths: [/data/closed]}\n")
+    with monkeypatch.context() as patched:
+        patched.setattr("os.stat", refused)
+        result = run("lint", str(path))
+    assert result.exit_code == 0
+    assert "POL020" in result.stdout

@@ -199,6 +199,25 @@ def test_no_network_tools_means_none_inside_and_none_at_the_provider() -> None:
     assert "Bash" in policy.tools.offered
 
 
+def test_an_mcp_server_that_no_offered_tool_needs_is_not_started() -> None:
+    tools: dict[str, Any] = {
+        "role": "a",
+        "roles": {"a": {"allow": ["Read", "mcp__x__t", "mcp__y__t"]}, "b": {"allow": ["Read"]}},
+        "mcp_servers": {name: {"command": [name]} for name in "xyz"},
+    }
+
+    def started() -> list[str]:
+        return [server.name for server in compiled({"tools": tools}).tools.mcp_servers]
+
+    assert started() == ["x", "y"]
+    tools["roles"]["a"]["deny"] = ["mcp__y__t"]
+    assert started() == ["x"]
+    tools["role"] = "b"
+    assert started() == []
+    tools["roles"]["b"]["allow"].append("ReadMcpResourceTool")
+    assert started() == ["x", "y", "z"]
+
+
 def test_a_tool_denied_whole_is_not_offered() -> None:
     policy = compiled(
         {

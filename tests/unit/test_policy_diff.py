@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import re
@@ -510,6 +511,49 @@ def pairs(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
         section = draw(st.sampled_from(sorted(before)))
         after[section] = draw(DOCUMENT)[section]
     return before, after
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    DOCUMENT,
+    st.sampled_from(
+        [
+            ("network.blocked_ports", 22),
+            ("network.blocked_ports", 443),
+            ("filesystem.blocked_paths", "/d/e"),
+            ("filesystem.blocked_paths", "/d"),
+            ("filesystem.hidden", "x"),
+            *(("tools.roles.a.deny", rule) for rule in SHELL + EDITS + ["Read"]),
+        ]
+    ),
+    st.sampled_from([None, *PRESETS]),
+)
+def test_one_more_line_that_denies_never_widens(
+    values: dict[str, Any], line: tuple[str, Any], preset: str | None
+) -> None:
+    values = copy.deepcopy(values)
+    if preset:
+        values["preset"] = preset
+        values["tools"] |= {"role": "a"}
+        values["filesystem"] |= {"workspace": None, "workspace_modes": None}
+        values["tools"] |= {"permission_modes": None}
+    try:
+        before = from_mapping(values)
+    except CallerError:
+        return
+    path, item = line
+    *steps, last = path.split(".")
+    section = functools.reduce(lambda node, step: node[step], steps, values)
+    section[last] = [*section.get(last, ()), item]
+    after = from_mapping(values)
+    found = diff(before, after)
+    assert not found.widens, found
+    assert _possible(after) <= _possible(before)
+    first, second = compile_policy(before), compile_policy(after)
+    assert set(second.tools.offered) <= set(first.tools.offered)
+    assert set(second.egress.model.tools) <= set(first.egress.model.tools)
+    assert set(second.tools.denied) >= set(first.tools.denied)
+    assert second.egress.model.enabled <= first.egress.model.enabled
 
 
 @settings(max_examples=1000, deadline=None)

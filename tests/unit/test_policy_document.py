@@ -279,10 +279,41 @@ def test_grants_are_explicit(name: str, words: str) -> None:
         "Foo(x)",
         "Bash(a\nb)",
         "Bash(" + "*a" * 9 + ")",
+        *(f"Bash({text})" for text in (" * ", "**", "* *", "***", "*:*", ": *", "?*", "*/*", "''")),
+        # look-alikes of a star, and what cannot be seen
+        *(
+            "Bash(\uff0a)",
+            "Bash(curl \u2217)",
+            "Bash(*\u200b)",
+            "Bash(curl\u200b:*)",
+            "Bash(\xa0*)",
+        ),
+        *(f"Read({text})" for text in ("**/*", "//**/*", "./**", "/*", "/workspace/../**", "/")),
+        # at any depth to the Agent SDK, at the top to a shell
+        *("Read(.env)", "Edit(*.md)"),
+        *("Read(src/{a,b}/**)", "Read(!src/x)", "Read(src/\u200bx)"),
     ],
 )
 def test_rules_that_narrow_nothing_or_mean_nothing_are_refused(rule: str) -> None:
     assert problems({"tools": {"roles": {"a": {"allow": ["Bash"], "deny": [rule]}}}})
+
+
+@pytest.mark.parametrize(
+    "rule",
+    ["Bash(git:*)", "Bash(git *)", "Bash(ls)", "Read(./.env)", "Read(**/.env)", "Read(/etc/**)"],
+)
+def test_rules_that_name_something_load(rule: str) -> None:
+    tools = {"roles": {"a": {"allow": ["Bash", "Read"], "deny": [rule], "preapproved": [rule]}}}
+    assert from_mapping({"tools": tools})
+
+
+@pytest.mark.parametrize("rule", ["Bash(git*)", "Bash(* --version)", "Bash(gi? x)", "Bash(*x:*)"])
+def test_an_approval_names_its_program_and_a_deny_need_not(rule: str) -> None:
+    role: dict[str, Any] = {"allow": ["Bash"], "deny": [rule]}
+    assert from_mapping({"tools": {"roles": {"a": role}}})
+    role["preapproved"] = role.pop("deny")
+    found = problems({"tools": {"roles": {"a": role}}})
+    assert "programs yet to come" in found["tools.roles.a.preapproved[0]"]
 
 
 def test_rules_have_one_spelling() -> None:

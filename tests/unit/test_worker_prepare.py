@@ -12,7 +12,7 @@ from ringfence.model import PermissionMode, RunRequest, WorkspaceMode
 from ringfence.policy.compile import compile_policy
 from ringfence.policy.compiled import CompiledPolicy
 from ringfence.policy.load import from_mapping, load_policy
-from ringfence.worker.prepare import check, narrowed
+from ringfence.worker.prepare import absent, check, narrowed
 
 
 def policy(**values: Any) -> CompiledPolicy:
@@ -80,3 +80,9 @@ def test_another_isolation_than_the_named_one_is_no_substitute(tmp_path: Path) -
     assert "gvisor" in caught.value.message
     check(request(tmp_path), named, isolation="gvisor")
     check(request(tmp_path), policy(isolation={"backend": "auto"}), isolation="bubblewrap")
+
+
+def test_a_path_that_the_host_lacks_is_named(tmp_path: Path) -> None:
+    there, gone = str(tmp_path), str(tmp_path / "gone")
+    rules = policy(filesystem={"readable_paths": [there, gone, "/workspace"]})
+    assert absent(rules) == (gone,)

@@ -177,7 +177,7 @@ def _tools(document: PolicyDocument) -> ToolGrants:
         denied=_denied(document, role),
         permission_mode=PermissionMode(mode),
         permission_modes=_modes(document),
-        mcp_servers=_mcp_servers(document),
+        mcp_servers=_mcp_servers(document, offered),
         max_turns=document.model.max_turns,
         max_subagent_depth=document.tools.max_subagent_depth,
         max_subagents=document.tools.max_subagents,
@@ -210,8 +210,18 @@ def _modes(document: PolicyDocument) -> tuple[PermissionMode, ...]:
     return tuple(PermissionMode(mode) for mode in MODE_WIDTH[: widest + 1])
 
 
-def _mcp_servers(document: PolicyDocument) -> tuple[McpServer, ...]:
-    execution = document.execution
+_RESOURCE_TOOLS = frozenset({"ListMcpResourcesTool", "ReadMcpResourceTool"})
+
+
+def used_servers(document: PolicyDocument, offered: tuple[str, ...]) -> frozenset[str]:
+    """MCP servers that the offered tools need; no other is started or reached."""
+    if not _RESOURCE_TOOLS.isdisjoint(offered):
+        return frozenset(document.tools.mcp_servers)
+    return frozenset(parts[0] for tool in offered if (parts := mcp_parts(tool)))
+
+
+def _mcp_servers(document: PolicyDocument, offered: tuple[str, ...]) -> tuple[McpServer, ...]:
+    execution, used = document.execution, used_servers(document, offered)
     return tuple(
         McpServer(
             name=name,
@@ -220,8 +230,11 @@ def _mcp_servers(document: PolicyDocument) -> tuple[McpServer, ...]:
             environment=tuple(sorted(server.environment.items())),
         )
         for name, server in sorted(document.tools.mcp_servers.items())
-        if (server.url and execution.allow_network_tools is not False)
-        or (server.command and execution.allow_subprocess is not False)
+        if name in used
+        and (
+            (server.url and execution.allow_network_tools is not False)
+            or (server.command and execution.allow_subprocess is not False)
+        )
     )
 
 

@@ -125,6 +125,12 @@ def _rule(text: str) -> str:
     return rules.parse_rule(text).text
 
 
+def _approval(text: str) -> str:
+    text = _rule(text)
+    _refuse(rules.approval_problem(text))
+    return text
+
+
 def _url_path(path: str) -> str:
     stem = path.removesuffix("/**")
     if not path.startswith("/"):
@@ -281,7 +287,7 @@ class Role(Section):
 
     allow: Items[Annotated[str, AfterValidator(_grant)]] = ()
     deny: Items[Annotated[str, AfterValidator(_rule)]] = ()
-    preapproved: Items[Annotated[str, AfterValidator(_rule)]] = ()
+    preapproved: Items[Annotated[str, AfterValidator(_approval)]] = ()
 
 
 class McpServerGrant(Section):

@@ -53,7 +53,7 @@ from ringfence.sandbox.saved import save_changes
 from ringfence.worker.control import RunControl
 from ringfence.worker.ids import new_id
 from ringfence.worker.outcome import Outcome
-from ringfence.worker.prepare import check, listen, narrowed
+from ringfence.worker.prepare import absent, check, listen, narrowed
 from ringfence.worker.rundir import RunDirectory
 from ringfence.worker.station import OnMessage, Station
 
@@ -249,6 +249,10 @@ class Attempt:
                 hidden_files=len(self._hidden),
             )
         )
+        for path in absent(self._policy):
+            self._on_message(
+                Notice(kind="absent", text=f"{path} cannot be found on this host: left out")
+            )
         for name in self._unenforced:
             self._on_message(Notice(kind="unenforced", text=f"not enforced on this host: {name}"))
         if sandbox.proxy_listener is not None:

@@ -75,6 +75,14 @@ def check(request: RunRequest, policy: CompiledPolicy, *, isolation: str) -> Non
         )
 
 
+def absent(policy: CompiledPolicy) -> tuple[str, ...]:
+    """Host paths that the policy shows and that this host does not have: a finding, not a fault."""
+    profile = policy.sandbox
+    shown = (*profile.readable, *profile.writable)
+    # pathlib's raises for a path below a directory that this user may not enter
+    return tuple(path for path in shown if not os.path.exists(path))  # noqa: PTH110
+
+
 def listen(path: Path) -> socket.socket:
     """A listening unix socket. Bound through the directory's descriptor, because a socket's path
     may have 108 bytes only (unix(7)) and a state directory can be deeper.
