@@ -133,6 +133,7 @@ CODES: dict[str, str] = {
     # worker
     "run-timeout": "The run reached its wall-clock limit and was ended.",
     "permission-mode-denied": "The policy does not permit the permission mode that was asked for.",
+    "workspace-mode-denied": "The policy does not permit the workspace mode that was asked for.",
     "state-refused": "The state directory cannot be used: it is not ours, or cannot be made.",
     "claude-missing": "The claude binary is not installed.",
     "run-interrupted": "The person or the host ended the run.",

@@ -199,6 +199,25 @@ def test_no_network_tools_means_none_inside_and_none_at_the_provider() -> None:
     assert "Bash" in policy.tools.offered
 
 
+def test_an_mcp_server_that_no_offered_tool_needs_is_not_started() -> None:
+    tools: dict[str, Any] = {
+        "role": "a",
+        "roles": {"a": {"allow": ["Read", "mcp__x__t", "mcp__y__t"]}, "b": {"allow": ["Read"]}},
+        "mcp_servers": {name: {"command": [name]} for name in "xyz"},
+    }
+
+    def started() -> list[str]:
+        return [server.name for server in compiled({"tools": tools}).tools.mcp_servers]
+
+    assert started() == ["x", "y"]
+    tools["roles"]["a"]["deny"] = ["mcp__y__t"]
+    assert started() == ["x"]
+    tools["role"] = "b"
+    assert started() == []
+    tools["roles"]["b"]["allow"].append("ReadMcpResourceTool")
+    assert started() == ["x", "y", "z"]
+
+
 def test_a_tool_denied_whole_is_not_offered() -> None:
     policy = compiled(
         {
@@ -272,6 +291,24 @@ def test_the_workspace_is_writable_when_the_policy_says_so(
     filesystem: dict[str, Any], mode: WorkspaceMode
 ) -> None:
     assert compiled({"filesystem": filesystem}).sandbox.workspace_mode is mode
+
+
+@pytest.mark.parametrize(
+    ("filesystem", "modes"),
+    [
+        ({}, ["readonly", "review", "direct"]),
+        ({"writable_paths": ["/workspace"]}, ["readonly", "review", "direct"]),
+        ({"writable_paths": []}, ["readonly"]),
+        ({"workspace": "readonly"}, ["readonly"]),
+        ({"workspace": "review"}, ["readonly", "review"]),
+        ({"workspace": "direct"}, ["readonly", "review", "direct"]),
+        ({"workspace": "direct", "workspace_modes": ["direct"]}, ["direct"]),
+    ],
+)
+def test_a_run_may_choose_a_workspace_mode_at_most_as_wide_as_what_is_stated(
+    filesystem: dict[str, Any], modes: list[str]
+) -> None:
+    assert list(compiled({"filesystem": filesystem}).sandbox.workspace_modes) == modes
 
 
 def test_hidden_files_can_be_added_and_shown() -> None:

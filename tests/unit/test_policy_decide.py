@@ -13,7 +13,7 @@ from ringfence.model import Decision, Outcome, PermissionMode
 from ringfence.policy.compile import compile_policy
 from ringfence.policy.compiled import EgressRules, HostRule, PathRule, ToolGrants
 from ringfence.policy.decide import ToolDecision, decide_host, decide_request, decide_tool
-from ringfence.policy.load import from_mapping
+from ringfence.policy.load import from_mapping, load_policy
 from ringfence.policy.paths import glob_matches, normal
 from ringfence.policy.tools import KNOWN
 
@@ -456,10 +456,10 @@ RULE = st.sampled_from(
         "Bash(ls:*)",
         "Bash(mkdir a)",
         "Edit(docs/**)",
-        "Edit(x*)",
+        "Edit(./x*)",
         "Read(/etc/**)",
         "Read(**/x)",
-        "Write(a)",
+        "Write(./a)",
         "WebFetch(domain:a.example.com)",
     ]
 )
@@ -636,3 +636,18 @@ def test_normal_paths_are_idempotent_and_have_no_dots(path: str) -> None:
 )
 def test_globs(pattern: str, path: str, fits: bool) -> None:
     assert glob_matches(pattern, path) is fits
+
+
+def test_the_developer_preset_asks_before_a_command_may_write() -> None:
+    grants = compile_policy(load_policy(preset="developer")).tools
+    for command in ("git diff", "git status -s", "ls -l", "cat a | wc -l", "git log --oneline"):
+        assert answer(decide_tool(grants, M.DEFAULT, "Bash", {"command": command})) == "allow"
+    for command in (
+        "git diff --output=.git/hooks/pre-commit",
+        "git log --output=x",
+        "git -c core.pager=x log",
+        "git status; rm x",
+        "cat a > b",
+        "python3 x",
+    ):
+        assert answer(decide_tool(grants, M.DEFAULT, "Bash", {"command": command})) == "ask"

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from ringfence.errors import CallerError
 from ringfence.policy.compile import compile_policy, policy_digest
+from ringfence.policy.diff import diff
 from ringfence.policy.document import CONTROLS, PolicyDocument
 from ringfence.policy.load import DEFAULT, PRESETS, from_mapping, load_policy, loads, preset_text
+from ringfence.policy.problems import PolicyInvalidError
 from ringfence.policy.schema import policy_schema
-from ringfence.policy.validate import PolicyInvalidError
 from ringfence.policy.yamldoc import parse
 from ringfence.sandbox.protocol import Control
 
@@ -278,10 +279,41 @@ def test_grants_are_explicit(name: str, words: str) -> None:
         "Foo(x)",
         "Bash(a\nb)",
         "Bash(" + "*a" * 9 + ")",
+        *(f"Bash({text})" for text in (" * ", "**", "* *", "***", "*:*", ": *", "?*", "*/*", "''")),
+        # look-alikes of a star, and what cannot be seen
+        *(
+            "Bash(\uff0a)",
+            "Bash(curl \u2217)",
+            "Bash(*\u200b)",
+            "Bash(curl\u200b:*)",
+            "Bash(\xa0*)",
+        ),
+        *(f"Read({text})" for text in ("**/*", "//**/*", "./**", "/*", "/workspace/../**", "/")),
+        # at any depth to the Agent SDK, at the top to a shell
+        *("Read(.env)", "Edit(*.md)"),
+        *("Read(src/{a,b}/**)", "Read(!src/x)", "Read(src/\u200bx)"),
     ],
 )
 def test_rules_that_narrow_nothing_or_mean_nothing_are_refused(rule: str) -> None:
     assert problems({"tools": {"roles": {"a": {"allow": ["Bash"], "deny": [rule]}}}})
+
+
+@pytest.mark.parametrize(
+    "rule",
+    ["Bash(git:*)", "Bash(git *)", "Bash(ls)", "Read(./.env)", "Read(**/.env)", "Read(/etc/**)"],
+)
+def test_rules_that_name_something_load(rule: str) -> None:
+    tools = {"roles": {"a": {"allow": ["Bash", "Read"], "deny": [rule], "preapproved": [rule]}}}
+    assert from_mapping({"tools": tools})
+
+
+@pytest.mark.parametrize("rule", ["Bash(git*)", "Bash(* --version)", "Bash(gi? x)", "Bash(*x:*)"])
+def test_an_approval_names_its_program_and_a_deny_need_not(rule: str) -> None:
+    role: dict[str, Any] = {"allow": ["Bash"], "deny": [rule]}
+    assert from_mapping({"tools": {"roles": {"a": role}}})
+    role["preapproved"] = role.pop("deny")
+    found = problems({"tools": {"roles": {"a": role}}})
+    assert "programs yet to come" in found["tools.roles.a.preapproved[0]"]
 
 
 def test_rules_have_one_spelling() -> None:
@@ -337,6 +369,7 @@ def test_rules_have_one_spelling() -> None:
             "tools.mcp_servers.x.url",
         ),
         ({"model": {"models": ["claude-a"], "fallback": "claude-b"}}, "model.fallback"),
+        ({"filesystem": {"workspace_modes": ["direct"]}}, "filesystem.workspace_modes"),
     ],
 )
 def test_contradictions_are_refused(values: dict[str, Any], path: str) -> None:
@@ -443,6 +476,39 @@ def test_a_policy_is_laid_over_its_preset() -> None:
     assert document.network.allowed_hosts == ()
     assert document.network.blocked_ports == base.network.blocked_ports
     assert not compile_policy(document).egress.model.enabled
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_line_that_denies_more_lifts_nothing_of_the_preset(name: str) -> None:
+    base = load_policy(preset=name)
+    values = {
+        "preset": name,
+        "network": {"blocked_ports": [9, 22]},
+        "filesystem": {"blocked_paths": ["/data"], "hidden": ["x"]},
+        "tools": {"roles": {base.tools.role: {"deny": ["Read"]}}},
+    }
+    document = from_mapping(values)
+    role, base_role = document.tools.roles[base.tools.role], base.tools.roles[base.tools.role]  # type: ignore[index]
+    assert set(base.network.blocked_ports) | {9} == set(document.network.blocked_ports)
+    assert document.network.blocked_ports[:2] == (9, 22)
+    assert set(base.filesystem.blocked_paths) | {"/data"} == set(document.filesystem.blocked_paths)
+    assert document.filesystem.hidden == ("x", *base.filesystem.hidden)
+    assert role.deny == ("Read", *base_role.deny)
+    assert not diff(base, document).widens
+    # and a problem in such a line is named by its own index
+    values["network"] = {"blocked_ports": [9, 0]}
+    assert set(problems(values)) == {"network.blocked_ports[1]"}
+
+
+def test_a_role_beside_the_presets_is_chosen_by_name() -> None:
+    roles = {"reader": {"allow": ["Read"]}}
+    found = problems({"preset": "strict", "tools": {"roles": roles}})
+    assert found == {"tools.role": "name one of the roles: engineer, reader"}
+    chosen = from_mapping({"preset": "strict", "tools": {"role": "reader", "roles": roles}})
+    assert compile_policy(chosen).tools.offered == ("Read",)
+    narrowed = {"preset": "strict", "tools": {"roles": {"engineer": {"allow": ["Read"]}}}}
+    narrowed["tools"]["roles"]["engineer"]["preapproved"] = []  # type: ignore[index]
+    assert compile_policy(from_mapping(narrowed)).tools.offered == ("Read",)
 
 
 def test_an_argument_names_the_base_of_a_policy_that_names_none() -> None:

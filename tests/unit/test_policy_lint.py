@@ -129,6 +129,15 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ),
     ("POL035", with_("model", max_budget_usd=None), CLEAN),
     ("POL036", with_("execution", max_duration_seconds=10, max_tool_seconds=20), CLEAN),
+    (
+        "POL038",
+        with_("tools", mcp_servers={"x": {"command": ["x"]}}),
+        with_(
+            "tools",
+            mcp_servers={"x": {"command": ["x"]}},
+            roles={"a": {"allow": ["mcp__x__t"], "preapproved": ["mcp__x__t"]}},
+        ),
+    ),
     ("POL037", CLEAN | {"hosting": {"pattern": "hybrid"}}, CLEAN),
 ]
 

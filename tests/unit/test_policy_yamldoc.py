@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import yaml
@@ -10,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ringfence.errors import CallerError
-from ringfence.policy.validate import PolicyInvalidError
-from ringfence.policy.yamldoc import MAX_BYTES, parse
+from ringfence.policy.problems import PolicyInvalidError
+from ringfence.policy.yamldoc import MAX_BYTES, parse, parse_with_places
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,7 @@ def test_plain_values_load(text: str, value: object) -> None:
         *[
             (f"a: {word}", "1:4")
             for word in [
+                *("NaN", "Infinity", "-Infinity"),
                 *("no", "No", "off", "ON", "yes", "y", "N", "~", "True", "FALSE", "Null", "NULL"),
                 *("010", "0o10", "0x1F", "0b1", "1_000", "+1", "1.", ".5", "1:30", "190:20:30.15"),
                 *(
@@ -77,7 +79,7 @@ def test_plain_values_load(text: str, value: object) -> None:
         ("null: a", "1:1"),
         ("[a]: b", "1:1"),
         ("? {a: 1}\n: b", "1:3"),
-        ("a: [1", "1:7"),
+        ("a: [1", "1:6"),
         ("a: b: c", "1:5"),
         ("\ta: 1", "1:1"),
         ("%TAG ! tag:x,2000:\n---\na: 1", "1:1"),
@@ -87,8 +89,52 @@ def test_what_readers_disagree_about_is_refused_with_its_place(text: str, place:
     with pytest.raises(PolicyInvalidError) as caught:
         parse(text)
     assert caught.value.code == "policy-invalid"
-    assert caught.value.problems[0].path.split(":")[0] == place.partition(":")[0]
+    found = caught.value.problems[0].place
+    assert found is not None
+    assert f"{found.line}:{found.column}" == place
+    assert caught.value.message.startswith(f"{place}: ")
     assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "name"),
+    [
+        # a comment to a reader of YAML 1.2, a rule to one of 1.1 (YAML 1.2 §5.4)
+        ("a: 1 # x\u2028b: 2", "1:9", "U+2028"),
+        ("a: 1\n# x\u2029b: 2", "2:4", "U+2029"),
+        ("a: 1\n# x\x85b: 2", "2:4", "U+0085"),
+        ("a: 1 # x\rb: 2", "1:9", "U+000D"),
+        ('{"a": "x\u2028"}', "1:9", "U+2028"),
+        # another text to the eye
+        ("a: 1 # \u202eb: 2", "1:8", "U+202E"),
+        ("a: 'x\u2066'", "1:6", "U+2066"),
+        ("\ufeff\ufeffa: 1", "1:2", "U+FEFF"),
+        ("a\ufeff: 1", "1:2", "U+FEFF"),
+    ],
+)
+def test_what_ends_a_line_for_some_or_deceives_the_eye_is_refused(
+    text: str, place: str, name: str
+) -> None:
+    for data in (text, text.encode()):
+        with pytest.raises(PolicyInvalidError, match=f"^{place}: .*{re.escape(name)}"):
+            parse(data)
+
+
+def test_the_same_characters_load_as_escapes_and_windows_lines_too() -> None:
+    assert parse('{"a": "\\u2028\\ufeff"}') == {"a": "\u2028\ufeff"}
+    assert parse("a: 1\r\nb: 2\r\n") == {"a": 1, "b": 2}
+
+
+def test_every_key_and_item_has_its_place() -> None:
+    parsed = parse_with_places("a:\n  b-c: 1\n  d e:\n  - x\n  - {f: 2}\n")
+    assert parsed.places == {
+        "a": (1, 1),
+        "a.b-c": (2, 3),
+        "a.'d e'": (3, 3),
+        "a.'d e'[0]": (4, 5),
+        "a.'d e'[1]": (5, 5),
+        "a.'d e'[1].f": (5, 6),
+    }
 
 
 @pytest.mark.parametrize(

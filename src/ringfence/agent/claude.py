@@ -122,7 +122,7 @@ class ClaudeDriver:
             model=settings.model,
             fallback_model=settings.fallback_model,
             system_prompt=settings.system_prompt or {"type": "preset", "preset": "claude_code"},
-            max_turns=settings.max_turns or grants.max_turns,
+            max_turns=settings.max_turns,
             max_budget_usd=settings.max_budget_usd,
             session_store=cast("SessionStore", self._mirror),
             session_store_flush="eager",

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
 from ringfence.cli.output import clear_errors, print_json
+from ringfence.errors import CallerError
 from ringfence.policy.diff import diff as difference
-from ringfence.policy.document import PolicyDocument
 from ringfence.policy.explain import explain as meaning
 from ringfence.policy.explain import explain_text
 from ringfence.policy.lint import Finding, Severity
 from ringfence.policy.lint import lint as findings_of
-from ringfence.policy.load import PRESETS, load_policy, preset_text
+from ringfence.policy.load import PRESETS, Loaded, load_policy, preset_text, read, read_file
+from ringfence.policy.problems import Place, PolicyInvalidError, place_of
 from ringfence.policy.rights import printable
 from ringfence.policy.schema import policy_schema
-from ringfence.policy.validate import PolicyInvalidError
+from ringfence.policy.yamldoc import MAX_BYTES
 
 app = typer.Typer(
     name="policy",
@@ -28,57 +31,59 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Source = Annotated[
-    str | None,
-    typer.Argument(metavar="[POLICY]", help="A file, or the name of a preset; strict by default."),
-]
+_SOURCE = "A file, - for standard input, or the name of a preset"
+Source = Annotated[str, typer.Argument(metavar="POLICY", help=f"{_SOURCE}.", show_default="strict")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
-@app.command()
+@app.command(epilog="Example: ringfence policy lint --strict --json policy.yaml")
 def lint(
-    policy: Source = None,
+    policy: Source = "strict",
     *,
     as_json: AsJson = False,
     strict: Annotated[bool, typer.Option("--strict", help="Fail on warnings too.")] = False,
 ) -> None:
     """Say what a policy permits that its author may not have meant. Fails (2) on errors."""
-    with clear_errors(as_json=as_json):
-        try:
-            document = _load(policy)
-        except PolicyInvalidError as error:
-            _print_problems(error, as_json=as_json)
-            raise typer.Exit(error.status) from None
-        findings = findings_of(document, exists=lambda path: Path(path).exists())
+    with _clear_problems(as_json=as_json):
+        loaded = _load(policy)
+        found = [
+            (finding, place_of(finding.path, loaded.places))
+            # pathlib's exists raises for a path below a directory that this user may not enter
+            for finding in findings_of(loaded.document, exists=os.path.exists)
+        ]
         if as_json:
-            print_json({"loads": True, "findings": [finding.to_json() for finding in findings]})
+            findings = [
+                finding.to_json() | _place_json(loaded.source, place) for finding, place in found
+            ]
+            print_json({"loads": True, "findings": findings})
         else:
-            sys.stdout.write(_lines(findings))
+            lines = [_line(finding, loaded.source, place) for finding, place in found]
+            sys.stdout.write("".join(lines) or "no findings\n")
         fatal = {Severity.ERROR, Severity.WARNING} if strict else {Severity.ERROR}
-        if any(finding.severity in fatal for finding in findings):
+        if any(finding.severity in fatal for finding, _ in found):
             raise typer.Exit(2)
 
 
-@app.command()
-def explain(policy: Source = None, *, as_json: AsJson = False) -> None:
+@app.command(epilog="Example: ringfence policy explain policy.yaml")
+def explain(policy: Source = "strict", *, as_json: AsJson = False) -> None:
     """Say what a policy means: everything it permits, denies and limits."""
-    with clear_errors(as_json=as_json):
-        document = _load(policy)
+    with _clear_problems(as_json=as_json):
+        document = _load(policy).document
         if as_json:
             print_json(meaning(document))
         else:
             sys.stdout.write(explain_text(document))
 
 
-@app.command()
+@app.command(epilog="Example: ringfence policy schema > policy.schema.json")
 def schema() -> None:
     """Print the JSON Schema of the policy document."""
     sys.stdout.write(json.dumps(policy_schema(), indent=2, ensure_ascii=False) + "\n")
 
 
-@app.command()
+@app.command(epilog="Example: git show main:policy.yaml | ringfence policy diff - policy.yaml")
 def diff(
-    before: Annotated[str, typer.Argument(help="A file, or the name of a preset.")],
+    before: Annotated[str, typer.Argument(help=f"{_SOURCE}.")],
     after: Annotated[str, typer.Argument(help="The same; what it adds is marked +.")],
     *,
     as_json: AsJson = False,
@@ -87,8 +92,10 @@ def diff(
     ] = False,
 ) -> None:
     """Say what becomes possible between two policies, and what no longer is."""
-    with clear_errors(as_json=as_json):
-        found = difference(_load(before), _load(after))
+    with _clear_problems(as_json=as_json):
+        if before == after == "-":
+            raise CallerError("usage", "standard input is one policy; name a file for the other")
+        found = difference(_load(before).document, _load(after).document)
         if as_json:
             print_json(found.to_json())
         else:
@@ -97,45 +104,67 @@ def diff(
             raise typer.Exit(3)
 
 
-@app.command()
+@app.command(epilog="Example: ringfence policy presets ci > policy.yaml")
 def presets(
     name: Annotated[str | None, typer.Argument(help="Print this one.")] = None,
+    *,
+    as_json: AsJson = False,
 ) -> None:
     """List the built-in presets, or print one as the file it is."""
-    with clear_errors():
+    with clear_errors(as_json=as_json):
         if name is not None:
-            sys.stdout.write(preset_text(name))
+            text = preset_text(name)
+            if as_json:
+                print_json({"name": name, "text": text})
+            else:
+                sys.stdout.write(text)
             return
-        for preset in PRESETS:
-            summary = preset_text(preset).splitlines()[0].removeprefix("# ").strip()
-            sys.stdout.write(f"{summary}\n")
+        summaries = [preset_text(preset).splitlines()[0] for preset in PRESETS]
+        lines = [summary.removeprefix("# ").strip() for summary in summaries]
+        if as_json:
+            print_json({"presets": list(map(_named, lines))})
+        else:
+            sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
-def _load(source: str | None) -> PolicyDocument:
+def _named(line: str) -> dict[str, str]:
+    name, _, summary = line.partition(": ")
+    return {"name": name, "summary": summary}
+
+
+def _load(source: str) -> Loaded:
     """A file wins over a preset of the same name."""
-    if source in PRESETS and not Path(source).exists():
-        return load_policy(preset=source)
-    return load_policy(source)
+    if source == "-":
+        return read(sys.stdin.buffer.read(MAX_BYTES + 1), source="-")
+    if source in PRESETS and not os.path.exists(source):  # noqa: PTH110
+        return Loaded(document=load_policy(preset=source))
+    return read_file(source)
 
 
-def _print_problems(error: PolicyInvalidError, *, as_json: bool) -> None:
-    """Each problem on a line of its own: they are for a person who edits the file."""
-    if as_json:
-        problems = [
-            {"path": problem.path, "value": problem.value, "message": problem.message}
-            for problem in error.problems
-        ]
-        print_json({"loads": False, "error": error.to_json(), "problems": problems})
-        return
-    for problem in error.problems:
-        sys.stderr.write(f"ringfence: {error.code}: {printable(problem.render())}\n")
+@contextmanager
+def _clear_problems(*, as_json: bool) -> Iterator[None]:
+    """Each problem of a policy on a line of its own: they are for a person who edits the file."""
+    with clear_errors(as_json=as_json):
+        try:
+            yield
+        except PolicyInvalidError as error:
+            if as_json:
+                problems = [problem.to_json() for problem in error.problems]
+                print_json({"loads": False, "error": error.to_json(), "problems": problems})
+            else:
+                for problem in error.problems:
+                    sys.stderr.write(f"ringfence: {error.code}: {printable(problem.render())}\n")
+            raise typer.Exit(error.status) from None
 
 
-def _lines(findings: tuple[Finding, ...]) -> str:
-    if not findings:
-        return "no findings\n"
-    return "".join(
-        f"{finding.severity.value:<7} {finding.id} {printable(finding.path)}: "
+def _place_json(source: str, place: Place | None) -> dict[str, object]:
+    line, column = place or (None, None)
+    return {"file": source, "line": line, "column": column}
+
+
+def _line(finding: Finding, source: str, place: Place | None) -> str:
+    where = f"{source}:{place.line}:{place.column}: " if place else ""
+    return (
+        f"{finding.severity.value:<7} {finding.id} {printable(where + finding.path)}: "
         f"{printable(finding.message)}\n        {printable(finding.mend)}\n"
-        for finding in findings
     )

@@ -30,7 +30,13 @@ from ringfence.policy.compiled import (
     SandboxProfile,
     ToolGrants,
 )
-from ringfence.policy.document import MODE_WIDTH, PolicyDocument, Role, permission_mode_of
+from ringfence.policy.document import (
+    MODE_WIDTH,
+    PolicyDocument,
+    Role,
+    permission_mode_of,
+    workspace_mode_of,
+)
 from ringfence.policy.hosts import MODEL_HOST
 from ringfence.policy.paths import WORKSPACE
 from ringfence.policy.rules import parse_rule, tool_facts
@@ -74,6 +80,10 @@ A credential-bearing `.git/config` is found by its content, by the sandbox."""
 DEFAULT_SHOWN = (".env.example", ".env.sample", ".env.template", ".env.dist", "*.pub", "cacert.pem")
 """Masked by a pattern above and known to hold no secret; without cacert.pem, the trust store of
 certifi, nothing in a virtual environment of the workspace could speak TLS."""
+
+
+WORKSPACE_WIDTH = (WorkspaceMode.READONLY, WorkspaceMode.REVIEW, WorkspaceMode.DIRECT)
+"""Workspace modes from the narrowest to the widest."""
 
 
 def canonical_json(document: PolicyDocument) -> str:
@@ -167,7 +177,7 @@ def _tools(document: PolicyDocument) -> ToolGrants:
         denied=_denied(document, role),
         permission_mode=PermissionMode(mode),
         permission_modes=_modes(document),
-        mcp_servers=_mcp_servers(document),
+        mcp_servers=_mcp_servers(document, offered),
         max_turns=document.model.max_turns,
         max_subagent_depth=document.tools.max_subagent_depth,
         max_subagents=document.tools.max_subagents,
@@ -200,8 +210,18 @@ def _modes(document: PolicyDocument) -> tuple[PermissionMode, ...]:
     return tuple(PermissionMode(mode) for mode in MODE_WIDTH[: widest + 1])
 
 
-def _mcp_servers(document: PolicyDocument) -> tuple[McpServer, ...]:
-    execution = document.execution
+_RESOURCE_TOOLS = frozenset({"ListMcpResourcesTool", "ReadMcpResourceTool"})
+
+
+def used_servers(document: PolicyDocument, offered: tuple[str, ...]) -> frozenset[str]:
+    """MCP servers that the offered tools need; no other is started or reached."""
+    if not _RESOURCE_TOOLS.isdisjoint(offered):
+        return frozenset(document.tools.mcp_servers)
+    return frozenset(parts[0] for tool in offered if (parts := mcp_parts(tool)))
+
+
+def _mcp_servers(document: PolicyDocument, offered: tuple[str, ...]) -> tuple[McpServer, ...]:
+    execution, used = document.execution, used_servers(document, offered)
     return tuple(
         McpServer(
             name=name,
@@ -210,8 +230,11 @@ def _mcp_servers(document: PolicyDocument) -> tuple[McpServer, ...]:
             environment=tuple(sorted(server.environment.items())),
         )
         for name, server in sorted(document.tools.mcp_servers.items())
-        if (server.url and execution.allow_network_tools is not False)
-        or (server.command and execution.allow_subprocess is not False)
+        if name in used
+        and (
+            (server.url and execution.allow_network_tools is not False)
+            or (server.command and execution.allow_subprocess is not False)
+        )
     )
 
 
@@ -220,7 +243,8 @@ def _sandbox(document: PolicyDocument) -> SandboxProfile:
     hidden = dict.fromkeys([*DEFAULT_HIDDEN, *filesystem.hidden])
     writable = filesystem.writable_paths or ()
     return SandboxProfile(
-        workspace_mode=workspace_mode(document),
+        workspace_mode=WorkspaceMode(workspace_mode_of(document)),
+        workspace_modes=_workspace_modes(document),
         readable=tuple(dict.fromkeys(p for p in filesystem.readable_paths if p != WORKSPACE)),
         writable=tuple(dict.fromkeys(p for p in writable if p != WORKSPACE)),
         blocked=tuple(dict.fromkeys(filesystem.blocked_paths)),
@@ -242,15 +266,13 @@ def _sandbox(document: PolicyDocument) -> SandboxProfile:
     )
 
 
-def workspace_mode(document: PolicyDocument) -> WorkspaceMode:
-    """How the workspace is shown when a run does not say."""
-    filesystem = document.filesystem
-    if filesystem.workspace is not None:
-        return WorkspaceMode(filesystem.workspace)
-    writable = filesystem.writable_paths
-    if writable is not None and WORKSPACE not in writable:
-        return WorkspaceMode.READONLY
-    return WorkspaceMode.REVIEW
+def _workspace_modes(document: PolicyDocument) -> tuple[WorkspaceMode, ...]:
+    filesystem, mode = document.filesystem, WorkspaceMode(workspace_mode_of(document))
+    if filesystem.workspace_modes is not None:
+        return tuple(WorkspaceMode(name) for name in dict.fromkeys(filesystem.workspace_modes))
+    if filesystem.workspace is None and mode is not WorkspaceMode.READONLY:
+        return WORKSPACE_WIDTH
+    return WORKSPACE_WIDTH[: WORKSPACE_WIDTH.index(mode) + 1]
 
 
 def _egress(document: PolicyDocument, grants: ToolGrants) -> EgressRules:

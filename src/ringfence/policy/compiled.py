@@ -43,6 +43,7 @@ class SandboxProfile:
     the workspace; every other path names the same path of the host.
 
     Attributes:
+        workspace_mode: when a run does not choose. workspace_modes: what it may choose.
         readable: host paths visible read-only. writable: host paths visible read-write.
         blocked: host paths that are absent inside, wherever a mount would have shown them.
         hidden: gitignore-like globs below the workspace whose files are masked (requirement E).
@@ -54,6 +55,7 @@ class SandboxProfile:
     """
 
     workspace_mode: WorkspaceMode = WorkspaceMode.REVIEW
+    workspace_modes: tuple[WorkspaceMode, ...] = tuple(WorkspaceMode)
     readable: tuple[str, ...] = ()
     writable: tuple[str, ...] = ()
     blocked: tuple[str, ...] = ()

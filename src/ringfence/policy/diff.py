@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ringfence.policy.compile import compile_policy
+from ringfence.policy.compile import compile_policy, role_of
 from ringfence.policy.document import PolicyDocument
-from ringfence.policy.rights import Right, covers, denials, limits, printable, rights
+from ringfence.policy.rights import (
+    Right,
+    covers,
+    denials,
+    limits,
+    named_hosts,
+    printable,
+    rights,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +42,7 @@ class Difference:
         gained: rights of the second that nothing in the first covers. lost: the other way.
         no_longer_denied, newly_denied: lines of deny, blocked and hidden.
         limits: numbers that changed.
+        changed: lines that changed and neither widen nor narrow, such as `model.fallback`.
     """
 
     gained: tuple[str, ...] = ()
@@ -41,6 +50,7 @@ class Difference:
     no_longer_denied: tuple[str, ...] = ()
     newly_denied: tuple[str, ...] = ()
     limits: tuple[LimitChange, ...] = ()
+    changed: tuple[str, ...] = ()
 
     @property
     def widens(self) -> bool:
@@ -52,9 +62,8 @@ class Difference:
     @property
     def empty(self) -> bool:
         """Whether the two permit the same."""
-        return not (
-            self.gained or self.lost or self.no_longer_denied or self.newly_denied or self.limits
-        )
+        denied = self.no_longer_denied or self.newly_denied
+        return not (self.gained or self.lost or denied or self.limits or self.changed)
 
     def to_json(self) -> dict[str, object]:
         """Shape of `ringfence policy diff --json`."""
@@ -68,10 +77,11 @@ class Difference:
                 {"key": c.key, "before": c.before, "after": c.after, "wider": c.wider}
                 for c in self.limits
             ],
+            "changed": list(self.changed),
         }
 
     def render(self) -> str:
-        """Lines for people: `+` becomes possible, `-` no longer is."""
+        """Lines for people: `+` becomes possible, `-` no longer is, `~` is neither."""
         if self.empty:
             return "The two policies permit the same.\n"
         lines = [f"+ {text}" for text in self.gained]
@@ -82,30 +92,46 @@ class Difference:
             f"{'+' if c.wider else '-'} {c.key}: {_number(c.before)} -> {_number(c.after)}"
             for c in self.limits
         ]
+        lines += [f"~ {text}" for text in self.changed]
         return "\n".join(lines) + "\n"
 
 
 def diff(before: PolicyDocument, after: PolicyDocument) -> Difference:
     """What `after` permits that `before` does not, and the other way."""
     first, second = compile_policy(before), compile_policy(after)
-    had, has = rights(first), rights(second)
+    named = named_hosts(first) | named_hosts(second)
+    had, has = rights(first, named), rights(second, named)
     denied, denies = denials(first), denials(second)
     bounds, bounds_ = limits(first), limits(second)
+    facts, facts_ = _facts(before), _facts(after)
     return Difference(
-        gained=_texts(right.area + ": " + right.text for right in has if not _in(right, had)),
-        lost=_texts(right.area + ": " + right.text for right in had if not _in(right, has)),
-        no_longer_denied=_texts(text for text in denied if text not in denies),
-        newly_denied=_texts(text for text in denies if text not in denied),
+        gained=_texts(right.area + ": " + right.text for right in _beyond(has, had)),
+        lost=_texts(right.area + ": " + right.text for right in _beyond(had, has)),
+        no_longer_denied=_texts(right.text for right in _beyond(denied, denies)),
+        newly_denied=_texts(right.text for right in _beyond(denies, denied)),
         limits=tuple(
             LimitChange(key=key, before=bounds[key], after=bounds_[key])
             for key in bounds
             if bounds[key] != bounds_[key]
         ),
+        changed=_texts(
+            f"{key}: {facts[key]} -> {facts_[key]}" for key in facts if facts[key] != facts_[key]
+        ),
     )
 
 
-def _in(right: Right, others: tuple[Right, ...]) -> bool:
-    return any(covers(other, right) for other in others)
+def _facts(document: PolicyDocument) -> dict[str, str]:
+    """What matters to a reader and permits nothing by itself."""
+    return {
+        "tools.role": role_of(document)[0],
+        "model.fallback": document.model.fallback or "none",
+        "hosting.pattern": document.hosting.pattern,
+    }
+
+
+def _beyond(these: Iterable[Right], others: tuple[Right, ...]) -> Iterator[Right]:
+    """Those of `these` that nothing of `others` covers."""
+    return (right for right in these if not any(covers(other, right) for other in others))
 
 
 def _texts(texts: Iterable[str]) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from pydantic import (
 from ringfence.policy import hosts, paths, rules
 from ringfence.policy.tools import canonical_tool
 
+WorkspaceName = Literal["review", "direct", "readonly"]
 ModeName = Literal["default", "acceptEdits", "plan", "dontAsk", "bypassPermissions", "auto"]
 ControlName = Literal[
     "memory",
@@ -122,6 +123,12 @@ def _grant(text: str) -> str:
 
 def _rule(text: str) -> str:
     return rules.parse_rule(text).text
+
+
+def _approval(text: str) -> str:
+    text = _rule(text)
+    _refuse(rules.approval_problem(text))
+    return text
 
 
 def _url_path(path: str) -> str:
@@ -240,6 +247,8 @@ class Filesystem(Section):
     Attributes:
         workspace: how it is shown; None is `review`, or `readonly` when `writable_paths` is
             given without /workspace.
+        workspace_modes: what a run may choose; None is every mode when nothing is said about
+            the workspace, and otherwise those at most as wide as what is.
         writable_paths: None says nothing about the workspace.
         blocked_paths: absent inside, wherever a mount would have shown them; deny wins.
         hidden: globs of workspace files that are masked, beside the built-in list.
@@ -247,7 +256,8 @@ class Filesystem(Section):
         tmp_exec: whether programs may be executed from /tmp and the home directory.
     """
 
-    workspace: Literal["review", "direct", "readonly"] | None = None
+    workspace: WorkspaceName | None = None
+    workspace_modes: Items[WorkspaceName] | None = None
     writable_paths: Items[Annotated[str, AfterValidator(_writable)]] | None = None
     readable_paths: Items[Annotated[str, AfterValidator(_readable)]] = ()
     blocked_paths: Items[Annotated[str, AfterValidator(_blocked)]] = ()
@@ -277,7 +287,7 @@ class Role(Section):
 
     allow: Items[Annotated[str, AfterValidator(_grant)]] = ()
     deny: Items[Annotated[str, AfterValidator(_rule)]] = ()
-    preapproved: Items[Annotated[str, AfterValidator(_rule)]] = ()
+    preapproved: Items[Annotated[str, AfterValidator(_approval)]] = ()
 
 
 class McpServerGrant(Section):
@@ -466,3 +476,10 @@ def permission_mode_of(document: PolicyDocument) -> ModeName:
     """
     stated = document.tools.permission_mode
     return stated or ("acceptEdits" if document.tools.roles is None else "default")
+
+
+def workspace_mode_of(document: PolicyDocument) -> WorkspaceName:
+    """How the workspace is shown when a run does not choose."""
+    stated, writable = document.filesystem.workspace, document.filesystem.writable_paths
+    unwritable = writable is not None and paths.WORKSPACE not in writable
+    return stated or ("readonly" if unwritable else "review")

@@ -14,14 +14,15 @@ _HEADINGS = {
     "tool": "Tools",
     "mode": "Permission modes",
     "workspace": "The workspace",
-    "file": "Files",
+    "file": "Files, beside the host's /usr (read) and an /etc made for the sandbox",
+    "isolation": "Isolation",
     "control": "WITHOUT ENFORCEMENT, accepted by this policy",
 }
 _NOTHING = {
     "model": "nothing: the model cannot be asked",
     "host": "no host",
     "tool": "none is offered",
-    "file": "none beside the workspace and a minimal system",
+    "file": "none of the host's",
 }
 
 
@@ -40,7 +41,7 @@ def explain(document: PolicyDocument) -> dict[str, Any]:
         "role": name,
         "isolation": policy.sandbox.isolation,
         "permits": permits,
-        "denies": list(denials(policy)),
+        "denies": [denial.text for denial in denials(policy)],
         "withheld": {tool: ceiling for tool in role.allow if (ceiling := withheld(document, tool))},
         "limits": limits(policy),
     }

@@ -11,7 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from ringfence.policy.compile import DEFAULT_HIDDEN, model_route_open, role_of, withheld
+from ringfence.policy.compile import (
+    DEFAULT_HIDDEN,
+    model_route_open,
+    role_of,
+    used_servers,
+    withheld,
+)
 from ringfence.policy.document import HostGrant, PolicyDocument, permission_mode_of
 from ringfence.policy.hosts import MODEL_HOST, matches
 from ringfence.policy.paths import WORKSPACE, below
@@ -61,6 +67,7 @@ CATALOGUE: dict[str, tuple[Severity, str]] = {
     "POL035": (Severity.INFO, "A run has no limit in dollars."),
     "POL036": (Severity.INFO, "The tool limit is longer than the run's."),
     "POL037": (Severity.INFO, "A single run is always ephemeral."),
+    "POL038": (Severity.WARNING, "An MCP server of which no tool is granted is not started."),
 }
 """Every finding: severity and title."""
 
@@ -104,6 +111,7 @@ def lint(
         *_hosts(document),
         *_secrets(document),
         *_grants(document),
+        *_servers(document),
         *_rules(document),
         *_modes(document),
         *_paths(document, exists),
@@ -238,6 +246,19 @@ def _grants(document: PolicyDocument) -> Iterator[Finding]:
                 yield _found("POL018", path, tool, "write it once")
             if tool in KNOWN and not KNOWN[tool].present:
                 yield _found("POL017", path, tool, "drop it; nothing offers it")
+
+
+def _servers(document: PolicyDocument) -> Iterator[Finding]:
+    roles = (document.tools.roles or {}).values()
+    used = used_servers(document, tuple(tool for role in roles for tool in role.allow))
+    for name in document.tools.mcp_servers:
+        if name not in used:
+            yield _found(
+                "POL038",
+                f"tools.mcp_servers.{name}",
+                name,
+                f"grant mcp__{name}__TOOL to a role, or take the server away",
+            )
 
 
 def _rules(document: PolicyDocument) -> Iterator[Finding]:

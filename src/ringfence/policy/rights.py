@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ringfence.model import PermissionMode, WorkspaceMode
@@ -9,12 +10,17 @@ from ringfence.policy.compiled import (
     CompiledPolicy,
     EgressRules,
     HostRule,
+    McpServer,
     ModelRules,
     PathRule,
 )
 from ringfence.policy.document import MODE_WIDTH
 from ringfence.policy.hosts import matches
+from ringfence.policy.paths import below
 from ringfence.policy.rules import parse_rule
+
+Named = frozenset[tuple[str, int]]
+"""Exact hosts, each with a port."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +28,8 @@ class Right:
     """One thing that a policy permits.
 
     Attributes:
-        area: `host`, `model`, `tool`, `mode`, `workspace`, `file` or `control`.
+        area: `host`, `model`, `tool`, `mode`, `workspace`, `file`, `isolation` or `control`; of
+            a denial `port`, `path`, `glob` or `rule`.
         text: one line for people, the same for the same right.
         subject: what coverage is decided by; empty when only the same text covers it.
         rank: among rights of one area and subject, a higher one covers a lower; -1 is unranked.
@@ -34,13 +41,18 @@ class Right:
     rank: int = -1
 
 
-def rights(policy: CompiledPolicy) -> tuple[Right, ...]:
-    """Everything that is permitted, blocked ports and denied tools already taken off."""
+def rights(policy: CompiledPolicy, named: Named = frozenset()) -> tuple[Right, ...]:
+    """Everything that is permitted, blocked ports and denied tools already taken off.
+
+    A wildcard's right is about the hosts that no line names. What it means for those of `named`
+    is said apart, because another policy may have a narrower line for one of them.
+    """
     return (
-        *_host_rights(policy.egress),
+        *_host_rights(policy.egress, named),
         *_model_rights(policy.egress.model),
         *_tool_rights(policy),
         *_file_rights(policy),
+        _isolation(policy.sandbox.isolation),
         *(
             Right(area="control", text=f"{name} may go unenforced")
             for name in sorted(policy.sandbox.accept_unenforced)
@@ -48,19 +60,30 @@ def rights(policy: CompiledPolicy) -> tuple[Right, ...]:
     )
 
 
+def named_hosts(policy: CompiledPolicy) -> Named:
+    """The exact hosts that a policy has a line for."""
+    return frozenset(
+        (rule.host, rule.port) for rule in policy.egress.hosts if not rule.host.startswith("*.")
+    )
+
+
 def covers(wider: Right, narrower: Right) -> bool:
-    """Whether whoever holds `wider` gains nothing by `narrower`."""
+    """Whether whoever holds `wider` gains nothing by `narrower`.
+
+    Of denials: whether what `narrower` denies is denied by `wider` too.
+    """
     if wider == narrower:
         return True
     if wider.area != narrower.area or not (wider.subject and narrower.subject):
         return False
     if wider.rank >= 0:
         return wider.subject == narrower.subject and wider.rank >= narrower.rank
-    if wider.area == "host":
-        return _host_covers(wider.subject, narrower.subject)
-    if wider.area == "file":
-        return _file_covers(wider.subject, narrower.subject)
-    return len(wider.subject) == 1 and wider.subject[0] == narrower.subject[0]
+    return _COVERS.get(wider.area, _subject_covers)(wider.subject, narrower.subject)
+
+
+def _subject_covers(wider: tuple[str, ...], narrower: tuple[str, ...]) -> bool:
+    """A subject of one word stands for all that begin with it."""
+    return len(wider) == 1 and wider[0] == narrower[0]
 
 
 def limits(policy: CompiledPolicy) -> dict[str, float | None]:
@@ -88,40 +111,69 @@ def limits(policy: CompiledPolicy) -> dict[str, float | None]:
     }
 
 
-def _host_rights(egress: EgressRules) -> list[Right]:
-    return [
-        Right(
+def _host_rights(egress: EgressRules, named: Named) -> list[Right]:
+    own = {(rule.host, rule.port) for rule in egress.hosts}
+    found: list[Right] = []
+    for rule in egress.hosts:
+        if rule.port in egress.blocked_ports:
+            continue
+        below_it = [
+            host
+            for host, port in sorted(own | named)
+            if port == rule.port and host != rule.host and matches(rule.host, host)
+        ]
+        shadowed = [host for host in below_it if (host, rule.port) in own]
+        found += _rights_of(rule, rule.host, egress, shadowed)
+        for host in below_it:
+            if host not in shadowed:
+                found += _rights_of(rule, host, egress, [])
+    return found
+
+
+def _rights_of(
+    rule: HostRule, host: str, egress: EgressRules, shadowed: list[str]
+) -> Iterator[Right]:
+    """What a rule permits at `host`, which it names or covers."""
+    kind = _kind(rule, egress)
+    but = f" (but for {', '.join(shadowed)})" if shadowed else ""
+    for path in rule.paths or (_ANY,):
+        yield Right(
             area="host",
-            text=f"{rule.host}:{rule.port} {_request(path)}{_kind(rule)}",
-            subject=(rule.host, str(rule.port), path.method, path.path, _kind(rule)),
+            text=f"{host}:{rule.port} {_request(path)}{kind}{but}",
+            subject=(host, str(rule.port), path.method, path.path, kind),
         )
-        for rule in egress.hosts
-        if rule.port not in egress.blocked_ports
-        for path in rule.paths or (_ANY,)
-    ]
 
 
 _ANY = PathRule(method="*", path="/**")
+_OPAQUE = " (OPAQUE TUNNEL: an exfiltration grant, nothing inside is seen)"
 
 
 def _request(path: PathRule) -> str:
     return "every method and path" if path == _ANY else f"{path.method} {path.path}"
 
 
-def _kind(rule: HostRule) -> str:
+def _kind(rule: HostRule, egress: EgressRules) -> str:
     if rule.opaque:
-        return " (OPAQUE TUNNEL: an exfiltration grant, nothing inside is seen)"
-    return f" (with credential {rule.credential})" if rule.credential else ""
+        return _OPAQUE
+    if rule.credential is None:
+        return ""
+    where = next(
+        f"query field {secret.query}" if secret.query else f"{secret.header}: {secret.template}"
+        for secret in egress.credentials
+        if secret.name == rule.credential
+    )
+    return f" (with credential {rule.credential} as {where})"
 
 
 def _host_covers(wider: tuple[str, ...], narrower: tuple[str, ...]) -> bool:
     host, port, method, path, kind = wider
     host_, port_, method_, path_, kind_ = narrower
-    same_host = host == host_ or matches(host, host_)
     same_method = method in {"*", method_}
     stem = path[:-2] if path.endswith("/**") else None
     same_path = path == path_ or (stem is not None and path_.startswith(stem))
-    return same_host and port == port_ and same_method and same_path and kind == kind_
+    # through a tunnel goes whatever a terminated connection would let through
+    same_kind = kind == kind_ or (kind == _OPAQUE and not kind_)
+    return host == host_ and port == port_ and same_method and same_path and same_kind
 
 
 def _model_rights(model: ModelRules) -> list[Right]:
@@ -157,13 +209,22 @@ def _tool_rights(policy: CompiledPolicy) -> list[Right]:
     ]
     found += [_mode(mode, "may be chosen") for mode in grants.permission_modes]
     found.append(_mode(grants.permission_mode, "when a run does not choose"))
-    found += [
-        Right(
-            area="tool", text=f"MCP server {server.name}: {server.url or ' '.join(server.command)}"
-        )
-        for server in grants.mcp_servers
-    ]
+    found += [_mcp_server(server) for server in grants.mcp_servers]
     return found
+
+
+def _mcp_server(server: McpServer) -> Right:
+    """Variables by name alone: a value may be what should have been a secret."""
+    names = ", ".join(name for name, _ in server.environment)
+    return Right(
+        area="tool",
+        text=f"MCP server {server.name}: {server.url or ' '.join(server.command)}"
+        + (f" (environment: {names})" if names else ""),
+        subject=(
+            *("mcp", server.name, server.url or "", *server.command),
+            *(f"{name}={value}" for name, value in server.environment),
+        ),
+    )
 
 
 def _mode(mode: PermissionMode, when: str) -> Right:
@@ -178,8 +239,8 @@ def _approval(text: str) -> tuple[str, ...]:
 
 def _file_rights(policy: CompiledPolicy) -> list[Right]:
     sandbox = policy.sandbox
-    rank, text = _WORKSPACE[sandbox.workspace_mode]
-    found = [Right(area="workspace", text=text, subject=("workspace",), rank=rank)]
+    found = [_view(sandbox.workspace_mode, "when a run does not choose")]
+    found += [_view(mode, "may be chosen") for mode in sandbox.workspace_modes]
     found += [
         Right(area="file", text=f"{path} is {words}", subject=(access, path))
         for access, words, listed in (
@@ -197,33 +258,61 @@ def _file_rights(policy: CompiledPolicy) -> list[Right]:
 
 _WORKSPACE = {
     WorkspaceMode.READONLY: (0, "is read"),
-    WorkspaceMode.REVIEW: (1, "is read; changes become a patch"),
+    WorkspaceMode.REVIEW: (1, "is read and changes become a patch"),
     WorkspaceMode.DIRECT: (2, "is read and written in place"),
 }
 
 
+def _view(mode: WorkspaceMode, when: str) -> Right:
+    rank, text = _WORKSPACE[mode]
+    return Right(area="workspace", text=f"{text}, {when}", subject=(when,), rank=rank)
+
+
 def _blocked(policy: CompiledPolicy, path: str) -> bool:
-    return any(
-        path == blocked or path.startswith(blocked + "/") for blocked in policy.sandbox.blocked
-    )
+    return any(below(path, blocked) for blocked in policy.sandbox.blocked)
 
 
 def _file_covers(wider: tuple[str, ...], narrower: tuple[str, ...]) -> bool:
     access, path = wider
     access_, path_ = narrower
-    inside = path == path_ or path_.startswith(path + "/")
-    return inside and access in {access_, "write"}
+    return below(path_, path) and access in {access_, "write"}
 
 
-def denials(policy: CompiledPolicy) -> tuple[str, ...]:
+def _path_covers(wider: tuple[str, ...], narrower: tuple[str, ...]) -> bool:
+    return below(narrower[0], wider[0])
+
+
+_COVERS = {"host": _host_covers, "file": _file_covers, "path": _path_covers}
+
+_BACKENDS = ("microvm", "gvisor", "bubblewrap", "runtime", "container", "auto")
+"""From the strongest to the weakest boundary; `auto` may turn out to be any of them."""
+
+
+def _isolation(backend: str) -> Right:
+    return Right(
+        area="isolation",
+        text=f"{backend} is boundary enough",
+        subject=("isolation",),
+        rank=_BACKENDS.index(backend),
+    )
+
+
+def denials(policy: CompiledPolicy) -> tuple[Right, ...]:
     """What is denied by name, so that taking one away is seen as a gain."""
     sandbox, egress, grants = policy.sandbox, policy.egress, policy.tools
     return (
-        *(f"port {port} is blocked" for port in egress.blocked_ports),
-        *(f"{path} is absent" for path in sandbox.blocked),
-        *(f"{glob} is masked in the workspace" for glob in sandbox.hidden),
+        *(Right(area="port", text=f"port {port} is blocked") for port in egress.blocked_ports),
+        *(
+            Right(area="path", text=f"the host's {path} is absent", subject=(path,))
+            for path in sandbox.blocked
+        ),
+        *(Right(area="glob", text=f"{glob} is masked in the workspace") for glob in sandbox.hidden),
         # a tool denied whole is simply not offered, which its right says
-        *(f"{text} is denied" for text in grants.denied if parse_rule(text).specifier),
+        *(
+            Right(area="rule", text=f"{text} is denied")
+            for text in grants.denied
+            if parse_rule(text).specifier
+        ),
     )
 
 

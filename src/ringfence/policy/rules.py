@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import string
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,7 +19,6 @@ from ringfence.policy.tools import EDIT_TOOLS, KNOWN, Tool, canonical_tool, mcp_
 
 _RULE = re.compile(r"(?P<name>[^()\s]+)(?:\((?P<specifier>.*)\))?", re.DOTALL)
 _MAX_STARS = 8  # a glob becomes a regular expression; its cost grows with each star
-_EVERYTHING = frozenset({"", "*", "**", ":*", "/**", "//**", "*:*"})
 SHELL_TOOLS = frozenset({"Bash", "PowerShell", "Monitor"})
 """Tools whose input is a shell command, under `command`."""
 _PATH_TOOLS = frozenset({"Read", "Glob", "Grep", "LS", "NotebookRead"}) | EDIT_TOOLS
@@ -99,22 +99,64 @@ def _name_problem(name: str) -> str | None:
 
 
 def _specifier_problem(tool: str, specifier: str) -> str | None:  # noqa: PLR0911  a ladder of refusals
-    if specifier.strip() in _EVERYTHING:
+    if _names_nothing(tool, specifier):
         return f"it narrows nothing; write {tool} to mean all of it"
-    if any(ord(character) < 0x20 or ord(character) == 0x7F for character in specifier):
-        return "holds a control character"
+    if not specifier.isprintable():
+        return "holds a character that cannot be seen"
     if specifier.count("*") > _MAX_STARS or len(specifier) > 512:
         return f"at most {_MAX_STARS} stars and 512 characters"
     if tool in SHELL_TOOLS:
-        return None if specifier == specifier.strip() else "write it without blanks at the ends"
+        return _command_problem(specifier)
     if tool in _PATH_TOOLS:
-        return None
+        return _place_problem(specifier)
     if tool == "WebFetch":
         kind, _, host = specifier.partition(":")
         if kind != "domain":
             return "write WebFetch(domain:host)"
         return host_problem(host)
     return f"{tool} takes no specifier; write {tool}"
+
+
+def _names_nothing(tool: str, specifier: str) -> bool:
+    """Whether it is made of wildcards and of what stands between them."""
+    text = specifier
+    if tool in _PATH_TOOLS and specifier.strip(_WILD):
+        text = _absolute_glob(specifier)
+    return not text.strip(_WILD)
+
+
+_WILD = "*?:/.;'\"" + string.whitespace + "\u00a0"
+
+
+def _command_problem(specifier: str) -> str | None:
+    if specifier != specifier.strip():
+        return "write it without blanks at the ends"
+    if not specifier.isascii():
+        # U+FF0A looks like a star, and a deny that holds it matches nothing
+        return "holds letters that may look like others; write it in ASCII"
+    return None
+
+
+def _place_problem(specifier: str) -> str | None:
+    if "/" not in specifier:
+        # gitignore, and with it the Agent SDK, finds a bare name at any depth
+        return f"at which depth? Write ./{specifier}, or **/{specifier} for all of them"
+    if any(character in specifier for character in "{}") or specifier.startswith("!"):
+        return "braces and ! are not read in a path; write one rule for each"
+    return None
+
+
+def approval_problem(text: str) -> str | None:
+    """Why a rule cannot stand under `preapproved`; None when it can. A deny may be as wide as it
+    likes, and an approval names its program.
+    """
+    rule = parse_rule(text)
+    if rule.tool not in SHELL_TOOLS or rule.specifier is None:
+        return None
+    program = rule.specifier.removesuffix(":*").split()[0]
+    if any(character in program for character in "*?["):
+        return f"the wildcard in {program} approves programs yet to come; write their names"
+    return None
 
 
 def _absolute_glob(specifier: str) -> str:

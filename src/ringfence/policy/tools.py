@@ -91,7 +91,8 @@ _TABLE = (
     # Subagents have the same grants and the same witnesses. The CLI's init message and the SDK
     # say Task, the wire says Agent.
     Tool(name="Task", wire=("Agent", "Task")),
-    Tool(name="Skill"),
+    # a skill's text may hold commands that run while it is loaded (!`…`)
+    Tool(name="Skill", runs_programs=True),
     Tool(name="ToolSearch"),
     # MCP
     Tool(name="ListMcpResourcesTool"),

@@ -4,74 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from ringfence.errors import CallerError
-from ringfence.policy.document import PolicyDocument, permission_mode_of
+from ringfence.policy.document import PolicyDocument, permission_mode_of, workspace_mode_of
 from ringfence.policy.hosts import matches
+from ringfence.policy.problems import PolicyInvalidError, Problem, dotted, show
 from ringfence.policy.rules import parse_rule
 from ringfence.policy.tools import mcp_parts
-
-_SHOWN = 80  # characters of an offending value that an error repeats
-
-_LISTED = 20  # problems that the one-line message repeats; `problems` holds all
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Problem:
-    """One reason why a policy does not load.
-
-    Attributes:
-        path: dotted path of the line, such as `network.allowed_hosts[0]`; for text that is not
-            YAML, `line:column`.
-        message: what is wrong and what to write instead, on one line.
-        value: the offending value in printable ASCII, shortened; empty when there is none.
-    """
-
-    path: str
-    message: str
-    value: str = ""
-
-    def render(self) -> str:
-        """One line: path, value, message."""
-        shown = f" {self.value}" if self.value else ""
-        return f"{self.path}:{shown} {self.message}" if self.path else self.message
-
-
-class PolicyInvalidError(CallerError):
-    """`policy-invalid`, with every problem and not only the first."""
-
-    def __init__(self, problems: tuple[Problem, ...]) -> None:
-        self.problems = problems
-        lines = "; ".join(problem.render() for problem in problems[:_LISTED])
-        if len(problems) > _LISTED:
-            lines += f"; and {len(problems) - _LISTED} more"
-        count = f"{len(problems)} problems: " if len(problems) > 1 else ""
-        super().__init__(
-            "policy-invalid",
-            f"{count}{lines}",
-            hint="`ringfence policy schema` prints every key; `ringfence policy lint FILE` checks",
-        )
-
-
-def refuse(path: str, message: str, value: object = "") -> NoReturn:
-    """Raise PolicyInvalidError for one problem."""
-    raise PolicyInvalidError((Problem(path=path, message=message, value=show(value)),))
-
-
-def show(value: object) -> str:
-    """A value as an error repeats it: printable ASCII, one line, shortened."""
-    if value == "":
-        return ""
-    try:
-        text = ascii(value)
-    except RecursionError:
-        return "(nested too deeply)"
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 def build(values: Mapping[str, Any]) -> PolicyDocument:
@@ -178,7 +120,14 @@ def _tools(document: PolicyDocument) -> Iterator[Problem]:
 
 
 def _modes(document: PolicyDocument) -> Iterator[Problem]:
-    tools = document.tools
+    filesystem, tools = document.filesystem, document.tools
+    view = workspace_mode_of(document)
+    if filesystem.workspace_modes is not None and view not in filesystem.workspace_modes:
+        yield Problem(
+            path="filesystem.workspace_modes",
+            message=f"lacks the mode in force; add {view}, or set workspace",
+            value=show(list(filesystem.workspace_modes)),
+        )
     if tools.permission_modes is None:
         return
     mode = permission_mode_of(document)
@@ -194,7 +143,7 @@ def _from_pydantic(error: ErrorDetails) -> Problem:
     kind, value = error["type"], error.get("input")
     location = list(error["loc"])
     if kind == "extra_forbidden":
-        return Problem(path=_dotted(location), message=_unknown_key(location))
+        return Problem(path=dotted(location), message=_unknown_key(location))
     message = _MESSAGES.get(kind)
     if kind == "value_error":
         message = str(error["ctx"]["error"]) if "ctx" in error else error["msg"]
@@ -203,7 +152,7 @@ def _from_pydantic(error: ErrorDetails) -> Problem:
     elif kind == "string_pattern_mismatch":
         message = f"does not have the form {error['ctx']['pattern']}"
     shown = "" if kind == "missing" or isinstance(value, (dict, BaseModel)) else show(value)
-    return Problem(path=_dotted(location), message=message or _plain(error), value=shown)
+    return Problem(path=dotted(location), message=message or _plain(error), value=shown)
 
 
 _MESSAGES = {
@@ -251,14 +200,3 @@ def _section_in(annotation: Any) -> Any:
         if found is not None:
             return found
     return None
-
-
-def _dotted(location: list[int | str]) -> str:
-    text = ""
-    for part in location:
-        if isinstance(part, int):
-            text += f"[{part}]"
-        elif part != "[key]":
-            name = part if part.isidentifier() or part.replace("-", "").isalnum() else ascii(part)
-            text += f".{name}" if text else name
-    return text

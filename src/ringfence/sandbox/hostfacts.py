@@ -111,9 +111,9 @@ def gather(spec: SandboxSpec, masked: Mapping[str, bool], uid: int, state_dir: P
         elif path.is_dir():
             existing[f"/{name}"] = True
     for text in (*host_paths(spec.profile), *spec.profile.blocked):
-        path = Path(text)
-        if path.exists():
-            existing[text] = path.is_dir()
+        # not pathlib's: what this user may not look at is absent, and no fault
+        if os.path.exists(text):
+            existing[text] = os.path.isdir(text)
     claude = execute_only(spec.claude, state_dir) if spec.claude else None
     return HostFacts(
         as_root=os.geteuid() == 0,

@@ -53,7 +53,7 @@ from ringfence.sandbox.saved import save_changes
 from ringfence.worker.control import RunControl
 from ringfence.worker.ids import new_id
 from ringfence.worker.outcome import Outcome
-from ringfence.worker.prepare import check, listen, narrowed
+from ringfence.worker.prepare import absent, check, listen, narrowed
 from ringfence.worker.rundir import RunDirectory
 from ringfence.worker.station import OnMessage, Station
 
@@ -95,7 +95,7 @@ class Attempt:
             RingfenceError: only when nothing of the agent has run: a caller's mistake, or a
                 host that cannot.
         """
-        check(self._request, self._policy)
+        check(self._request, self._policy, isolation=self._station.backend.name)
         directory = RunDirectory(self._station.config.state_dir, self.run_id)
         try:
             async with AsyncExitStack() as stack:
@@ -249,6 +249,10 @@ class Attempt:
                 hidden_files=len(self._hidden),
             )
         )
+        for path in absent(self._policy):
+            self._on_message(
+                Notice(kind="absent", text=f"{path} cannot be found on this host: left out")
+            )
         for name in self._unenforced:
             self._on_message(Notice(kind="unenforced", text=f"not enforced on this host: {name}"))
         if sandbox.proxy_listener is not None:
@@ -335,9 +339,9 @@ class Attempt:
                 grants=policy.tools,
                 mode=self._mode,
                 model=request.model,
-                fallback_model=request.fallback_model,
+                fallback_model=request.fallback_model or policy.tools.fallback_model,
                 system_prompt=request.system_prompt,
-                max_turns=request.max_turns,
+                max_turns=policy.tools.max_turns,
                 max_budget_usd=policy.egress.model.max_budget_usd,
                 tool_seconds=policy.sandbox.limits.tool_seconds,
                 resume=request.resume is not None,

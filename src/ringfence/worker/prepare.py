@@ -7,14 +7,17 @@ import socket
 from dataclasses import replace
 from pathlib import Path
 
-from ringfence.errors import CallerError, DeniedError
+from ringfence.errors import CallerError, DeniedError, UnavailableError
 from ringfence.model import RunRequest
 from ringfence.policy.compiled import CompiledPolicy
 
 
 def narrowed(policy: CompiledPolicy, request: RunRequest) -> CompiledPolicy:
-    """The policy with what the request asks for: a request can only ever narrow it."""
-    limits, model = policy.sandbox.limits, policy.egress.model
+    """The policy with what the request asks for: a request can only ever narrow it.
+
+    Modes are taken as asked: `check` refuses those that the policy does not permit.
+    """
+    limits, model, tools = policy.sandbox.limits, policy.egress.model, policy.tools
     if request.timeout_seconds is not None:
         limits = replace(limits, wall_seconds=min(limits.wall_seconds, request.timeout_seconds))
     if request.max_budget_usd is not None:
@@ -23,16 +26,33 @@ def narrowed(policy: CompiledPolicy, request: RunRequest) -> CompiledPolicy:
     sandbox = replace(policy.sandbox, limits=limits)
     if request.workspace_mode is not None:
         sandbox = replace(sandbox, workspace_mode=request.workspace_mode)
-    return replace(policy, sandbox=sandbox, egress=replace(policy.egress, model=model))
+    if request.max_turns is not None:
+        turns = min(request.max_turns, tools.max_turns or request.max_turns)
+        tools = replace(tools, max_turns=turns)
+    egress = replace(policy.egress, model=model)
+    return replace(policy, sandbox=sandbox, egress=egress, tools=tools)
 
 
-def check(request: RunRequest, policy: CompiledPolicy) -> None:
+def check(request: RunRequest, policy: CompiledPolicy, *, isolation: str) -> None:
     """Refuse what cannot or may not run.
+
+    Args:
+        request: what is asked for.
+        policy: the policy, narrowed or not.
+        isolation: name of the backend that would run it.
 
     Raises:
         CallerError: `workspace-missing`.
-        DeniedError: `permission-mode-denied`.
+        DeniedError: `permission-mode-denied`, `workspace-mode-denied`.
+        UnavailableError: `isolation-unavailable` when the policy names another technology.
     """
+    if policy.sandbox.isolation not in {"auto", isolation}:
+        # a weaker boundary in the place of the one that was named would be a silent hole
+        raise UnavailableError(
+            "isolation-unavailable",
+            f"the policy names isolation {policy.sandbox.isolation}, and this host has {isolation}",
+            hint=f"run it on a host that has it, or write isolation: {{backend: {isolation}}}",
+        )
     if not Path(request.workspace).is_dir():
         raise CallerError(
             "workspace-missing", f"{request.workspace} is not a directory that can be read"
@@ -45,6 +65,22 @@ def check(request: RunRequest, policy: CompiledPolicy) -> None:
             f"the policy does not permit mode {mode.value}",
             hint=f"it permits: {allowed}",
         )
+    view = request.workspace_mode
+    if view is not None and view not in policy.sandbox.workspace_modes:
+        allowed = ", ".join(m.value for m in policy.sandbox.workspace_modes)
+        raise DeniedError(
+            "workspace-mode-denied",
+            f"the policy does not permit workspace mode {view.value}",
+            hint=f"it permits: {allowed}",
+        )
+
+
+def absent(policy: CompiledPolicy) -> tuple[str, ...]:
+    """Host paths that the policy shows and that this host does not have: a finding, not a fault."""
+    profile = policy.sandbox
+    shown = (*profile.readable, *profile.writable)
+    # pathlib's raises for a path below a directory that this user may not enter
+    return tuple(path for path in shown if not os.path.exists(path))  # noqa: PTH110
 
 
 def listen(path: Path) -> socket.socket:
