@@ -68,6 +68,28 @@ def schema() -> str:
     return json.dumps(policy_schema(), indent=2, sort_keys=True) + "\n"
 
 
+def scenario() -> str:
+    from ringfence.simulator.script import Scenario, Scene, Step, ToolCall
+
+    lines = ["# Scenario files of `ringfence simulator`", ""]
+    lines += ["YAML; `ringfence simulator schema` prints the same as JSON Schema. A script in a"]
+    lines += ["prompt is a list of steps. What it is for: [how to](../how-to/simulator.md).", ""]
+    for model in (Scenario, Scene, Step, ToolCall):
+        lines += [f"## {model.__name__}", "", inspect.getdoc(model) or "", ""]
+        lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+        for name, field in model.model_fields.items():
+            kind = inspect.formatannotation(field.annotation).replace("|", "or")
+            kind = kind.replace("ringfence.simulator.script.", "").replace("typing.", "")
+            if field.is_required():
+                default = "required"
+            else:
+                value = field.get_default(call_default_factory=True)
+                default = f"`{value!r}`" if isinstance(value, int | float | str) else ""
+            lines.append(f"| `{name}` | {kind} | {default} | {field.description} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def command_line() -> str:
     import typer.main
 
@@ -97,6 +119,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "errors.md": errors,
     "events.md": events,
     "cli.md": command_line,
+    "scenario.md": scenario,
     "policy.schema.json": schema,
 }
 

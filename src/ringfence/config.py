@@ -111,6 +111,12 @@ def load_config(
         return Config.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
+        if first["type"] == "extra_forbidden":
+            raise CallerError(
+                "settings-invalid",
+                f"there is no setting {'.'.join(str(part) for part in first['loc'])}",
+                hint=f"take it out of {path} or of the environment",
+            ) from None
         name = PREFIX + _DELIMITER.join(str(part).upper() for part in first["loc"])
         raise CallerError(
             "settings-invalid",

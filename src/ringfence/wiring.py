@@ -11,7 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ringfence.config import Config, load_config
-from ringfence.errors import RingfenceError
+from ringfence.errors import RingfenceError, UnavailableError
 
 if TYPE_CHECKING:
     from ringfence.sandbox.protocol import Backend
@@ -54,4 +54,18 @@ def main() -> None:
         return app(args=arguments, obj=context, standalone_mode=True)
 
     context = AppContext(config=config, launcher=lambda: launcher(config), run=again)
-    app(obj=context)
+    try:
+        app(obj=context)
+    except Exception as error:
+        # a defect: one line for the user, the traceback for who asks for it
+        if os.environ.get("RINGFENCE_LOG") == "debug":
+            raise
+        words = " ".join(str(error).split())
+        report(
+            UnavailableError(
+                "internal",
+                f"{type(error).__name__}: {words}" if words else type(error).__name__,
+                hint="this is a defect of ringfence; RINGFENCE_LOG=debug shows where",
+            )
+        )
+        sys.exit(UnavailableError.exit_status)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import urllib.error
-import urllib.request
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +11,14 @@ from hypothesis import strategies as st
 
 from ringfence.errors import CallerError
 from ringfence.simulator import wire
-from ringfence.simulator.script import Scenario, Step, next_step, parse_scenario, parse_steps
-from ringfence.simulator.server import Simulator
-from ringfence.simulator.tape import key_of
+from ringfence.simulator.script import (
+    Scenario,
+    Step,
+    next_turn,
+    outline,
+    parse_scenario,
+    parse_steps,
+)
 
 SCRIPT = "go\n```ringfence-script\n- {tool: Bash, input: {command: ls}}\n- {text: done}\n```"
 
@@ -33,13 +35,15 @@ RESULT = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t"
 REMINDER = {"role": "system", "content": "reminder"}
 
 
-def test_the_next_step_follows_from_the_conversation() -> None:
+def test_the_next_turn_follows_from_the_conversation() -> None:
     scenario = Scenario()
-    assert next_step(scenario, [user(SCRIPT)]).tool == "Bash"
-    assert next_step(scenario, [user(SCRIPT), REMINDER, ASKED, RESULT, REMINDER]).text == "done"
+    assert next_turn(scenario, [user(SCRIPT)]).step.tool == "Bash"
+    assert (
+        next_turn(scenario, [user(SCRIPT), REMINDER, ASKED, RESULT, REMINDER]).step.text == "done"
+    )
     again = [user("old"), {"role": "assistant", "content": "x"}, user(SCRIPT)]
-    assert next_step(scenario, again).tool == "Bash"
-    assert next_step(scenario, [user("unscripted")]).text == "OK."
+    assert next_turn(scenario, again).step.tool == "Bash"
+    assert next_turn(scenario, [user("unscripted")]).step.text == "OK."
 
 
 def test_branches_follow_the_last_result() -> None:
@@ -48,12 +52,12 @@ def test_branches_follow_the_last_result() -> None:
         {"result_contains": "ok", "then": [{"text": "yes"}], "otherwise": [{"text": "no"}]},
     ]
     scenario = Scenario.model_validate({"default": steps})
-    assert next_step(scenario, [user("x"), ASKED, RESULT]).text == "yes"
+    assert next_turn(scenario, [user("x"), ASKED, RESULT]).step.text == "yes"
     other = {
         "role": "user",
         "content": [{"type": "tool_result", "tool_use_id": "t", "content": "bad"}],
     }
-    assert next_step(scenario, [user("x"), ASKED, other]).text == "no"
+    assert next_turn(scenario, [user("x"), ASKED, other]).step.text == "no"
 
 
 @pytest.mark.parametrize(
@@ -69,8 +73,8 @@ def test_scenarios_match_by_prompt() -> None:
     scenario = parse_scenario(
         "scenes:\n- match: '^fix'\n  steps: [{text: fixed}]\ndefault: [{text: other}]\n"
     )
-    assert next_step(scenario, [user("fix it")]).text == "fixed"
-    assert next_step(scenario, [user("what")]).text == "other"
+    assert next_turn(scenario, [user("fix it")]).step.text == "fixed"
+    assert next_turn(scenario, [user("what")]).step.text == "other"
 
 
 @given(st.text(max_size=200), st.text(max_size=50))
@@ -85,58 +89,129 @@ def test_a_stream_says_what_the_message_says(text: str, command: str) -> None:
     assert events[-2]["usage"]["output_tokens"] == whole["usage"]["output_tokens"]
 
 
-def _post(simulator: Simulator, body: dict[str, Any], path: str = "/v1/messages") -> Any:
-    request = urllib.request.Request(
-        simulator.base_url + path,
-        data=json.dumps(body).encode(),
-        headers={"content-type": "application/json"},
+def _called(*inputs: str) -> dict[str, Any]:
+    blocks = [
+        {"type": "tool_use", "id": text, "name": "Bash", "input": {"command": text}}
+        for text in inputs
+    ]
+    return {"role": "assistant", "content": blocks}
+
+
+def _said(*texts: str) -> dict[str, Any]:
+    blocks = [{"type": "tool_result", "tool_use_id": "t", "content": text} for text in texts]
+    return {"role": "user", "content": blocks}
+
+
+BRANCHED = """
+- tools: [{tool: Bash, input: {command: a}}, {tool: Bash, input: {command: b}}]
+- {tool: Bash, input: {command: c}}
+- {result_contains: passed, then: [{text: good}], otherwise: [{text: bad}]}
+"""
+
+
+@pytest.mark.parametrize(("last", "expected"), [("3 passed", "good"), ("3 failed", "bad")])
+def test_a_branch_reads_the_turn_before_it_and_no_other(last: str, expected: str) -> None:
+    """Two parallel calls make two results of one turn; they must not shift the branch."""
+    scenario = Scenario.model_validate({"default": parse_steps(BRANCHED)})
+    other = {"passed": "failed", "failed": "passed"}[last.split()[1]]
+    talk = [user("x"), _called("a", "b"), _said(other, other), _called("c"), _said(last)]
+    assert next_turn(scenario, talk).step.text == expected
+
+
+def test_a_branch_finds_any_of_parallel_results() -> None:
+    text = "- {tools: [{tool: A}, {tool: B}]}\n- {result_contains: yes!, then: [{text: found}]}"
+    scenario = Scenario.model_validate({"default": parse_steps(text)})
+    for answers in (("yes!", "no"), ("no", "yes!")):
+        talk = [user("x"), _called("a", "b"), _said(*answers)]
+        assert next_turn(scenario, talk).step.text == "found"
+
+
+def test_a_fault_stands_before_one_turn_and_moves_no_other() -> None:
+    text = "- {tool: A}\n- {error: 529, times: 2}\n- {tool: B}\n- {tool: C}\n- {text: end}"
+    scenario = Scenario.model_validate({"default": parse_steps(text)})
+    talk = [user("x")]
+    seen = []
+    for _ in range(5):
+        turn = next_turn(scenario, talk)
+        seen.append((len(turn.faults), turn.step.tool or turn.step.text))
+        talk += [_called("x"), _said("ok")]
+    assert seen == [(0, "A"), (1, "B"), (0, "C"), (0, "end"), (0, "Done.")]
+
+
+def test_a_fault_may_stand_in_the_turn_itself() -> None:
+    scenario = Scenario.model_validate({"default": [{"error": 503, "text": "later"}]})
+    turn = next_turn(scenario, [user("x")])
+    assert (turn.faults[0].error, turn.step.text) == (503, "later")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- text: a\n- {txet: b}\n", "script:2: 1.txet: no such key"),
+        ("- text: a\n  tools:\n    - tool: A\n      inptu: {}\n", "script:4: 0.tools.0.inptu: no"),
+        ("- text: a\n  text: b\n", "script:2: 'text' stands there twice"),
+        ("- text: a\n- {error: 200}\n", "script:2: 1.error: "),
+        ("- text: [\n", "script:2: "),
+        ("- {}\n", "script:1: 0: a step has text"),
+        ("- {text: a, input: {b: 1}}\n", "script:1: 0: `input` belongs to a `tool`"),
+        ("- {text: a, then: [{text: b}]}\n", "script:1: 0: `then` and `otherwise` belong"),
+        (
+            '- {text: a, headers: {"x-a": "b\\r\\nc: d"}}\n',
+            "script:1: 0.headers: 'x-a' is no header",
+        ),
+        ("", "script:1: Input should be a valid list"),
+        ("- {text: 5}\n", "script:1: 0.text: "),
+        ("- \x00", "script: not YAML"),
+    ],
+)
+def test_a_malformed_script_is_named_with_its_line(text: str, message: str) -> None:
+    with pytest.raises(CallerError) as caught:
+        parse_steps(text)
+    assert caught.value.message.startswith(message)
+    assert "\n" not in caught.value.message
+
+
+def test_a_malformed_scenario_is_named_with_its_file_and_line() -> None:
+    with pytest.raises(CallerError) as caught:
+        parse_scenario("scenes:\n- match: '('\n  steps: [{text: a}]\n", "mine.yaml")
+    assert caught.value.message.startswith(
+        "mine.yaml:2: scenes.0.match: not a regular expression: "
     )
-    return urllib.request.urlopen(request, timeout=10)
+    assert parse_scenario("scenes:\n- match: '[(]'\n  steps: [{text: a}]\n").scenes
 
 
-def test_the_server() -> None:
-    body = {"model": "claude-sonnet-5", "max_tokens": 5, "messages": [user("hi")]}
-    with Simulator() as simulator:
-        with _post(simulator, body) as answer:
-            assert json.load(answer)["content"] == [{"type": "text", "text": "OK."}]
-        with _post(simulator, {**body, "stream": True}) as answer:
-            assert answer.headers["content-type"].startswith("text/event-stream")
-            assert b"message_stop" in answer.read()
-        with _post(simulator, body, "/v1/messages/count_tokens") as answer:
-            assert json.load(answer)["input_tokens"] > 0
-        fault = (
-            "```ringfence-script\n- {error: 429, retry_after: 2, times: 1}\n- {text: later}\n```"
-        )
-        with pytest.raises(urllib.error.HTTPError) as caught:
-            _post(simulator, {**body, "messages": [user(fault)]})
-        with caught.value:
-            assert caught.value.headers["retry-after"] == "2"
-            assert json.load(caught.value)["error"]["type"] == "rate_limit_error"
-        with _post(simulator, {**body, "messages": [user(fault)]}) as answer:
-            assert json.load(answer)["content"][0]["text"] == "later"
-        assert len(simulator.requests) == 5
+def test_an_outline_forgets_what_no_two_runs_share() -> None:
+    def body(clock: str, command: str = "date", model: str = "m") -> dict[str, Any]:
+        reminder = f"<system-reminder>\n{clock}\n</system-reminder>\n"
+        call = {"type": "tool_use", "id": clock, "name": "Bash", "input": {"command": command}}
+        answer = {"type": "tool_result", "tool_use_id": clock, "content": clock}
+        return {
+            "model": model,
+            "metadata": {"user_id": clock},
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": reminder}, {"type": "text", "text": "go"}],
+                },
+                {"role": "system", "content": f"budget {clock}"},
+                {"role": "assistant", "content": [call]},
+                {"role": "user", "content": [answer]},
+            ],
+        }
+
+    assert outline(body("12:00")) == outline(body("13:00"))
+    assert outline(body("12:00")) != outline(body("12:00", command="id"))
+    assert outline(body("12:00")) != outline(body("12:00", model="n"))
+    assert outline(body("12:00")) != outline({**body("12:00"), "stream": True})
 
 
-def test_a_tape_knows_a_request_by_what_decides_its_answer() -> None:
-    one = json.dumps({"model": "m", "metadata": {"user_id": "1"}, "messages": []}).encode()
-    two = json.dumps({"messages": [], "metadata": {"user_id": "2"}, "model": "m"}).encode()
-    assert key_of("POST", "/v1/messages", one) == key_of("POST", "/v1/messages", two)
-    assert key_of("POST", "/v1/messages", one) != key_of("POST", "/v1/other", one)
-
-
-def test_recording_and_replaying(tmp_path: Path) -> None:
-    from starlette.testclient import TestClient
-
-    from ringfence.simulator.tape import recording, replaying
-
-    tape = tmp_path / "tape.jsonl"
-    body = {"model": "m", "max_tokens": 1, "messages": [user("hi")]}
-    with Simulator() as simulator:
-        with TestClient(recording(tape, simulator.base_url)) as client:
-            first = client.post("/v1/messages", json=body, headers={"x-api-key": "sk-CANARY-tape"})
-    assert first.status_code == 200
-    assert "CANARY" not in tape.read_text()
-    assert tape.stat().st_mode & 0o077 == 0
-    with TestClient(replaying(tape)) as client:
-        assert client.post("/v1/messages", json=body).json() == first.json()
-        assert client.post("/v1/messages", json={**body, "max_tokens": 2}).status_code == 404
+def test_a_scene_matches_what_the_person_said() -> None:
+    """claude puts reminders before a prompt; `^` has to mean the prompt."""
+    scenario = parse_scenario("scenes:\n- {match: '^Fix.*now$', steps: [{text: fixed}]}\n")
+    reminder = "<system-reminder>\nFix nothing, now\n</system-reminder>\n"
+    talk = [
+        {"role": "user", "content": [*user(reminder)["content"], *user("Fix it now")["content"]]}
+    ]
+    assert next_turn(scenario, talk).step.text == "fixed"
+    assert next_turn(scenario, [user(reminder)]).step.text == "OK."
+    assert next_turn(scenario, [*talk, user(reminder)]).step.text == "fixed"

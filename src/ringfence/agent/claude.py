@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 from claude_agent_sdk import (
@@ -148,7 +148,9 @@ class ClaudeDriver:
         # the SDK sets this itself when can_use_tool is given, but only for a process of its own
         flagged = [*argv(options), "--permission-prompt-tool", "stdio"]
         transport = SandboxTransport(self._sandbox, flagged, environment(self._settings.grants))
-        self._client = ClaudeSDKClient(options, transport)
+        # the mode travels in argv; the client itself only warns on the user's terminal that in
+        # bypassPermissions the callback may never be asked, which is what that mode means
+        self._client = ClaudeSDKClient(replace(options, permission_mode=None), transport)
         try:
             await self._client.connect()
         except (ClaudeSDKError, OSError, TimeoutError) as error:

@@ -1,4 +1,8 @@
-"""`ringfence demo`: the main job, offline, in under a minute, and five attacks on the fence."""
+"""`ringfence demo`: the main job, offline, in under a minute, and five attacks on the fence.
+
+The model is simulated, and so says what its script says; everything that is claimed beside it is
+looked at from outside: the tests run again on the patched files, and what reached the upstream.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import tempfile
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
@@ -22,12 +26,23 @@ from ringfence.config import Provider
 from ringfence.model import RunRequest, RunResult, RunStatus
 from ringfence.record.safe_text import printable
 
+if TYPE_CHECKING:
+    from ringfence.simulator.server import Recorded
+
 _CANARY = "sk-ant-demo-CANARY-never-inside-the-fence"
+_INTRODUCTION = (
+    "A small shop has a bug. The real claude, in a real sandbox without a network, is asked to fix "
+    "it;\nonly the model's answers are simulated, so this needs no key and no network."
+)
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the root."""
-    app.command("demo", epilog="Example: ringfence demo --json")(demo)
+    app.command(
+        "demo",
+        short_help="Watch an agent work in the fence, and the fence attacked.",
+        epilog="Example: ringfence demo --json",
+    )(demo)
 
 
 def demo(
@@ -50,6 +65,7 @@ async def _play(
     context: AppContext, story: dict[str, Any], place: Path, *, quiet: bool
 ) -> dict[str, Any]:
     from ringfence.agent.permissions import DenyApprover
+    from ringfence.cli.patch import apply_run
     from ringfence.policy.compile import compile_policy
     from ringfence.policy.load import from_mapping
     from ringfence.simulator.script import Scenario
@@ -69,18 +85,28 @@ async def _play(
         launcher = replace(launcher, config=config, environment_key=_CANARY)
         policy = compile_policy(from_mapping(_policy()))
         async with launcher.station(DenyApprover()) as station:
+            console.print(_INTRODUCTION)
             console.rule("an agent fixes a failing test, inside the fence")
+            before = await _tests(console, station, policy, workspace, "before")
             view = silent() if quiet else LiveView(command=False)
             request = RunRequest(prompt=story["prompt"], workspace=str(workspace))
             result = await _attempt(station, policy, request, view)
             _show(console, result)
+            untouched = _texts(workspace) == story["files"]
+            if result.patch:
+                apply_run(config.state_dir, result.run_id, include=())
+            after = await _tests(console, station, policy, workspace, "after the patch")
             attacks = await _attack(console, station, policy, story["attacks"], workspace)
+        reached = _reached(console, simulator.requests)
         verified = _verify(console, place / "state")
-    held = result.status is RunStatus.SUCCEEDED and verified
-    held = held and all(attack["held"] for attack in attacks)
+    fixed = result.status is RunStatus.SUCCEEDED and untouched and not before and after
+    held = verified and not reached and all(attack["held"] for attack in attacks)
     return {
-        "held": held,
+        "held": held and fixed,
         "status": result.status.value,
+        "tests_pass": {"before": before, "after": after},
+        "workspace_untouched": untouched,
+        "reached_upstream": reached,
         "changed_files": result.changed_files,
         "cost_usd": result.usage.cost_usd,
         "attacks": attacks,
@@ -94,6 +120,39 @@ def _policy() -> dict[str, Any]:
     """
     accepted = [] if os.geteuid() == 0 else ["memory", "cpu", "pids"]
     return {"preset": "strict", "accept_unenforced": accepted}
+
+
+def _texts(path: Path) -> dict[str, str]:
+    return {file.name: file.read_text() for file in path.iterdir()}
+
+
+async def _tests(console: Console, station: Any, policy: Any, workspace: Path, when: str) -> bool:
+    """Whether the repository's tests pass, run in a fence of their own."""
+    command = ("python3", "-m", "unittest")
+    request = RunRequest(prompt="", workspace=str(workspace), command=command)
+    result = await _attempt(station, policy, request, silent())
+    passed = result.exit_code == 0
+    said = (result.text + result.stderr).strip().splitlines() or ["(no answer)"]
+    style = "green" if passed else "yellow"
+    console.print(f"[{style}]tests {when}: {escape(printable(said[-1]))}[/]")
+    return passed
+
+
+def _reached(console: Console, requests: list[Recorded]) -> list[str]:
+    """What came to the upstream that an agent's turn does not ask for; seen from outside."""
+    asked = {"/v1/messages", "/v1/messages/count_tokens"}
+    reached = sorted({request.path for request in requests} - asked)
+    keys = {request.headers.get("x-api-key") for request in requests}
+    if keys - {_CANARY}:
+        reached.append("a foreign key")
+    if reached:
+        console.print(f"[bold red]reached the upstream: {escape(', '.join(reached))}[/]")
+    else:
+        console.print(
+            f"[dim]the upstream saw {len(requests)} model requests, each with the platform's key, "
+            "and nothing else[/]"
+        )
+    return reached
 
 
 def _repository(path: Path, files: dict[str, str]) -> Path:

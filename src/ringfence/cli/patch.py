@@ -21,7 +21,9 @@ from ringfence.sandbox.patch import render, summary
 from ringfence.sandbox.protocol import Change, Changes
 from ringfence.sandbox.saved import load_changes
 
-app = typer.Typer(no_args_is_help=True, help="What a run changed: show it, apply it.")
+app = typer.Typer(
+    no_args_is_help=True, help="What a run changed: show it, apply it.", rich_markup_mode=None
+)
 
 _RUN = re.compile(r"run_[0-9A-Z]{26}\Z")
 _STYLES = {"+": "green", "-": "red", "@": "cyan", "d": "bold"}

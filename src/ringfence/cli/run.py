@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +33,20 @@ Mode = Annotated[
 Timeout = Annotated[
     float | None, typer.Option("--timeout", min=1, help="Seconds; can only shorten the policy's.")
 ]
-Output = Annotated[str, typer.Option("--output", "-o", help="text, json or stream-json.")]
+
+
+class OutputForm(StrEnum):
+    """How a run speaks."""
+
+    TEXT = "text"
+    JSON = "json"
+    STREAM_JSON = "stream-json"
+
+
+Output = Annotated[
+    OutputForm,
+    typer.Option("--output", "-o", help="For people, one JSON document, or a JSON line an event."),
+]
 Apply = Annotated[
     bool, typer.Option("--apply", help="Write the changes; files that run later only when named.")
 ]
@@ -41,13 +55,12 @@ Include = Annotated[
     typer.Option("--include", help="With --apply: also this file that runs later; repeatable."),
 ]
 
-_OUTPUTS = ("text", "json", "stream-json")
-
 
 def register(app: typer.Typer) -> None:
     """Add both commands to the root."""
     app.command(
         "run",
+        short_help="Run a Claude agent on a directory, and leave a patch.",
         epilog='Examples:  ringfence run "Fix the failing tests"    '
         'ringfence run "Why is it slow?" --permission-mode plan    '
         "git diff | ringfence run - --output json",
@@ -85,11 +98,11 @@ def run(
     ] = False,
     apply: Apply = False,
     include: Include = None,
-    output: Output = "text",
+    output: Output = OutputForm.TEXT,
 ) -> None:
     """Run a Claude agent on a directory, inside a fence, and leave a patch."""
     with clear_errors(as_json=output != "text"):
-        text = sys.stdin.read() if prompt == "-" else prompt
+        text = _standard_input() if prompt == "-" else prompt
         if not text.strip():
             raise CallerError("usage", "the prompt is empty")
         request = RunRequest(
@@ -110,6 +123,13 @@ def run(
         _finish(context.obj, result, output, apply=apply, include=tuple(include or ()))
 
 
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError:
+        raise CallerError("usage", "the prompt on standard input is not UTF-8 text") from None
+
+
 def exec_(
     context: typer.Context,
     command: Annotated[list[str], typer.Argument(help="Program and arguments, after --.")],
@@ -122,7 +142,7 @@ def exec_(
     task: Annotated[str, typer.Option(help="TASK in its environment.")] = "",
     apply: Apply = False,
     include: Include = None,
-    output: Output = "text",
+    output: Output = OutputForm.TEXT,
 ) -> None:
     """Run any program on a directory, inside the same fence."""
     with clear_errors(as_json=output != "text"):
@@ -161,8 +181,6 @@ def _execute(
     from ringfence.policy.compile import compile_policy
     from ringfence.policy.load import load_policy
 
-    if output not in _OUTPUTS:
-        raise CallerError("usage", f"--output is one of {', '.join(_OUTPUTS)}")
     compiled = compile_policy(load_policy(policy, preset=preset))
     launcher = context.launcher()
     missing = launcher.missing_credential(compiled.egress.model.provider)

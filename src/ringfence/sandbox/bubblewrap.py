@@ -30,6 +30,7 @@ from ringfence.sandbox.protocol import (
     Control,
     ControlState,
     SandboxSpec,
+    stopping,
 )
 from ringfence.sandbox.safeopen import make_directories, open_beneath, read_regular
 from ringfence.sandbox.stdio import SocketProcess
@@ -99,16 +100,6 @@ class BubblewrapBackend:
 
 
 _LIMITS = (Control.MEMORY, Control.CPU, Control.PIDS)
-_REQUIRED = {
-    Control.MEMORY,
-    Control.CPU,
-    Control.PIDS,
-    Control.DISK,
-    Control.WORKSPACE_DISK,
-    Control.SECCOMP,
-    Control.NETWORK,
-    Control.USER_NAMESPACE,
-}
 
 
 def _state(control: Control, enforced: bool, how: str, mend: str = "") -> ControlState:  # noqa: FBT001
@@ -122,15 +113,16 @@ def _limit_state(control: Control, hierarchy: cgroups.Hierarchy) -> ControlState
 
 
 def _refuse_unenforceable(states: Sequence[ControlState], profile: SandboxProfile) -> None:
-    for state in states:
-        accepted = state.control.value in profile.accept_unenforced
-        if state.control in _REQUIRED and not state.enforced and not accepted:
-            raise UnavailableError(
-                "control-unenforceable",
-                f"this host cannot enforce {state.control.value}: {state.how}",
-                hint=f"{state.mend}; or name it in the policy: "
-                f"accept_unenforced: [{state.control.value}]",
-            )
+    """All of them in one error: the mend of one may be the mend of all."""
+    refused = stopping(states, profile.accept_unenforced)
+    if refused:
+        names = ", ".join(state.control.value for state in refused)
+        mends = "; ".join(dict.fromkeys(state.mend for state in refused))
+        raise UnavailableError(
+            "control-unenforceable",
+            f"this host cannot enforce {names}: {refused[0].how}",
+            hint=f"{mends}; or name it in the policy: accept_unenforced: [{names}]",
+        )
 
 
 class BubblewrapSandbox:

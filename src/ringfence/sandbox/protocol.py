@@ -8,7 +8,7 @@ the host cannot enforce and the profile does not accept stops `start` with Unava
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -53,6 +53,24 @@ class ControlState:
     enforced: bool
     how: str
     mend: str = ""
+
+
+REQUIRED = frozenset(
+    {
+        *(Control.MEMORY, Control.CPU, Control.PIDS, Control.DISK, Control.WORKSPACE_DISK),
+        *(Control.SECCOMP, Control.NETWORK, Control.USER_NAMESPACE),
+    }
+)
+"""Without one of these nothing starts, unless the policy accepts it by name."""
+
+
+def stopping(states: Sequence[ControlState], accepted: Container[str]) -> list[ControlState]:
+    """The states that stop a start."""
+    return [
+        state
+        for state in states
+        if state.control in REQUIRED and not state.enforced and state.control.value not in accepted
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

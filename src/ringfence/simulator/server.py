@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any, Self
 
 import uvicorn
@@ -19,7 +20,9 @@ from starlette.routing import Route
 
 from ringfence.errors import CallerError
 from ringfence.simulator import wire
-from ringfence.simulator.script import Scenario, Step, next_step
+from ringfence.simulator.script import Scenario, Step, next_turn
+
+_MODELS = ("claude-opus-4-8", "claude-sonnet-5", "claude-haiku-4-5")
 
 
 @dataclass
@@ -38,92 +41,151 @@ class _Faults:
 
     given: dict[str, int] = field(default_factory=dict)
 
-    def due(self, key: str, times: int) -> bool:
+    def due(self, key: str, times: int | None) -> bool:
+        if times is None:
+            return True
         count = self.given.get(key, 0)
         self.given[key] = count + 1
         return count < times
 
 
-def application(scenario: Scenario, requests: list[Recorded] | None = None) -> Starlette:
-    """The API. With `requests`, everything that arrives is kept there."""
-    faults = _Faults()
+class _Api:
+    """The routes, over what all requests share."""
 
-    async def messages(request: Request) -> Response:
-        body = await _body(request, requests)
+    def __init__(self, scenario: Scenario, requests: list[Recorded] | None) -> None:
+        self._scenario = scenario
+        self._requests = requests
+        self._faults = _Faults()
+
+    async def messages(self, request: Request) -> Response:
+        body = await self._body(request)
+        problem = "the body is no JSON object" if body is None else None
+        problem = problem or wire.problem(body or {}, ("model", "max_tokens", "messages"))
+        if body is None or problem is not None:
+            return _refusal(400, problem or "")
+        seed = _seed(body)
         try:
-            step, seed = _turn(scenario, body, faults)
+            step = self._step(body, seed, request.headers.get("x-claude-code-session-id", ""))
         except CallerError as error:
-            return JSONResponse(wire.error_body(400, text=error.message), 400)
+            return _refusal(400, error.message)
         if step.delay:
             await asyncio.sleep(step.delay)
-        if step.is_fault:
-            return _fault(step)
-        headers = {"request-id": wire.identifier("req", seed)}
+        if step.error is not None:
+            return _fault(step, step.error, seed)
         if body.get("stream") is True:
+            headers = wire.headers(step, seed, 200, _reset())
             return StreamingResponse(
                 _stream(step, body, seed), media_type="text/event-stream", headers=headers
             )
-        return JSONResponse(wire.message(step, body, seed), headers=headers)
+        if step.error_event is not None:
+            return _fault(step, wire.status_of(step.error_event), seed)
+        return _whole(step, body, seed)
 
-    async def count(request: Request) -> Response:
-        return JSONResponse({"input_tokens": wire.count_tokens(await _body(request, requests))})
+    def _step(self, body: dict[str, Any], seed: str, session: str) -> Step:
+        """What is due; faults are counted for a session and the conversation as it stands."""
+        turn = next_turn(self._scenario, body["messages"])
+        for index, fault in enumerate(turn.faults):
+            if self._faults.due(f"{session} {seed} {index}", fault.times or 1):
+                return fault
+        step = turn.step.model_copy(update={"error": None})
+        if (step.drop_after, step.error_event) == (None, None):
+            return step
+        return step if self._faults.due(f"{session} {seed}", step.times) else step.without_faults()
 
-    async def models(request: Request) -> Response:
-        await _body(request, requests)
-        names = ("claude-opus-4-8", "claude-sonnet-5", "claude-haiku-4-5")
-        data = [{"type": "model", "id": name, "display_name": name} for name in names]
-        return JSONResponse({"data": data, "has_more": False})
+    async def count(self, request: Request) -> Response:
+        body = await self._body(request)
+        problem = wire.problem(body or {}, ("model", "messages"))
+        if body is None or problem is not None:
+            return _refusal(400, problem or "the body is no JSON object")
+        headers = wire.headers(Step(text=""), _seed(body), 200, _reset())
+        return JSONResponse({"input_tokens": wire.count_tokens(body)}, headers=headers)
 
-    async def hello(_: Request) -> Response:
+    async def models(self, request: Request) -> Response:
+        await self._body(request)
+        data = [_model(name) for name in _MODELS]
+        ends = {"first_id": _MODELS[0], "last_id": _MODELS[-1], "has_more": False}
+        return JSONResponse({"data": data, **ends})
+
+    async def model(self, request: Request) -> Response:
+        await self._body(request)
+        name = request.path_params["name"]
+        return JSONResponse(_model(name)) if name in _MODELS else _refusal(404, f"model: {name}")
+
+    async def hello(self, _: Request) -> Response:
         return Response(status_code=200)
 
-    async def missing(request: Request) -> Response:
-        await _body(request, requests)
-        return JSONResponse(wire.error_body(404, text=request.url.path), 404)
+    async def missing(self, request: Request) -> Response:
+        await self._body(request)
+        return _refusal(404, request.url.path)
 
+    async def _body(self, request: Request) -> dict[str, Any] | None:
+        raw = await request.body()
+        try:
+            value = json.loads(raw) if raw else {}
+        except (ValueError, RecursionError):
+            value = None
+        body = value if isinstance(value, dict) else None
+        if self._requests is not None:
+            seen = Recorded(request.method, request.url.path, dict(request.headers), body or {})
+            self._requests.append(seen)
+        return body
+
+
+def application(scenario: Scenario, requests: list[Recorded] | None = None) -> Starlette:
+    """The API. With `requests`, everything that arrives is kept there."""
+    api = _Api(scenario, requests)
     methods = ["GET", "POST", "PUT", "DELETE", "PATCH", "HEAD"]
     return Starlette(
         routes=[
-            Route("/v1/messages", messages, methods=["POST"]),
-            Route("/v1/messages/count_tokens", count, methods=["POST"]),
-            Route("/v1/models", models),
-            Route("/api/hello", hello, methods=["GET", "HEAD"]),
-            Route("/{path:path}", missing, methods=methods),
+            Route("/v1/messages", api.messages, methods=["POST"]),
+            Route("/v1/messages/count_tokens", api.count, methods=["POST"]),
+            Route("/v1/models", api.models),
+            Route("/v1/models/{name}", api.model),
+            Route("/api/hello", api.hello, methods=["GET", "HEAD"]),
+            Route("/{path:path}", api.missing, methods=methods),
         ]
     )
 
 
-async def _body(request: Request, requests: list[Recorded] | None) -> dict[str, Any]:
-    raw = await request.body()
-    try:
-        value = json.loads(raw) if raw else {}
-    except ValueError:
-        value = {}
-    body = value if isinstance(value, dict) else {}
-    if requests is not None:
-        requests.append(Recorded(request.method, request.url.path, dict(request.headers), body))
-    return body
+def _seed(body: dict[str, Any]) -> str:
+    """Of all ids of an answer: a retry gets the same ones."""
+    return hashlib.sha256(json.dumps(body["messages"], sort_keys=True).encode()).hexdigest()
 
 
-def _turn(scenario: Scenario, body: dict[str, Any], faults: _Faults) -> tuple[Step, str]:
-    """The step, past every fault that was given often enough; and the seed of its ids."""
-    messages = [m for m in body.get("messages", []) if isinstance(m, dict)]
-    seed = hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()
-    skipped = 0
-    while True:
-        padding: list[dict[str, Any]] = [{"role": "assistant", "content": "."}] * skipped
-        step = next_step(scenario, [*messages, *padding])
-        if not step.is_fault or faults.due(f"{seed}{skipped}", step.times):
-            return step, seed
-        skipped += 1
+def _reset() -> str:
+    return (datetime.now(UTC) + timedelta(seconds=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _fault(step: Step) -> Response:
-    status = step.error or 500
-    headers = {"x-should-retry": "true" if status in {408, 409, 429} or status >= 500 else "false"}
-    if step.retry_after is not None:
-        headers["retry-after"] = f"{step.retry_after:g}"
-    return JSONResponse(wire.error_body(status, step.error_type), status, headers=headers)
+def _model(name: str) -> dict[str, str]:
+    made = "2026-01-01T00:00:00Z"
+    return {"type": "model", "id": name, "display_name": name, "created_at": made}
+
+
+def _refusal(status: int, text: str) -> Response:
+    return _fault(Step(error=status), status, text, text=text)
+
+
+def _fault(step: Step, status: int, seed: str, *, text: str = "simulated") -> Response:
+    headers = wire.headers(step, seed, status, _reset())
+    kind = step.error_type or step.error_event
+    body = wire.error_body(status, kind, text, request_id=headers["request-id"])
+    return JSONResponse(body, status, headers=headers)
+
+
+def _whole(step: Step, body: dict[str, Any], seed: str) -> Response:
+    headers = wire.headers(step, seed, 200, _reset())
+    answer = JSONResponse(wire.message(step, body, seed), headers=headers)
+    if step.drop_after is None:
+        return answer
+    length = {"content-length": str(len(answer.body))}
+    return StreamingResponse(
+        _half(bytes(answer.body)), media_type="application/json", headers=headers | length
+    )
+
+
+async def _half(content: bytes) -> AsyncIterator[bytes]:
+    yield content[: len(content) // 2]
+    raise ConnectionAbortedError("the script breaks the answer off here")
 
 
 async def _stream(step: Step, body: dict[str, Any], seed: str) -> AsyncIterator[bytes]:
@@ -190,9 +252,12 @@ def serve_forever(app: Any, port: int, *, ready: Callable[[str], None]) -> None:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(("127.0.0.1", port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         listener.close()
-        raise CallerError("usage", f"port {port} cannot be used: {error.strerror}") from None
+        words = getattr(error, "strerror", None) or "a port is 0 to 65535"
+        raise CallerError(
+            "usage", f"port {port} cannot be used: {words}", hint="--port 0 takes a free one"
+        ) from None
     listener.listen(1024)
     ready(f"http://127.0.0.1:{listener.getsockname()[1]}")
     server(app).run(sockets=[listener])

@@ -21,6 +21,9 @@ _TYPES = {
     504: "timeout_error",
     529: "overloaded_error",
 }
+_STATUS = {kind: status for status, kind in _TYPES.items()}
+_RETRIED = frozenset({408, 409, 429})
+_LIMITS = {"requests": 4000, "input-tokens": 2_000_000, "output-tokens": 400_000}
 _CHUNK = 24
 
 
@@ -30,9 +33,44 @@ def identifier(prefix: str, *parts: object) -> str:
     return f"{prefix}_{digest}"
 
 
+def headers(step: Step, seed: str, status: int, reset: str) -> dict[str, str]:
+    """What an answer carries beside its type; `reset` is when limits are whole again (RFC 3339).
+
+    The names are the API's own (docs.claude.com, "Errors" and "Rate limits").
+    """
+    out = {"request-id": identifier("req", seed)}
+    for name, limit in _LIMITS.items():
+        left = 0 if status == 429 else limit - 1
+        out[f"anthropic-ratelimit-{name}-limit"] = str(limit)
+        out[f"anthropic-ratelimit-{name}-remaining"] = str(left)
+        out[f"anthropic-ratelimit-{name}-reset"] = reset
+    if status >= 400:
+        out["x-should-retry"] = "true" if status in _RETRIED or status >= 500 else "false"
+        if step.retry_after is not None:
+            out["retry-after"] = f"{step.retry_after:g}"
+    return out | step.headers
+
+
+def status_of(kind: str) -> int:
+    """The HTTP status of an error type, for a request that does not stream."""
+    return _STATUS.get(kind, 500)
+
+
+def problem(body: dict[str, Any], required: Sequence[str]) -> str | None:
+    """Why the API would refuse a body, in its words; None when it would not."""
+    for name in required:
+        if name not in body:
+            return f"{name}: Field required"
+    messages = body["messages"]
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        return "messages: Input should be a valid list of messages"
+    return None if messages else "messages: at least one message is required"
+
+
 def count_tokens(body: dict[str, Any]) -> int:
-    """Four bytes a token: enough to see that counting happens."""
-    return max(1, len(json.dumps(body.get("messages", []))) // 4)
+    """Four characters of messages, system prompt and tools a token: enough to see a count."""
+    parts = [body[name] for name in ("system", "tools", "messages") if body.get(name)]
+    return max(1, sum(len(json.dumps(part)) for part in parts) // 4)
 
 
 def content_blocks(step: Step, seed: str) -> list[dict[str, Any]]:
@@ -136,7 +174,13 @@ def encode_event(name: str, value: dict[str, Any]) -> bytes:
     return f"event: {name}\ndata: {json.dumps(value, separators=(',', ':'))}\n\n".encode()
 
 
-def error_body(status: int, kind: str | None = None, text: str = "simulated") -> dict[str, Any]:
+def error_body(
+    status: int, kind: str | None = None, text: str = "simulated", *, request_id: str | None = None
+) -> dict[str, Any]:
     """An error as the API shapes it."""
     name = kind or _TYPES.get(status, "api_error")
-    return {"type": "error", "error": {"type": name, "message": text}}
+    return {
+        "type": "error",
+        "error": {"type": name, "message": text},
+        "request_id": request_id,
+    }

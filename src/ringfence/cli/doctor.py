@@ -1,0 +1,145 @@
+"""`ringfence doctor`: will a run start on this host, and with what of the policy enforced."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ringfence.cli.context import AppContext
+from ringfence.cli.output import clear_errors, print_json
+from ringfence.cli.run import PolicyFile, Preset
+from ringfence.errors import RingfenceError
+from ringfence.policy.compiled import CompiledPolicy
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """One answer.
+
+    Attributes:
+        state: `stops` a start; `missing` does not, or not yet; `accepted` by the policy.
+    """
+
+    name: str
+    state: Literal["ok", "accepted", "missing", "stops"]
+    how: str
+    mend: str = ""
+
+
+_MARKS = {"ok": "✓", "accepted": "!", "missing": "-", "stops": "✗"}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the root."""
+    app.command(
+        "doctor",
+        short_help="Say whether a run would start here, and what would mend it.",
+        epilog="Example: ringfence doctor --policy policy.yaml",
+    )(doctor)
+
+
+def doctor(
+    context: typer.Context,
+    *,
+    policy: PolicyFile = None,
+    preset: Preset = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Say whether a run would start on this host, and what would mend it; changes nothing.
+
+    Tries what a start needs: bubblewrap, user namespaces, control groups, the claude binary, the
+    state directory, a credential. Fails (4) when a start would be refused.
+    """
+    with clear_errors(as_json=as_json):
+        from ringfence.policy.compile import compile_policy
+        from ringfence.policy.load import load_policy
+
+        lines = list(_examine(context.obj, compile_policy(load_policy(policy, preset=preset))))
+        ready = not any(line.state == "stops" for line in lines)
+        if as_json:
+            print_json({"ready": ready, "checks": [asdict(line) for line in lines]})
+        else:
+            _print(lines, ready=ready)
+        raise typer.Exit(0 if ready else 4)
+
+
+def _print(lines: list[Line], *, ready: bool) -> None:
+    for line in lines:
+        typer.echo(f"{_MARKS[line.state]} {line.name:<18} {line.how}")
+        if line.mend:
+            typer.echo(f"  {'':<18} {line.mend}")
+    typer.echo("A run would start here." if ready else "A run would not start: mend what has a ✗.")
+
+
+def _examine(context: AppContext, policy: CompiledPolicy) -> Iterator[Line]:
+    yield Line(name="python", state="ok", how=platform.python_version())
+    yield _state_directory(context.state_dir)
+    yield from _isolation(context, policy)
+    yield _claude(context)
+    yield _credential(context, policy)
+
+
+def _state_directory(path: Path) -> Line:
+    """Looked at, not made: a doctor leaves nothing behind."""
+    there = next(place for place in (path, *path.parents) if place.exists())
+    own = there != path or path.stat().st_uid == os.geteuid()
+    if there.is_dir() and own and os.access(there, os.W_OK | os.X_OK):
+        return Line(name="state directory", state="ok", how=str(path))
+    mend = "set RINGFENCE_STATE_DIR to a directory of your own"
+    return Line(name="state directory", state="stops", how=f"{there} is not ours", mend=mend)
+
+
+def _isolation(context: AppContext, policy: CompiledPolicy) -> Iterator[Line]:
+    from ringfence.sandbox.protocol import stopping
+
+    launcher = context.launcher()
+    backend = launcher.make_backend(launcher.config)
+    try:
+        states = backend.probe(policy.sandbox)
+    except RingfenceError as error:
+        yield Line(name=backend.name, state="stops", how=error.message, mend=error.hint)
+        return
+    yield Line(name=backend.name, state="ok", how="it can start a sandbox")
+    accepted = policy.sandbox.accept_unenforced
+    stops = stopping(states, accepted)
+    for state in states:
+        name = state.control.value
+        if state.enforced:
+            yield Line(name=name, state="ok", how=state.how)
+        elif name in accepted:
+            yield Line(name=name, state="accepted", how=f"{state.how}; the policy accepts it")
+        elif state in stops:
+            mend = f"{state.mend}; or in the policy: accept_unenforced: [{name}]"
+            yield Line(name=name, state="stops", how=state.how, mend=mend)
+        else:
+            yield Line(name=name, state="missing", how=state.how, mend=state.mend)
+
+
+def _claude(context: AppContext) -> Line:
+    from ringfence.worker.launch import bundled_claude
+
+    try:
+        path = context.config.claude or bundled_claude()
+    except RingfenceError as error:
+        return Line(name="claude", state="stops", how=error.message, mend=error.hint)
+    if not os.access(path, os.X_OK):
+        return Line(name="claude", state="stops", how=f"{path} cannot be executed")
+    return Line(name="claude", state="ok", how=str(path))
+
+
+def _credential(context: AppContext, policy: CompiledPolicy) -> Line:
+    provider = policy.egress.model.provider
+    if not policy.egress.model.enabled:
+        return Line(name="credential", state="ok", how="the policy allows no model")
+    url = context.config.providers[provider].base_url
+    missing = context.launcher().missing_credential(provider)
+    if missing is None:
+        return Line(name="credential", state="ok", how=f"there is one for {url}")
+    how, mend = f"none for {url}; `exec` needs none", f"ringfence vault set {missing}"
+    return Line(name="credential", state="missing", how=how, mend=mend)

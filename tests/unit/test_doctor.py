@@ -1,0 +1,117 @@
+"""`ringfence doctor` says before a start what a start would say, and changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from ringfence.cli.context import AppContext
+from ringfence.cli.main import app
+from ringfence.config import load_config
+from ringfence.errors import UnavailableError
+from ringfence.sandbox.protocol import Control, ControlState
+
+
+class Host:
+    """A backend whose host lacks what it is told to lack."""
+
+    name = "host"
+
+    def __init__(self, *missing: str, broken: bool = False) -> None:
+        self.missing, self.broken = missing, broken
+
+    def probe(self, _: Any) -> Sequence[ControlState]:
+        if self.broken:
+            raise UnavailableError("isolation-unavailable", "no namespaces", hint="sysctl x=1")
+        return [
+            ControlState(
+                control=c, enforced=c not in self.missing, how=f"how {c}", mend=f"mend {c}"
+            )
+            for c in Control
+        ]
+
+
+def doctor(place: Path, host: Host, *arguments: str, key: bool = True, claude: bool = True) -> Any:
+    binary = place / "claude"
+    binary.touch(mode=0o755 if claude else 0o644)
+    state = place / "state"
+    config = load_config(
+        {"HOME": str(place), "RINGFENCE_STATE_DIR": str(state), "RINGFENCE_CLAUDE": str(binary)}
+    )
+    launcher = SimpleNamespace(
+        config=config,
+        make_backend=lambda _: host,
+        missing_credential=lambda _: None if key else "anthropic",
+    )
+    context = AppContext(config=config, launcher=lambda: launcher, run=lambda _: None)
+    return CliRunner().invoke(app, ["doctor", *arguments], obj=context)
+
+
+def checks(result: Any) -> dict[str, dict[str, str]]:
+    return {line["name"]: line for line in json.loads(result.stdout)["checks"]}
+
+
+def test_a_host_that_has_everything(tmp_path: Path) -> None:
+    result = doctor(tmp_path, Host(), "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["ready"] is True
+    assert {line["state"] for line in checks(result).values()} == {"ok"}
+    assert not (tmp_path / "state").exists(), "it only looks"
+
+
+def test_what_stops_a_start_is_named_with_its_mend(tmp_path: Path) -> None:
+    result = doctor(tmp_path, Host("memory", "uid_per_sandbox"))
+    assert result.exit_code == 4
+    assert "✗ memory" in result.stdout
+    assert "mend memory; or in the policy: accept_unenforced: [memory]" in result.stdout
+    assert "- uid_per_sandbox" in result.stdout
+    assert "A run would not start" in result.stdout
+
+
+def test_what_the_policy_accepts_does_not_stop_it(tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("version: 1\naccept_unenforced: [memory]\n")
+    result = doctor(tmp_path, Host("memory"), "--json", "--policy", str(policy))
+    assert (result.exit_code, checks(result)["memory"]["state"]) == (0, "accepted")
+    result = doctor(tmp_path, Host("memory", "cpu"), "--json", "--policy", str(policy))
+    assert (result.exit_code, checks(result)["cpu"]["state"]) == (4, "stops")
+
+
+def test_isolation_that_cannot_run(tmp_path: Path) -> None:
+    result = doctor(tmp_path, Host(broken=True), "--json")
+    assert result.exit_code == 4
+    assert (checks(result)["host"]["state"], checks(result)["host"]["mend"]) == (
+        "stops",
+        "sysctl x=1",
+    )
+
+
+def test_a_missing_key_is_said_and_does_not_stop_it(tmp_path: Path) -> None:
+    result = doctor(tmp_path, Host(), "--json", key=False)
+    assert result.exit_code == 0
+    assert checks(result)["credential"]["mend"] == "ringfence vault set anthropic"
+
+
+def test_a_claude_that_cannot_be_executed(tmp_path: Path) -> None:
+    result = doctor(tmp_path, Host(), "--json", claude=False)
+    assert (result.exit_code, checks(result)["claude"]["state"]) == (4, "stops")
+
+
+@pytest.mark.user
+def test_a_state_directory_of_another_user(tmp_path: Path) -> None:
+    os.symlink("/etc", tmp_path / "state")
+    result = doctor(tmp_path, Host(), "--json")
+    assert (result.exit_code, checks(result)["state directory"]["state"]) == (4, "stops")
+
+
+def test_a_bad_policy_is_one_line(tmp_path: Path) -> None:
+    result = doctor(tmp_path, Host(), "--preset", "none")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("ringfence: policy-invalid: ")

@@ -1,0 +1,101 @@
+"""The outermost edge: no traceback reaches a user, whatever goes wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ringfence.errors import UnavailableError
+from ringfence.policy.compiled import SandboxProfile
+from ringfence.sandbox.bubblewrap import _refuse_unenforceable
+from ringfence.sandbox.protocol import Control, ControlState
+
+DEFECT = """
+import ringfence.cli.policy as policy
+def schema():
+    raise LookupError("a defect\\nof two lines")
+policy.policy_schema = schema
+import sys
+sys.argv = ["ringfence", "policy", "schema"]
+from ringfence.wiring import main
+main()
+"""
+
+
+def ringfence(
+    tmp_path: Path, *arguments: str, stdin: bytes = b"", **more: str
+) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONUTF8": "1"}
+    environment["RINGFENCE_STATE_DIR"] = str(tmp_path / "state")
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=environment | more,
+        cwd=tmp_path,
+        input=stdin,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    return subprocess.CompletedProcess(
+        done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
+    )
+
+
+def test_a_defect_is_one_line_with_a_code(tmp_path: Path) -> None:
+    done = ringfence(tmp_path, "-c", DEFECT)
+    assert done.returncode == 4
+    assert done.stderr.startswith("ringfence: internal: LookupError: a defect of two lines\n")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_defect_shows_where_to_who_asks(tmp_path: Path) -> None:
+    done = ringfence(tmp_path, "-c", DEFECT, RINGFENCE_LOG="debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "-"], "the prompt on standard input is not UTF-8"),
+        (["run", "x", "--output", "xml"], "'xml' is not one of"),
+        (["run"], "Missing argument"),
+        (["nothing"], "No such command"),
+    ],
+)
+def test_what_cannot_be_read_is_a_usage_error(
+    tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    done = ringfence(
+        tmp_path, "-m", "ringfence", *arguments, stdin=b"\xff\xfe", ANTHROPIC_API_KEY="k"
+    )
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_setting_that_does_not_exist_is_called_so(tmp_path: Path) -> None:
+    done = ringfence(
+        tmp_path, "-m", "ringfence", "vault", "list", RINGFENCE_PROVIDERS__ANTHROPIC__URL="x"
+    )
+    assert done.returncode == 2
+    assert "there is no setting providers.anthropic.url" in done.stderr
+
+
+def test_all_that_a_host_cannot_enforce_is_named_at_once() -> None:
+    """One at a time would be a new failure for each line that a user adds."""
+    states = [
+        ControlState(control=c, enforced=c is Control.DISK, how="no cgroup", mend="delegate one")
+        for c in (Control.MEMORY, Control.CPU, Control.PIDS, Control.DISK, Control.TMP_NOEXEC)
+    ]
+    with pytest.raises(UnavailableError) as caught:
+        _refuse_unenforceable(states, SandboxProfile(accept_unenforced=frozenset({"pids"})))
+    assert "cannot enforce memory, cpu: no cgroup" in caught.value.message
+    assert caught.value.hint == (
+        "delegate one; or name it in the policy: accept_unenforced: [memory, cpu]"
+    )
+    accepted = SandboxProfile(accept_unenforced=frozenset({"memory", "cpu", "pids"}))
+    _refuse_unenforceable(states, accepted)
