@@ -178,7 +178,7 @@ def result(tool_use_id: str, text: str = "out", error: bool = False) -> dict[str
 def test_the_two_witnesses() -> None:
     run = RunState(RULES)
     assert reason(admit(result("t1"), run=run)) == "tool-result-never-asked"
-    run.ledger.asked("t1")
+    run.ledger.asked("t1", "Bash")
     assert reason(admit(result("t1"), run=run)) == "tool-result-not-allowed"
     assert isinstance(
         admit(result("t1", "<tool_use_error>InputValidationError", True), run=run), Admitted
@@ -187,13 +187,13 @@ def test_the_two_witnesses() -> None:
         reason(admit(result("t1", "<tool_use_error>" + "x" * 9000, True), run=run))
         == "tool-result-not-allowed"
     )
-    run.tool_decided("t1", allowed=True)
+    run.tool_decided("t1", "Bash", allowed=True)
     assert isinstance(admit(result("t1"), run=run), Admitted)
-    run.ledger.asked("t2")
-    run.tool_decided("t2", allowed=False)
+    run.ledger.asked("t2", "Bash")
+    run.tool_decided("t2", "Bash", allowed=False)
     assert reason(admit(result("t2"), run=run)) == "tool-result-not-allowed"
     assert isinstance(admit(result("t2", "denied", True), run=run), Admitted)
-    run.tool_decided("t2", allowed=True)  # a denial is never lifted
+    run.tool_decided("t2", "Bash", allowed=True)  # a denial is never lifted
     assert reason(admit(result("t2"), run=run)) == "tool-result-not-allowed"
     run.known(["old"])
     assert isinstance(admit(result("old"), run=run), Admitted)
@@ -219,12 +219,12 @@ def test_no_order_of_words_lets_an_unasked_or_denied_result_pass(
     for word, name in words:
         spoken.add(name)
         if word == "asked":
-            ledger.asked(name)
+            ledger.asked(name, "Bash")
         elif word == "known":
             ledger.known([name])
             denied.discard(name)
         else:
-            ledger.decided(name, allowed=word == "allow")
+            ledger.decided(name, "Bash", allowed=word == "allow")
             if word == "deny":
                 denied.add(name)
     for name in "abc":
@@ -242,6 +242,59 @@ def test_a_report_is_always_one_of_three(block: dict[str, Any]) -> None:
     assert report_of(block) in set(Report)
 
 
+@pytest.mark.parametrize("tokens", [-1, -(10**9), 10**400, 1e6, True, "9", None, [5]])
+def test_what_is_reserved_cannot_be_argued_down(tokens: Any) -> None:
+    """A negative wish in flight would have made room for others."""
+    run = RunState(ModelRules(tools=RULES.tools, max_budget_usd=1.0))
+    refused = admit(body(max_tokens=tokens), run=run)
+    assert reason(refused) == "max-tokens-malformed"
+    assert isinstance(admit(body(max_tokens=64_000), run=run), Admitted)
+
+
+def test_parallel_requests_count_towards_every_limit() -> None:
+    for limit in ({"max_requests": 1}, {"max_output_tokens": 150}, {"max_budget_usd": 0.003}):
+        rules = ModelRules(tools=RULES.tools, **limit)
+        run = RunState(rules)
+        assert isinstance(admit(body(), rules, run=run), Admitted)
+        second = admit(body(), rules, run=run)
+        assert isinstance(second, Refusal), limit
+        assert second.later
+
+
+def test_a_cache_kept_for_an_hour_costs_more() -> None:
+    """A client chooses how long: the dearer choice must not be metered as the cheaper."""
+    exchange = ModelExchange(RULES, RunState(RULES))
+    exchange.admit("POST", "/v1/messages", "", JSON, json.dumps(body()).encode())
+    exchange.answer_head(200, [(b"content-type", b"application/json")])
+    usage = {"cache_creation_input_tokens": 1_000_000, "cache_creation": {"ephemeral_1h_input_tokens": 1_000_000}}  # fmt: skip
+    exchange.feed(json.dumps({"model": "claude-sonnet-5", "stop_reason": "x", "usage": usage}).encode())  # fmt: skip
+    exchange.end()
+    assert exchange.finish(used=True, seconds=1).usage.cost_usd == pytest.approx(6.0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "decided", "tag"),
+    [
+        (None, "Read", "tool-never-asked"),
+        ("Bash", "Read", "tool-name-differs"),
+    ],
+)
+def test_the_worker_is_asked_about_what_the_model_asked(
+    asked: str | None, decided: str, tag: str
+) -> None:
+    """A forged frame names a harmless tool under the id of another."""
+    run = RunState(RULES)
+    if asked is not None:
+        run.ledger.asked("t", asked)
+    violation = run.tool_decided("t", decided, allowed=True)
+    assert violation is not None
+    assert violation.reason == tag
+    assert isinstance(admit(result("t"), run=run), Refusal)
+    run.ledger.asked("u", "Bash")
+    assert run.tool_decided("u", "Bash", allowed=True) is None
+    assert isinstance(admit(result("u"), run=run), Admitted)
+
+
 def test_parallel_streams_do_not_multiply_a_budget() -> None:
     rules = ModelRules(tools=RULES.tools, max_budget_usd=1.0)
     run = RunState(rules)
@@ -250,7 +303,7 @@ def test_parallel_streams_do_not_multiply_a_budget() -> None:
     data = json.dumps(big).encode()
     assert isinstance(first.admit("POST", "/v1/messages", "", JSON, data), Admitted)
     assert reason(admit(big, rules, run=run)) == "budget-exhausted-max-budget-usd"
-    first.finish(answered=False)
+    first.finish(used=False, seconds=1.0)
     assert isinstance(admit(big, rules, run=run), Admitted)
 
 
