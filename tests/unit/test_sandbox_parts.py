@@ -24,7 +24,7 @@ from ringfence.sandbox.syscalls import AARCH64, X86_64
 from ringfence.sandbox.workspace import Patterns, scan
 
 ALLOW, KILL = 0x7FFF0000, 0x80000000
-EPERM, ENOSYS, EAFNOSUPPORT = 0x50001, 0x50026, 0x50061
+EPERM, ENOSYS, EPROTONOSUPPORT, EAFNOSUPPORT = 0x50001, 0x50026, 0x5005D, 0x50061
 
 
 def verdict(machine: str, number: int, *arguments: int, audit: int | None = None) -> int:
@@ -79,8 +79,18 @@ def test_the_filter(machine: str) -> None:
     assert verdict(machine, calls["socket"], 16, 3, 0) == ALLOW
     for family, protocol in ((16, 15), (17, 0), (38, 0), (40, 0), (44, 0), (0xFFFFFFFF, 0)):
         assert verdict(machine, calls["socket"], family, 1, protocol) == EAFNOSUPPORT
-    assert verdict(machine, calls["ioctl"], 0, 0x5401) == ALLOW
-    assert verdict(machine, calls["ioctl"], 0, 0x5412) == EPERM
+    for family in (2, 10):
+        for protocol in (0, 6, 17):
+            assert verdict(machine, calls["socket"], family, 1, protocol) == ALLOW
+        for protocol in (1, 33, 132, 136, 255, 262):
+            assert verdict(machine, calls["socket"], family, 1, protocol) == EPROTONOSUPPORT
+    assert verdict(machine, calls["socketpair"], 1, 1, 0) == ALLOW
+    for family in (2, 16, 30, 38, 40):
+        assert verdict(machine, calls["socketpair"], family, 1, 0) == EAFNOSUPPORT
+    for request in (0x5401, 0x5413, 0x8912):
+        assert verdict(machine, calls["ioctl"], 0, request) == ALLOW
+    for request in (0x5412, 0x541C, 0x5423, 0x8940, 0x8982, 0x89A0):
+        assert verdict(machine, calls["ioctl"], 0, request) == EPERM
     assert verdict(machine, calls["ioctl"], 0, 0x5412 | 1 << 32) == EPERM
     assert verdict(machine, calls["personality"], 0) == ALLOW
     assert verdict(machine, calls["personality"], 0x0040000) == EPERM
@@ -111,7 +121,8 @@ def test_x32_is_killed() -> None:
 
 @given(st.integers(0, 2**32 - 1), st.lists(st.integers(0, 2**64 - 1), min_size=6, max_size=6))
 def test_the_filter_always_ends(number: int, arguments: list[int]) -> None:
-    assert verdict("x86_64", number, *arguments) in {ALLOW, KILL, EPERM, ENOSYS, EAFNOSUPPORT}
+    endings = {ALLOW, KILL, EPERM, ENOSYS, EAFNOSUPPORT, EPROTONOSUPPORT}
+    assert verdict("x86_64", number, *arguments) in endings
 
 
 FACTS = HostFacts(

@@ -317,6 +317,7 @@ def _drop(uid: int) -> None:
 def main() -> int:
     control = socket.socket(fileno=int(sys.argv[1]))
     inside = False
+    os.umask(0o022)  # the caller's may shut the sandbox's uid out of the place made for it
     try:
         plan, descriptors = receive(control)
         if plan["phase"] == "prepare":

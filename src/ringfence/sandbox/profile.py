@@ -237,6 +237,8 @@ def _places(profile: SandboxProfile, facts: HostFacts) -> list[str]:
     arguments = [
         *("--bind", f"{facts.stage}/tmp", "/tmp", "--bind", f"{facts.stage}/tmp", "/var/tmp"),  # noqa: S108
         *("--bind", f"{facts.stage}/shm", "/dev/shm"),  # noqa: S108
+        # bubblewrap's /dev is a tmpfs of the agent's own: without a size, and programs run from it
+        *("--remount-ro", "/dev"),
         *("--bind", f"{facts.stage}/home", INSIDE_HOME),
     ]
     if facts.egress_dir is not None:

@@ -206,11 +206,22 @@ class SandboxContract:
         code, output = self.inside(
             backend,
             self.spec(backend, place),
-            "for d in / /usr /etc /opt /run /var /proc /sys /home; do "
+            "for d in / /usr /etc /opt /run /var /proc /sys /home /dev; do "
             "( echo x > $d/x ) 2>/dev/null && echo $d; done; "
             "for d in /tmp /home/agent /workspace /var/tmp /dev/shm; do echo x > $d/x || echo no $d; done",
         )
         assert (code, output) == (0, "")
+
+    def test_the_callers_umask_decides_nothing(self, backend: Backend, place: Path) -> None:
+        """A shut umask outside leaves the synthetic files readable inside."""
+        before = os.umask(0o077)
+        try:
+            code, output = self.inside(
+                backend, self.spec(backend, place), "cat /etc/passwd | wc -l; echo x > /tmp/x"
+            )
+        finally:
+            os.umask(before)
+        assert (code, output) == (0, "3\n")
 
     def test_tmp_has_a_size(self, backend: Backend, place: Path) -> None:
         """Past the disk limit there is ENOSPC; below it there is room."""
