@@ -92,6 +92,7 @@ CODES: dict[str, str] = {
     # cli, worker
     "usage": "The command line or the call cannot be understood.",
     "workspace-missing": "The workspace is not a directory that can be read.",
+    "workspace-refused": "The workspace is a directory of the host itself, or of ringfence.",
     # store, record
     "store-unavailable": "A database of the state directory cannot be opened.",
     "audit-key-refused": "The key of the audit log can be read by others, or is damaged.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from ringfence.sandbox import seccomp
 from ringfence.sandbox.apply import apply_changes
 from ringfence.sandbox.hostfiles import classify
 from ringfence.sandbox.patch import render, summary
-from ringfence.sandbox.profile import HostFacts, enclose_argv, prepare_plan, shown_paths
+from ringfence.sandbox.profile import HostFacts, Tools, enclose_argv, prepare_plan, shown_paths
 from ringfence.sandbox.protocol import Change, ChangeKind, Changes
 from ringfence.sandbox.saved import load_changes, save_changes
 from ringfence.sandbox.syscalls import AARCH64, X86_64
@@ -128,6 +129,7 @@ def test_the_filter_always_ends(number: int, arguments: list[int]) -> None:
 FACTS = HostFacts(
     as_root=True,
     uid=2_000_000,
+    tools=Tools(executable="/usr/bin/bwrap"),
     links={"bin": "usr/bin", "lib": "usr/lib"},
     existing={
         "/shared": True,
@@ -153,18 +155,25 @@ def test_the_command_line() -> None:
         "--cap-drop ALL --clearenv --die-with-parent --new-session --seccomp 10",
         "--ro-bind /proc/sys /proc/sys",
         "--ro-bind /mnt/shown/0 /shared",
-        "--perms 0000 --size 4096 --tmpfs /shared/secret",
         "--bind /mnt/workspace /workspace",
         "--ro-bind /mnt/egress /run/ringfence",
         "--ro-bind /mnt/claude /opt/ringfence/bin/claude",
-        "--ro-bind /mnt/masked /workspace/.env",
-        "--tmpfs /workspace/.ssh",
         "--remount-ro / --setenv A b --chdir /workspace -- true",
     ):
         assert wanted in text, wanted
     assert "/absent" not in text
     assert "--share-net" not in text
-    assert text.index("--remount-ro / ") > text.index(" /workspace/.env")
+    assert text.index("--remount-ro / ") > text.index(" /mnt/workspace /workspace")
+    plan = prepare_plan(profile, FACTS)
+    assert plan["masks"] == [
+        ("shown/0", "secret", True),
+        ("workspace", ".env", False),
+        ("workspace", ".ssh", True),
+    ]
+    assert [(o["target"], o["writable"]) for o in plan["overlays"]] == [
+        ("workspace", True),
+        ("shown/0", False),
+    ]
 
 
 def test_deny_wins_over_shown_paths() -> None:
@@ -174,11 +183,36 @@ def test_deny_wins_over_shown_paths() -> None:
     assert shown_paths(profile, FACTS) == (("/shared", False),)
 
 
+def test_deny_wins_through_links() -> None:
+    """By what a name leads to: /alias is /data/secret, /shared is /data, /bin/id is /usr/bin/id."""
+    facts = replace(
+        FACTS,
+        existing={
+            **dict.fromkeys(("/alias", "/shared", "/data/secret", "/state"), True),
+            **dict.fromkeys(("/bin/id", "/usr/bin/id"), False),
+        },
+        real={"/alias": "/data/secret", "/shared": "/data", "/bin/id": "/usr/bin/id"},
+        protected=("/state",),
+    )
+    profile = SandboxProfile(
+        readable=("/alias", "/shared", "/state"), blocked=("/data/secret", "/bin/id")
+    )
+    assert shown_paths(profile, facts) == (("/shared", False),)
+    assert ("shown/0", "secret", True) in prepare_plan(profile, facts)["masks"]
+    argv = enclose_argv(profile, facts, ["true"], environment={}, cwd="/workspace")
+    assert "--ro-bind /mnt/masked /usr/bin/id" in " ".join(argv)
+
+
+@pytest.mark.parametrize("path", ["/", "/proc", "/etc", "/usr", "/run", "/opt/ringfence"])
+def test_no_link_to_what_would_cover_our_own(path: str) -> None:
+    facts = replace(FACTS, existing={"/alias": True}, real={"/alias": path})
+    with pytest.raises(CallerError):
+        prepare_plan(SandboxProfile(readable=("/alias",)), facts)
+
+
 @pytest.mark.parametrize("path", ["/", "/proc", "/etc", "/usr", "/run", "/opt/ringfence"])
 def test_no_path_covers_our_own(path: str) -> None:
-    facts = HostFacts(
-        **{**{f: getattr(FACTS, f) for f in FACTS.__slots__}, "existing": {path: True}}
-    )
+    facts = replace(FACTS, existing={path: True})
     with pytest.raises(CallerError):
         prepare_plan(SandboxProfile(readable=(path,)), facts)
 

@@ -31,7 +31,7 @@ from ringfence.sandbox.protocol import (
     ControlState,
     SandboxSpec,
 )
-from ringfence.sandbox.safeopen import make_directories, open_beneath, read_regular
+from ringfence.sandbox.safeopen import make_directories, open_beneath, printable_path, read_regular
 from ringfence.sandbox.stdio import SocketProcess
 from ringfence.sandbox.workspace import Scan, scan
 
@@ -50,7 +50,6 @@ class BubblewrapBackend:
 
     def probe(self, profile: SandboxProfile) -> Sequence[ControlState]:
         """See the protocol."""
-        hostfacts.bwrap_path()
         hostfacts.check_user_namespaces()
         hierarchy = cgroups.discover()
         states = [_limit_state(control, hierarchy) for control in _LIMITS]
@@ -167,6 +166,7 @@ class BubblewrapSandbox:
         spare: Spare,
     ) -> BubblewrapSandbox:
         """Look at the workspace, prepare the place, set the limits."""
+        _refuse_workspace(spec.workspace, state_dir)
         workspace_fd = _open_workspace(spec.workspace)
         lease = hostfacts.lease_uid(state_dir, uids) if os.geteuid() == 0 else None
         groups = None
@@ -240,16 +240,13 @@ class BubblewrapSandbox:
             environment={**_BASE_ENVIRONMENT, **(environment or {})},
             cwd=cwd,
         )
-        plan = {
-            "phase": "exec",
-            "as_root": self._facts.as_root,
-            "uid": self._facts.uid,
-            "cgroups": self._groups.paths,
-            "rlimits": _rlimits(self._spec.profile),
-            "parent": os.getpid(),
-            "bwrap": hostfacts.bwrap_path(),
-            "argv": bwrap_argv,
-        }
+        plan = profile.exec_plan(
+            self._facts,
+            bwrap_argv,
+            cgroups=self._groups.paths,
+            rlimits=_rlimits(self._spec.profile),
+            parent=os.getpid(),
+        )
         process = self._spawn(plan, merge_stderr=merge_stderr)
         try:
             await process.started()
@@ -399,6 +396,24 @@ def _rlimits(rules: SandboxProfile) -> dict[str, int]:
         "RLIMIT_MSGQUEUE": 0,
         "RLIMIT_RTPRIO": 0,
     }
+
+
+_HOSTS_OWN = ("/proc", "/sys", "/dev", "/run", "/etc", "/usr", "/boot")
+_HOLDS_ALL = ("/", "/var", "/home", "/opt", "/tmp")  # noqa: S108
+
+
+def _refuse_workspace(path: Path, state_dir: Path) -> None:
+    """What no mask could make safe to show, and what would show ringfence's own files."""
+    real, state = Path(os.path.realpath(path)), Path(os.path.realpath(state_dir))
+    system = str(real) in _HOLDS_ALL or any(real.is_relative_to(own) for own in _HOSTS_OWN)
+    if system or real.is_relative_to(state):
+        raise CallerError(
+            "workspace-refused",
+            f"{printable_path(str(path))} belongs to the host itself"
+            if system
+            else f"{printable_path(str(path))} lies in ringfence's own state directory",
+            hint="name the folder that the agent is to work on",
+        )
 
 
 def _open_workspace(path: Path) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.errors import DeniedError, RingfenceError, UnavailableError
+from ringfence.errors import CallerError, DeniedError, RingfenceError, UnavailableError
 from ringfence.model import WorkspaceMode
 from ringfence.policy.compiled import Limits, SandboxProfile
 from ringfence.sandbox.protocol import (
@@ -308,6 +308,104 @@ class SandboxContract:
         spec = self.spec(backend, place)
         assert self.inside(backend, spec, "cat link")[0] != 0
         assert self.inside(backend, spec, "cat good") == (0, "content\n")
+
+    def test_a_mask_stays_on_its_file(self, backend: Backend, place: Path) -> None:
+        """Renaming a folder above it shows nothing, not even to the next program."""
+        (place / "workspace" / "a").mkdir()
+        (place / "workspace" / "a" / ".env").write_text("canary")
+        (place / "workspace" / "a" / "seen").write_text("seen\n")
+        spec = self.spec(backend, place, workspace_mode=WorkspaceMode.DIRECT, hidden=(".env",))
+
+        async def work() -> None:
+            async with self.started(backend, spec) as sandbox:
+                await shell(sandbox, "mv a b; mkdir a")
+                assert await shell(sandbox, "cat b/.env; cat a/.env; cat b/seen") == (0, "seen\n")
+
+        self.run(work)
+        assert not (place / "workspace" / "a" / ".env").exists()
+
+    def test_blocked_paths_hold_through_links(self, backend: Backend, place: Path) -> None:
+        """By whatever name a mount would have shown them; what lies beside them is shown."""
+        shared = place / "shared"
+        (shared / "secret").mkdir(parents=True)
+        (shared / "doc.txt").write_text("doc\n")
+        (shared / "secret" / "key").write_text("canary\n")
+        (place / "to-secret").symlink_to(shared / "secret")
+        (place / "to-shared").symlink_to(shared)
+        (place / "workspace" / "private").mkdir()
+        (place / "workspace" / "private" / "key").write_text("canary\n")
+        spec = self.spec(
+            backend,
+            place,
+            readable=(str(place / "to-secret"), str(place / "to-shared")),
+            blocked=(str(shared / "secret"), str(place / "workspace" / "private"), "/bin/uname"),
+        )
+        _, output = self.inside(
+            backend,
+            spec,
+            f"cat {place}/to-secret/key {place}/to-shared/secret/key private/key; "
+            f"/bin/uname; /usr/bin/uname; cat {place}/to-shared/doc.txt file.txt",
+        )
+        assert output == "doc\ncontent\n"
+
+    def test_our_own_state_is_absent(self, backend: Backend, place: Path) -> None:
+        """The vault's key lies in the state directory, which a workspace may hold."""
+        (place / "state" / "key").write_text("canary")
+        spec = replace(self.spec(backend, place), workspace=place)
+        command = "cat state/key; ls state; cat workspace/file.txt"
+        assert self.inside(backend, spec, command) == (0, "content\n")
+        below = place / "state" / "below"
+        below.mkdir()
+        with pytest.raises(CallerError):
+            asyncio.run(backend.start(replace(spec, workspace=below)))
+        place.chmod(0o755)
+        shown = self.spec(backend, place, readable=(str(place),))
+        command = f"cat {place}/state/key; cat {place}/workspace/file.txt"
+        assert self.inside(backend, shown, command) == (0, "content\n")
+
+    def test_the_host_itself_is_no_workspace(self, backend: Backend, place: Path) -> None:
+        """A root directory, or one of the kernel's, is refused with a word of its own."""
+        for path in ("/", "/proc", "/etc", "/dev/shm/.."):
+            with pytest.raises(CallerError) as caught:
+                asyncio.run(backend.start(replace(self.spec(backend, place), workspace=Path(path))))
+            assert caught.value.code == "workspace-refused"
+
+    def test_sockets_made_later_take_no_connection(self, backend: Backend, place: Path) -> None:
+        """In review and readonly mode, and below readable paths; sockets made inside do."""
+        shared = place / "shared"
+        shared.mkdir()
+        own = 'python3 -c \'import socket; s = socket.socket(1); s.bind("/tmp/s"); s.listen(); '
+        own += 'socket.socket(1).connect("/tmp/s")\''
+        for mode in (WorkspaceMode.REVIEW, WorkspaceMode.READONLY):
+            spec = self.spec(backend, place, workspace_mode=mode, readable=(str(shared),))
+
+            async def clause(spec: SandboxSpec = spec) -> None:
+                async with self.started(backend, spec) as sandbox:
+                    paths = (place / "workspace" / "late", shared / "late")
+                    listeners = [_listen(path) for path in paths]
+                    try:
+                        assert (await shell(sandbox, connect("late")))[0] != 0
+                        assert (await shell(sandbox, connect(f"{shared}/late")))[0] != 0
+                        assert (await shell(sandbox, own))[0] == 0
+                    finally:
+                        for listener, path in zip(listeners, paths, strict=True):
+                            listener.close()
+                            path.unlink()
+
+            self.run(clause)
+
+    def test_sockets_of_writable_paths_are_masked(self, backend: Backend, place: Path) -> None:
+        """Those that are there at the start; files beside them can be written."""
+        cache = place / "cache"
+        (cache / "deep").mkdir(parents=True)
+        listener = _listen(cache / "deep" / "s")
+        spec = self.spec(backend, place, writable=(str(cache),))
+        try:
+            assert self.inside(backend, spec, connect(f"{cache}/deep/s"))[0] != 0
+        finally:
+            listener.close()
+        assert self.inside(backend, spec, f"ls {cache}; echo x > {cache}/new")[0] == 0
+        assert (cache / "new").read_text() == "x\n"
 
     # workspace modes
 
