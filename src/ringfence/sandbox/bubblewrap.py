@@ -31,7 +31,12 @@ from ringfence.sandbox.protocol import (
     ControlState,
     SandboxSpec,
 )
-from ringfence.sandbox.safeopen import make_directories, open_beneath, printable_path, read_regular
+from ringfence.sandbox.safeopen import (
+    create_regular,
+    make_directories,
+    printable_path,
+    read_regular,
+)
 from ringfence.sandbox.stdio import SocketProcess
 from ringfence.sandbox.workspace import Scan, scan
 
@@ -286,15 +291,16 @@ class BubblewrapSandbox:
 
     async def copy_in(self, files: Mapping[str, bytes]) -> None:
         """See the protocol."""
+        await asyncio.to_thread(self._copy_in, files)
+
+    def _copy_in(self, files: Mapping[str, bytes]) -> None:
         for path, data in files.items():
             directory, relative = self._place(path)
             parent, _, _ = relative.rpartition("/")
             owner = self._facts.uid if self._facts.as_root else None
             if parent:
                 make_directories(directory, parent, owner=owner)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-            descriptor = open_beneath(directory, relative, flags, 0o644)
-            with os.fdopen(descriptor, "wb") as file:
+            with os.fdopen(create_regular(directory, relative), "wb") as file:
                 if owner is not None:
                     os.fchown(file.fileno(), owner, owner)
                 file.write(data)

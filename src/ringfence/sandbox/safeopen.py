@@ -81,6 +81,29 @@ def read_regular(directory: int, path: str | bytes, limit: int) -> tuple[bytes, 
         return data, status
 
 
+def create_regular(directory: int, path: str | bytes) -> int:
+    """Descriptor of an emptied or new regular file (0644), for writing.
+
+    Raises:
+        DeniedError: `path-escapes` for a link or a special file.
+        OSError: as open(2).
+    """
+    # O_NONBLOCK: a FIFO that nobody reads answers ENXIO instead of holding us for ever
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK
+    try:
+        descriptor = open_beneath(directory, path, flags, 0o644)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        descriptor = -1
+    if descriptor >= 0 and stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.ftruncate(descriptor, 0)
+        return descriptor
+    if descriptor >= 0:
+        os.close(descriptor)
+    raise DeniedError("path-escapes", f"{printable_path(path)} is not a regular file")
+
+
 def read_link(directory: int, path: str | bytes) -> bytes:
     """A link's target as bytes, without following anything."""
     handle = open_beneath_parent(directory, path)

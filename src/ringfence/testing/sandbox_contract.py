@@ -589,6 +589,25 @@ class SandboxContract:
 
         self.run(work)
 
+    def test_copying_in_does_not_wait_for_a_fifo(self, backend: Backend, place: Path) -> None:
+        """A FIFO where a file of ours has to come is refused at once, read by someone or not."""
+
+        async def work() -> None:
+            async with self.started(backend, self.spec(backend, place)) as sandbox:
+                reader = await sandbox.exec(
+                    ["bash", "-c", "mkfifo /tmp/f /tmp/g; (cat /tmp/g & echo up); sleep 60"]
+                )
+                assert await reader.read() == b"up\n"
+                for path in ("/tmp/f", "/tmp/g"):
+                    async with asyncio.timeout(5):
+                        with pytest.raises((DeniedError, OSError)):
+                            await sandbox.copy_in({path: b"x"})
+                await sandbox.copy_in({"/tmp/h": b"x"})
+                assert await sandbox.copy_out("/tmp/h") == b"x"
+                await reader.kill()
+
+        self.run(work)
+
     # ends
 
     def test_kill_takes_all_descendants(self, backend: Backend, place: Path) -> None:
@@ -628,6 +647,31 @@ class SandboxContract:
                 assert not _alive(marker)
 
         self.run(work)
+
+    def test_a_descriptor_sent_out_delays_no_end(self, backend: Backend, place: Path) -> None:
+        """Stdio that the inmate left in a socket outside, where nobody takes it."""
+        directory = place / "egress"
+        directory.mkdir(mode=0o755)
+        listener = _listen(directory / "egress.sock")
+        send = (
+            "import socket; s = socket.socket(1); s.connect('/run/ringfence/egress.sock'); "
+            "socket.send_fds(s, [b'x'], [1, 2]); print('sent', flush=True)"
+        )
+
+        async def work() -> None:
+            spec = replace(self.spec(backend, place), egress_dir=directory)
+            async with self.started(backend, spec) as sandbox:
+                process = await sandbox.exec(["python3", "-c", send])
+                async with asyncio.timeout(10):
+                    assert await process.read() == b"sent\n"
+                    assert await process.read() == b""
+                    assert await process.wait() == 0
+                    await sandbox.stop()
+
+        try:
+            self.run(work)
+        finally:
+            listener.close()
 
     def test_stop_and_close_are_idempotent(self, backend: Backend, place: Path) -> None:
         """And after stop nothing can be started."""
