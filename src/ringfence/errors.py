@@ -122,7 +122,7 @@ CODES: dict[str, str] = {
     # simulator
     "scenario-invalid": "A simulator's scenario, or a script in a prompt, is malformed.",
     # patch
-    "patch-conflict": "A file changed on the host since the run began; nothing was written.",
+    "patch-conflict": "A file changed since the run began or cannot be written; nothing was.",
     # agent
     "agent-start-failed": "The agent's program did not start.",
     "agent-protocol": "The agent's program does not keep to its protocol.",

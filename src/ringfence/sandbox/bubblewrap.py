@@ -156,6 +156,8 @@ class BubblewrapSandbox:
         self._ready: Launcher | None = launcher
         self._mnt, self._net, self._user, self._listener = handles[:4]
         self._workspace, self._lower, self._upper, self._home, self._tmp = handles[4:]
+        # by the kernel's own clock, which stamps the workspace's files too
+        self._begun_ns = os.fstat(self._upper).st_ctime_ns
         self._processes: set[SocketProcess] = set()
         self._seccomp = os.memfd_create("seccomp", os.MFD_CLOEXEC)
         os.write(self._seccomp, seccomp.build(platform.machine()))
@@ -350,7 +352,9 @@ class BubblewrapSandbox:
             raise CallerError("internal", "changes are read only after stop()")
         if self._spec.profile.workspace_mode is not WorkspaceMode.REVIEW:
             return Changes()
-        return await asyncio.to_thread(read_changes, self._lower, self._upper)
+        return await asyncio.to_thread(
+            read_changes, self._lower, self._upper, begun_ns=self._begun_ns
+        )
 
     async def close(self) -> None:
         """See the protocol."""

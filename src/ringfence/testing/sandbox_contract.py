@@ -438,6 +438,52 @@ class SandboxContract:
         assert (place / "workspace" / "file.txt").read_text() == "content\n"
         assert sorted(p.name for p in (place / "workspace").iterdir()) == ["file.txt", "gone"]
 
+    def test_review_holds_what_the_agent_shut(self, backend: Backend, place: Path) -> None:
+        """`chmod 0` takes nothing out of the patch, nor does a FIFO break it."""
+
+        async def work() -> None:
+            async with self.started(backend, self.spec(backend, place)) as sandbox:
+                await shell(
+                    sandbox,
+                    "mkdir d e; echo x > d/f; chmod 0 d; echo y > g; chmod 0 g; echo z > e/h; "
+                    "chmod 400 e; mkfifo pipe; echo w > i",
+                )
+                await sandbox.stop()
+                changes = await sandbox.changes()
+            assert {change.path for change in changes.items} == {"d/f", "g", "e/h", "i"}
+            assert [path for path, _ in changes.refused] == ["pipe"]
+
+        self.run(work)
+
+    def test_review_does_not_undo_the_persons_own_work(self, backend: Backend, place: Path) -> None:
+        """A file that the host changed during the run is not what the agent began with."""
+        (place / "workspace" / "other").write_text("1\n")
+
+        async def work() -> None:
+            async with self.started(backend, self.spec(backend, place)) as sandbox:
+                await shell(sandbox, "echo agent >> file.txt; echo agent >> other")
+                (place / "workspace" / "file.txt").write_text("the person's\n")
+                await sandbox.stop()
+                changes = await sandbox.changes()
+            found = {change.path: change for change in changes.items}
+            assert found["other"].before == b"1\n"
+            assert found["file.txt"].before in {None, b"content\n"}
+            assert found["file.txt"].after == b"content\nagent\n"
+
+        self.run(work)
+
+    def test_a_folder_that_cannot_be_looked_through(self, backend: Backend, place: Path) -> None:
+        """It stops no start, and shows nothing that a mask should have covered."""
+        shut = place / "workspace" / "shut"
+        shut.mkdir()
+        (shut / ".env").write_text("canary")
+        shut.chmod(0o100)
+        spec = self.spec(backend, place, hidden=(".env",))
+        try:
+            assert self.inside(backend, spec, "cat shut/.env; cat file.txt") == (0, "content\n")
+        finally:
+            shut.chmod(0o700)
+
     def test_direct_writes_as_the_owner(self, backend: Backend, place: Path) -> None:
         """Files land on the host and belong to whom the workspace belongs."""
         spec = self.spec(backend, place, workspace_mode=WorkspaceMode.DIRECT)
