@@ -121,6 +121,8 @@ def _state(control: Control, enforced: bool, how: str, mend: str = "") -> Contro
 
 def _limit_state(control: Control, hierarchy: cgroups.Hierarchy) -> ControlState:
     there = control in hierarchy.parents
+    if control is Control.PIDS and not there and hostfacts.limits_processes():
+        return _state(control, True, "RLIMIT_NPROC in a user namespace of its own")
     mend = "start as root, or delegate a cgroup v2 subtree to this user (systemd: Delegate=yes)"
     return _state(control, there, "cgroup" if there else "no cgroup that we may write", mend)
 
@@ -175,7 +177,7 @@ class BubblewrapSandbox:
         """Look at the workspace, prepare the place, set the limits."""
         _refuse_workspace(spec.workspace, state_dir)
         workspace_fd = _open_workspace(spec.workspace)
-        lease = hostfacts.lease_uid(state_dir, uids) if os.geteuid() == 0 else None
+        lease = hostfacts.lease_uid(uids) if os.geteuid() == 0 else None
         groups = None
         try:
             found = await asyncio.to_thread(
@@ -402,6 +404,8 @@ def _rlimits(rules: SandboxProfile) -> dict[str, int]:
         "RLIMIT_CORE": 0,
         "RLIMIT_FSIZE": limits.file_mb << 20,
         "RLIMIT_NOFILE": limits.open_files,
+        # counted by uid and user namespace, so of this sandbox alone; beside the control group
+        "RLIMIT_NPROC": limits.pids,
         "RLIMIT_MEMLOCK": 8 << 20,
         "RLIMIT_MSGQUEUE": 0,
         "RLIMIT_RTPRIO": 0,

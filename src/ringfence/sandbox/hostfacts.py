@@ -6,6 +6,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import pwd
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from ringfence.sandbox.protocol import INSIDE_WORKSPACE, SandboxSpec
 from ringfence.sandbox.workspace import scan
 
 _NOBODY = 65534
+_TRIAL = ("bwrap", "--unshare-user", "--unshare-pid", "--ro-bind", "/", "/", "/bin/true")
 
 _TRUST_STORES = (
     "/etc/ssl/certs/ca-certificates.crt",
@@ -73,13 +75,10 @@ def check_user_namespaces() -> None:
     Raises:
         UnavailableError: `isolation-unavailable`, with the setting that forbids it.
     """
-    as_root = os.geteuid() == 0
-    uid = _NOBODY if as_root else os.getuid()
-    facts = HostFacts(as_root=as_root, uid=uid, tools=tools(), stage=stage())
-    argv = ["bwrap", "--unshare-user", "--unshare-pid", "--ro-bind", "/", "/", "/bin/true"]
+    facts = _empty_place()
     parent = os.getpid()
     words = rehearse(
-        bare_plan(facts), exec_plan(facts, argv, cgroups=(), rlimits={}, parent=parent)
+        bare_plan(facts), exec_plan(facts, _TRIAL, cgroups=(), rlimits={}, parent=parent)
     )
     if words is None:
         return
@@ -87,6 +86,12 @@ def check_user_namespaces() -> None:
     if Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns").exists():
         hint = "sysctl kernel.apparmor_restrict_unprivileged_userns=0, or an AppArmor profile"
     raise UnavailableError("isolation-unavailable", f"bubblewrap cannot start: {words}", hint=hint)
+
+
+def _empty_place() -> HostFacts:
+    as_root = os.geteuid() == 0
+    uid = _NOBODY if as_root else os.getuid()
+    return HostFacts(as_root=as_root, uid=uid, tools=tools(), stage=stage())
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +106,20 @@ class UidLease:
         os.close(self.descriptor)
 
 
-def lease_uid(state_dir: Path, uids: range) -> UidLease:
-    """First uid of the range that nobody holds, by flock on a file of its own.
+UID_LEASES = Path("/run/ringfence/uids")
+"""One place a host and not one a state directory: two of those must not lend the same uid."""
+
+
+def lease_uid(uids: range, directory: Path = UID_LEASES) -> UidLease:
+    """First uid of the range that no account has and nobody holds, by flock on a file of its own.
 
     Raises:
         UnavailableError: `sandbox-start-failed` when all are held.
     """
-    directory = state_dir / "uids"
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     for uid in uids:
+        if _has_account(uid):
+            continue
         descriptor = os.open(directory / str(uid), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -118,6 +128,32 @@ def lease_uid(state_dir: Path, uids: range) -> UidLease:
             continue
         return UidLease(uid, descriptor)
     raise UnavailableError("sandbox-start-failed", "every uid of the range is in use")
+
+
+def _has_account(uid: int) -> bool:
+    try:
+        pwd.getpwuid(uid)
+    except KeyError:
+        return False
+    return True
+
+
+@functools.cache
+def limits_processes() -> bool:
+    """Whether RLIMIT_NPROC counts a sandbox of an ordinary user apart, tried and not guessed.
+
+    The kernel counts by user namespace since 5.14, so that a limit below what the user runs
+    already is met by nobody outside. bubblewrap needs three processes for a program: with two
+    it must fail, and with three, which is less than a login has, it must not.
+    """
+    facts = _empty_place()
+
+    def works(processes: int) -> bool:
+        limit = {"RLIMIT_NPROC": processes}
+        plan = exec_plan(facts, _TRIAL, cgroups=(), rlimits=limit, parent=os.getpid())
+        return rehearse(bare_plan(facts), plan) is None
+
+    return works(3) and not works(2)
 
 
 def gather(spec: SandboxSpec, masked: Mapping[str, bool], uid: int, state_dir: Path) -> HostFacts:
