@@ -92,6 +92,7 @@ CODES: dict[str, str] = {
     # cli, worker
     "usage": "The command line or the call cannot be understood.",
     "workspace-missing": "The workspace is not a directory that can be read.",
+    "workspace-refused": "The workspace is a directory of the host itself, or of ringfence.",
     # store, record
     "store-unavailable": "A database of the state directory cannot be opened.",
     "audit-key-refused": "The key of the audit log can be read by others, or is damaged.",
@@ -121,7 +122,7 @@ CODES: dict[str, str] = {
     # simulator
     "scenario-invalid": "A simulator's scenario, or a script in a prompt, is malformed.",
     # patch
-    "patch-conflict": "A file changed on the host since the run began; nothing was written.",
+    "patch-conflict": "A file changed since the run began or cannot be written; nothing was.",
     # agent
     "agent-start-failed": "The agent's program did not start.",
     "agent-protocol": "The agent's program does not keep to its protocol.",

@@ -136,6 +136,8 @@ class RunResult:
         errors: one line each; for a command, its standard error is `stderr`.
         patch: unified diff with git's extended headers; empty when nothing changed.
         host_files: changed files that would run on the host later; applied only when named.
+        left_out: what the agent changed and the patch does not hold, or not against the host's
+            file of today: path, colon, reason.
         unenforced: controls that the policy accepts without enforcement on this host.
         audit_index: index of the run's last record in the audit log.
     """
@@ -153,6 +155,7 @@ class RunResult:
     patch: bytes = b""
     changed_files: tuple[str, ...] = ()
     host_files: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     hidden_files: tuple[str, ...] = ()
     unenforced: tuple[str, ...] = ()
     audit_index: int = -1

@@ -242,7 +242,7 @@ def test_a_link_swapped_in_is_not_followed(tmp_path: Path) -> None:
     (upper / "file").symlink_to(secret / "key")
     lower_fd, upper_fd = (os.open(path, os.O_RDONLY | os.O_DIRECTORY) for path in (lower, upper))
     try:
-        changes = read_changes(lower_fd, upper_fd)
+        changes = read_changes(lower_fd, upper_fd, begun_ns=time.time_ns())
     finally:
         os.close(lower_fd)
         os.close(upper_fd)

@@ -15,7 +15,7 @@ import pytest
 
 from ringfence.policy.compile import compile_policy
 from ringfence.policy.load import PRESETS, from_mapping
-from ringfence.sandbox.profile import HostFacts, enclose_argv, prepare_plan
+from ringfence.sandbox.profile import HostFacts, Tools, enclose_argv, prepare_plan
 
 GOLDEN = Path(__file__).parent / "golden" / "sandbox"
 
@@ -46,6 +46,7 @@ def facts(*, as_root: bool) -> HostFacts:
     return HostFacts(
         as_root=as_root,
         uid=2_000_000 if as_root else 1000,
+        tools=Tools(executable="tools/bwrap", copied={"/venv/bwrap": "tools/bwrap"}),
         links={"bin": "usr/bin", "lib": "usr/lib", "lib64": "usr/lib64", "sbin": "usr/sbin"},
         existing={
             "/shared": True,

@@ -118,7 +118,7 @@ def _policy() -> dict[str, Any]:
     """The strict preset; an ordinary user's demo accepts by name what only root can enforce on
     some hosts, and says so at every start.
     """
-    accepted = [] if os.geteuid() == 0 else ["memory", "cpu", "pids"]
+    accepted = [] if os.geteuid() == 0 else ["memory", "cpu"]
     return {"preset": "strict", "accept_unenforced": accepted}
 
 

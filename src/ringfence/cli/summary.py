@@ -39,6 +39,8 @@ def print_summary(result: RunResult, applied: dict[str, Any] | None) -> None:
 def _print_changes(console: Console, result: RunResult, applied: dict[str, Any] | None) -> None:
     if result.hidden_files:
         console.print(f"[dim]hidden from the agent: {_names(result.hidden_files)}[/]")
+    if result.left_out:
+        console.print(f"[yellow]not in the patch as it is: {_names(result.left_out)}[/]")
     if not result.changed_files:
         return
     console.print(f"[bold]{len(result.changed_files)} file(s) changed[/]")

@@ -1,14 +1,17 @@
-"""Writing a run's changes to the host's workspace: beneath it only, through no link.
+"""Writing a run's changes to the host's workspace: beneath it only, through no link, whole or not.
 
-Two phases. The first looks at every path and writes nothing; the second writes each file beside
-its place and renames it there. What is no longer as the agent saw it is a conflict, and with one
-conflict nothing is written at all.
+Three phases. The first looks at every path and writes nothing: what is no longer as the agent saw
+it is a conflict, and with one conflict nothing is written at all. The second writes every new file
+into a directory of our own in the workspace, so that a full disk is met before anything is
+touched. The third moves them to their places and keeps what it replaces; a step that fails takes
+the ones before it back (`replace.py`). Only a kill in the middle of the third leaves a part, and
+then the directory, `.ringfence-…`, still holds what was replaced.
 """
 
 from __future__ import annotations
 
+import errno
 import os
-import secrets
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,14 +19,17 @@ from pathlib import Path
 
 from ringfence.errors import CallerError, DeniedError, RingfenceError
 from ringfence.sandbox.protocol import Change, Changes
+from ringfence.sandbox.replace import Replacement
 from ringfence.sandbox.safeopen import (
-    make_directories,
+    open_beneath,
     open_beneath_parent,
+    printable_path,
     read_link,
     read_regular,
+    walk,
 )
 
-_LINK, _EXECUTABLE = 0o120000, 0o100755
+_LINK = 0o120000
 _CAP = 1 << 30
 
 
@@ -40,97 +46,127 @@ def apply_changes(
 ) -> Applied:
     """Write the changes that `include` takes.
 
+    A file that is replaced keeps its owner and its mode, the execute bit apart; a directory that a
+    deletion leaves empty goes too, as with git.
+
     Raises:
-        CallerError: `workspace-missing`, or `patch-conflict` naming the first paths; nothing was
-            written.
+        CallerError: `workspace-missing`, or `patch-conflict` naming the first paths; the workspace
+            is as it was.
     """
     try:
         root = os.open(workspace, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise CallerError(
-            "workspace-missing", f"{workspace} cannot be opened: {error.strerror}"
+            "workspace-missing",
+            f"{printable_path(str(workspace))} cannot be opened: {error.strerror}",
         ) from None
     try:
         chosen = [change for change in changes.items if include(change)]
-        conflicts = [change.path for change in chosen if not _as_seen(root, change)]
-        if conflicts:
-            shown = ", ".join(conflicts[:5])
-            raise CallerError(
-                "patch-conflict",
-                f"{len(conflicts)} file(s) changed since the run: {shown}",
-                hint="nothing was written; commit or undo your changes, or use `git apply -3`",
-            )
-        owner = os.fstat(root)
-        # deletions first: a file may stand where a directory has to come
-        for change in sorted(chosen, key=lambda change: bool(change.mode)):
-            _write(root, change, owner)
+        _refuse_conflicts(root, chosen)
+        _replace(root, chosen)
     finally:
         os.close(root)
     held = tuple(change.path for change in changes.items if change not in chosen)
     return Applied(written=tuple(change.path for change in chosen), held=held)
 
 
-def _as_seen(root: int, change: Change) -> bool:
-    """Whether the host's file is still what the agent began with."""
+def _refuse_conflicts(root: int, chosen: list[Change]) -> None:
+    gone = frozenset(os.fsencode(change.path) for change in chosen if not change.mode)
+    conflicts = [change.path for change in chosen if not _as_seen(root, change, gone)]
+    if conflicts:
+        shown = ", ".join(printable_path(path) for path in conflicts[:5])
+        raise CallerError(
+            "patch-conflict",
+            f"{len(conflicts)} file(s) changed since the run: {shown}",
+            hint="nothing was written; commit or undo your changes, or use `git apply -3`",
+        )
+
+
+def _replace(root: int, chosen: list[Change]) -> None:
+    if not chosen:
+        return
+    change = chosen[0]
     try:
-        status = _status(root, change.path)
-        if status is None or not change.old_mode:
-            return status is None and not change.old_mode
+        replacement = Replacement(root)
+    except OSError as error:
+        raise _unwritable(change, error) from None
+    try:
+        for change in chosen:
+            replacement.stage(change)
+        # deletions first: a file may stand where a directory has to come, or the other way
+        for change in sorted(chosen, key=lambda change: bool(change.mode)):
+            replacement.put(change)
+    except (OSError, RingfenceError) as error:
+        replacement.undo()
+        raise _unwritable(change, error) from None
+    finally:
+        replacement.close()
+
+
+def _unwritable(change: Change, error: Exception) -> CallerError:
+    why = error.strerror if isinstance(error, OSError) else str(error)
+    message = f"{printable_path(change.path)} cannot be written: {why}"
+    return CallerError("patch-conflict", message, hint="the workspace is as it was")
+
+
+def _as_seen(root: int, change: Change, gone: frozenset[bytes]) -> bool:
+    """Whether the host's file is still what the agent began with; `gone` are those to be deleted
+    first.
+
+    Raises:
+        DeniedError: `path-escapes` for a path that no reader of ours wrote.
+    """
+    path = os.fsencode(change.path)
+    if any(part in {b"", b".", b".."} for part in path.split(b"/")):
+        raise DeniedError("path-escapes", f"{printable_path(path)} is not a normal path")
+    try:
+        if not change.old_mode:
+            return _is_free(root, path, gone)
+        status = _status(root, path)
         if stat.S_ISLNK(status.st_mode):
-            return change.old_mode == _LINK and read_link(root, change.path) == change.before
-        return read_regular(root, change.path, _CAP)[0] == change.before
+            return change.old_mode == _LINK and read_link(root, path) == change.before
+        return change.old_mode != _LINK and read_regular(root, path, _CAP)[0] == change.before
     except (OSError, RingfenceError):
         return False
 
 
-def _status(root: int, path: str) -> os.stat_result | None:
-    """None when there is nothing at the path, or no directory to hold it."""
+def _is_free(root: int, path: bytes, gone: frozenset[bytes]) -> bool:
+    """Whether nothing stands at a path, or below it, but what is to be deleted first."""
+    parts = path.split(b"/")
+    for count in range(1, len(parts)):
+        above = b"/".join(parts[:count])
+        try:
+            kind = _status(root, above).st_mode
+        except FileNotFoundError:
+            return True
+        if not stat.S_ISDIR(kind):
+            return above in gone
+    try:
+        kind = _status(root, path).st_mode
+    except FileNotFoundError:
+        return True
+    return stat.S_ISDIR(kind) and all(
+        path + b"/" + below in gone
+        for below, status in _below(root, path)
+        if not stat.S_ISDIR(status.st_mode)
+    )
+
+
+def _below(root: int, path: bytes) -> list[tuple[bytes, os.stat_result]]:
+    directory = open_beneath(root, path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        return list(walk(directory))
+    finally:
+        os.close(directory)
+
+
+def _status(root: int, path: bytes) -> os.stat_result:
+    """As lstat(2), beneath. Raises OSError, DeniedError."""
     try:
         parent = open_beneath_parent(root, path)
-    except FileNotFoundError:
-        return None
+    except NotADirectoryError:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
     try:
-        name = os.path.basename(os.fsencode(path))
-        return os.stat(name, dir_fd=parent, follow_symlinks=False)
-    except FileNotFoundError:
-        return None
+        return os.stat(os.path.basename(path), dir_fd=parent, follow_symlinks=False)
     finally:
         os.close(parent)
-
-
-def _write(root: int, change: Change, owner: os.stat_result) -> None:
-    path = os.fsencode(change.path)
-    if any(part in {b"", b".", b".."} for part in path.split(b"/")):
-        raise DeniedError("path-escapes", f"{change.path!r} is not a normal path")
-    directory, _, name = path.rpartition(b"/")
-    if directory and change.mode:
-        make_directories(root, directory, owner=_owner(owner))
-    parent = open_beneath_parent(root, path)
-    try:
-        if not change.mode:
-            os.unlink(name, dir_fd=parent)
-            return
-        temporary = b".ringfence-" + secrets.token_hex(8).encode()
-        if change.mode == _LINK:
-            os.symlink(change.after or b"", temporary, dir_fd=parent)
-        else:
-            _write_file(parent, temporary, change)
-        if os.geteuid() == 0:
-            os.chown(temporary, owner.st_uid, owner.st_gid, dir_fd=parent, follow_symlinks=False)
-        os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
-    finally:
-        os.close(parent)
-
-
-def _write_file(parent: int, temporary: bytes, change: Change) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    mode = 0o755 if change.mode == _EXECUTABLE else 0o644
-    descriptor = os.open(temporary, flags, mode, dir_fd=parent)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(change.after or b"")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _owner(owner: os.stat_result) -> int | None:
-    return owner.st_uid if os.geteuid() == 0 else None

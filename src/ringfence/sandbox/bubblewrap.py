@@ -32,7 +32,12 @@ from ringfence.sandbox.protocol import (
     SandboxSpec,
     stopping,
 )
-from ringfence.sandbox.safeopen import make_directories, open_beneath, read_regular
+from ringfence.sandbox.safeopen import (
+    create_regular,
+    make_directories,
+    printable_path,
+    read_regular,
+)
 from ringfence.sandbox.stdio import SocketProcess
 from ringfence.sandbox.workspace import Scan, scan
 
@@ -51,7 +56,6 @@ class BubblewrapBackend:
 
     def probe(self, profile: SandboxProfile) -> Sequence[ControlState]:
         """See the protocol."""
-        hostfacts.bwrap_path()
         hostfacts.check_user_namespaces()
         hierarchy = cgroups.discover()
         states = [_limit_state(control, hierarchy) for control in _LIMITS]
@@ -108,6 +112,8 @@ def _state(control: Control, enforced: bool, how: str, mend: str = "") -> Contro
 
 def _limit_state(control: Control, hierarchy: cgroups.Hierarchy) -> ControlState:
     there = control in hierarchy.parents
+    if control is Control.PIDS and not there and hostfacts.limits_processes():
+        return _state(control, True, "RLIMIT_NPROC in a user namespace of its own")
     mend = "start as root, or delegate a cgroup v2 subtree to this user (systemd: Delegate=yes)"
     return _state(control, there, "cgroup" if there else "no cgroup that we may write", mend)
 
@@ -144,6 +150,8 @@ class BubblewrapSandbox:
         self._ready: Launcher | None = launcher
         self._mnt, self._net, self._user, self._listener = handles[:4]
         self._workspace, self._lower, self._upper, self._home, self._tmp = handles[4:]
+        # by the kernel's own clock, which stamps the workspace's files too
+        self._begun_ns = os.fstat(self._upper).st_ctime_ns
         self._processes: set[SocketProcess] = set()
         self._seccomp = os.memfd_create("seccomp", os.MFD_CLOEXEC)
         os.write(self._seccomp, seccomp.build(platform.machine()))
@@ -159,8 +167,9 @@ class BubblewrapSandbox:
         spare: Spare,
     ) -> BubblewrapSandbox:
         """Look at the workspace, prepare the place, set the limits."""
+        _refuse_workspace(spec.workspace, state_dir)
         workspace_fd = _open_workspace(spec.workspace)
-        lease = hostfacts.lease_uid(state_dir, uids) if os.geteuid() == 0 else None
+        lease = hostfacts.lease_uid(uids) if os.geteuid() == 0 else None
         groups = None
         try:
             found = await asyncio.to_thread(
@@ -232,16 +241,13 @@ class BubblewrapSandbox:
             environment={**_BASE_ENVIRONMENT, **(environment or {})},
             cwd=cwd,
         )
-        plan = {
-            "phase": "exec",
-            "as_root": self._facts.as_root,
-            "uid": self._facts.uid,
-            "cgroups": self._groups.paths,
-            "rlimits": _rlimits(self._spec.profile),
-            "parent": os.getpid(),
-            "bwrap": hostfacts.bwrap_path(),
-            "argv": bwrap_argv,
-        }
+        plan = profile.exec_plan(
+            self._facts,
+            bwrap_argv,
+            cgroups=self._groups.paths,
+            rlimits=_rlimits(self._spec.profile),
+            parent=os.getpid(),
+        )
         process = self._spawn(plan, merge_stderr=merge_stderr)
         try:
             await process.started()
@@ -281,15 +287,16 @@ class BubblewrapSandbox:
 
     async def copy_in(self, files: Mapping[str, bytes]) -> None:
         """See the protocol."""
+        await asyncio.to_thread(self._copy_in, files)
+
+    def _copy_in(self, files: Mapping[str, bytes]) -> None:
         for path, data in files.items():
             directory, relative = self._place(path)
             parent, _, _ = relative.rpartition("/")
             owner = self._facts.uid if self._facts.as_root else None
             if parent:
                 make_directories(directory, parent, owner=owner)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-            descriptor = open_beneath(directory, relative, flags, 0o644)
-            with os.fdopen(descriptor, "wb") as file:
+            with os.fdopen(create_regular(directory, relative), "wb") as file:
                 if owner is not None:
                     os.fchown(file.fileno(), owner, owner)
                 file.write(data)
@@ -339,7 +346,9 @@ class BubblewrapSandbox:
             raise CallerError("internal", "changes are read only after stop()")
         if self._spec.profile.workspace_mode is not WorkspaceMode.REVIEW:
             return Changes()
-        return await asyncio.to_thread(read_changes, self._lower, self._upper)
+        return await asyncio.to_thread(
+            read_changes, self._lower, self._upper, begun_ns=self._begun_ns
+        )
 
     async def close(self) -> None:
         """See the protocol."""
@@ -387,10 +396,30 @@ def _rlimits(rules: SandboxProfile) -> dict[str, int]:
         "RLIMIT_CORE": 0,
         "RLIMIT_FSIZE": limits.file_mb << 20,
         "RLIMIT_NOFILE": limits.open_files,
+        # counted by uid and user namespace, so of this sandbox alone; beside the control group
+        "RLIMIT_NPROC": limits.pids,
         "RLIMIT_MEMLOCK": 8 << 20,
         "RLIMIT_MSGQUEUE": 0,
         "RLIMIT_RTPRIO": 0,
     }
+
+
+_HOSTS_OWN = ("/proc", "/sys", "/dev", "/run", "/etc", "/usr", "/boot")
+_HOLDS_ALL = ("/", "/var", "/home", "/opt", "/tmp")  # noqa: S108
+
+
+def _refuse_workspace(path: Path, state_dir: Path) -> None:
+    """What no mask could make safe to show, and what would show ringfence's own files."""
+    real, state = Path(os.path.realpath(path)), Path(os.path.realpath(state_dir))
+    system = str(real) in _HOLDS_ALL or any(real.is_relative_to(own) for own in _HOSTS_OWN)
+    if system or real.is_relative_to(state):
+        raise CallerError(
+            "workspace-refused",
+            f"{printable_path(str(path))} belongs to the host itself"
+            if system
+            else f"{printable_path(str(path))} lies in ringfence's own state directory",
+            hint="name the folder that the agent is to work on",
+        )
 
 
 def _open_workspace(path: Path) -> int:

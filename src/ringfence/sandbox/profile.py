@@ -8,7 +8,8 @@ exists only in the sandbox's private mount namespace.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 from ringfence.errors import CallerError
@@ -24,8 +25,7 @@ from ringfence.sandbox.protocol import (
 )
 
 STAGES = ("/mnt", "/media", "/srv", "/opt", "/tmp")  # noqa: S108
-"""Directories that the stage may cover, in a private mount namespace; the first that exists and
-that bubblewrap itself does not lie under."""
+"""Directories that the stage may cover, in a private mount namespace; the first that exists."""
 SECCOMP_FD, STATUS_FD = 10, 11
 
 PATH = "/opt/ringfence/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
@@ -59,6 +59,21 @@ _PROC_MASKED_DIRS = ("acpi", "scsi", "fs", "driver")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Tools:
+    """bubblewrap, and what of it is copied to the stage.
+
+    The uid of a sandbox cannot reach a virtual environment in root's home, which is 0700.
+
+    Attributes:
+        executable: absolute path of the host, or one relative to the stage.
+        copied: absolute host path to path below the stage.
+    """
+
+    executable: str
+    copied: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class HostFacts:
     """What was looked up on the host, so that planning stays pure.
 
@@ -69,19 +84,31 @@ class HostFacts:
         ca_bundle: content of the trust store, our CA included.
         masked: workspace-relative paths to hide, to whether each is a directory.
         proc_entries: names below /proc that exist on this kernel.
+        real: absolute host paths to what they are without links; absent is itself.
+        protected: ringfence's own directories on the host: absent inside like blocked ones.
+        special: sockets, FIFOs and devices below a writable path of the profile, relative to it.
+        tools: where bubblewrap is, see `Tools`.
         stage: which of STAGES is covered.
     """
 
     as_root: bool
     uid: int
-    links: Mapping[str, str]
-    existing: Mapping[str, bool]
-    ca_bundle: str
-    masked: Mapping[str, bool]
-    proc_entries: frozenset[str]
+    tools: Tools
+    links: Mapping[str, str] = field(default_factory=dict)
+    existing: Mapping[str, bool] = field(default_factory=dict)
+    ca_bundle: str = ""
+    masked: Mapping[str, bool] = field(default_factory=dict)
+    proc_entries: frozenset[str] = frozenset()
+    real: Mapping[str, str] = field(default_factory=dict)
+    protected: tuple[str, ...] = ()
+    special: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     stage: str = STAGES[0]
     egress_dir: str | None = None
     claude: str | None = None
+
+
+SYSTEM = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
+"""Beside /usr; links to it on most hosts."""
 
 
 def host_paths(profile: SandboxProfile) -> tuple[str, ...]:
@@ -102,20 +129,23 @@ _RESERVED = ("/", "/proc", "/sys", "/dev", "/run", "/opt/ringfence", "/etc", "/u
 
 
 def shown_paths(profile: SandboxProfile, facts: HostFacts) -> tuple[tuple[str, bool], ...]:
-    """(host path, writable) of everything beside the workspace; deny wins over both lists.
+    """(host path, writable) of everything beside the workspace; deny wins over both lists, by
+    name and by what a name leads to.
 
     Raises:
         CallerError: `profile-path-refused` for a path that would cover a mount of our own.
     """
     shown: dict[str, bool] = {}
+    denied = _denied(profile, facts)
     for path, writable in [(p, False) for p in profile.readable] + [
         (p, True) for p in profile.writable
     ]:
         if _is_workspace(path) or path not in facts.existing:
             continue
-        if any(_below(path, blocked) for blocked in profile.blocked):
+        spellings = (path, facts.real.get(path, path))
+        if any(_below(spelling, blocked) for spelling in spellings for blocked in denied):
             continue
-        if path in _RESERVED or (writable and _below(path, "/etc")):
+        if any(name in _RESERVED or (writable and _below(name, "/etc")) for name in spellings):
             raise CallerError(
                 "profile-path-refused",
                 f"{path} cannot be shown: it would cover what the sandbox itself needs",
@@ -125,24 +155,38 @@ def shown_paths(profile: SandboxProfile, facts: HostFacts) -> tuple[tuple[str, b
     return tuple(shown.items())
 
 
+def _denied(profile: SandboxProfile, facts: HostFacts) -> set[str]:
+    named = {*profile.blocked, *facts.protected}
+    return named | {facts.real.get(path, path) for path in named}
+
+
+def _masks(profile: SandboxProfile, facts: HostFacts) -> list[tuple[str, str, bool]]:
+    """(place of the stage, path below it, whether a directory) of all that is covered."""
+    masks = [("workspace", path, directory) for path, directory in facts.masked.items()]
+    for index, (path, _) in enumerate(shown_paths(profile, facts)):
+        base = facts.real.get(path, path)
+        for blocked in (*profile.blocked, *facts.protected):
+            real = facts.real.get(blocked, blocked)
+            if blocked in facts.existing and real != base and _below(real, base):
+                below = real[len(base) :].lstrip("/")
+                masks.append((f"shown/{index}", below, facts.existing[blocked]))
+        masks += [(f"shown/{index}", below, False) for below in facts.special.get(path, ())]
+    return sorted(masks)
+
+
 def prepare_plan(profile: SandboxProfile, facts: HostFacts) -> dict[str, Any]:
     """The plan of launch.py's first phase, JSON-shaped."""
-    review = profile.workspace_mode is WorkspaceMode.REVIEW
-    sources = [
-        _source(
-            "",
-            "lower" if review else "workspace",
-            read_only=profile.workspace_mode is WorkspaceMode.READONLY,
-            idmap=True,
-            directory=True,
-        )
-    ]
+    direct = profile.workspace_mode is WorkspaceMode.DIRECT
+    read_only = profile.workspace_mode is WorkspaceMode.READONLY
+    sources = [_source("", "workspace" if direct else "lower", read_only=read_only, idmap=True)]
+    overlays = [] if direct else [_layer("lower", "workspace", writable=not read_only)]
     for index, (path, writable) in enumerate(shown_paths(profile, facts)):
-        directory = facts.existing[path]
+        directory, target = facts.existing[path], f"shown/{index}"
+        if directory and not writable:
+            overlays.append(_layer(f"veiled/{index}", target, writable=False))
+            target = f"veiled/{index}"
         sources.append(
-            _source(
-                path, f"shown/{index}", read_only=not writable, idmap=writable, directory=directory
-            )
+            _source(path, target, read_only=not writable, idmap=writable, directory=directory)
         )
     if facts.egress_dir is not None:
         sources.append(_source(facts.egress_dir, "egress", read_only=True))
@@ -151,22 +195,62 @@ def prepare_plan(profile: SandboxProfile, facts: HostFacts) -> dict[str, Any]:
     for name in _ETC_FROM_HOST:
         path = f"/etc/{name}"
         if path in facts.existing:
-            sources.append(
-                _source(path, f"etc/{name}", read_only=True, directory=facts.existing[path])
-            )
+            directory = facts.existing[path]
+            sources.append(_source(path, f"etc/{name}", read_only=True, directory=directory))
+    return {
+        **bare_plan(facts),
+        "sources": sources,
+        "overlays": overlays,
+        "masks": _masks(profile, facts),
+        "disk_mb": profile.limits.disk_mb,
+        "tmp_exec": profile.tmp_exec,
+        "files": {**_ETC_FILES, "etc/ssl/certs/ca-certificates.crt": facts.ca_bundle},
+        "handles": ["workspace", "lower", "scratch/upper", "home", "tmp"],
+    }
+
+
+def bare_plan(facts: HostFacts) -> dict[str, Any]:
+    """A place with nothing in it."""
     return {
         "phase": "prepare",
         "stage": facts.stage,
         "as_root": facts.as_root,
         "uid": facts.uid,
         "proxy_port": INSIDE_PROXY_PORT,
-        "sources": sources,
-        "disk_mb": profile.limits.disk_mb,
-        "tmp_exec": profile.tmp_exec,
-        "overlay": review,
-        "files": {**_ETC_FILES, "etc/ssl/certs/ca-certificates.crt": facts.ca_bundle},
-        "handles": ["workspace", "lower", "scratch/upper", "home", "tmp"],
+        "tools": dict(facts.tools.copied),
+        "sources": [],
+        "overlays": [],
+        "masks": [],
+        "disk_mb": 1,
+        "tmp_exec": False,
+        "files": {},
+        "handles": [],
     }
+
+
+def exec_plan(
+    facts: HostFacts,
+    argv: Sequence[str],
+    *,
+    cgroups: Sequence[str],
+    rlimits: Mapping[str, int],
+    parent: int,
+) -> dict[str, Any]:
+    """The plan of launch.py's second phase; `parent` is the worker's process id."""
+    return {
+        "phase": "exec",
+        "as_root": facts.as_root,
+        "uid": facts.uid,
+        "cgroups": list(cgroups),
+        "rlimits": dict(rlimits),
+        "parent": parent,
+        "bwrap": str(PurePosixPath(facts.stage) / facts.tools.executable),
+        "argv": list(argv),
+    }
+
+
+def _layer(lower: str, target: str, *, writable: bool) -> dict[str, Any]:
+    return {"lower": lower, "target": target, "writable": writable}
 
 
 def _source(
@@ -201,11 +285,9 @@ def enclose_argv(
         *_system(facts),
         *_proc(facts),
         *_places(profile, facts),
-        *_masks(facts),
+        *_system_covers(profile, facts),
+        *("--remount-ro", "/"),
     ]
-    for path in profile.blocked:
-        arguments += _covers(path, profile, facts)
-    arguments += ["--remount-ro", "/"]
     for name, value in environment.items():
         arguments += ["--setenv", name, value]
     return [*arguments, "--chdir", cwd, "--", *command]
@@ -213,7 +295,7 @@ def enclose_argv(
 
 def _system(facts: HostFacts) -> list[str]:
     arguments = ["--ro-bind", "/usr", "/usr"]
-    for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
+    for name in SYSTEM:
         if name in facts.links:
             arguments += ["--symlink", facts.links[name], f"/{name}"]
         elif f"/{name}" in facts.existing:
@@ -237,6 +319,8 @@ def _places(profile: SandboxProfile, facts: HostFacts) -> list[str]:
     arguments = [
         *("--bind", f"{facts.stage}/tmp", "/tmp", "--bind", f"{facts.stage}/tmp", "/var/tmp"),  # noqa: S108
         *("--bind", f"{facts.stage}/shm", "/dev/shm"),  # noqa: S108
+        # bubblewrap's /dev is a tmpfs of the agent's own: without a size, and programs run from it
+        *("--remount-ro", "/dev"),
         *("--bind", f"{facts.stage}/home", INSIDE_HOME),
     ]
     if facts.egress_dir is not None:
@@ -248,27 +332,16 @@ def _places(profile: SandboxProfile, facts: HostFacts) -> list[str]:
     return [*arguments, workspace, f"{facts.stage}/workspace", INSIDE_WORKSPACE]
 
 
-def _masks(facts: HostFacts) -> list[str]:
-    """Cover hidden files: an empty directory nobody may enter, or a file nobody may read."""
+def _system_covers(profile: SandboxProfile, facts: HostFacts) -> list[str]:
+    """What is blocked of the host's programs; of the rest, see `_masks`, or it is absent anyway."""
     arguments = []
-    for path, directory in sorted(facts.masked.items()):
-        target = f"{INSIDE_WORKSPACE}/{path}"
-        if directory:
-            arguments += ["--perms", "0000", "--size", "4096", "--tmpfs", target]
-            arguments += ["--remount-ro", target]
-        else:
-            arguments += ["--ro-bind", f"{facts.stage}/masked", target]
+    system = ("/usr", *(f"/{name}" for name in SYSTEM if f"/{name}" in facts.existing))
+    for path in dict.fromkeys(facts.real.get(path, path) for path in profile.blocked):
+        if not any(_below(path, base) and path != base for base in system):
+            continue
+        if facts.existing.get(path):
+            arguments += ["--perms", "0000", "--size", "4096", "--tmpfs", path]
+            arguments += ["--remount-ro", path]
+        elif path in facts.existing:
+            arguments += ["--ro-bind", f"{facts.stage}/masked", path]
     return arguments
-
-
-def _covers(path: str, profile: SandboxProfile, facts: HostFacts) -> list[str]:
-    """A blocked path is absent already unless it lies below something shown."""
-    if _is_workspace(path) and path != INSIDE_WORKSPACE:
-        return []  # masked with the hidden files, where its kind is known
-    below_usr = _below(path, "/usr") and path != "/usr"
-    below_shown = any(_below(path, shown) for shown, _ in shown_paths(profile, facts))
-    if not (below_usr or below_shown) or path not in facts.existing:
-        return []
-    if facts.existing[path]:
-        return ["--perms", "0000", "--size", "4096", "--tmpfs", path, "--remount-ro", path]
-    return ["--ro-bind", f"{facts.stage}/masked", path]

@@ -152,7 +152,12 @@ class Sandbox(Protocol):
 
     @property
     def hidden(self) -> Sequence[str]:
-        """Workspace-relative paths masked at start: sockets, devices, secrets (requirement E)."""
+        """Workspace-relative paths masked at start: sockets, devices, secrets (requirement E).
+
+        A mask stays on its file, whatever a folder above it is named later. In review and
+        readonly mode sockets and FIFOs that the host makes later are dead inside too; in direct
+        mode they are not.
+        """
         ...
 
     @property
@@ -289,7 +294,8 @@ class Backend(Protocol):
         Raises:
             UnavailableError: `control-unenforceable`, `isolation-unavailable`,
                 `sandbox-start-failed`.
-            CallerError: `workspace-missing`.
+            CallerError: `workspace-missing`; `workspace-refused` for a directory of the host
+                itself or one below the state directory; `profile-path-refused`.
         """
         ...
 

@@ -81,6 +81,29 @@ def read_regular(directory: int, path: str | bytes, limit: int) -> tuple[bytes, 
         return data, status
 
 
+def create_regular(directory: int, path: str | bytes) -> int:
+    """Descriptor of an emptied or new regular file (0644), for writing.
+
+    Raises:
+        DeniedError: `path-escapes` for a link or a special file.
+        OSError: as open(2).
+    """
+    # O_NONBLOCK: a FIFO that nobody reads answers ENXIO instead of holding us for ever
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK
+    try:
+        descriptor = open_beneath(directory, path, flags, 0o644)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        descriptor = -1
+    if descriptor >= 0 and stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.ftruncate(descriptor, 0)
+        return descriptor
+    if descriptor >= 0:
+        os.close(descriptor)
+    raise DeniedError("path-escapes", f"{printable_path(path)} is not a regular file")
+
+
 def read_link(directory: int, path: str | bytes) -> bytes:
     """A link's target as bytes, without following anything."""
     handle = open_beneath_parent(directory, path)
@@ -112,12 +135,28 @@ def make_directories(directory: int, path: str | bytes, *, owner: int | None = N
         done.append(part)
 
 
+def make_accessible(directory: int, path: str | bytes) -> None:
+    """Give its owner, who we are, the rights to a file or directory. Raises OSError."""
+    handle = open_beneath(directory, path, os.O_PATH)
+    try:
+        os.chmod(f"/proc/self/fd/{handle}", 0o700)
+    finally:
+        os.close(handle)
+
+
 def walk(
-    directory: int, *, max_entries: int = 1_000_000, max_depth: int = 256
+    directory: int,
+    *,
+    max_entries: int = 1_000_000,
+    max_depth: int = 256,
+    unlock: bool = False,
+    shut: list[bytes] | None = None,
 ) -> Iterator[tuple[bytes, os.stat_result]]:
     """Every entry below a directory, depth first, sorted, without following links.
 
-    Yields a directory before what lies in it. Holds one descriptor a level.
+    Yields a directory before what lies in it. Holds one descriptor a level. What is deleted while
+    we look is left out. `unlock` opens directories that their owner, who we are, has shut;
+    those that stay shut to us are added to `shut`, and without it PermissionError is raised.
 
     Raises:
         AgentError: `tree-too-large` past the caps, which a hostile tree can reach.
@@ -137,17 +176,46 @@ def walk(
             seen += 1
             if seen > max_entries or len(stack) > max_depth:
                 raise AgentError("tree-too-large", "a tree has more entries or levels than allowed")
-            status = os.stat(name, dir_fd=handle, follow_symlinks=False)
+            try:
+                status = os.stat(name, dir_fd=handle, follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            except PermissionError:  # a directory that can be listed and not entered
+                _note_shut(shut, prefix[:-1])
+                os.close(handle)
+                stack.pop()
+                continue
             path = prefix + name
             yield path, status
-            if stat.S_ISDIR(status.st_mode):
-                below = os.open(
-                    name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=handle
-                )
+            if not stat.S_ISDIR(status.st_mode):
+                continue
+            if unlock and status.st_mode & stat.S_IRWXU != stat.S_IRWXU:
+                make_accessible(handle, name)
+            below = _enter(handle, name, path, shut)
+            if below is not None:
                 stack.append((path + b"/", below, iter(_names(below))))
     finally:
         for _, handle, _ in stack:
             os.close(handle)
+
+
+def _note_shut(shut: list[bytes] | None, path: bytes) -> None:
+    if shut is None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+    shut.append(path)
+
+
+def _enter(parent: int, name: bytes, path: bytes, shut: list[bytes] | None) -> int | None:
+    """Descriptor of a directory; None when it is gone, shut to us, or no directory any more."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(name, flags, dir_fd=parent)
+    except PermissionError:
+        _note_shut(shut, path)
+    except OSError as error:
+        if error.errno not in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:
+            raise
+    return None
 
 
 def _names(handle: int) -> list[bytes]:

@@ -7,10 +7,14 @@ forgets them is no filter (seccomp(2), "Caveats").
 
 Ruled by argument: clone without any namespace flag; clone3 is ENOSYS, because its flags lie in
 memory that a filter cannot read and libc then falls back to clone; sockets of the unix, inet,
-inet6 and netlink-route families only (no vsock, packet, alg, xdp); ioctl without TIOCSTI and
-TIOCLINUX, which type into the host's terminal (CVE-2017-5226, CVE-2023-28100); mknod of FIFOs and
-plain files; personality only where it asks or sets the plain one (no READ_IMPLIES_EXEC, no
-ADDR_NO_RANDOMIZE).
+inet6 and netlink-route families only (no vsock, packet, alg, xdp), inet ones of TCP and UDP only,
+pairs of the unix family only; ioctl without what types into the host's terminal (TIOCSTI,
+TIOCLINUX: CVE-2017-5226, CVE-2023-28100) or has the kernel load a module for whoever asks (line
+disciplines: CVE-2017-2636; bridges, VLANs); mknod of FIFOs and plain files; personality only where
+it asks or sets the plain one (no READ_IMPLIES_EXEC, no ADDR_NO_RANDOMIZE).
+
+A family or protocol that no filter names would be looked for among the kernel's modules, without
+any privilege: sctp, dccp and tipc have been roads to root before.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ _LD, _JEQ, _JGE, _JSET, _RET, _AND = 0x20, 0x15, 0x35, 0x45, 0x06, 0x54
 _NR, _ARCH = 0, 4
 _ALLOW, _KILL = 0x7FFF0000, 0x80000000
 _ERRNO = 0x00050000
-_EPERM, _ENOSYS, _EAFNOSUPPORT = 1, 38, 97
+_EPERM, _ENOSYS, _EPROTONOSUPPORT, _EAFNOSUPPORT = 1, 38, 93, 97
 
 _NAMESPACES = 0x7E020000 | 0x80
 """CLONE_NEW{NS,CGROUP,UTS,IPC,USER,PID,NET} and NEWTIME, which shares a bit with the exit signal:
@@ -34,9 +38,14 @@ _X32 = 0x40000000
 _FIRST_UNKNOWN = 463
 """Numbers from here on are newer than the table: ENOSYS, as the older kernel would say."""
 
-FAMILIES = (1, 2, 10)
+_AF_UNIX, _INET_FAMILIES = 1, (2, 10)
+_INET_PROTOCOLS = (0, 6, 17)
+"""0 is the type's own: TCP for streams, UDP for datagrams."""
 _AF_NETLINK, _NETLINK_ROUTE = 16, 0
-FORBIDDEN_IOCTLS = (0x5412, 0x541C)
+FORBIDDEN_IOCTLS = (
+    *(0x5412, 0x541C, 0x5423),  # TIOCSTI, TIOCLINUX, TIOCSETD
+    *(0x8940, 0x8941, 0x8982, 0x8983, 0x89A0, 0x89A1),  # SIOC{G,S}IFBR, {G,S}IFVLAN, BR{ADD,DEL}BR
+)
 _S_IFMT = 0xF000
 _NODE_KINDS = (0x0000, 0x1000, 0x8000)
 _PERSONALITIES = (0x0, 0xFFFFFFFF)
@@ -142,8 +151,9 @@ def _ruled() -> dict[str, _Program]:
         "clone": _clone(),
         "clone3": _always(errno(_ENOSYS)),
         "socket": _socket(),
+        "socketpair": _one_of(0, (_AF_UNIX,), _EAFNOSUPPORT),
         "ioctl": _ioctl(),
-        "personality": _personality(),
+        "personality": _one_of(0, _PERSONALITIES, _EPERM),
         "mknod": _mknod(1),
         "mknodat": _mknod(2),
     }
@@ -167,14 +177,23 @@ def _clone() -> _Program:
 def _socket() -> _Program:
     program = _Program()
     program.argument(0)
-    for family in FAMILIES:
-        program.add(_JEQ, family, 0, 1)
-        program.returns(_ALLOW)
-    program.add(_JEQ, _AF_NETLINK, 0, 3)
-    program.argument(2)
-    program.add(_JEQ, _NETLINK_ROUTE, 0, 1)
+    program.add(_JEQ, _AF_UNIX, 0, 1)
     program.returns(_ALLOW)
+    for family in _INET_FAMILIES:
+        program.unless_equal_skip(family, _one_of(2, _INET_PROTOCOLS, _EPROTONOSUPPORT))
+    program.unless_equal_skip(_AF_NETLINK, _one_of(2, (_NETLINK_ROUTE,), _EAFNOSUPPORT))
     program.returns(errno(_EAFNOSUPPORT))
+    return program
+
+
+def _one_of(argument: int, values: tuple[int, ...], otherwise: int) -> _Program:
+    """Allow when an argument is one of the values; else the errno."""
+    program = _Program()
+    program.argument(argument)
+    for value in values:
+        program.add(_JEQ, value, 0, 1)
+        program.returns(_ALLOW)
+    program.returns(errno(otherwise))
     return program
 
 
@@ -196,16 +215,6 @@ def _mknod(mode_argument: int) -> _Program:
     program.add(_AND, _S_IFMT)
     for kind in _NODE_KINDS:
         program.add(_JEQ, kind, 0, 1)
-        program.returns(_ALLOW)
-    program.returns(errno(_EPERM))
-    return program
-
-
-def _personality() -> _Program:
-    program = _Program()
-    program.argument(0)
-    for value in _PERSONALITIES:
-        program.add(_JEQ, value, 0, 1)
         program.returns(_ALLOW)
     program.returns(errno(_EPERM))
     return program

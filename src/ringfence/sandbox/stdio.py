@@ -39,7 +39,6 @@ class SocketProcess:
         self._on_release = on_release
         self._returncode: int | None = None
         self._init: int | None = None
-        self._exit_code: int | None = None
         self._tail = bytearray()
         self._killed = False
         loop = asyncio.get_running_loop()
@@ -68,12 +67,6 @@ class SocketProcess:
             )
         with contextlib.suppress(ProcessLookupError):
             self._init = os.pidfd_open(int(json.loads(first)["child-pid"]))
-        self._learn(buffer.partition(b"\n")[2])
-
-    def _learn(self, data: bytes) -> None:
-        for line in data.splitlines():
-            with contextlib.suppress(ValueError):
-                self._exit_code = json.loads(line).get("exit-code", self._exit_code)
 
     @property
     def returncode(self) -> int | None:
@@ -152,7 +145,12 @@ class SocketProcess:
             await _readable(self._init)
             os.close(self._init)
             self._init = None
-        await self._drained  # nobody is left who could hold the other end
+        # A descriptor of the other end may lie, unread, in a socket that somebody outside holds:
+        # the inmate sent it there so that no end of file ever comes. What is queued stays readable.
+        for end in (self._stdout, self._stderr):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RD)
+        await self._drained
         self._returncode = self._status_of(code)
 
     def _status_of(self, code: int) -> int:

@@ -583,5 +583,7 @@ AARCH64: dict[str, int] = {
     "mseal": 462,
 }
 
-RULED = frozenset({"clone", "clone3", "socket", "ioctl", "personality", "mknod", "mknodat"})
+RULED = frozenset(
+    {"clone", "clone3", "socket", "socketpair", "ioctl", "personality", "mknod", "mknodat"}
+)
 """Not allowed as such: `seccomp.py` looks at their arguments."""

@@ -37,18 +37,20 @@ class Scan:
             directory is listed.
         special: sockets, FIFOs and devices.
         git_configs: git configurations that hold a credential.
+        shut: directories that cannot be looked through; what lies in them is anyone's guess.
         directories: those of the above that are directories.
     """
 
     hidden: tuple[str, ...] = ()
     special: tuple[str, ...] = ()
     git_configs: tuple[str, ...] = ()
+    shut: tuple[str, ...] = ()
     directories: frozenset[str] = frozenset()
 
     @property
     def masked(self) -> dict[str, bool]:
         """Every path to mask, to whether it is a directory."""
-        paths = (*self.hidden, *self.special, *self.git_configs)
+        paths = (*self.hidden, *self.special, *self.git_configs, *self.shut)
         return {path: path in self.directories for path in paths}
 
 
@@ -118,8 +120,9 @@ def scan(
     special: list[str] = []
     configs: list[str] = []
     directories: set[str] = set()
+    shut: list[bytes] = []
     inside_hidden = "\0"
-    for raw, status in walk(workspace_fd, max_entries=max_entries):
+    for raw, status in walk(workspace_fd, max_entries=max_entries, shut=shut):
         path = os.fsdecode(raw)
         if path.startswith(inside_hidden):
             continue
@@ -132,11 +135,13 @@ def scan(
             special.append(path)
         elif _is_git_config(path) and _bears_credential(workspace_fd, raw):
             configs.append(path)
+    closed = tuple(os.fsdecode(path) for path in shut if path)
     return Scan(
+        shut=closed,
         hidden=tuple(hidden),
         special=tuple(special),
         git_configs=tuple(configs),
-        directories=frozenset(directories),
+        directories=frozenset({*directories, *closed}),
     )
 
 

