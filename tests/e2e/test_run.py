@@ -268,6 +268,47 @@ def test_the_vault_serves_the_run(box: Box, simulator: Simulator) -> None:
     assert "sk-ant" not in listed.out + listed.err
 
 
+def test_the_state_directory_is_never_shown_to_the_agent(box: Box) -> None:
+    """Requirement L: the key that opens the vault lies there."""
+    outside, inside = box.state, box.workspace / ".state"
+    box.state = inside
+    sealed = box.call("vault", "set", "anthropic", stdin="sk-ant-from-the-vault-123\n")
+    assert sealed.code == 0, sealed.err
+    done = box.execute("cat /workspace/.state/vault/key")
+    assert done.code == 3
+    assert done.json["error"]["code"] == "state-exposed"
+    box.state = outside
+    assert box.execute("true").code == 0
+    box.policy({"preset": "strict", "filesystem": {"readable_paths": [str(outside / "audit")]}})
+    assert box.execute("true").json["error"]["code"] == "state-exposed"
+
+
+def test_a_vault_credential_goes_to_its_own_hosts_only(box: Box, simulator: Simulator) -> None:
+    """Requirement L: what was sealed for one host is not sent to the operator's other upstream."""
+    secret = "sk-ant-from-the-vault-123\n"
+    box.call("vault", "set", "anthropic", "--host", "api.anthropic.com", stdin=secret)
+    done = box.run(script({"text": "ok"}), ANTHROPIC_API_KEY="")
+    assert done.code == 5
+    assert simulator.requests == []
+    refused = [r["reason"] for r in box.records() if r["type"] == "egress.refused"]
+    assert "credential-not-for-host" in refused
+    box.call("vault", "set", "anthropic", stdin=secret)
+    assert box.run(script({"text": "ok"}), ANTHROPIC_API_KEY="").code == 0
+
+
+def test_words_that_have_no_utf_8_are_no_crash(box: Box) -> None:
+    done = box.run(script({"text": "torn \ud800 \x9b2J"}))
+    assert done.code == 0, done.err
+    assert done.json["text"] == "torn \ud800 \x9b2J"
+    assert done.out.isascii()
+    shown = box.call("sessions", "show", done.json["session_id"])
+    assert shown.code == 0, shown.err
+    assert "torn \ufffd" in shown.out
+    as_json = box.call("sessions", "show", done.json["session_id"], "--json")
+    assert as_json.code == 0, as_json.err
+    assert "\\ud800" in as_json.out
+
+
 def test_text_output_for_people(box: Box) -> None:
     done = box.call(
         *("run", script(EDIT, {"text": "all good\x1b[31m"}), "--workspace", str(box.workspace)),

@@ -69,7 +69,7 @@ class Exchange:
         if provider is None or target is None:
             return self.refuse(502, "provider-unknown", "model", model=True)
         try:
-            injection = _model_injection(state, provider.credential, provider.header)
+            injection = _model_injection(state, provider.credential, provider.header, target.host)
             await state.record(
                 "model.requested",
                 durable=injection is not None,
@@ -284,8 +284,10 @@ class Exchange:
             self._done.set_result(reason)
 
 
-def _model_injection(state: SandboxState, name: str | None, header: str) -> Injection | None:
-    return None if name is None else state.shared.credentials.for_model(name, header)
+def _model_injection(
+    state: SandboxState, name: str | None, header: str, host: str
+) -> Injection | None:
+    return None if name is None else state.shared.credentials.for_model(name, header, host)
 
 
 def _host_injection(state: SandboxState, rule: HostRule, host: str) -> Injection | None:

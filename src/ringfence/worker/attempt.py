@@ -95,7 +95,7 @@ class Attempt:
             RingfenceError: only when nothing of the agent has run: a caller's mistake, or a
                 host that cannot.
         """
-        check(self._request, self._policy)
+        check(self._request, self._policy, self._station.config.state_dir)
         directory = RunDirectory(self._station.config.state_dir, self.run_id)
         try:
             async with AsyncExitStack() as stack:

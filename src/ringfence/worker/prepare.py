@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,12 +27,12 @@ def narrowed(policy: CompiledPolicy, request: RunRequest) -> CompiledPolicy:
     return replace(policy, sandbox=sandbox, egress=replace(policy.egress, model=model))
 
 
-def check(request: RunRequest, policy: CompiledPolicy) -> None:
+def check(request: RunRequest, policy: CompiledPolicy, state_dir: Path) -> None:
     """Refuse what cannot or may not run.
 
     Raises:
         CallerError: `workspace-missing`.
-        DeniedError: `permission-mode-denied`.
+        DeniedError: `permission-mode-denied`, `state-exposed`.
     """
     if not Path(request.workspace).is_dir():
         raise CallerError(
@@ -45,6 +46,38 @@ def check(request: RunRequest, policy: CompiledPolicy) -> None:
             f"the policy does not permit mode {mode.value}",
             hint=f"it permits: {allowed}",
         )
+    profile = policy.sandbox
+    refuse_exposed(state_dir, [request.workspace, *profile.readable, *profile.writable])
+
+
+def refuse_exposed(state_dir: Path, shown: Iterable[str]) -> None:
+    """No mount of a sandbox may show the state directory, or lie in it.
+
+    The keys of the vault and of the audit log are there, and every transcript. Directories are
+    told apart by device and inode: a link or a bind mount is the same directory by another name.
+
+    Raises:
+        DeniedError: `state-exposed`.
+    """
+    around = _identities(state_dir)
+    own = around[0] if around else None
+    for path in shown:
+        above = _identities(Path(path))
+        if above and (above[0] in around or own in above):
+            raise DeniedError(
+                "state-exposed",
+                f"{path} would show the agent ringfence's own state directory, {state_dir}",
+                hint="name a directory beside it, or set RINGFENCE_STATE_DIR to one elsewhere",
+            )
+
+
+def _identities(path: Path) -> list[tuple[int, int]]:
+    """Device and inode of a path and of all that is above it; empty when it does not exist."""
+    place = path.resolve()
+    try:
+        return [(s.st_dev, s.st_ino) for s in (p.stat() for p in (place, *place.parents))]
+    except OSError:
+        return []
 
 
 def listen(path: Path) -> socket.socket:
