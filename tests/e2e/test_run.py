@@ -120,8 +120,32 @@ def test_every_call_is_in_the_audit_log_and_it_verifies(box: Box) -> None:
         r["tool_use_id"]: r["input_hmac"] for r in box.records() if r["type"] == "tool.requested"
     }
     assert set(decided) == set(asked)
+    answered = [r for r in box.records() if r["type"] == "model.answered"]
+    requested = [r for r in box.records() if r["type"] == "model.requested"]
+    assert {r["request_id"] for r in answered} == {r["request_id"] for r in requested}
+    assert all(r["model"] and r["status"] == 200 and r["cost_usd"] > 0 for r in answered)
+    (ended,) = [r for r in box.records() if r["type"] == "run.ended"]
+    assert ended["input_tokens"] == sum(r["input_tokens"] for r in answered)
+    assert ended["cost_usd"] == pytest.approx(sum(r["cost_usd"] for r in answered))
+    assert ended["requests"] == sum(r["billed"] for r in answered)
+    finished = [r for r in box.records() if r["type"] == "tool.finished"]
+    assert sorted(r["outcome"] for r in finished) == ["failure", "success"]
+    assert all(r["duration_ms"] > 0 and r["input_hmac"] for r in finished)
     verify = box.call("audit", "verify")
     assert verify.code == 0, verify.out + verify.err
+
+
+def test_a_tool_that_the_wire_refuses_is_named_in_the_record(box: Box) -> None:
+    box.run(script({"tool": "WebFetch", "input": {"url": "http://x", "prompt": "y"}}))
+    asked = [r for r in box.records() if r["type"] == "tool.requested"]
+    assert {(r["name"], r["complete"]) for r in asked} == {("WebFetch", False)}
+
+
+def test_a_call_that_never_ended_has_an_end_in_the_record(box: Box) -> None:
+    box.run(script(bash("tail -f /dev/null")), "--timeout", "20")
+    (finished,) = [r for r in box.records() if r["type"] == "tool.finished"]
+    assert finished["outcome"] in {"interrupted", "unknown"}
+    assert finished["duration_ms"] > 100
 
 
 def test_resume_from_another_directory(box: Box, simulator: Simulator) -> None:
@@ -227,6 +251,8 @@ def test_a_kill_of_ringfence_leaves_nobody(box: Box) -> None:
     assert wait_for(lambda: not processes_with(marker), 1)
     process.communicate(timeout=10)
     assert wait_for(lambda: not processes_with(str(box.state)), 5)
+    assert [r["reason"] for r in box.records() if r["type"] == "run.lost"] == ["worker-gone"]
+    assert box.call("audit", "verify").code == 0
 
 
 def test_a_budget_ends_the_run(box: Box) -> None:

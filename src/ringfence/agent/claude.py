@@ -33,7 +33,7 @@ from ringfence.agent.command_line import CONFIG_DIR, argv, environment
 from ringfence.agent.messages import AgentMessage, Notice, Text, ToolEnded, ToolStarted, TurnEnded
 from ringfence.agent.permissions import Answer, Approver, Question, canonical_input, input_sha256
 from ringfence.agent.transport import SandboxTransport
-from ringfence.errors import AgentError
+from ringfence.errors import AgentError, UnavailableError
 from ringfence.model import PermissionMode
 from ringfence.policy.compiled import ToolGrants
 from ringfence.policy.decide import decide_tool
@@ -220,14 +220,14 @@ class ClaudeDriver:
         await self._sandbox.stop()
 
     async def close(self) -> None:
-        """End the process and forget the timers. Idempotent."""
-        for _, _, _, timer in self._running.values():
-            timer.cancel()
-        self._running.clear()
+        """End the process; calls that it never said the end of are recorded as such. Idempotent."""
         if self._client is not None:
             client, self._client = self._client, None
             with suppress(ClaudeSDKError, OSError, TimeoutError):
                 await client.disconnect()
+        for identity in list(self._running):
+            with suppress(UnavailableError):
+                await self._finish(identity, "unknown")
         for task in list(self._tasks):
             with suppress(asyncio.CancelledError):
                 await task

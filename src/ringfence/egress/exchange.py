@@ -57,9 +57,9 @@ class Exchange:
         finally:
             answered = self.status == 200 and not admitted.counts_only
             report = exchange.finish(answered=answered)
-            if not admitted.counts_only:
-                elapsed = (time.monotonic() - started) * 1000
-                state.answered(request_id, report, self.status, elapsed, reason)
+            elapsed = (time.monotonic() - started) * 1000
+            billed = not admitted.counts_only
+            state.answered(request_id, report, self.status, elapsed, reason, billed=billed)
 
     async def _send_model(
         self, exchange: ModelExchange, admitted: Admitted, request_id: str

@@ -69,7 +69,9 @@ class AuditReader:
         """Records in order from index `after` + 1 on, each with its `index`."""
         if run_id is None:
             rows = self._select(
-                "SELECT idx, body FROM record WHERE idx > ? ORDER BY idx LIMIT ?", after, limit
+                "SELECT idx, body FROM record NOT INDEXED WHERE idx > ? ORDER BY idx LIMIT ?",
+                after,
+                limit,
             )
         else:
             rows = self._select(
@@ -92,7 +94,9 @@ class AuditReader:
 
     def last(self, count: int) -> list[dict[str, Any]]:
         """The last records, in order."""
-        rows = self._select("SELECT idx, body FROM record ORDER BY idx DESC LIMIT ?", count)
+        rows = self._select(
+            "SELECT idx, body FROM record NOT INDEXED ORDER BY idx DESC LIMIT ?", count
+        )
         return [_record(index, body) for index, body in reversed(rows)]
 
     def runs(self, limit: int = 100) -> list[RunSummary]:
@@ -124,14 +128,14 @@ class AuditReader:
             )
         ]
         started = _of_type(edges, "run.started")
-        ended = _of_type(edges, "run.ended")
+        ended = _of_type(edges, "run.ended") or _of_type(edges, "run.lost")
         return RunSummary(
             run_id=run_id,
             session_id=str(started.get("session_id", "")),
             kind=str(started.get("kind", "")),
             started=str(started.get("time", "")),
             ended=str(ended.get("time", "")),
-            status=str(ended.get("status", "")),
+            status=str(ended.get("status", "lost" if ended else "")),
             records=count,
             first_index=first,
             last_index=last,

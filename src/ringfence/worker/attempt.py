@@ -443,8 +443,11 @@ class Attempt:
                 status=result.status.value,
                 exit_code=result.exit_code,
                 duration_ms=result.duration_seconds * 1000,
+                requests=result.usage.requests,
                 input_tokens=result.usage.input_tokens,
                 output_tokens=result.usage.output_tokens,
+                cache_creation_input_tokens=result.usage.cache_creation_input_tokens,
+                cache_read_input_tokens=result.usage.cache_read_input_tokens,
                 cost_usd=result.usage.cost_usd,
                 reason=result.error["code"] if result.error else "",
             )
