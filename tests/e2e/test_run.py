@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import sqlite3
 import subprocess
 
 import pytest
@@ -170,6 +172,29 @@ def test_resuming_never_widens_the_policy(box: Box) -> None:
     box.policy({"preset": "review"})
     second = box.run(script(EDIT, {"text": "second"}), "--resume", first.json["session_id"])
     assert second.json["changed_files"] == []
+
+
+def test_a_transcript_that_cannot_be_kept_ends_the_run(box: Box) -> None:
+    """Architecture 1: the mirror is eager, and its error stops the run."""
+    wait = "touch began; until [ -e /workspace/go ]; do sleep 0.1; done"
+    (box.workspace / "wait.sh").write_text(wait)
+    accepted = {"accept_unenforced": ["workspace_disk"]}
+    box.policy({"preset": "strict", "filesystem": {"workspace": "direct"}, **accepted})
+    process = box.spawn(
+        *("run", script(bash("sh wait.sh"), bash("true"), {"text": "ok"}), "--output", "json"),
+        *("--workspace", str(box.workspace), "--policy", str(box.place / "policy.yaml")),
+    )
+    assert wait_for((box.workspace / "began").exists, 60), process.communicate(timeout=30)
+    with contextlib.closing(sqlite3.connect(box.state / "sessions.sqlite")) as other:
+        other.execute("UPDATE lease SET token = token + 1")  # another run has taken it over
+        other.commit()
+    (box.workspace / "go").touch()
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 4, out + err
+    assert json.loads(out)["error"]["code"] == "transcript-lost"
+    assert "flush failed" not in err, "what the SDK logs quotes frames from inside"
+    (ended,) = [r for r in box.records() if r["type"] == "run.ended"]
+    assert (ended["status"], ended["reason"]) == ("failed", "transcript-lost")
 
 
 def test_an_unknown_session_is_one_clear_line(box: Box) -> None:

@@ -230,6 +230,50 @@ def test_sessions_delete_waits_for_no_run(state: SimpleNamespace) -> None:
     store.close()
 
 
+def test_a_fork_that_cannot_be_recorded_is_not_made(state: SimpleNamespace) -> None:
+    fill(state)
+    (state.state_dir / "audit" / "key").chmod(0o644)
+    done = invoke(sessions.app, state, "fork", SID)
+    assert done.exit_code == 4
+    assert "audit-key-refused" in done.output
+    listed = json.loads(invoke(sessions.app, state, "list", "--json").output)
+    assert [s["session_id"] for s in listed] == [SID]
+
+
+@pytest.mark.parametrize(
+    "command", [["list"], ["show", SID], ["fork", SID], ["delete", SID], ["resume", SID, "x"]]
+)
+def test_a_damaged_store_is_one_clear_line(state: SimpleNamespace, command: list[str]) -> None:
+    fill(state)
+    path = state.state_dir / "sessions.sqlite"
+    path.write_bytes(path.read_bytes()[:4096] + b"\xff" * 40_000)
+    done = invoke(sessions.app, state, *command)
+    assert done.exit_code == 4
+    assert "store-unavailable" in done.output
+    assert len(done.output.splitlines()) <= 2
+
+
+def test_a_log_that_cannot_be_signed_is_one_clear_line(state: SimpleNamespace) -> None:
+    path = state.state_dir / "audit" / "log.sqlite"
+    path.write_bytes(path.read_bytes()[:4096] + b"\xff" * 40_000)
+    for command in (["checkpoint"], ["key", "--rotate"], ["show"], ["export"]):
+        done = invoke(audit.app, state, *command)
+        assert done.exit_code == 4, (command, done.output, done.exception)
+        assert "store-unavailable" in done.output
+    done = invoke(audit.app, state, "verify")
+    assert (done.exit_code, "first bad index 0" in done.output) == (3, True)
+
+
+def test_sessions_in_pages(state: SimpleNamespace) -> None:
+    fill(state)
+    assert (
+        len(json.loads(invoke(sessions.app, state, "list", "--limit", "1", "--json").output)) == 1
+    )
+    assert json.loads(invoke(sessions.app, state, "list", "--skip", "1", "--json").output) == []
+    assert invoke(sessions.app, state, "show", SID, "--last", "1").output == "  ← a⏎b\n"
+    assert invoke(sessions.app, state, "show", SID, "--last", "0").exit_code == 2
+
+
 def test_sessions_resume_is_a_run(state: SimpleNamespace) -> None:
     fill(state)
     done = invoke(sessions.app, state, "resume", SID, "and now?", "--timeout", "60")

@@ -8,6 +8,7 @@ announced to egress before `claude` hears it, so that the second witness can nev
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -40,6 +41,10 @@ from ringfence.policy.decide import decide_tool
 from ringfence.record.events import ToolDecisionMade, ToolFinished
 from ringfence.record.recorder import Recorder
 from ringfence.sandbox.protocol import Sandbox
+
+# without a handler Python prints its warnings as they are, and they quote frames from inside: a
+# file name there could repaint the terminal (requirement K)
+logging.getLogger("claude_agent_sdk").addHandler(logging.NullHandler())
 
 _FOREVER = 7 * 24 * 3600.0
 GRACE_SECONDS = 5.0

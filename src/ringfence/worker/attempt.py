@@ -45,7 +45,8 @@ from ringfence.record.events import (
     SandboxStopped,
     SessionChanged,
 )
-from ringfence.record.sessions import LEASE_SECONDS, LeasedStore
+from ringfence.record.leased import LeasedStore
+from ringfence.record.sessions import LEASE_SECONDS
 from ringfence.sandbox.hostfiles import host_files
 from ringfence.sandbox.patch import render
 from ringfence.sandbox.protocol import Changes, Control, Sandbox, SandboxSpec
@@ -140,7 +141,7 @@ class Attempt:
             return None
         sessions, request = self._station.sessions, self._request
         if request.resume is not None:
-            sessions.transcript(request.resume)
+            sessions.require(request.resume)
             if request.fork:
                 self._session_id = sessions.fork(request.resume)
         lease = sessions.lease(self._session_id, self.run_id)
@@ -357,7 +358,7 @@ class Attempt:
         finally:
             self._driver = None
             await driver.close()
-        if driver.mirror_failed:
+        if driver.mirror_failed or lease.failed:
             self._outcome.fail(
                 UnavailableError(
                     "transcript-lost", "the transcript could not be kept, so the run was ended"
@@ -480,7 +481,8 @@ async def _heartbeat(lease: LeasedStore) -> AsyncIterator[None]:
         while True:
             await asyncio.sleep(LEASE_SECONDS / 4)
             with contextlib.suppress(UnavailableError):
-                lease.renew()
+                # in a thread: another process may hold the file's lock for seconds
+                await asyncio.to_thread(lease.renew)
 
     task = asyncio.get_running_loop().create_task(beat())
     try:
