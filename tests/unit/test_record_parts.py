@@ -305,9 +305,11 @@ def test_tool_uses_and_first_prompt_of_hostile_entries() -> None:
 def test_usage_is_the_sum_and_an_unknown_price_stays_unknown() -> None:
     answered = {"type": "model.answered", "run_id": "r", "request_id": "q", "model": "m", "status": 200,
                 "input_tokens": 3, "output_tokens": 2, "cost_usd": 0.25}  # fmt: skip
-    assert total([answered, {"type": "run.ended"}, answered]).cost_usd == 0.5
-    assert total([answered, answered]).input_tokens == 6
-    assert total([answered, {**answered, "cost_usd": None}]).cost_usd is None
+    counting = {**answered, "billed": False, "input_tokens": 0, "output_tokens": 0, "cost_usd": 0.0}
+    assert total(requests([answered, {"type": "run.ended"}, answered])).cost_usd == 0.5
+    assert total(requests([answered, answered, counting])).input_tokens == 6
+    assert total(requests([answered, answered, counting])).requests == 2
+    assert total(requests([answered, {**answered, "cost_usd": None}])).cost_usd is None
     assert requests([answered])[0].usage.requests == 1
     assert total([]).requests == 0
 

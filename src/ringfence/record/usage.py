@@ -37,11 +37,11 @@ def requests(events: Iterable[Mapping[str, Any]]) -> list[RequestUsage]:
     return [_request(event) for event in events if event.get("type") == "model.answered"]
 
 
-def total(events: Iterable[Mapping[str, Any]]) -> Usage:
-    """Sum over the events given; an unknown price makes the cost None."""
+def total(entries: Iterable[RequestUsage]) -> Usage:
+    """Their sum; an unknown price makes the cost None."""
     result = Usage()
-    for request in requests(events):
-        result += request.usage
+    for entry in entries:
+        result += entry.usage
     return result
 
 

@@ -1,6 +1,6 @@
 """Verify an audit log of ringfence. Needs the standard library and `cryptography`, nothing else.
 
-    python verify.py LOG.sqlite --public-key public.key [--anchor CHECKPOINT_FILE]
+    python verify.py LOG.sqlite --public-key public.key [--anchor CHECKPOINTS]
 
 Everything is computed anew from the records: leaf hashes and tree as in RFC 6962, checkpoints as
 C2SP signed notes (Ed25519). An anchor is a checkpoint that was kept somewhere else; only anchors
@@ -46,6 +46,8 @@ _TIME = re.compile(
     r"T([01]\d|2[0-3]):([0-5]\d):([0-5]\d)\.\d{6}Z",
     re.ASCII,
 )
+# a signature line, and then what is none: another note begins
+_NOTE_STARTS = re.compile(r"(?m)(?<=\n)(?=[^\n\u2014]+\n\d{1,18}\n[A-Za-z0-9+/=]{44}\n)")
 _TABLES = {
     "record": [("idx", "INTEGER"), ("body", "BLOB"), ("leaf", "BLOB"), ("run", "TEXT")],
     "checkpoint": [("size", "INTEGER"), ("note", "TEXT")],
@@ -206,7 +208,7 @@ class _Verifier:
         self._last_time = ""
         self._signed_until = 0
 
-    def run(self, connection: sqlite3.Connection) -> Report:
+    def run(self, connection: sqlite3.Connection, now: float | None) -> Report:
         """Read everything once."""
         notes: list[Note] = []
         # a fault found late must not hide one that lies before it, so each step is taken
@@ -223,7 +225,7 @@ class _Verifier:
                 self._fail(bad.index, bad.reason)
         self.report.records = self._tree.size
         self.report.root = self._tree.root().hex()
-        self._recorders()
+        self._recorders(now)
         more = len(self.report.warnings) - _MAX_WARNINGS
         if more > 0:
             self.report.warnings[_MAX_WARNINGS:] = [f"and {more} more warnings"]
@@ -334,10 +336,11 @@ class _Verifier:
         else:
             self._alive[name] = index, now
 
-    def _recorders(self) -> None:
+    def _recorders(self, now: float | None) -> None:
         """A recorder that stopped speaking without leaving was killed, or records are gone."""
+        end = _seconds(self._last_time) if now is None else int(now)
         for name, (index, moment) in self._alive.items():
-            if _seconds(self._last_time) - moment > SILENCE_SECONDS:
+            if end - moment > SILENCE_SECONDS:
                 self.report.warnings.append(
                     f"recorder {name[:32]!r} was last heard of in record {index} and never closed"
                 )
@@ -480,8 +483,9 @@ def _check_schema(connection: sqlite3.Connection) -> None:
         raise BadLogError(0, "the file has an index that is not the audit log's own")
 
 
-def verify(path: Path, public_key: str, anchors: list[str]) -> Report:
-    """Verify a log file. `anchors` are the texts of checkpoints kept elsewhere.
+def verify(path: Path, public_key: str, anchors: list[str], *, now: float | None = None) -> Report:
+    """Verify a log file. `anchors` are texts of one or more checkpoints kept elsewhere; `now`, in
+    seconds since the epoch, is given for a log that is still written.
 
     Raises:
         UsageError: when the file, the key or an anchor cannot be used at all.
@@ -490,13 +494,13 @@ def verify(path: Path, public_key: str, anchors: list[str]) -> Report:
     notes = []
     for text in anchors:
         try:
-            notes.append(parse_note(text if text.endswith("\n") else text + "\n"))
+            notes += [parse_note(part) for part in _NOTE_STARTS.split(text.strip() + "\n") if part]
         except ValueError:
             raise UsageError("the anchor is not a checkpoint") from None
     report = Report()
     for _ in range(3):
         before = _stamp(path)
-        report = _attempt(path, key, notes)
+        report = _attempt(path, key, notes, now)
         if report.ok or _stamp(path) == before:
             break  # else a recorder came in between and wrote into what was read without locks
     return report
@@ -507,7 +511,7 @@ def _stamp(path: Path) -> tuple[int, int, bool]:
     return status.st_mtime_ns, status.st_size, Path(f"{path}-wal").exists()
 
 
-def _attempt(path: Path, key: Key, anchors: list[Note]) -> Report:
+def _attempt(path: Path, key: Key, anchors: list[Note], now: float | None) -> Report:
     try:
         connection, warnings = _open(path)
     except BadLogError as bad:
@@ -517,7 +521,7 @@ def _attempt(path: Path, key: Key, anchors: list[Note]) -> Report:
     try:
         verifier = _Verifier(key, anchors)
         verifier.report.warnings += warnings
-        return verifier.run(connection)
+        return verifier.run(connection, now)
     finally:
         connection.close()
 
@@ -537,7 +541,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Verify an audit log of ringfence.")
     parser.add_argument("log", type=Path)
     parser.add_argument("--public-key", type=Path, required=True, help="file with the public key")
-    parser.add_argument("--anchor", type=Path, action="append", default=[], help="kept checkpoint")
+    parser.add_argument("--anchor", type=Path, action="append", default=[], help="kept checkpoints")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     try:
