@@ -303,18 +303,35 @@ def test_bad_input_is_one_line_and_nothing_is_left(box: Box) -> None:
 
 
 def test_without_a_credential_it_says_what_to_do(box: Box) -> None:
+    for key, code in (("two words", "credential-value"), ("schlüssel-0123", "credential-value")):
+        done = box.run("hi", ANTHROPIC_API_KEY=key)
+        assert (done.code, done.json["error"]["code"]) == (2, code)
+        assert key not in done.out + done.err
     done = box.run("hi", ANTHROPIC_API_KEY="")
     assert done.code == 4
     assert done.json["error"]["code"] == "credential-missing"
     assert "ringfence vault set" in done.json["error"]["hint"]
 
 
+def test_a_provider_that_nobody_set_is_one_clear_line(box: Box) -> None:
+    box.policy({"preset": "strict", "model": {"provider": "elsewhere"}})
+    done = box.run("hi")
+    assert (done.code, done.json["error"]["code"]) == (2, "settings-invalid")
+    assert "Traceback" not in done.err
+
+
 def test_the_vault_serves_the_run(box: Box, simulator: Simulator) -> None:
     sealed = box.call("vault", "set", "anthropic", stdin="sk-ant-from-the-vault-123\n")
     assert sealed.code == 0, sealed.err
-    done = box.run(script({"text": "ok"}), ANTHROPIC_API_KEY="")
+    done = box.run(script({"text": "ok"}))
     assert done.code == 0, done.err + done.out
     assert simulator.requests[-1].headers["x-api-key"] == "sk-ant-from-the-vault-123"
+    assert "ANTHROPIC_API_KEY" not in done.err, "the vault's is used, and no warning lies"
+    box.call("vault", "remove", "anthropic")
+    done = box.run(script({"text": "ok"}))
+    assert simulator.requests[-1].headers["x-api-key"] == KEY
+    warnings = [line for line in done.err.splitlines() if "ANTHROPIC_API_KEY" in line]
+    assert len(warnings) == 1
     listed = box.call("vault", "list")
     assert "sk-ant" not in listed.out + listed.err
 

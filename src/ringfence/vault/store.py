@@ -66,6 +66,20 @@ def check_name(name: str) -> str:
     return name
 
 
+def check_value(value: str, what: str = "a credential") -> str:
+    """What a header can carry (RFC 9110 section 5.5, without blanks). The value is not named.
+
+    Raises:
+        CallerError: `credential-value`.
+    """
+    if not 8 <= len(value) <= 8192 or any(not 0x21 <= ord(c) <= 0x7E for c in value):
+        raise CallerError(
+            "credential-value",
+            f"{what} is 8 to 8192 printable ASCII characters without spaces, on one line",
+        )
+    return value
+
+
 def check_hosts(hosts: tuple[str, ...]) -> tuple[str, ...]:
     """Hosts in the one form that a policy writes. Raises CallerError `credential-host`."""
     for host in hosts:
