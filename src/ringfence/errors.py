@@ -106,6 +106,7 @@ CODES: dict[str, str] = {
     # vault
     "credential-name": "A credential's name has a form of its own; a value is not one.",
     "credential-value": "A credential's value holds characters that no header may carry.",
+    "credential-host": "A host of a credential is not written as a policy writes hosts.",
     "credential-unknown": "No credential of that name is in the vault.",
     "credential-missing": "A credential that the run needs is not in the vault.",
     "vault-refused": "The vault's file or key was changed, or can be read by others.",
@@ -136,6 +137,7 @@ CODES: dict[str, str] = {
     "permission-mode-denied": "The policy does not permit the permission mode that was asked for.",
     "workspace-mode-denied": "The policy does not permit the workspace mode that was asked for.",
     "state-refused": "The state directory cannot be used: it is not ours, or cannot be made.",
+    "state-exposed": "A directory of the run would show the agent the state directory.",
     "claude-missing": "The claude binary is not installed.",
     "run-interrupted": "The person or the host ended the run.",
     "internal": "A defect of ringfence itself; nothing of the run can be trusted to be complete.",

@@ -25,7 +25,7 @@ def launcher(config: Config) -> Launcher:
     return Launcher(
         config=config,
         make_backend=backend,
-        environment_key=os.environ.get("ANTHROPIC_API_KEY") or None,
+        environment_key=os.environ.get("ANTHROPIC_API_KEY", "").strip() or None,
     )
 
 

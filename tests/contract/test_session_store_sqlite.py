@@ -13,8 +13,9 @@ from claude_agent_sdk import list_sessions_from_store, project_key_for_directory
 from claude_agent_sdk.testing import run_session_store_conformance
 
 from ringfence.errors import CallerError, DeniedError, UnavailableError
-from ringfence.record import sessions
-from ringfence.record.sessions import PROJECT, SqliteSessionStore
+from ringfence.record import leased, sessions
+from ringfence.record.sessions import SqliteSessionStore
+from ringfence.record.transcript import PROJECT
 
 SID = "11111111-2222-4333-8444-555555555555"
 OTHER = "99999999-2222-4333-8444-555555555555"
@@ -73,7 +74,7 @@ def append(store: SqliteSessionStore, *entries: object, run: str = "run_1", **ke
 
 def test_what_a_lease_wrote_is_found_from_any_directory(store: SqliteSessionStore) -> None:
     append(store, USER)
-    assert store.transcript(SID) == [USER]
+    assert list(store.transcript(SID)) == [USER]
     assert list(store.materialise(SID)) == [f".claude/projects/{PROJECT}/{SID}.jsonl"]
     (info,) = store.sessions()
     assert (info.session_id, info.entries, info.first_prompt) == (SID, 1, "hello")
@@ -152,7 +153,7 @@ def test_a_run_that_lost_its_lease_writes_no_more(
     with pytest.raises(UnavailableError):
         store.lease(SID, "run_9")
     now.release()
-    assert store.transcript(SID) == [USER]
+    assert list(store.transcript(SID)) == [USER]
 
 
 def test_caps_hold(store: SqliteSessionStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,18 +161,18 @@ def test_caps_hold(store: SqliteSessionStore, monkeypatch: pytest.MonkeyPatch) -
     append(store, {"type": "x", "text": "a" * 1000})
     with pytest.raises(DeniedError):
         append(store, {"type": "x", "text": "b" * 1500})
-    assert len(store.transcript(SID)) == 1, "a refused append leaves nothing behind"
+    assert len(list(store.transcript(SID))) == 1, "a refused append leaves nothing behind"
     monkeypatch.setattr(sessions, "MAX_SESSION_BYTES", 1 << 30)
     append(store, *({"type": "x"} for _ in range(5000)))
     with pytest.raises(DeniedError):
-        append(store, *({"type": "x"} for _ in range(sessions.ENTRIES_AT_ONCE + 1)))
+        append(store, *({"type": "x"} for _ in range(leased.ENTRIES_AT_ONCE + 1)))
 
 
 def test_fork_and_delete(store: SqliteSessionStore) -> None:
     append(store, {**USER, "sessionId": SID})
     append(store, {"type": "user", "uuid": "u2", "sessionId": SID}, subpath="subagents/agent-1")
     new = store.fork(SID)
-    assert store.transcript(new)[0]["sessionId"] == new
+    assert next(store.transcript(new))["sessionId"] == new
     assert len(store.materialise(new)) == 2
     assert {info.session_id: info.parent for info in store.sessions()} == {SID: "", new: SID}
     held = store.lease(SID, "run_1")
@@ -183,6 +184,98 @@ def test_fork_and_delete(store: SqliteSessionStore) -> None:
         store.transcript(SID)
     assert caught.value.code == "session-unknown"
     assert len(store.materialise(new)) == 2
+
+
+def test_a_fork_is_whole_or_not_there_and_is_recorded_first(store: SqliteSessionStore) -> None:
+    append(store, {**USER, "sessionId": SID})
+    append(store, USER, subpath="subagents/agent-1")
+
+    def refuse(_: str) -> None:
+        raise UnavailableError("store-unavailable", "the audit log is full")
+
+    with pytest.raises(UnavailableError, match="full"):
+        store.fork(SID, record=refuse)
+    assert [info.session_id for info in store.sessions()] == [SID]
+    seen: list[str] = []
+    assert [store.fork(SID, record=seen.append)] == seen
+
+
+def test_what_was_deleted_is_not_in_the_files(store: SqliteSessionStore, tmp_path: Path) -> None:
+    canary = "CANARY-of-a-deleted-conversation"
+    append(store, {**USER, "text": canary * 300})
+    append(store, {"type": "x", "text": canary}, subpath="subagents/agent-1")
+
+    def found() -> bool:
+        files = [path.read_bytes() for path in (tmp_path / "state").iterdir()]
+        return any(canary.encode() in data for data in files)
+
+    assert found()
+    store.remove(SID)
+    assert not found()
+
+
+def test_a_lease_of_a_clock_that_was_set_back_does_not_last_for_ever(
+    store: SqliteSessionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "LEASE_SECONDS", 60 + 365 * 86400.0)
+    store.lease(SID, "run_of_next_year")
+    monkeypatch.undo()
+    lease = store.lease(SID, "run_1")
+    with pytest.raises(UnavailableError):
+        store.lease(SID, "run_2")
+    lease.release()
+
+
+def test_what_is_sent_twice_is_counted_once(
+    store: SqliteSessionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "MAX_SESSION_BYTES", 2000)
+    big = {**USER, "text": "a" * 1000}
+    for _ in range(5):
+        append(store, big)
+    (info,) = store.sessions()
+    assert (info.entries, 1000 < info.bytes < 2000) == (1, True)
+
+
+def test_a_lease_knows_what_could_not_be_kept(store: SqliteSessionStore) -> None:
+    lease = store.lease(SID, "run_1")
+    key = {"project_key": "x", "session_id": SID}
+    asyncio.run(lease.append(key, [USER]))
+    assert not lease.failed
+    with pytest.raises(DeniedError):
+        asyncio.run(lease.append({**key, "session_id": OTHER}, [USER]))
+    assert lease.failed
+    asyncio.run(lease.append(key, [USER]))  # the SDK tries again
+    assert not lease.failed
+    store._db.execute("DROP TABLE entry")
+    with pytest.raises(UnavailableError) as caught:
+        asyncio.run(lease.append(key, [{"type": "x"}]))
+    assert (caught.value.code, lease.failed) == ("store-unavailable", True)
+
+
+def test_pages(store: SqliteSessionStore) -> None:
+    ids = [f"11111111-2222-4333-8444-55555555555{n}" for n in range(5)]
+    for number, name in enumerate(ids):
+        store.add({"project_key": PROJECT, "session_id": name}, [USER, {"n": number}])
+    pages = [store.sessions(limit=2, skip=skip) for skip in (0, 2, 4, 6)]
+    assert [len(page) for page in pages] == [2, 2, 1, 0]
+    assert sorted(info.session_id for page in pages for info in page) == ids
+    assert list(store.transcript(ids[3], last=1)) == [{"n": 3}]
+
+
+def test_a_damaged_store_is_one_clear_error(store: SqliteSessionStore) -> None:
+    append(store, USER)
+    for body in ("{", "7", "[" * 50_000):
+        store._db.execute("UPDATE entry SET body = ?", (body,))
+        for ask in (lambda: list(store.transcript(SID)), store.sessions, lambda: store.fork(SID)):
+            with pytest.raises(UnavailableError) as caught:
+                ask()
+            assert caught.value.code == "store-unavailable"
+    store._db.execute("DROP TABLE entry")
+    for ask in (store.sessions, lambda: store.transcript(SID), lambda: store.materialise(SID)):
+        with pytest.raises(UnavailableError) as caught:
+            ask()
+        assert caught.value.code == "store-unavailable"
 
 
 def test_tool_uses_of_subagents_too(store: SqliteSessionStore) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import sqlite3
 import subprocess
 
 import pytest
@@ -120,8 +122,32 @@ def test_every_call_is_in_the_audit_log_and_it_verifies(box: Box) -> None:
         r["tool_use_id"]: r["input_hmac"] for r in box.records() if r["type"] == "tool.requested"
     }
     assert set(decided) == set(asked)
+    answered = [r for r in box.records() if r["type"] == "model.answered"]
+    requested = [r for r in box.records() if r["type"] == "model.requested"]
+    assert {r["request_id"] for r in answered} == {r["request_id"] for r in requested}
+    assert all(r["model"] and r["status"] == 200 and r["cost_usd"] > 0 for r in answered)
+    (ended,) = [r for r in box.records() if r["type"] == "run.ended"]
+    assert ended["input_tokens"] == sum(r["input_tokens"] for r in answered)
+    assert ended["cost_usd"] == pytest.approx(sum(r["cost_usd"] for r in answered))
+    assert ended["requests"] == sum(r["billed"] for r in answered)
+    finished = [r for r in box.records() if r["type"] == "tool.finished"]
+    assert sorted(r["outcome"] for r in finished) == ["failure", "success"]
+    assert all(r["duration_ms"] > 0 and r["input_hmac"] for r in finished)
     verify = box.call("audit", "verify")
     assert verify.code == 0, verify.out + verify.err
+
+
+def test_a_tool_that_the_wire_refuses_is_named_in_the_record(box: Box) -> None:
+    box.run(script({"tool": "WebFetch", "input": {"url": "http://x", "prompt": "y"}}))
+    asked = [r for r in box.records() if r["type"] == "tool.requested"]
+    assert {(r["name"], r["complete"]) for r in asked} == {("WebFetch", False)}
+
+
+def test_a_call_that_never_ended_has_an_end_in_the_record(box: Box) -> None:
+    box.run(script(bash("tail -f /dev/null")), "--timeout", "20")
+    (finished,) = [r for r in box.records() if r["type"] == "tool.finished"]
+    assert finished["outcome"] in {"interrupted", "unknown"}
+    assert finished["duration_ms"] > 100
 
 
 def test_resume_from_another_directory(box: Box, simulator: Simulator) -> None:
@@ -146,6 +172,29 @@ def test_resuming_never_widens_the_policy(box: Box) -> None:
     box.policy({"preset": "review"})
     second = box.run(script(EDIT, {"text": "second"}), "--resume", first.json["session_id"])
     assert second.json["changed_files"] == []
+
+
+def test_a_transcript_that_cannot_be_kept_ends_the_run(box: Box) -> None:
+    """Architecture 1: the mirror is eager, and its error stops the run."""
+    wait = "touch began; until [ -e /workspace/go ]; do sleep 0.1; done"
+    (box.workspace / "wait.sh").write_text(wait)
+    accepted = {"accept_unenforced": ["workspace_disk"]}
+    box.policy({"preset": "strict", "filesystem": {"workspace": "direct"}, **accepted})
+    process = box.spawn(
+        *("run", script(bash("sh wait.sh"), bash("true"), {"text": "ok"}), "--output", "json"),
+        *("--workspace", str(box.workspace), "--policy", str(box.place / "policy.yaml")),
+    )
+    assert wait_for((box.workspace / "began").exists, 60), process.communicate(timeout=30)
+    with contextlib.closing(sqlite3.connect(box.state / "sessions.sqlite")) as other:
+        other.execute("UPDATE lease SET token = token + 1")  # another run has taken it over
+        other.commit()
+    (box.workspace / "go").touch()
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 4, out + err
+    assert json.loads(out)["error"]["code"] == "transcript-lost"
+    assert "flush failed" not in err, "what the SDK logs quotes frames from inside"
+    (ended,) = [r for r in box.records() if r["type"] == "run.ended"]
+    assert (ended["status"], ended["reason"]) == ("failed", "transcript-lost")
 
 
 def test_an_unknown_session_is_one_clear_line(box: Box) -> None:
@@ -227,6 +276,8 @@ def test_a_kill_of_ringfence_leaves_nobody(box: Box) -> None:
     assert wait_for(lambda: not processes_with(marker), 1)
     process.communicate(timeout=10)
     assert wait_for(lambda: not processes_with(str(box.state)), 5)
+    assert [r["reason"] for r in box.records() if r["type"] == "run.lost"] == ["worker-gone"]
+    assert box.call("audit", "verify").code == 0
 
 
 def test_a_budget_ends_the_run(box: Box) -> None:
@@ -252,20 +303,78 @@ def test_bad_input_is_one_line_and_nothing_is_left(box: Box) -> None:
 
 
 def test_without_a_credential_it_says_what_to_do(box: Box) -> None:
+    for key, code in (("two words", "credential-value"), ("schlüssel-0123", "credential-value")):
+        done = box.run("hi", ANTHROPIC_API_KEY=key)
+        assert (done.code, done.json["error"]["code"]) == (2, code)
+        assert key not in done.out + done.err
     done = box.run("hi", ANTHROPIC_API_KEY="")
     assert done.code == 4
     assert done.json["error"]["code"] == "credential-missing"
     assert "ringfence vault set" in done.json["error"]["hint"]
 
 
+def test_a_provider_that_nobody_set_is_one_clear_line(box: Box) -> None:
+    box.policy({"preset": "strict", "model": {"provider": "elsewhere"}})
+    done = box.run("hi")
+    assert (done.code, done.json["error"]["code"]) == (2, "settings-invalid")
+    assert "Traceback" not in done.err
+
+
 def test_the_vault_serves_the_run(box: Box, simulator: Simulator) -> None:
     sealed = box.call("vault", "set", "anthropic", stdin="sk-ant-from-the-vault-123\n")
     assert sealed.code == 0, sealed.err
-    done = box.run(script({"text": "ok"}), ANTHROPIC_API_KEY="")
+    done = box.run(script({"text": "ok"}))
     assert done.code == 0, done.err + done.out
     assert simulator.requests[-1].headers["x-api-key"] == "sk-ant-from-the-vault-123"
+    assert "ANTHROPIC_API_KEY" not in done.err, "the vault's is used, and no warning lies"
+    box.call("vault", "remove", "anthropic")
+    done = box.run(script({"text": "ok"}))
+    assert simulator.requests[-1].headers["x-api-key"] == KEY
+    warnings = [line for line in done.err.splitlines() if "ANTHROPIC_API_KEY" in line]
+    assert len(warnings) == 1
     listed = box.call("vault", "list")
     assert "sk-ant" not in listed.out + listed.err
+
+
+def test_the_state_directory_is_never_shown_to_the_agent(box: Box) -> None:
+    """Requirement L: the key that opens the vault lies there."""
+    outside, inside = box.state, box.workspace / ".state"
+    box.state = inside
+    sealed = box.call("vault", "set", "anthropic", stdin="sk-ant-from-the-vault-123\n")
+    assert sealed.code == 0, sealed.err
+    done = box.execute("cat /workspace/.state/vault/key")
+    assert done.code == 3
+    assert done.json["error"]["code"] == "state-exposed"
+    box.state = outside
+    assert box.execute("true").code == 0
+    box.policy({"preset": "strict", "filesystem": {"readable_paths": [str(outside / "audit")]}})
+    assert box.execute("true").json["error"]["code"] == "state-exposed"
+
+
+def test_a_vault_credential_goes_to_its_own_hosts_only(box: Box, simulator: Simulator) -> None:
+    """Requirement L: what was sealed for one host is not sent to the operator's other upstream."""
+    secret = "sk-ant-from-the-vault-123\n"
+    box.call("vault", "set", "anthropic", "--host", "api.anthropic.com", stdin=secret)
+    done = box.run(script({"text": "ok"}), ANTHROPIC_API_KEY="")
+    assert done.code == 5
+    assert simulator.requests == []
+    refused = [r["reason"] for r in box.records() if r["type"] == "egress.refused"]
+    assert "credential-not-for-host" in refused
+    box.call("vault", "set", "anthropic", stdin=secret)
+    assert box.run(script({"text": "ok"}), ANTHROPIC_API_KEY="").code == 0
+
+
+def test_words_that_have_no_utf_8_are_no_crash(box: Box) -> None:
+    done = box.run(script({"text": "torn \ud800 \x9b2J"}))
+    assert done.code == 0, done.err
+    assert done.json["text"] == "torn \ud800 \x9b2J"
+    assert done.out.isascii()
+    shown = box.call("sessions", "show", done.json["session_id"])
+    assert shown.code == 0, shown.err
+    assert "torn \ufffd" in shown.out
+    as_json = box.call("sessions", "show", done.json["session_id"], "--json")
+    assert as_json.code == 0, as_json.err
+    assert "\\ud800" in as_json.out
 
 
 def test_text_output_for_people(box: Box) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +18,10 @@ from typer.testing import CliRunner, Result
 from ringfence.cli import audit, sessions
 from ringfence.record.audit import AuditLog
 from ringfence.record.events import ModelAnswered, RunEnded, RunStarted
+from ringfence.record.merkle import Frontier, leaf_hash
 from ringfence.record.read import AuditReader
 from ringfence.record.sessions import SqliteSessionStore
+from ringfence.record.usage import total
 
 SID = "11111111-2222-4333-8444-555555555555"
 
@@ -166,13 +170,71 @@ def test_without_a_log_nothing_is_made(tmp_path: Path, command: list[str]) -> No
 
 def test_usage_and_runs(state: SimpleNamespace, tmp_path: Path) -> None:
     with AuditReader(tmp_path / "audit") as reader:
-        usage = reader.usage("run_1")
+        usage = total(reader.usage("run_1"))
         assert (usage.requests, usage.input_tokens, usage.cost_usd) == (2, 10, 1.0)
         runs = reader.runs()
     assert [(run.run_id, run.status, run.kind, run.records) for run in runs] == [
         ("run_2", "succeeded", "claude", 4),
         ("run_1", "succeeded", "claude", 4),
     ]
+
+
+def test_usage_of_each_run_and_each_request(state: SimpleNamespace) -> None:
+    lines = invoke(audit.app, state, "usage").output.splitlines()
+    assert [line.split()[0] for line in lines] == ["run_2", "run_1"]
+    assert "2 requests  10 in  0 out  $1.0000" in lines[0]
+    lines = invoke(audit.app, state, "usage", "--run", "run_1").output.splitlines()
+    assert len(lines) == 3
+    assert "q  200  m  5 in  0 out  $0.5000" in lines[0]
+    rows = json.loads(invoke(audit.app, state, "usage", "--json").output)
+    assert rows[0]["usage"]["cost_usd"] == 1.0
+    assert rows[0]["status"] == "succeeded"
+    rows = json.loads(invoke(audit.app, state, "usage", "--run", "run_1", "--json").output)
+    assert [row["usage"]["input_tokens"] for row in rows] == [5, 5]
+    assert invoke(audit.app, state, "usage", "--run", "no_such").exit_code == 2
+
+
+def test_records_as_lines_are_what_was_hashed(state: SimpleNamespace, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert invoke(audit.app, state, "export", "--jsonl", "--out", str(out)).exit_code == 0
+    frontier = Frontier()
+    for line in (out / "records.jsonl").read_bytes().splitlines():
+        assert json.loads(line)["type"]
+        frontier.append(leaf_hash(line))
+    root = base64.b64encode(frontier.root()).decode()
+    assert (out / "checkpoint").read_text().splitlines()[1:3] == ["9", root]
+
+
+def test_several_checkpoints_in_one_anchor_file(state: SimpleNamespace, tmp_path: Path) -> None:
+    kept = tmp_path / "anchors"
+    with kept.open("a") as file:
+        file.write(invoke(audit.app, state, "checkpoint").output)
+        log = AuditLog(tmp_path / "audit")
+        log.append([{"type": "run.started"}])
+        log.close()
+        file.write(invoke(audit.app, state, "checkpoint").output)
+    done = invoke(audit.app, state, "verify", "--anchor", str(kept))
+    assert done.exit_code == 0, done.output
+    kept.write_text(kept.read_text().replace("\n10\n", "\n11\n"))
+    assert "anchor" in invoke(audit.app, state, "verify", "--anchor", str(kept)).output
+    kept.write_text(kept.read_text() + "and more\n")
+    done = invoke(audit.app, state, "verify", "--anchor", str(kept))
+    assert done.exit_code == 2
+
+
+def test_a_recorder_that_says_nothing_is_an_alarm_on_its_own_host(
+    state: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy cannot tell: it may have been made in the middle of a run."""
+    log = AuditLog(tmp_path / "audit")
+    log.append([{"type": "log.opened", "recorder": "aa"}])
+    log.close()
+    assert "last heard" not in invoke(audit.app, state, "verify").output
+    now = time.time()
+    monkeypatch.setattr("time.time", lambda: now + 1000)
+    assert "'aa' was last heard of in record 9" in invoke(audit.app, state, "verify").output
+    path = str(tmp_path / "audit" / "log.sqlite")
+    assert "last heard" not in invoke(audit.app, state, "verify", path).output
 
 
 def fill(state: SimpleNamespace) -> None:
@@ -228,6 +290,50 @@ def test_sessions_delete_waits_for_no_run(state: SimpleNamespace) -> None:
         )
     lease.release()
     store.close()
+
+
+def test_a_fork_that_cannot_be_recorded_is_not_made(state: SimpleNamespace) -> None:
+    fill(state)
+    (state.state_dir / "audit" / "key").chmod(0o644)
+    done = invoke(sessions.app, state, "fork", SID)
+    assert done.exit_code == 4
+    assert "audit-key-refused" in done.output
+    listed = json.loads(invoke(sessions.app, state, "list", "--json").output)
+    assert [s["session_id"] for s in listed] == [SID]
+
+
+@pytest.mark.parametrize(
+    "command", [["list"], ["show", SID], ["fork", SID], ["delete", SID], ["resume", SID, "x"]]
+)
+def test_a_damaged_store_is_one_clear_line(state: SimpleNamespace, command: list[str]) -> None:
+    fill(state)
+    path = state.state_dir / "sessions.sqlite"
+    path.write_bytes(path.read_bytes()[:4096] + b"\xff" * 40_000)
+    done = invoke(sessions.app, state, *command)
+    assert done.exit_code == 4
+    assert "store-unavailable" in done.output
+    assert len(done.output.splitlines()) <= 2
+
+
+def test_a_log_that_cannot_be_signed_is_one_clear_line(state: SimpleNamespace) -> None:
+    path = state.state_dir / "audit" / "log.sqlite"
+    path.write_bytes(path.read_bytes()[:4096] + b"\xff" * 40_000)
+    for command in (["checkpoint"], ["key", "--rotate"], ["show"], ["export"]):
+        done = invoke(audit.app, state, *command)
+        assert done.exit_code == 4, (command, done.output, done.exception)
+        assert "store-unavailable" in done.output
+    done = invoke(audit.app, state, "verify")
+    assert (done.exit_code, "first bad index 0" in done.output) == (3, True)
+
+
+def test_sessions_in_pages(state: SimpleNamespace) -> None:
+    fill(state)
+    assert (
+        len(json.loads(invoke(sessions.app, state, "list", "--limit", "1", "--json").output)) == 1
+    )
+    assert json.loads(invoke(sessions.app, state, "list", "--skip", "1", "--json").output) == []
+    assert invoke(sessions.app, state, "show", SID, "--last", "1").output == "  ← a⏎b\n"
+    assert invoke(sessions.app, state, "show", SID, "--last", "0").exit_code == 2
 
 
 def test_sessions_resume_is_a_run(state: SimpleNamespace) -> None:

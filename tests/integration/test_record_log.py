@@ -41,17 +41,52 @@ def test_append_sign_close(tmp_path: Path) -> None:
     assert good(tmp_path / "audit", note) == 4
 
 
-def test_time_never_goes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_stands_still_while_the_clock_is_slewed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = AuditLog(tmp_path / "audit")
     monkeypatch.setattr("time.time_ns", lambda: 1_800_000_000_000_001_000)
     log.append([EVENT])
-    monkeypatch.setattr("time.time_ns", lambda: 1_700_000_000_000_000_000)
+    monkeypatch.setattr("time.time_ns", lambda: 1_799_999_998_000_000_000)
     log.append([EVENT])
     monkeypatch.undo()
-    log.close()
+    log._connection.close()
     with AuditReader(tmp_path / "audit") as reader:
         times = [record["time"] for record in reader.last(2)]
     assert times == ["2027-01-15T08:00:00.000001Z"] * 2
+
+
+def test_a_clock_that_was_set_back_is_said_and_time_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One wrong second must not stamp one time on all that follows for years."""
+    log = AuditLog(tmp_path / "audit")
+    monkeypatch.setattr("time.time_ns", lambda: 4_000_000_000_000_000_000)
+    log.append([EVENT])
+    monkeypatch.setattr("time.time_ns", lambda: 1_800_000_000_000_000_000)
+    assert log.append([EVENT, EVENT]) == 2
+    monkeypatch.setattr("time.time_ns", lambda: 1_800_000_001_000_000_000)
+    assert log.append([EVENT]) == 4
+    monkeypatch.undo()
+    log.checkpoint()
+    log._connection.close()
+    with AuditReader(tmp_path / "audit") as reader:
+        found = reader.last(9)
+    assert [record["type"] for record in found] == [
+        "run.started",
+        "log.clock_set_back",
+        *["run.started"] * 3,
+    ]
+    assert found[1]["seconds"] == 2.2e9
+    assert [record["time"][:19] for record in found] == [
+        "2096-10-02T07:06:40",
+        *["2027-01-15T08:00:00"] * 3,
+        "2027-01-15T08:00:01",
+    ]
+    public = (tmp_path / "audit" / "public.key").read_text()
+    report = verify(tmp_path / "audit" / "log.sqlite", public, [])
+    assert report.ok, report.reason
+    assert report.warnings == ["the host's clock was set back before record 1"]
 
 
 def test_a_checkpoint_every_so_many_records(
@@ -139,6 +174,48 @@ def test_a_key_that_others_can_read_is_refused(tmp_path: Path) -> None:
         assert caught.value.code == "audit-key-refused"
 
 
+def test_processes_that_come_at_once_make_one_key(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from ringfence.record.keys import load_keys; "
+        "sys.stdin.read(); print(load_keys(Path(sys.argv[1])).public.hex())"
+    )
+    makers = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(6)
+    ]
+    for maker in makers:
+        assert maker.stdin is not None
+        maker.stdin.close()
+        maker.stdin = None
+    seen = {maker.communicate(timeout=60)[0] for maker in makers}
+    assert [maker.returncode for maker in makers] == [0] * 6
+    assert len(seen) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+@pytest.mark.parametrize("what", ["full", "gone"])
+def test_a_file_that_cannot_be_written_is_one_clear_error(
+    tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = AuditLog(tmp_path / "audit")
+    log.append([EVENT])
+    if what == "full":
+        log._connection.execute("PRAGMA max_page_count=1")
+        calls = [lambda: log.append([EVENT] * 2000)]
+    else:
+        monkeypatch.setattr(log, "_connection", sqlite3.connect(tmp_path / "empty"))
+        calls = [lambda: log.append([EVENT]), log.checkpoint, log.rotate, log.close]
+    for call in calls:
+        with pytest.raises(UnavailableError) as caught:
+            call()
+        assert caught.value.code == "store-unavailable"
+
+
 def test_another_key_is_refused_before_it_signs(tmp_path: Path) -> None:
     AuditLog(tmp_path / "audit").close()
     key = tmp_path / "audit" / "key"
@@ -182,7 +259,7 @@ def test_a_rotation_cut_off_before_the_key_was_renamed_is_finished(
     log.append([EVENT])
     old = (directory / "key").read_bytes()
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
-    with pytest.raises(OSError, match="killed"):
+    with pytest.raises(UnavailableError, match="killed"):
         log.rotate()
     monkeypatch.undo()
     log._connection.close()

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 from ringfence.errors import UnavailableError
+from ringfence.record.audit import AuditLog
 from ringfence.record.client import RecorderClient, RecorderProcess
-from ringfence.record.events import EgressRefused, RunStarted, SandboxStopped
+from ringfence.record.events import EgressRefused, RunEnded, RunStarted, SandboxStopped
 from ringfence.record.read import AuditReader
 from ringfence.record.recorder import Recorder
 from ringfence.record.verify import Report, verify
@@ -93,10 +94,11 @@ def test_who_wrote_what(tmp_path: Path) -> None:
         ("run.started", "worker"),
         ("egress.allowed", "egress"),
         ("sandbox.stopped", "worker"),
+        ("run.lost", "recorder"),
         ("log.closed", "recorder"),
     ]
     report = check(tmp_path / "audit")
-    assert (report.ok, report.signed, report.warnings) == (True, 5, [])
+    assert (report.ok, report.signed, report.warnings) == (True, 6, [])
 
 
 def test_a_sender_chooses_neither_source_nor_time(tmp_path: Path) -> None:
@@ -240,6 +242,7 @@ def test_a_flood_of_denials_is_coalesced_and_the_others_go_on(tmp_path: Path) ->
         with pytest.raises(UnavailableError) as caught:
             await egress.append_fields({**ALLOWED, "sandbox_id": "noisy"})
         assert caught.value.code == "audit-quota-reached"
+        await egress.append_fields({**ALLOWED, "sandbox_id": "noisy"}, durable=False)
         await egress.append_fields({**ALLOWED, "sandbox_id": "quiet"})
         await worker.append(SandboxStopped(sandbox_id="noisy"))
 
@@ -252,6 +255,10 @@ def test_a_flood_of_denials_is_coalesced_and_the_others_go_on(tmp_path: Path) ->
     assert sum(r.get("sandbox_id") == "quiet" for r in found) == 51
     assert found[0]["type"] == "run.started"
     assert any(r["type"] == "sandbox.stopped" for r in found)
+    everything = records(tmp_path / "audit", own=True)
+    (refused,) = [r for r in everything if r.get("reason") == "quota"]
+    assert refused["type"] == "log.refused"
+    assert (refused["client"], refused["sandbox_id"], refused["count"]) == ("egress", "noisy", 2)
 
 
 HOSTILE = [
@@ -264,6 +271,8 @@ HOSTILE = [
     + encode({"q": 1, "records": {}}),
     encode({"n": 10**30, "e": {**ALLOWED, "port": 10**30}}),
     encode({"n": 1, "e": {**ALLOWED, "host": {"a": 1}}}),
+    encode({"n": 1, "e": {**ALLOWED, "run_id": "\ud800"}}),
+    encode({"n": 1, "e": {**ALLOWED, "sandbox_id": "x" * 129}}),
 ]
 
 
@@ -282,8 +291,37 @@ def test_an_egress_gone_mad_does_not_stop_the_worker(tmp_path: Path, data: bytes
         asyncio.run(run())
     finally:
         process.close()
-    assert [r["type"] for r in records(tmp_path / "audit")] == ["run.started"]
+    assert [r["type"] for r in records(tmp_path / "audit")] == ["run.started", "run.lost"]
     assert check(tmp_path / "audit").ok
+
+
+def test_a_worker_gone_mad_is_refused(tmp_path: Path) -> None:
+    async def body(worker: RecorderClient, _: RecorderClient, __: RecorderProcess) -> None:
+        for kind in (["x"], {}, None, 7, "run.lost"):
+            with pytest.raises(UnavailableError, match="wrong-source"):
+                await worker.append_fields({"type": kind})
+        assert await worker.append(STARTED) == 1
+
+    with_recorder(tmp_path / "audit", body)
+
+
+def test_a_run_whose_worker_is_gone_is_not_left_open(tmp_path: Path) -> None:
+    async def body(worker: RecorderClient, egress: RecorderClient, _: RecorderProcess) -> None:
+        await worker.append(STARTED)
+        await worker.append(STARTED.model_copy(update={"run_id": "run_2", "sandbox_id": "box"}))
+        await worker.append(RunEnded(run_id="run_1", status="failed", exit_code=1, duration_ms=1.0))
+        await worker.close()
+        assert await egress.append_fields({**ALLOWED}) > 0
+
+    with_recorder(tmp_path / "audit", body)
+    (lost,) = [r for r in records(tmp_path / "audit") if r["type"] == "run.lost"]
+    assert (lost["run_id"], lost["sandbox_id"]) == ("run_2", "box")
+    assert (lost["source"], lost["reason"]) == ("recorder", "worker-gone")
+    with AuditReader(tmp_path / "audit") as reader:
+        assert {run.run_id: run.status for run in reader.runs()} == {
+            "run_1": "failed",
+            "run_2": "lost",
+        }
 
 
 def test_a_client_that_does_not_read_does_not_hold_up_the_other(tmp_path: Path) -> None:
@@ -330,6 +368,30 @@ def test_a_log_that_cannot_be_written_stops_everything(tmp_path: Path) -> None:
         process.close()
 
 
+def test_why_it_does_not_start_is_said_in_the_clients_error(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    AuditLog(tmp_path / "audit").close()
+    (tmp_path / "audit" / "key").chmod(0o644)
+    process = RecorderProcess.start(tmp_path / "audit")
+
+    async def run() -> None:
+        for label in ("worker", "egress"):
+            client = RecorderClient(process.sockets[label])
+            with pytest.raises(UnavailableError) as caught:
+                await client.ready()
+            assert caught.value.code == "audit-key-refused"
+            assert caught.value.hint.startswith("chmod 600")
+            await client.close()
+
+    try:
+        asyncio.run(run())
+    finally:
+        process.close()
+    assert process._process.returncode == 1
+    assert capfd.readouterr().err == ""
+
+
 def test_a_log_that_fails_mid_way_tells_every_waiter(tmp_path: Path) -> None:
     """A full disk, as a limit on the size of files (SIGXFSZ ignored: the write fails)."""
     script = (
@@ -357,7 +419,7 @@ def test_a_log_that_fails_mid_way_tells_every_waiter(tmp_path: Path) -> None:
                 failure = error.code
                 break
             written += 1
-        assert failure == "recorder-unavailable"
+        assert failure == "store-unavailable"
         await worker.close()
 
     asyncio.run(run())

@@ -15,7 +15,8 @@ from typing import Any
 import claude_agent_sdk
 import pytest
 
-from ringfence.record.sessions import PROJECT, SqliteSessionStore
+from ringfence.record.sessions import SqliteSessionStore
+from ringfence.record.transcript import PROJECT
 
 CLAUDE = Path(claude_agent_sdk.__file__).parent / "_bundled" / "claude"
 SID = "11111111-2222-4333-8444-555555555555"
@@ -179,6 +180,6 @@ def test_resume_and_fork_with_the_real_claude(
     before = len(Messages.seen)
     mirror(store, fork, turn(upstream, tmp_path / "three", "third question", "--resume", fork))
     assert "second question" in Messages.seen[before]
-    assert "third question" in json.dumps(store.transcript(fork))
-    assert "third question" not in json.dumps(store.transcript(SID))
+    assert "third question" in json.dumps(list(store.transcript(fork)))
+    assert "third question" not in json.dumps(list(store.transcript(SID)))
     store.close()

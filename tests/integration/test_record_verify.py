@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import importlib.util
 import json
 import random
 import shutil
@@ -170,6 +171,162 @@ def test_tampering_is_found_and_the_first_bad_index_named(audit: Path, name: str
     assert reason in report.reason
 
 
+def _behind_the_back(db: sqlite3.Connection, name: str, change: Change) -> None:
+    """Change the table while SQLite does not know of an index, and then give the index back."""
+    place = db.execute("PRAGMA database_list").fetchone()[2]
+    row = db.execute(
+        "SELECT type, name, tbl_name, rootpage, sql FROM sqlite_master WHERE name = ?", (name,)
+    ).fetchone()
+    db.execute("PRAGMA writable_schema=ON")
+    db.execute("DELETE FROM sqlite_master WHERE name = ?", (name,))
+    with contextlib.closing(sqlite3.connect(place, isolation_level=None)) as other:
+        change(other)
+        other.execute("PRAGMA writable_schema=ON")
+        other.execute("INSERT INTO sqlite_master VALUES (?, ?, ?, ?, ?)", row)
+
+
+def _covering(db: sqlite3.Connection) -> None:
+    """The altered record is in the table, the old one in an index that answers in its place."""
+    db.execute("CREATE INDEX cover ON record (idx, body, leaf, run)")
+    db.execute("ANALYZE")
+    db.execute("UPDATE sqlite_stat1 SET stat = '100000 1 1 1 1 sz=1' WHERE idx = 'cover'")
+    _behind_the_back(db, "cover", lambda other: rewrite(other, 25, n=99))
+
+
+def _hiding(db: sqlite3.Connection) -> None:
+    """`audit show --run` asks the index for a run's records, and it knows of none."""
+    db.execute("CREATE INDEX other ON record (run, idx) WHERE run = 'no such run'")
+    db.execute("PRAGMA writable_schema=ON")
+    (definition,) = db.execute("SELECT sql FROM sqlite_master WHERE name = 'record_run'").fetchone()
+    db.execute("DELETE FROM sqlite_master WHERE name = 'record_run'")
+    db.execute(
+        "UPDATE sqlite_master SET name = 'record_run', sql = ? WHERE name = 'other'", (definition,)
+    )
+
+
+def _in_another_table(columns: str) -> Change:
+    def change(db: sqlite3.Connection) -> None:
+        rows = db.execute("SELECT * FROM record").fetchall()
+        db.execute("DROP TABLE record")
+        db.execute(f"CREATE {columns}")
+        db.executemany("INSERT INTO record VALUES (?, ?, ?, ?)", rows)
+
+    return change
+
+
+def _tail(*bodies: bytes) -> Change:
+    """Records that nobody signed, with right hashes."""
+    return lambda db: db.executemany(
+        "INSERT INTO record VALUES (?, ?, ?, '')",
+        [(RECORDS + at, body, leaf_hash(body)) for at, body in enumerate(bodies)],
+    )
+
+
+LATER = "2096-01-01T00:00:00.000000Z"
+BEAT = canonical({"type": "log.heartbeat", "recorder": "x", "time": LATER})
+HOSTILE: dict[str, tuple[Change, int, str]] = {
+    "an index that answers in the place of the table": (_covering, 0, "index that is not"),
+    "an index that hides": (_hiding, 0, "does not agree with itself"),
+    "a module's table": (
+        _in_another_table("VIRTUAL TABLE record USING fts5(idx, body, leaf, run)"), 0, "not an audit log"),
+    "a column more": (lambda db: db.execute("ALTER TABLE record ADD COLUMN x TEXT"), 0, "not an audit log"),
+    "no table": (lambda db: db.execute("DROP TABLE checkpoint"), 0, "not an audit log"),
+    "no types": (_in_another_table("TABLE record (idx, body, leaf, run)"), 0, "not an audit log"),
+    "two records in one": (_tail(b'{"time":"' + LATER.encode() + b'","type":"a","type":"b"}'), 40, "canonical"),
+    "a record and more": (_tail(BEAT + b"{}"), 40, "canonical"),
+    "blanks": (_tail(b" " + BEAT), 40, "JSON"),
+    "UTF-16": (_tail(BEAT.decode().encode("utf-16")), 40, "JSON"),
+    "a list": (_tail(b"[]"), 40, "JSON"),
+    "a number": (_tail(b"1" * 5000), 40, "JSON"),
+    "deep": (_tail(b'{"a":' + b"[" * 100_000), 40, "JSON"),
+    "deep in a name": (
+        _tail(b'{"run_id":' + b"[" * 900 + b"]" * 900 + b',"time":"","type":"a"}'), 40, "canonical"),
+    "a type that is none": (_tail(canonical({"type": {}, "time": LATER})), 40, "canonical"),
+    "a time without a zone after one with it": (
+        _tail(BEAT, canonical({"type": "log.heartbeat", "recorder": "x", "time": LATER[:-1] + "1"})), 41, "no time"),
+    "a time that is text": (_tail(canonical({"type": "a", "time": "z" * 27})), 40, "no time"),
+    "the thirteenth month": (_tail(canonical({"type": "a", "time": "2096-13" + LATER[7:]})), 40, "no time"),
+    "a rotation of nothing": (
+        _tail(canonical({"type": "log.key_rotated", "time": LATER, "old_public_key": {}})), 40, "names no key"),
+    "a huge note": (
+        lambda db: db.execute("UPDATE checkpoint SET note = hex(zeroblob(3900000)) WHERE size = 20"), 10, "damaged"),
+    "a size of twenty digits": (
+        lambda db: db.execute("UPDATE checkpoint SET note = replace(note, char(10) || '20' || char(10), char(10) || '20000000000000000000' || char(10)) WHERE size = 20"),
+        10, "damaged"),
+    "a negative index": (
+        lambda db: db.execute("UPDATE record SET idx = -9223372036854775808 WHERE idx = 39"), 0, "not the next"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_gets_a_verdict_and_never_a_good_one(audit: Path, name: str) -> None:
+    change, index, reason = HOSTILE[name]
+    with tampering(audit) as connection:
+        change(connection)
+    report = check(audit)
+    assert not report.ok
+    assert (report.first_bad, reason in report.reason) == (index, True), report.reason
+    assert verifier.describe(report).isascii()
+
+
+def test_a_tail_that_nobody_signed_is_not_called_signed(audit: Path) -> None:
+    """The allowed twin of the above."""
+    with tampering(audit) as connection:
+        _tail(BEAT)(connection)
+    report = check(audit)
+    assert (report.ok, report.records, report.signed) == (True, RECORDS + 1, RECORDS)
+
+
+def test_a_recorder_that_comes_in_between_is_no_damage(
+    audit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a -wal file the log is read without locks; what was torn then is read again."""
+    calls = []
+    attempt = verifier._attempt
+
+    def torn(path: Path, *rest: object) -> Report:
+        calls.append(path)
+        if len(calls) == 1:
+            log = AuditLog(audit)
+            log.append([{"type": "run.started"}])
+            log.close()
+            return Report(ok=False, first_bad=3, reason="torn")
+        return attempt(path, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(verifier, "_attempt", torn)
+    assert (check(audit).ok, len(calls)) == (True, 2)
+    calls.clear()
+    monkeypatch.setattr(
+        verifier, "_attempt", lambda *_: calls.append(1) or Report(ok=False, first_bad=3)
+    )
+    assert (check(audit).ok, len(calls)) == (False, 1), "a bad log that rests is bad at once"
+
+
+def test_warnings_have_an_end(audit: Path) -> None:
+    beats = [
+        canonical({"type": "log.heartbeat", "recorder": "x", "time": f"{2100 + n}{LATER[4:]}"})
+        for n in range(300)
+    ]
+    with tampering(audit) as connection:
+        _tail(*beats)(connection)
+    report = check(audit)
+    assert report.ok
+    assert len(report.warnings) == 101
+    assert report.warnings[-1] == "and 200 more warnings"
+
+
+def test_escapes_in_the_files_own_schema_do_not_reach_a_terminal(audit: Path) -> None:
+    with tampering(audit) as connection:
+        connection.execute("PRAGMA writable_schema=ON")
+        connection.execute(
+            "UPDATE sqlite_master SET sql = 'CREATE \x1b[2J\u202e\x9b TABLE(' WHERE name = 'frontier'"
+        )
+    done = run_copy(audit, str(audit / "log.sqlite"), "--public-key", str(audit / "public.key"))
+    assert done.returncode == 3, done.stderr
+    assert "malformed database schema" in done.stdout
+    assert done.stdout.replace("\n", "").isprintable()
+
+
 def resigned(directory: Path, keep: int) -> None:
     """What root can do: truncate or rewrite, and sign anew with the real key."""
     log = AuditLog(directory)
@@ -308,6 +465,33 @@ def test_it_runs_as_a_copied_file_without_ringfence(audit: Path) -> None:
     assert done.returncode == 3
     assert json.loads(done.stdout)["first_bad"] == 7
     assert run_copy(audit, "/nowhere", "--public-key", str(audit / "public.key")).returncode == 2
+
+
+def test_it_runs_isolated_with_cryptography_alone(audit: Path, tmp_path: Path) -> None:
+    """`python -I` where nothing but cryptography, and what that needs, can be imported."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("cryptography", "cffi", "pycparser", "typing_extensions"):
+        found = importlib.util.find_spec(name)
+        if found is not None and found.origin is not None:
+            origin = Path(found.origin)
+            place = origin.parent if origin.name == "__init__.py" else origin
+            (bare / place.name).symlink_to(place)
+    for extension in (
+        Path(importlib.util.find_spec("cryptography").origin).parents[1].glob("_cffi*")
+    ):  # type: ignore[union-attr, arg-type]
+        (bare / extension.name).symlink_to(extension)
+    shutil.copy(str(verifier.__file__), bare / "verify.py")
+    script = f"import sys, runpy; sys.path[:] = [p for p in sys.path if 'site-packages' not in p] + [{str(bare)!r}]; "
+    script += f"sys.argv = ['verify.py', *sys.argv[1:]]; runpy.run_path({str(bare / 'verify.py')!r}, run_name='__main__')"
+    argv = [sys.executable, "-I", "-S", "-c", script]
+    done = subprocess.run(
+        [*argv, str(audit / "log.sqlite"), "--public-key", str(audit / "public.key")],
+        capture_output=True, text=True, timeout=60, cwd="/", check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "good: 40 records, 40 of them signed\n"), (
+        done.stderr
+    )
 
 
 def test_a_live_log_and_a_copy_without_its_wal(tmp_path: Path) -> None:

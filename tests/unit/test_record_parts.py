@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ringfence.agent.messages import Notice, ToolStarted
+from ringfence.cli.live import LiveView
 from ringfence.errors import DeniedError
 from ringfence.record.quota import NEVER_COUNTED, Quota, Verdict
 from ringfence.record.safe_text import one_line, printable
@@ -241,16 +243,17 @@ def test_the_sidecar_of_a_subagent() -> None:
         {"type": "user", "n": 1},
         {"type": "agent_metadata", "agentType": "x", "finished": True},
     ]
-    files = files_of("home/sid", "subagents/agent-1", entries)
+    lines = [encode_entry(entry) for entry in entries]
+    files = files_of("home/sid", "subagents/agent-1", lines)
     assert files == {
         "home/sid/subagents/agent-1.jsonl": b'{"type":"user","n":1}\n',
         "home/sid/subagents/agent-1.meta.json": b'{"agentType":"x","finished":true}',
     }
-    assert files_of("home/sid", "", entries[:1]) == {
+    assert files_of("home/sid", "", lines[:1]) == {
         "home/sid.jsonl": b'{"type":"agent_metadata","agentType":"x"}\n'
     }
     with pytest.raises(DeniedError):
-        files_of("home/sid", "../x", entries)
+        files_of("home/sid", "../x", lines)
 
 
 def test_a_fork_renames_everything_and_shares_nothing() -> None:
@@ -302,8 +305,24 @@ def test_tool_uses_and_first_prompt_of_hostile_entries() -> None:
 def test_usage_is_the_sum_and_an_unknown_price_stays_unknown() -> None:
     answered = {"type": "model.answered", "run_id": "r", "request_id": "q", "model": "m", "status": 200,
                 "input_tokens": 3, "output_tokens": 2, "cost_usd": 0.25}  # fmt: skip
-    assert total([answered, {"type": "run.ended"}, answered]).cost_usd == 0.5
-    assert total([answered, answered]).input_tokens == 6
-    assert total([answered, {**answered, "cost_usd": None}]).cost_usd is None
+    counting = {**answered, "billed": False, "input_tokens": 0, "output_tokens": 0, "cost_usd": 0.0}
+    assert total(requests([answered, {"type": "run.ended"}, answered])).cost_usd == 0.5
+    assert total(requests([answered, answered, counting])).input_tokens == 6
+    assert total(requests([answered, answered, counting])).requests == 2
+    assert total(requests([answered, {**answered, "cost_usd": None}])).cost_usd is None
     assert requests([answered])[0].usage.requests == 1
     assert total([]).requests == 0
+
+
+def test_what_an_agent_names_is_one_line_in_the_live_view(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    view = LiveView(command=False)
+    line = "x\n✓ all tests pass\x1b[2J\u202e"
+    view.show(Notice(kind="egress_denied", text=line))
+    view.show(
+        ToolStarted(tool_use_id="t", name=line, input={"command": line}, allowed=False, reason=line)
+    )
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 2
+    assert not {"\x1b", "\u202e"} & set(err)

@@ -8,6 +8,7 @@ announced to egress before `claude` hears it, so that the second witness can nev
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -33,13 +34,17 @@ from ringfence.agent.command_line import CONFIG_DIR, argv, environment
 from ringfence.agent.messages import AgentMessage, Notice, Text, ToolEnded, ToolStarted, TurnEnded
 from ringfence.agent.permissions import Answer, Approver, Question, canonical_input, input_sha256
 from ringfence.agent.transport import SandboxTransport
-from ringfence.errors import AgentError
+from ringfence.errors import AgentError, UnavailableError
 from ringfence.model import PermissionMode
 from ringfence.policy.compiled import ToolGrants
 from ringfence.policy.decide import decide_tool
 from ringfence.record.events import ToolDecisionMade, ToolFinished
 from ringfence.record.recorder import Recorder
 from ringfence.sandbox.protocol import Sandbox
+
+# without a handler Python prints its warnings as they are, and they quote frames from inside: a
+# file name there could repaint the terminal (requirement K)
+logging.getLogger("claude_agent_sdk").addHandler(logging.NullHandler())
 
 _FOREVER = 7 * 24 * 3600.0
 GRACE_SECONDS = 5.0
@@ -222,14 +227,14 @@ class ClaudeDriver:
         await self._sandbox.stop()
 
     async def close(self) -> None:
-        """End the process and forget the timers. Idempotent."""
-        for _, _, _, timer in self._running.values():
-            timer.cancel()
-        self._running.clear()
+        """End the process; calls that it never said the end of are recorded as such. Idempotent."""
         if self._client is not None:
             client, self._client = self._client, None
             with suppress(ClaudeSDKError, OSError, TimeoutError):
                 await client.disconnect()
+        for identity in list(self._running):
+            with suppress(UnavailableError):
+                await self._finish(identity, "unknown")
         for task in list(self._tasks):
             with suppress(asyncio.CancelledError):
                 await task

@@ -10,7 +10,7 @@ from claude_agent_sdk import ClaudeAgentOptions
 from claude_agent_sdk._internal.transport.subprocess_cli import SubprocessCLITransport
 
 from ringfence.policy.compiled import ToolGrants
-from ringfence.record.sessions import PROJECT
+from ringfence.record.transcript import PROJECT
 from ringfence.sandbox.protocol import (
     INSIDE_CLAUDE,
     INSIDE_EGRESS_SOCKET,

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
+
+# what the OS keyring is found by, when it holds the vault's key
+_KEYRING = (
+    "HOME",
+    "XDG_CONFIG_HOME",
+    "XDG_DATA_HOME",
+    "XDG_RUNTIME_DIR",
+    "DBUS_SESSION_BUS_ADDRESS",
+)
 
 
 class EgressProcess:
@@ -20,12 +30,12 @@ class EgressProcess:
         ours, theirs = socket.socketpair()
         try:
             process = subprocess.Popen(
-                [sys.executable, "-m", "ringfence.egress", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "ringfence.egress", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 # a terminal's Ctrl-C must not reach it: the last answers are still to be recorded
                 start_new_session=True,
-                env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+                env=egress_environment(),
                 cwd="/",
             )
         finally:
@@ -49,3 +59,9 @@ class EgressProcess:
         """SIGKILL: for tests of failing closed."""
         self._process.kill()
         self._process.wait(5)
+
+
+def egress_environment() -> dict[str, str]:
+    """What the process gets of our environment: no credential is among it."""
+    found = {name: os.environ[name] for name in _KEYRING if name in os.environ}
+    return {**found, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}

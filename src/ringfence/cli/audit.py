@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import sqlite3
 import sys
@@ -14,14 +15,16 @@ import typer
 
 from ringfence.cli.output import clear_errors, print_json
 from ringfence.errors import CallerError, UnavailableError
+from ringfence.model import Usage
 from ringfence.record import verify as verifier
 from ringfence.record.read import AuditReader
 from ringfence.record.safe_text import one_line
+from ringfence.record.usage import RequestUsage, total
 
 app = typer.Typer(
     name="audit",
     no_args_is_help=True,
-    help="Read and verify the audit log: what was asked, decided, sent and ended.",
+    help="Read and verify the audit log: what was asked, decided, sent, spent and ended.",
 )
 _FOLLOW_SECONDS = 0.25
 _BAD = 3
@@ -85,7 +88,8 @@ def verify(
     path: Annotated[Path | None, typer.Argument(help="A copied log; this host's own.")] = None,
     public_key: Annotated[Path | None, typer.Option("--public-key", help="Its public key.")] = None,
     anchor: Annotated[
-        list[Path] | None, typer.Option("--anchor", help="A checkpoint that was kept elsewhere.")
+        list[Path] | None,
+        typer.Option("--anchor", help="A file of checkpoints that were kept elsewhere."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
@@ -99,7 +103,9 @@ def verify(
             )
         try:
             texts = [_read(entry) for entry in anchor or []]
-            report = verifier.verify(log, _read(key), texts)
+            # a copy may have been made in the middle of a run; this host's own log goes on
+            now = None if path else time.time()
+            report = verifier.verify(log, _read(key), texts, now=now)
         except verifier.UsageError as error:
             raise CallerError("audit-invalid", str(error)) from None
         if as_json:
@@ -123,6 +129,10 @@ def export(
     ctx: typer.Context,
     *,
     out: Annotated[Path, typer.Option("--out", help="A directory; made if absent.")] = Path(),
+    jsonl: Annotated[
+        bool,
+        typer.Option("--jsonl", help="Add records.jsonl: a record a line, the bytes as hashed."),
+    ] = False,
     with_verifier: Annotated[
         bool, typer.Option("--verifier", help="Add verify.py, which needs nothing of ringfence.")
     ] = False,
@@ -137,6 +147,9 @@ def export(
             out.mkdir(parents=True, exist_ok=True)
             names = ["log.sqlite", "public.key", "checkpoint"]
             _copy_database(directory / "log.sqlite", out / "log.sqlite")
+            if jsonl:
+                _write_lines(out)
+                names.append("records.jsonl")
             shutil.copyfile(directory / "public.key", out / "public.key")
             (out / "checkpoint").write_text(notes[-1][1] if notes else "", encoding="utf-8")
             if with_verifier:
@@ -152,6 +165,14 @@ def export(
             sys.stdout.write("".join(f"{out / name}\n" for name in names))
 
 
+def _write_lines(out: Path) -> None:
+    """From the copy, so that both say the same."""
+    part = out / "records.jsonl.part"
+    with AuditReader(out) as reader, part.open("wb") as file:
+        file.writelines(body + b"\n" for body in reader.bodies())
+    part.replace(out / "records.jsonl")
+
+
 def _copy_database(source: Path, target: Path) -> None:
     """One consistent file, whatever recorders write meanwhile; replaces an older copy whole."""
     part = target.with_name(target.name + ".part")
@@ -165,6 +186,50 @@ def _copy_database(source: Path, target: Path) -> None:
         writing.close()
         reading.close()
     part.replace(target)
+
+
+@app.command()
+def usage(
+    ctx: typer.Context,
+    *,
+    run: Annotated[str | None, typer.Option("--run", help="Each model request of it.")] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="How many runs.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Tokens and dollars: of the latest runs, or of one run's model requests."""
+    with clear_errors(as_json=as_json), AuditReader(_directory(ctx)) as reader:
+        if run:
+            _print_requests(reader.usage(run), as_json=as_json)
+        else:
+            _print_runs(reader, limit, as_json=as_json)
+
+
+def _print_requests(entries: list[RequestUsage], *, as_json: bool) -> None:
+    if as_json:
+        print_json([dataclasses.asdict(entry) for entry in entries])
+        return
+    for entry in entries:
+        head = f"{entry.request_id}  {entry.status}  {entry.model}"
+        sys.stdout.write(one_line(f"{head}  {_amounts(entry.usage)}") + "\n")
+    sys.stdout.write(f"total  {_amounts(total(entries))}\n")
+
+
+def _print_runs(reader: AuditReader, limit: int, *, as_json: bool) -> None:
+    rows = [(summary, total(reader.usage(summary.run_id))) for summary in reader.runs(limit)]
+    if as_json:
+        asdict = dataclasses.asdict
+        print_json([{**asdict(summary), "usage": asdict(used)} for summary, used in rows])
+        return
+    for summary, used in rows:
+        head = f"{summary.run_id}  {summary.started[:19]}  {summary.status or 'running'}"
+        sys.stdout.write(one_line(f"{head}  {used.requests} requests  {_amounts(used)}") + "\n")
+
+
+def _amounts(used: Usage) -> str:
+    cached = used.cache_creation_input_tokens + used.cache_read_input_tokens
+    cost = "unknown price" if used.cost_usd is None else f"${used.cost_usd:.4f}"
+    tokens = f"{used.input_tokens} in  {used.output_tokens} out"
+    return f"{tokens}  {cached} cached  {cost}" if cached else f"{tokens}  {cost}"
 
 
 @app.command()

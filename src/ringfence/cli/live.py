@@ -49,13 +49,13 @@ class LiveView:
                 f"  {mark}[/] [dim]{escape(message.outcome)}, {message.duration_ms / 1000:.2f} s[/]"
             )
         elif isinstance(message, Notice):
-            self.console.print(f"[yellow]! {escape(printable(message.text))}[/]")
+            self.console.print(f"[yellow]! {escape(one_line(message.text))}[/]")
 
     def _tool(self, message: ToolStarted) -> None:
         shown = one_line(brief(message.input))
-        line = f"[bold cyan]▸ {escape(printable(message.name))}[/] {escape(shown)}"
+        line = f"[bold cyan]▸ {escape(one_line(message.name))}[/] {escape(shown)}"
         if not message.allowed:
-            line += f" [red]denied[/] [dim]({escape(printable(message.reason))})[/]"
+            line += f" [red]denied[/] [dim]({escape(one_line(message.reason))})[/]"
         self.console.print(line)
 
 

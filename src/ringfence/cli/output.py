@@ -11,11 +11,16 @@ from typing import Any
 import typer
 
 from ringfence.errors import RingfenceError
+from ringfence.record.safe_text import one_line
 
 
 def print_json(value: Any) -> None:
-    """One JSON document and a newline on stdout, flushed, so that a reader sees it at once."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str))
+    """One JSON document and a newline on stdout, flushed, so that a reader sees it at once.
+
+    ASCII: an agent's words reach a terminal by this way, too, where U+009B and bidirectional
+    controls act, and a lone surrogate has no UTF-8 at all. A reader of JSON gets the same value.
+    """
+    sys.stdout.write(json.dumps(value, separators=(",", ":"), default=str))
     sys.stdout.write("\n")
     sys.stdout.flush()
 
@@ -35,4 +40,5 @@ def report(error: RingfenceError, *, as_json: bool = False) -> None:
     if as_json:
         print_json({"error": error.to_json()})
     else:
-        sys.stderr.write(f"ringfence: {error.render()}\n")
+        lines = [one_line(line) for line in error.render().split("\n")]
+        sys.stderr.write("ringfence: " + "\n".join(lines) + "\n")

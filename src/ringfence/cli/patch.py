@@ -14,7 +14,7 @@ from rich.text import Text
 from ringfence.cli.context import AppContext
 from ringfence.cli.output import clear_errors, print_json
 from ringfence.errors import CallerError
-from ringfence.record.safe_text import printable
+from ringfence.record.safe_text import one_line, printable
 from ringfence.sandbox.apply import apply_changes
 from ringfence.sandbox.hostfiles import classify
 from ringfence.sandbox.patch import render, summary
@@ -103,7 +103,7 @@ def apply(
             return
         typer.echo(f"applied {len(applied['written'])} file(s) to {applied['workspace']}", err=True)
         for path in applied["held"]:
-            typer.echo(f"held back: {printable(path)} (name it with --include)", err=True)
+            typer.echo(f"held back: {one_line(path)} (name it with --include)", err=True)
 
 
 def apply_run(state_dir: Path, run: str, *, include: tuple[str, ...]) -> dict[str, Any]:

@@ -183,14 +183,15 @@ def _execute(
 
     compiled = compile_policy(load_policy(policy, preset=preset))
     launcher = context.launcher()
-    missing = launcher.missing_credential(compiled.egress.model.provider)
+    provider = compiled.egress.model.provider
+    missing = launcher.missing_credential(provider)
     if not request.command and compiled.egress.model.enabled and missing is not None:
         raise UnavailableError(
             "credential-missing",
             f"no credential {missing!r} for the model",
             hint=f"ringfence vault set {missing}",
         )
-    if launcher.environment_key and not request.command and output == "text":
+    if not request.command and launcher.borrows_environment_key(provider):
         typer.echo(
             "ringfence: the key comes from ANTHROPIC_API_KEY; egress alone uses it "
             "(better: ringfence vault set anthropic)",

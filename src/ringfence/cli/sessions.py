@@ -17,7 +17,7 @@ from ringfence.cli.output import clear_errors, print_json
 from ringfence.record.audit import append_event
 from ringfence.record.events import SessionChanged
 from ringfence.record.safe_text import one_line, printable
-from ringfence.record.sessions import SqliteSessionStore, check_session_id
+from ringfence.record.sessions import SqliteSessionStore
 
 app = typer.Typer(
     name="sessions",
@@ -38,16 +38,22 @@ def _store(ctx: typer.Context) -> Iterator[SqliteSessionStore]:
 
 
 def _note(ctx: typer.Context, session_id: str, action: Any, parent: str = "") -> None:
-    """Write-ahead, as everything that changes something."""
+    """Called before the change is made, as with everything that changes something."""
     event = SessionChanged(session_id=session_id, action=action, parent=parent)
     append_event(Path(ctx.obj.state_dir) / "audit", event.model_dump())
 
 
 @app.command("list")
-def list_(ctx: typer.Context, *, as_json: _Json = False) -> None:
-    """All sessions, the latest first."""
+def list_(
+    ctx: typer.Context,
+    *,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="How many at most.")] = 50,
+    skip: Annotated[int, typer.Option("--skip", min=0, help="Leave out the latest ones.")] = 0,
+    as_json: _Json = False,
+) -> None:
+    """Sessions, the latest first."""
     with clear_errors(as_json=as_json), _store(ctx) as store:
-        sessions = store.sessions()
+        sessions = store.sessions(limit=limit, skip=skip)
         if as_json:
             print_json([dataclasses.asdict(session) for session in sessions])
             return
@@ -61,10 +67,18 @@ def list_(ctx: typer.Context, *, as_json: _Json = False) -> None:
 
 
 @app.command()
-def show(ctx: typer.Context, session: _Id, *, as_json: _Json = False) -> None:
+def show(
+    ctx: typer.Context,
+    session: _Id,
+    *,
+    last: Annotated[
+        int | None, typer.Option("--last", min=1, help="Only the last entries.")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
     """Print the conversation; with --json every entry as it is stored."""
     with clear_errors(as_json=as_json), _store(ctx) as store:
-        for entry in store.transcript(session):
+        for entry in store.transcript(session, last=last or -1):
             if as_json:
                 print_json(entry)
             else:
@@ -101,9 +115,8 @@ def _block(role: str, block: dict[str, Any]) -> Iterator[str]:
 def resume(ctx: typer.Context, session: _Id, prompt: Annotated[str, typer.Argument()]) -> None:
     """Go on with a session: the same as `ringfence run PROMPT --resume SESSION` and its options."""
     with clear_errors():
-        check_session_id(session)
         with _store(ctx) as store:
-            store.transcript(session)
+            store.require(session)
         ctx.obj.run(["run", prompt, "--resume", session, *ctx.args])
 
 
@@ -111,8 +124,7 @@ def resume(ctx: typer.Context, session: _Id, prompt: Annotated[str, typer.Argume
 def fork(ctx: typer.Context, session: _Id, *, as_json: _Json = False) -> None:
     """Copy a session under a new id, and print that."""
     with clear_errors(as_json=as_json), _store(ctx) as store:
-        new = store.fork(session)
-        _note(ctx, new, "forked", parent=session)
+        new = store.fork(session, record=lambda new: _note(ctx, new, "forked", parent=session))
         if as_json:
             print_json({"session_id": new, "parent": session})
         else:

@@ -13,12 +13,14 @@ from ringfence.cli.context import AppContext
 from ringfence.cli.output import clear_errors, print_json
 from ringfence.vault.keys import VaultPaths
 from ringfence.vault.seal import set_credential
-from ringfence.vault.store import VaultFile
+from ringfence.vault.store import VaultFile, check_hosts, check_name
 
 app = typer.Typer(
     no_args_is_help=True,
     help="Credentials, sealed to the egress process. They are set and removed, never shown.",
 )
+
+_MAX_INPUT = 1 << 16
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -29,19 +31,27 @@ def set_(
     name: Annotated[str, typer.Argument(help="Name that policies use, such as anthropic.")],
     *,
     host: Annotated[
-        list[str] | None, typer.Option(help="Host it may be sent to; can be repeated.")
+        list[str] | None,
+        typer.Option(help="The only hosts it may be sent to, whatever a policy says; repeatable."),
     ] = None,
 ) -> None:
     """Ask for a value (or read it from standard input) and seal it."""
     with clear_errors():
-        value = (
-            getpass.getpass(f"Value of {name} (not shown): ")
-            if sys.stdin.isatty()
-            else sys.stdin.readline(16384)
-        ).strip()
+        check_name(name)
         state: AppContext = context.obj
-        entry = set_credential(VaultPaths(state.state_dir), name, value, tuple(host or ()))
+        hosts = check_hosts(tuple(host or ()))
+        entry = set_credential(VaultPaths(state.state_dir), name, _value(name), hosts)
         typer.echo(f"{entry.name} is sealed ({entry.fingerprint})", err=True)
+
+
+def _value(name: str) -> str:
+    """The whole of standard input, so that a second line is refused and not left out in silence."""
+    try:
+        if sys.stdin.isatty():
+            return getpass.getpass(f"Value of {name} (not shown): ").strip()
+        return sys.stdin.buffer.read(_MAX_INPUT).decode("utf-8", "replace").strip()
+    except EOFError:
+        return ""
 
 
 @app.command("list", epilog="Example: ringfence vault list --json")

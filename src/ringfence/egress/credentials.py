@@ -12,14 +12,19 @@ from ringfence.policy.compiled import CredentialRule
 
 
 class Secret:
-    """A credential's value. Everything that could print it prints the redacted twin."""
+    """A credential's value. Everything that could print it prints the redacted twin.
 
-    __slots__ = ("_value",)
+    `hosts` are those that whoever sealed it named; it goes nowhere else, whatever a policy says.
+    Empty leaves it to the policy.
+    """
 
-    def __init__(self, value: str) -> None:
+    __slots__ = ("_value", "hosts")
+
+    def __init__(self, value: str, hosts: tuple[str, ...] = ()) -> None:
         if not value or any(ord(c) < 0x21 or ord(c) > 0x7E for c in value):
             raise ValueError("a credential is printable ASCII without spaces")
         self._value = value
+        self.hosts = hosts
 
     def reveal(self) -> str:
         """The value; called where a header is written, and nowhere else."""
@@ -81,9 +86,11 @@ class Credentials:
         held = [self._secrets[name].reveal().encode() for name in names if name in self._secrets]
         return [spelling for value in held for spelling in spellings(value)]
 
-    def for_model(self, name: str, header: str) -> Injection:
-        """The platform's credential for the model route. Raises CredentialError."""
-        value = self._get(name).reveal()
+    def for_model(self, name: str, header: str, host: str) -> Injection:
+        """The platform's credential for the model route, which leads to `host` by the operator's
+        settings. Raises CredentialError.
+        """
+        value = self._get(name, host).reveal()
         text = f"Bearer {value}" if header == "authorization" else value
         return Injection(name, ((header.encode(), text.encode()),))
 
@@ -91,13 +98,16 @@ class Credentials:
         """A rule's credential for one of its hosts, and for no other (requirement L)."""
         if not any(matches(pattern, host) for pattern in rule.hosts):
             raise CredentialError("credential-not-for-host")
-        value = self._get(rule.name).reveal()
+        value = self._get(rule.name, host).reveal()
         if rule.query is not None:
             return Injection(rule.name, query=((rule.query, quote(value, safe="")),))
         header = (rule.header or "authorization").lower().encode()
         return Injection(rule.name, ((header, rule.template.replace("{}", value).encode()),))
 
-    def _get(self, name: str) -> Secret:
-        if name not in self._secrets:
+    def _get(self, name: str, host: str) -> Secret:
+        secret = self._secrets.get(name)
+        if secret is None:
             raise CredentialError("credential-missing")
-        return self._secrets[name]
+        if secret.hosts and not any(matches(pattern, host) for pattern in secret.hosts):
+            raise CredentialError("credential-not-for-host")
+        return secret

@@ -70,8 +70,10 @@ class Exchange:
             seconds = time.monotonic() - self._started
             report = exchange.finish(used=self._used(reason), seconds=seconds)
             state.settle()
-            if not admitted.counts_only:
-                state.answered(request_id, report, self.status, seconds * 1000, reason)
+            billed = not admitted.counts_only
+            state.answered(
+                request_id, report, self.status, seconds * 1000, reason, billed=billed
+            )
 
     def _used(self, reason: str) -> bool:
         """Whether the provider will charge for it: not for an error, nor when it broke off before
@@ -90,7 +92,7 @@ class Exchange:
             self.refuse(502, "provider-unknown", "model")
             return
         try:
-            injection = _model_injection(state, provider.credential, provider.header)
+            injection = _model_injection(state, provider.credential, provider.header, target.host)
             await state.record(
                 "model.requested",
                 durable=injection is not None,
@@ -324,8 +326,10 @@ class Exchange:
                 self._done.set_result(None)
 
 
-def _model_injection(state: SandboxState, name: str | None, header: str) -> Injection | None:
-    return None if name is None else state.shared.credentials.for_model(name, header)
+def _model_injection(
+    state: SandboxState, name: str | None, header: str, host: str
+) -> Injection | None:
+    return None if name is None else state.shared.credentials.for_model(name, header, host)
 
 
 def _host_injection(state: SandboxState, rule: HostRule, host: str) -> Injection | None:

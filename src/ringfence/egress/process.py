@@ -188,7 +188,8 @@ def _secrets(message: Configure) -> dict[str, Secret]:
     secrets = {}
     if message.vault_path is not None and message.key_path is not None:
         vault = open_vault(Path(message.vault_path), Path(message.key_path))
-        secrets = {name: Secret(vault.get(name).reveal()) for name in vault.names()}
+        opened = {name: vault.get(name) for name in vault.names()}
+        secrets = {name: Secret(value.reveal(), value.hosts) for name, value in opened.items()}
     if message.environment_credential is not None:
         secrets[ENVIRONMENT_CREDENTIAL] = Secret(message.environment_credential)
     return secrets

@@ -178,7 +178,14 @@ class SandboxState:
         )
 
     def answered(
-        self, request_id: str, report: Report, status: int, duration_ms: float, reason: str
+        self,
+        request_id: str,
+        report: Report,
+        status: int,
+        duration_ms: float,
+        reason: str,
+        *,
+        billed: bool,
     ) -> None:
         """Record one model exchange and the tool calls it asked for."""
         usage = report.usage
@@ -205,6 +212,7 @@ class SandboxState:
             duration_ms=round(duration_ms, 3),
             stop_reason=report.stop_reason,
             reason=reason,
+            billed=billed,
             **counted,
         )
 

@@ -5,6 +5,10 @@ checkpoint somewhere else covers. Several recorders may append to one file: each
 SQLite's write lock and goes on from the frontier that lies in the file.
 
 `DIRECTORY/log.sqlite`, `DIRECTORY/key` (0600), `DIRECTORY/public.key`.
+
+Times never go back from one record to the next, but for one kind of record, `log.clock_set_back`,
+which says that the host's clock did: stamping the old, higher time for as long as it takes to catch
+up would make years of a log equal after one wrong second.
 """
 
 from __future__ import annotations
@@ -34,11 +38,14 @@ from ringfence.record.keys import (
     write_keys,
 )
 from ringfence.record.merkle import Frontier, leaf_hash
+from ringfence.store.files import write_whole
 from ringfence.store.sqlite import open_database
 
 CHECKPOINT_EVERY = 10_000
 """Records; a recorder also signs every minute."""
 _TURN_SECONDS = 0.25
+_SET_BACK_US = 5_000_000
+"""Less is slewing, or two processors that disagree: times then stand still until it has passed."""
 
 
 # json.dumps with options builds an encoder a call
@@ -67,13 +74,13 @@ class AuditLog:
             with self._transaction():
                 self._claim()
                 (size, _, _, _) = self._head()
+                (signed,) = self._connection.execute("SELECT max(size) FROM checkpoint").fetchone()
         except BaseException:
             self._connection.close()
             os.close(self._turn)
             raise
         self.size = size
         """Number of records after the last append of this process."""
-        (signed,) = self._connection.execute("SELECT max(size) FROM checkpoint").fetchone()
         self._signed = -1 if signed is None else int(signed)
 
     @property
@@ -89,7 +96,8 @@ class AuditLog:
     def append(self, records: Sequence[dict[str, Any]]) -> int:
         """Add records in one durable transaction; returns the index of the first.
 
-        `time` is stamped here, in UTC microseconds, never smaller than the record before.
+        `time` is stamped here, in UTC microseconds. Raises UnavailableError `store-unavailable`:
+        none of them is there then.
         """
         with self._transaction():
             first, frontier = self._add(records)
@@ -142,7 +150,8 @@ class AuditLog:
     def close(self) -> None:
         """Sign what has come since the last checkpoint, and close."""
         try:
-            (size, _, _, _) = self._head()
+            with self._transaction():
+                (size, _, _, _) = self._head()
             if size != self._signed:
                 self.checkpoint()
         finally:
@@ -156,9 +165,17 @@ class AuditLog:
             self._connection.execute("BEGIN IMMEDIATE")
             yield
             self._connection.execute("COMMIT")
-        except BaseException:
+        except BaseException as error:
             if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
+                # a full disk has rolled it back already; on a broken one this fails as well
+                with contextlib.suppress(sqlite3.Error):
+                    self._connection.execute("ROLLBACK")
+            if isinstance(error, sqlite3.Error | OSError):
+                raise UnavailableError(
+                    "store-unavailable",
+                    f"the audit log in {self.directory} cannot be written: {error}",
+                    hint="see that the directory is writable and its disk is not full",
+                ) from None
             raise
         finally:
             fcntl.flock(self._turn, fcntl.LOCK_UN)
@@ -187,6 +204,10 @@ class AuditLog:
         size, hashes, last_time, _ = self._head()
         frontier = Frontier.unpack(size, hashes)
         rows = []
+        back = last_time - time.time_ns() // 1000
+        if back > _SET_BACK_US:
+            said = {"type": "log.clock_set_back", "source": "recorder", "seconds": back / 1e6}
+            records, last_time = [said, *records], 0
         for record in records:
             last_time = max(last_time, time.time_ns() // 1000)
             body = canonical({**record, "time": timestamp(last_time)})
@@ -198,7 +219,7 @@ class AuditLog:
             "UPDATE frontier SET size = ?, hashes = ?, time_us = ?",
             (frontier.size, frontier.pack(), last_time),
         )
-        return size, frontier
+        return size + (back > _SET_BACK_US), frontier
 
     def _keep(self, frontier: Frontier, *signers: Keys) -> str:
         root = base64.b64encode(frontier.root()).decode()
@@ -238,9 +259,7 @@ class AuditLog:
                 return
         except OSError:
             pass
-        temporary = self.directory / "public.key.part"
-        temporary.write_text(text)
-        temporary.replace(public)
+        write_whole(public, text.encode())
 
 
 def append_event(directory: Path, event: dict[str, Any], *, source: str = "cli") -> int:
@@ -252,8 +271,6 @@ def append_event(directory: Path, event: dict[str, Any], *, source: str = "cli")
     log = AuditLog(directory)
     try:
         return log.append([{**event, "source": source}])
-    except sqlite3.Error as error:
-        raise UnavailableError("store-unavailable", f"the audit log: {error}") from None
     finally:
         log.close()
 

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from ringfence.errors import UnavailableError
 from ringfence.record.events import Event
@@ -36,7 +37,7 @@ class RecorderClient:
         self._room.set()
         self._waiting: dict[int, asyncio.Future[int]] = {}
         self._number = 0
-        self._lost = ""
+        self._lost: UnavailableError | None = None
         self._ended = asyncio.Event()
         self._greeted = asyncio.Event()
         self._key: bytes | None = None
@@ -52,7 +53,7 @@ class RecorderClient:
             async with asyncio.timeout(_READY_SECONDS):
                 await self._greeted.wait()
         if self._key is None:
-            raise _unavailable(self._lost or "it does not answer")
+            raise self._lost or _unavailable("it does not answer")
 
     async def append(self, event: Event, *, durable: bool = True) -> int:
         """See the protocol."""
@@ -65,7 +66,7 @@ class RecorderClient:
             await self._room.wait()
             return -1
         if self._lost:
-            raise _unavailable(self._lost)
+            raise self._lost
         self._number += 1
         answer: asyncio.Future[int] = self._loop.create_future()
         self._waiting[self._number] = answer
@@ -77,7 +78,7 @@ class RecorderClient:
         durable append. Raises UnavailableError when the recorder is known to be gone.
         """
         if self._lost:
-            raise _unavailable(self._lost)
+            raise self._lost
         self._send(encode({"n": 0, "e": fields}))
 
     def quota(self, sandbox_id: str, records: int) -> None:
@@ -87,7 +88,7 @@ class RecorderClient:
     def hmac(self, data: bytes) -> str:
         """See the protocol; only after `ready`."""
         if self._key is None:
-            raise _unavailable(self._lost or "it has not answered yet")
+            raise self._lost or _unavailable("it has not answered yet")
         return hmac.new(self._key, data, hashlib.sha256).hexdigest()
 
     async def ended(self) -> None:
@@ -154,10 +155,13 @@ class RecorderClient:
             return
         except OSError as error:
             self._lose(os.strerror(error.errno or 0))
-        except (FrameError, ValueError, KeyError):
+        except (FrameError, ValueError, LookupError, TypeError):
             self._lose("it does not speak this protocol")
 
     def _settle(self, value: dict[str, object]) -> None:
+        if "f" in value:
+            self._lose(_from_json(value["f"]))
+            return
         if "k" in value:
             self._key = bytes.fromhex(str(value["k"]))
             self._greeted.set()
@@ -170,16 +174,16 @@ class RecorderClient:
         else:
             future.set_result(int(str(value["i"])))
 
-    def _lose(self, why: str) -> None:
+    def _lose(self, why: str | UnavailableError) -> None:
         """No append can succeed any more: tell everyone who waits, once."""
         if self._lost:
             return
-        self._lost = why
+        self._lost = _unavailable(why) if isinstance(why, str) else why
         self._loop.remove_reader(self._socket.fileno())
         self._loop.remove_writer(self._socket.fileno())
         for future in self._waiting.values():
             if not future.done():
-                future.set_exception(_unavailable(why))
+                future.set_exception(self._lost)
         self._waiting.clear()
         self._unsent.clear()
         for event in (self._room, self._ended, self._greeted):
@@ -192,6 +196,10 @@ def _unavailable(why: str) -> UnavailableError:
         f"the recorder cannot be reached: {why}",
         hint="see that the state directory is writable and its disk is not full",
     )
+
+
+def _from_json(error: Any) -> UnavailableError:
+    return UnavailableError(str(error["code"]), str(error["message"]), hint=str(error["hint"]))
 
 
 def _refused(why: str) -> UnavailableError:

@@ -11,15 +11,18 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+Name = Annotated[str, Field(max_length=128, pattern="^[ -~]*$")]
+"""An id that we made: printable ASCII, so that it can be a key and a column anywhere."""
+
 
 class Event(BaseModel):
     """Base of all events. `run_id`, `session_id` and `sandbox_id` are empty where none applies."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    run_id: str = ""
-    session_id: str = ""
-    sandbox_id: str = ""
+    run_id: Name = ""
+    session_id: Name = ""
+    sandbox_id: Name = ""
 
 
 class RunStarted(Event):
@@ -43,10 +46,20 @@ class RunEnded(Event):
     status: str
     exit_code: int
     duration_ms: float
+    requests: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
+    cache_creation_input_tokens: int = 0
+    cache_read_input_tokens: int = 0
     cost_usd: float | None = None
     reason: str = ""
+
+
+class RunLost(Event):
+    """The recorder says: whoever carried the run out is gone, and did not say how it ended."""
+
+    type: Literal["run.lost"] = "run.lost"
+    reason: str
 
 
 class SandboxStarted(Event):
@@ -78,14 +91,16 @@ class ToolDecisionMade(Event):
 
 
 class ToolFinished(Event):
-    """A tool call ended, as `claude` reports it (one witness)."""
+    """An allowed tool call ended, as `claude` reports it (one witness); `unknown` when the run
+    ended and it had not.
+    """
 
     type: Literal["tool.finished"] = "tool.finished"
     tool_use_id: str
     name: str
     input_hmac: str
     duration_ms: float
-    outcome: Literal["success", "failure", "denied", "timeout", "interrupted", "unknown"]
+    outcome: Literal["success", "failure", "timeout", "interrupted", "unknown"]
 
 
 class ToolRequested(Event):
@@ -119,7 +134,7 @@ class ModelRequested(Event):
 
 
 class ModelAnswered(Event):
-    """A model request ended. Tokens from the wire."""
+    """A model request ended. Tokens from the wire; `billed` is False for counting tokens alone."""
 
     type: Literal["model.answered"] = "model.answered"
     request_id: str
@@ -133,6 +148,7 @@ class ModelAnswered(Event):
     cost_usd: float | None = None
     stop_reason: str = ""
     reason: str = ""
+    billed: bool = True
 
 
 class EgressAllowed(Event):
@@ -210,6 +226,13 @@ class LogHeartbeat(Event):
     recorder: str = ""
 
 
+class LogClockSetBack(Event):
+    """The host's clock went back by so much since the record ahead; times go on from here."""
+
+    type: Literal["log.clock_set_back"] = "log.clock_set_back"
+    seconds: float
+
+
 class LogRefused(Event):
     """Events that a client sent and the catalogue does not know; none of their content is kept."""
 
@@ -230,6 +253,7 @@ class LogKeyRotated(Event):
 AnyEvent = Annotated[
     RunStarted
     | RunEnded
+    | RunLost
     | SandboxStarted
     | SandboxStopped
     | ToolDecisionMade
@@ -246,6 +270,7 @@ AnyEvent = Annotated[
     | LogOpened
     | LogClosed
     | LogHeartbeat
+    | LogClockSetBack
     | LogRefused
     | LogKeyRotated,
     Field(discriminator="type"),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import hmac
 import os
 import secrets
 import stat
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +16,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from ringfence.errors import UnavailableError
+from ringfence.store.files import create_whole
 
 ORIGIN = "ringfence/audit"
 _SIZE = 64
-_WAIT_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -69,10 +69,10 @@ def load_keys(directory: Path) -> Keys:
         UnavailableError: `audit-key-refused` when others may read the key, or it is damaged.
     """
     path = directory / "key"
-    _make(path, new_keys())
-    deadline = time.monotonic() + _WAIT_SECONDS
-    while (keys := read_keys(path)) is None and time.monotonic() < deadline:
-        time.sleep(0.01)  # another process is making it right now
+    if not path.exists():
+        with contextlib.suppress(FileExistsError):  # another process was first, and its key counts
+            write_keys(path, new_keys())
+    keys = read_keys(path)
     if keys is None:
         raise _refused(path, "is damaged", "restore it, or move the whole audit directory away")
     return keys
@@ -99,24 +99,17 @@ def read_keys(path: Path) -> Keys | None:
 
 
 def write_keys(path: Path, keys: Keys) -> None:
-    """Write a 0600 file that is not there yet, to the disk."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(keys.seed + keys.secret)
-        file.flush()
-        os.fsync(file.fileno())
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)  # a log must not outlive the only key that can go on with it
-    finally:
-        os.close(directory)
+    """Make a 0600 file that is not there yet, whole and on the disk: a log must not outlive the
+    only key that can go on with it.
 
-
-def _make(path: Path, keys: Keys) -> None:
+    Raises:
+        FileExistsError: another process was first.
+        UnavailableError: `audit-key-refused` when it cannot be written.
+    """
     try:
-        write_keys(path, keys)
+        create_whole(path, keys.seed + keys.secret)
     except FileExistsError:
-        return
+        raise
     except OSError as error:
         raise _refused(path, f"cannot be written: {error.strerror}", "") from None
 

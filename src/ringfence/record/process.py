@@ -3,12 +3,15 @@
 `python -m ringfence.record DIRECTORY LABEL:FD …`. The label of a connection becomes the `source`
 of what comes over it: neither worker nor egress can pose as the other, or choose a time.
 
-It fails closed. An event outside the catalogue is refused; when the log cannot be written, every
-waiter is told so and the process ends, and nothing that must be recorded first can happen.
+It fails closed. An event outside the catalogue is refused; when the log cannot be opened or
+written, every client is told why and the process ends, and nothing that must be recorded first can
+happen. A worker that goes away without ending its runs does not have the last word: `run.lost` is
+written for each of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import secrets
@@ -16,10 +19,11 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ringfence.errors import RingfenceError, UnavailableError
 from ringfence.record.audit import AuditLog
 from ringfence.record.quota import Quota, Verdict
 from ringfence.record.shapes import fault, load_shapes, may_write, shortened
@@ -31,6 +35,9 @@ _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
 _MAX_READ = 1 << 20
 _MAX_UNSENT = 4 << 20
 _DRAIN_SECONDS = 5.0
+_MAX_REFUSED = 4_096
+_MAX_RUNS = 65_536
+_EDGES = frozenset({"run.started", "run.ended"})
 
 
 class _Client:
@@ -76,7 +83,8 @@ class Recorder:
         self._name = secrets.token_hex(8)
         self._shapes = load_shapes()
         self._quota = Quota()
-        self._refused: dict[tuple[str, str], int] = {}
+        self._refused: dict[tuple[str, str, str], int] = {}
+        self._runs: dict[str, dict[str, str]] = {}
         self._stopping = False
         self._beat = time.monotonic()
         self._poll = select.poll()
@@ -94,22 +102,26 @@ class Recorder:
 
     def run(self) -> int:
         """Serve until every client is gone or `stop`; returns the exit status."""
+        try:
+            self._serve()
+        except Exception as error:  # noqa: BLE001  whatever it was, nothing can be recorded any more
+            tell_all((client.socket for client in self._clients.values()), error)
+            return 1
+        return 0
+
+    def _serve(self) -> None:
         self._log.append([self._own("log.opened")])
         self._log.checkpoint()
         for client in self._clients.values():
             client.send(encode({"k": self._log.hmac_key.hex()}))
-        try:
-            while self._clients and not self._stopping:
-                self._turn()
-                self._keep_time()
-            deadline = time.monotonic() + _DRAIN_SECONDS
-            while self._clients and self._turn(block=False) and time.monotonic() < deadline:
-                pass
-            self._log.append([*self._held(), self._own("log.closed")])
-        except Exception:  # noqa: BLE001  the waiters were told; what cannot be written is over
-            return 1
+        while self._clients and not self._stopping:
+            self._turn()
+            self._keep_time()
+        deadline = time.monotonic() + _DRAIN_SECONDS
+        while self._clients and self._turn(block=False) and time.monotonic() < deadline:
+            pass
+        self._log.append([*self._held(), self._own("log.closed")])
         self._log.close()
-        return 0
 
     def _turn(self, *, block: bool = True) -> bool:
         """Read all that are ready, commit, answer; whether anything was read."""
@@ -146,35 +158,29 @@ class Recorder:
         number, event = value.get("n"), value.get("e")
         number = number if isinstance(number, int) else 0
         event = event if isinstance(event, dict) else {}
-        why = self._fault(client, event)
-        if why:
-            key = (client.label, why)
-            self._refused[key] = self._refused.get(key, 0) + 1
-        else:
+        why, sandbox = self._fault(client, event), ""
+        if not why:
             verdict = self._quota.judge(event)
             if verdict is not Verdict.REFUSE:
                 record = shortened(event) if verdict is Verdict.WRITE else {}
                 batch.append((client, number, record and {**record, "source": client.label}))
                 return
-            why = "quota"
+            why, sandbox = "quota", event.get("sandbox_id", "")
+        key = (client.label, why, sandbox if len(self._refused) < _MAX_REFUSED else "")
+        self._refused[key] = self._refused.get(key, 0) + 1
         if number:
             client.send(encode({"n": number, "x": why}))
 
     def _fault(self, client: _Client, event: dict[str, Any]) -> str:
-        if not may_write(client.label, str(event.get("type"))):
+        kind = event.get("type")
+        if not isinstance(kind, str) or not may_write(client.label, kind):
             return "wrong-source"
         return fault(self._shapes, event)
 
     def _commit(self, batch: list[tuple[_Client, int, dict[str, Any]]]) -> None:
         records = [record for _, _, record in batch if record]
+        index = self._log.append(records) if records else self._log.size
         answers: dict[int, list[bytes]] = {}
-        try:
-            index = self._log.append(records) if records else self._log.size
-        except Exception as error:
-            for client, number, _ in batch:
-                if number:
-                    client.send(encode({"n": number, "x": type(error).__name__}))
-            raise
         for client, number, record in batch:
             if number:
                 frame = encode({"n": number, "i": index})
@@ -182,12 +188,28 @@ class Recorder:
             index += bool(record)
         for descriptor, frames in answers.items():
             self._clients[descriptor].send(b"".join(frames))
+        for record in records:
+            if record["type"] in _EDGES:
+                self._follow(record)
+
+    def _follow(self, record: dict[str, Any]) -> None:
+        """Which runs have no end yet."""
+        if record["type"] == "run.ended":
+            self._runs.pop(record.get("run_id", ""), None)
+        elif len(self._runs) < _MAX_RUNS:
+            self._runs[record.get("run_id", "")] = {
+                name: record.get(name, "") for name in ("run_id", "session_id", "sandbox_id")
+            }
 
     def _drop(self, client: _Client) -> None:
         descriptor = client.socket.fileno()
         self._poll.unregister(descriptor)
         del self._clients[descriptor]
         client.socket.close()
+        if client.label == "worker" and self._runs:
+            lost = {"type": "run.lost", "source": "recorder", "reason": "worker-gone"}
+            self._log.append([{**ids, **lost} for ids in self._runs.values()])
+            self._runs.clear()
 
     def _keep_time(self) -> None:
         """Once a minute: what was counted, a sign of life, a signature."""
@@ -199,12 +221,12 @@ class Recorder:
         self._log.checkpoint()
 
     def _held(self) -> list[dict[str, Any]]:
-        refused = [
-            {"type": "log.refused", "client": label, "reason": why, "count": count}
-            for (label, why), count in self._refused.items()
-        ]
+        refused = []
+        for (label, why, sandbox), count in self._refused.items():
+            record = {"type": "log.refused", "source": "recorder", "client": label, "reason": why}
+            refused.append({**record, "count": count, "sandbox_id": sandbox})
         self._refused.clear()
-        return self._quota.flush() + [{**record, "source": "recorder"} for record in refused]
+        return self._quota.flush() + refused
 
     def _own(self, kind: str) -> dict[str, Any]:
         return {"type": kind, "source": "recorder", "recorder": self._name}
@@ -224,6 +246,20 @@ def main(arguments: Sequence[str]) -> int:
         if label not in _SOURCES:
             return 2
         clients[label] = socket.socket(fileno=int(descriptor))
-    recorder = Recorder(AuditLog(Path(arguments[0])), clients)
+    try:
+        recorder = Recorder(AuditLog(Path(arguments[0])), clients)
+    except Exception as error:  # noqa: BLE001  the clients are told, and print it in one line
+        tell_all(clients.values(), error)
+        return 1
     signal.signal(signal.SIGTERM, recorder.stop)
     return recorder.run()
+
+
+def tell_all(connections: Iterable[socket.socket], error: Exception) -> None:
+    """The last frame: why there will be no other."""
+    if not isinstance(error, RingfenceError):
+        error = UnavailableError("recorder-unavailable", f"{type(error).__name__} in the recorder")
+    frame = encode({"f": error.to_json()})
+    for connection in connections:
+        with contextlib.suppress(OSError):
+            connection.send(frame)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -11,8 +12,7 @@ from typing import Any, Self
 from urllib.parse import quote
 
 from ringfence.errors import CallerError, UnavailableError
-from ringfence.model import Usage
-from ringfence.record.usage import total
+from ringfence.record.usage import RequestUsage, requests
 
 _PAGE = 1000
 
@@ -69,7 +69,9 @@ class AuditReader:
         """Records in order from index `after` + 1 on, each with its `index`."""
         if run_id is None:
             rows = self._select(
-                "SELECT idx, body FROM record WHERE idx > ? ORDER BY idx LIMIT ?", after, limit
+                "SELECT idx, body FROM record NOT INDEXED WHERE idx > ? ORDER BY idx LIMIT ?",
+                after,
+                limit,
             )
         else:
             rows = self._select(
@@ -90,9 +92,22 @@ class AuditReader:
             raise CallerError("run-unknown", f"the audit log holds no run {run_id[:64]!r}")
         return found
 
+    def bodies(self) -> Iterator[bytes]:
+        """Every record as it was hashed, in order, a page at a time."""
+        after = -1
+        while rows := self._select(
+            "SELECT idx, body FROM record NOT INDEXED WHERE idx > ? ORDER BY idx LIMIT ?",
+            after,
+            _PAGE,
+        ):
+            yield from (body for _, body in rows)
+            after = rows[-1][0]
+
     def last(self, count: int) -> list[dict[str, Any]]:
         """The last records, in order."""
-        rows = self._select("SELECT idx, body FROM record ORDER BY idx DESC LIMIT ?", count)
+        rows = self._select(
+            "SELECT idx, body FROM record NOT INDEXED ORDER BY idx DESC LIMIT ?", count
+        )
         return [_record(index, body) for index, body in reversed(rows)]
 
     def runs(self, limit: int = 100) -> list[RunSummary]:
@@ -104,9 +119,12 @@ class AuditReader:
         )
         return [self._summary(*row) for row in rows]
 
-    def usage(self, run_id: str) -> Usage:
-        """Tokens and dollars of a run. Raises CallerError `run-unknown`."""
-        return total(self.all_events(run_id))
+    def usage(self, run_id: str) -> list[RequestUsage]:
+        """Tokens and dollars of a run, one entry a model request; `usage.total` sums them up.
+
+        Raises CallerError `run-unknown`.
+        """
+        return requests(self.all_events(run_id))
 
     def checkpoints(self) -> list[tuple[int, str]]:
         """Signed notes with the sizes they cover, in order."""
@@ -124,14 +142,14 @@ class AuditReader:
             )
         ]
         started = _of_type(edges, "run.started")
-        ended = _of_type(edges, "run.ended")
+        ended = _of_type(edges, "run.ended") or _of_type(edges, "run.lost")
         return RunSummary(
             run_id=run_id,
             session_id=str(started.get("session_id", "")),
             kind=str(started.get("kind", "")),
             started=str(started.get("time", "")),
             ended=str(ended.get("time", "")),
-            status=str(ended.get("status", "")),
+            status=str(ended.get("status", "lost" if ended else "")),
             records=count,
             first_index=first,
             last_index=last,

@@ -1,8 +1,6 @@
 """Transcripts in SQLite, behind the Agent SDK's SessionStore protocol, and leases on them.
 
-Session and path come from the lease, never from a frame (requirement H): `LeasedStore` is what
-a run is given, and a frame that names another session, or a path that is none, ends the run.
-Resuming carries a conversation over, never a right: policy is today's.
+Resuming carries a conversation over, never a right: policy is today's (requirement H).
 """
 
 from __future__ import annotations
@@ -14,15 +12,17 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ringfence.errors import CallerError, UnavailableError
+from ringfence.record.leased import LeasedStore
 from ringfence.record.transcript import (
+    PROJECT,
     Entry,
-    check_subpath,
+    Key,
     encode_entry,
     entry_uuid,
     files_of,
@@ -33,15 +33,8 @@ from ringfence.record.transcript import (
 )
 from ringfence.store.sqlite import open_database
 
-PROJECT = "ringfence"
-"""CLAUDE_CODE_PROJECT_DIR_NAME inside: pinned, so that a transcript resumes from any directory."""
-
 LEASE_SECONDS = 60.0
 MAX_SESSION_BYTES = 256 << 20
-ENTRIES_PER_SECOND = 500
-ENTRIES_AT_ONCE = 20_000
-
-Key = Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +75,8 @@ class SqliteSessionStore:
 
     def __init__(self, path: Path) -> None:
         self._db = open_database(path, "ringfence.record.sessions_sql")
+        # what a person deletes is overwritten, and not only unlinked
+        self._db.execute("PRAGMA secure_delete=ON")
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -100,27 +95,34 @@ class SqliteSessionStore:
         self, key: Key, entries: Sequence[Entry], *, token: tuple[str, int] | None = None
     ) -> None:
         """`append` in one transaction; with a (run, token) pair, only while that lease holds."""
-        project, session, subpath = _parts(key)
-        rows = [
-            (project, session, subpath, entry_uuid(entry), encode_entry(entry)) for entry in entries
-        ]
-        size = sum(len(row[4]) for row in rows)
         with self._transaction() as db:
             if token is not None:
-                _check_token(db, session, *token)
-            (total,) = db.execute(
-                "INSERT INTO session (project, id, created, changed, bytes) VALUES (?, ?, ?, ?, ?)"
-                " ON CONFLICT DO UPDATE SET changed = max(changed, excluded.changed),"
-                " bytes = bytes + excluded.bytes RETURNING bytes",
-                (project, session, _now(), _now(), size),
-            ).fetchone()
-            if total > MAX_SESSION_BYTES:
-                raise refused(f"a transcript grew past {MAX_SESSION_BYTES} bytes")
-            db.executemany(
+                _check_token(db, key["session_id"], *token)
+            self._add(db, key, [(entry_uuid(entry), encode_entry(entry)) for entry in entries])
+
+    def _add(
+        self, db: sqlite3.Connection, key: Key, rows: Sequence[tuple[str | None, str]]
+    ) -> None:
+        project, session, subpath = _parts(key)
+        db.execute(
+            "INSERT INTO session (project, id, created, changed) VALUES (?, ?, ?, ?)"
+            " ON CONFLICT DO UPDATE SET changed = max(changed, excluded.changed)",
+            (project, session, _now(), _now()),
+        )
+        size = 0
+        for identity, body in rows:
+            inserted = db.execute(
                 "INSERT OR IGNORE INTO entry (project, session, subpath, uuid, body)"
                 " VALUES (?, ?, ?, ?, ?)",
-                rows,
+                (project, session, subpath, identity, body),
             )
+            size += len(body) * inserted.rowcount
+        (total,) = db.execute(
+            "UPDATE session SET bytes = bytes + ? WHERE project = ? AND id = ? RETURNING bytes",
+            (size, project, session),
+        ).fetchone()
+        if total > MAX_SESSION_BYTES:
+            raise refused(f"a transcript grew past {MAX_SESSION_BYTES} bytes")
 
     async def load(self, key: Key) -> list[Entry] | None:
         """All entries of a key in order; None when nothing was ever written to it."""
@@ -170,7 +172,8 @@ class SqliteSessionStore:
             row = db.execute(
                 "SELECT run, token, expires FROM lease WHERE session = ?", (session_id,)
             ).fetchone()
-            if row is not None and row[2] > _now():
+            # an expiry further off than any lease runs is of a clock that has been set back since
+            if row is not None and _now() < row[2] <= _expiry():
                 raise UnavailableError(
                     "session-busy",
                     f"run {row[0]} holds session {session_id}",
@@ -202,15 +205,17 @@ class SqliteSessionStore:
 
     # for people and for resuming
 
-    def sessions(self) -> list[SessionInfo]:
-        """All sessions of runs, the latest first."""
+    def sessions(self, *, limit: int = -1, skip: int = 0) -> list[SessionInfo]:
+        """Sessions of runs, the latest first; all of them without a limit."""
         rows = self._select(
             "SELECT s.id, s.created, s.changed, s.bytes, s.parent,"
             " (SELECT count(*) FROM entry e WHERE e.project = s.project AND e.session = s.id),"
             " coalesce((SELECT run FROM lease l WHERE l.session = s.id AND l.expires > ?), '')"
-            " FROM session s WHERE project = ? ORDER BY changed DESC, id",
+            " FROM session s WHERE project = ? ORDER BY changed DESC, id LIMIT ? OFFSET ?",
             _now(),
             PROJECT,
+            limit,
+            skip,
         )
         return [
             SessionInfo(
@@ -221,19 +226,49 @@ class SqliteSessionStore:
                 parent=parent,
                 entries=count,
                 held_by=run,
-                first_prompt=first_prompt(self._entries(PROJECT, name, "", limit=64)),
+                first_prompt=self._first_prompt(name),
             )
             for name, created, changed, size, parent, count, run in rows
         ]
 
-    def transcript(self, session_id: str) -> list[Entry]:
-        """Main transcript of a session. Raises CallerError `session-unknown`."""
-        entries = self._entries(PROJECT, check_session_id(session_id), "")
-        if not entries:
+    def _first_prompt(self, session_id: str) -> str:
+        """Of what stands at the start and is short: a list must not read whole transcripts."""
+        rows = self._select(
+            "SELECT body FROM entry WHERE project = ? AND session = ? AND subpath = ''"
+            " AND length(body) < 65536 ORDER BY seq LIMIT 64",
+            PROJECT,
+            session_id,
+        )
+        return first_prompt(_entry(body) for (body,) in rows)
+
+    def require(self, session_id: str) -> str:
+        """The id, of a session that is there. Raises CallerError `session-unknown`."""
+        found = self._select(
+            "SELECT 1 FROM entry WHERE project = ? AND session = ? AND subpath = '' LIMIT 1",
+            PROJECT,
+            check_session_id(session_id),
+        )
+        if not found:
             raise CallerError(
                 "session-unknown", f"no session {session_id}", hint="ringfence sessions list"
             )
-        return entries
+        return session_id
+
+    def transcript(self, session_id: str, *, last: int = -1) -> Iterator[Entry]:
+        """Entries of a session's main transcript in order, or its last ones, read as they are
+        asked for: what an agent wrote can be a hundred times larger as objects.
+
+        Raises CallerError `session-unknown`.
+        """
+        rows = self._select(
+            "SELECT body FROM (SELECT seq, body FROM entry"
+            " WHERE project = ? AND session = ? AND subpath = '' ORDER BY seq DESC LIMIT ?)"
+            " ORDER BY seq",
+            PROJECT,
+            self.require(session_id),
+            last,
+        )
+        return (_entry(body) for (body,) in rows)
 
     def materialise(self, session_id: str) -> dict[str, bytes]:
         """Files below the agent's home from which `claude --resume` goes on.
@@ -241,34 +276,44 @@ class SqliteSessionStore:
         Needs CLAUDE_CONFIG_DIR=HOME/.claude and CLAUDE_CODE_PROJECT_DIR_NAME=PROJECT inside.
         Every path is built from checked parts. Raises CallerError `session-unknown`.
         """
-        base = f".claude/projects/{PROJECT}/{check_session_id(session_id)}"
+        base = f".claude/projects/{PROJECT}/{self.require(session_id)}"
         files: dict[str, bytes] = {}
-        for subpath, entries in self._streams(session_id).items():
-            files |= files_of(base, subpath, entries)
+        for subpath in ["", *self._subpaths(PROJECT, session_id)]:
+            files |= files_of(base, subpath, self._lines(PROJECT, session_id, subpath))
         return files
 
     def tool_use_ids(self, session_id: str) -> list[str]:
         """Ids of every tool call in the stored transcript, for the witness ledger (B)."""
         found: dict[str, None] = {}
-        for entries in self._streams(session_id).values():
+        for subpath in ["", *self._subpaths(PROJECT, self.require(session_id))]:
+            entries = map(_entry, self._lines(PROJECT, session_id, subpath))
             found.update(dict.fromkeys(tool_use_ids(entries)))
         return list(found)
 
-    def fork(self, session_id: str) -> str:
-        """A copy under a new id, subagents included. Returns the id.
+    def fork(self, session_id: str, *, record: Callable[[str], object] | None = None) -> str:
+        """A copy under a new id, subagents included, whole or not at all. Returns the id.
+
+        `record` is called with it before the copy is there for anyone (write-ahead).
 
         Raises:
             CallerError: `session-unknown`.
         """
         new = str(uuid.uuid4())
-        streams = forked(self._streams(session_id), session_id, new, lambda: str(uuid.uuid4()))
-        for subpath, entries in streams.items():
-            self.add({"project_key": PROJECT, "session_id": new, "subpath": subpath}, entries)
+        streams = {
+            subpath: [_entry(line) for line in self._lines(PROJECT, session_id, subpath)]
+            for subpath in ["", *self._subpaths(PROJECT, self.require(session_id))]
+        }
+        copies = forked(streams, session_id, new, lambda: str(uuid.uuid4()))
         with self._transaction() as db:
+            for subpath, entries in copies.items():
+                key = {"project_key": PROJECT, "session_id": new, "subpath": subpath}
+                self._add(db, key, [(entry_uuid(e), encode_entry(e)) for e in entries])
             db.execute(
                 "UPDATE session SET parent = ? WHERE project = ? AND id = ?",
                 (session_id, PROJECT, new),
             )
+            if record is not None:
+                record(new)
         return new
 
     def remove(self, session_id: str, *, record: Callable[[], object] | None = None) -> None:
@@ -277,8 +322,7 @@ class SqliteSessionStore:
         Raises:
             CallerError: `session-unknown`. UnavailableError: `session-busy` during a run.
         """
-        self.transcript(session_id)
-        lease = self.lease(session_id, "delete")
+        lease = self.lease(self.require(session_id), "delete")
         try:
             if record is not None:
                 record()
@@ -288,14 +332,10 @@ class SqliteSessionStore:
                 )
         finally:
             lease.release()
+        # the pages that held it are in the write-ahead log still
+        self._select("PRAGMA wal_checkpoint(TRUNCATE)")
 
     # below
-
-    def _streams(self, session_id: str) -> dict[str, list[Entry]]:
-        streams = {"": self.transcript(session_id)}
-        for subpath in self._subpaths(PROJECT, session_id):
-            streams[subpath] = self._entries(PROJECT, session_id, subpath)
-        return streams
 
     def _subpaths(self, project: str, session: str) -> list[str]:
         rows = self._select(
@@ -306,16 +346,18 @@ class SqliteSessionStore:
         )
         return [subpath for (subpath,) in rows]
 
-    def _entries(self, project: str, session: str, subpath: str, *, limit: int = -1) -> list[Entry]:
+    def _lines(self, project: str, session: str, subpath: str) -> list[str]:
+        """Entries of one key as they are stored: JSON, one line each."""
         rows = self._select(
-            "SELECT body FROM entry WHERE project = ? AND session = ? AND subpath = ?"
-            " ORDER BY seq LIMIT ?",
+            "SELECT body FROM entry WHERE project = ? AND session = ? AND subpath = ? ORDER BY seq",
             project,
             session,
             subpath,
-            limit,
         )
-        return [json.loads(body) for (body,) in rows]
+        return [body for (body,) in rows]
+
+    def _entries(self, project: str, session: str, subpath: str) -> list[Entry]:
+        return [_entry(line) for line in self._lines(project, session, subpath)]
 
     def _summaries(self, project: str) -> list[dict[str, Any]]:
         from claude_agent_sdk import fold_session_summary
@@ -346,69 +388,43 @@ class SqliteSessionStore:
 
     def _select(self, query: str, *values: object) -> list[Any]:
         with self._lock:
-            return self._db.execute(query, values).fetchall()
+            try:
+                return self._db.execute(query, values).fetchall()
+            except sqlite3.Error as error:
+                raise _unavailable(error) from None
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
             try:
+                self._db.execute("BEGIN IMMEDIATE")
                 yield self._db
                 self._db.execute("COMMIT")
-            except BaseException:
+            except BaseException as error:
                 if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
+                    with contextlib.suppress(sqlite3.Error):
+                        self._db.execute("ROLLBACK")
+                if isinstance(error, sqlite3.Error):
+                    raise _unavailable(error) from None
                 raise
 
 
-class LeasedStore:
-    """What a run's driver mirrors into: one session, one run, hard caps. A SessionStore."""
+def _entry(line: str) -> Entry:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError, TypeError):
+        value = None
+    if not isinstance(value, dict):
+        raise UnavailableError("store-unavailable", "an entry of the transcript is damaged")
+    return value
 
-    def __init__(self, store: SqliteSessionStore, session_id: str, run_id: str, token: int) -> None:
-        self._store, self._session, self._run, self._token = store, session_id, run_id, token
-        self._allowance, self._filled = float(ENTRIES_AT_ONCE), time.monotonic()
 
-    @property
-    def session_id(self) -> str:
-        """The one session."""
-        return self._session
-
-    async def append(self, key: Key, entries: Sequence[Entry]) -> None:
-        """See SessionStore. The project key is ignored; the session must be the lease's.
-
-        Raises:
-            DeniedError: `session-frame-refused`; whoever wrote the frame is lying.
-            UnavailableError: `session-busy` when another run has taken the session over.
-        """
-        if key.get("session_id") != self._session:
-            raise refused("a transcript frame named another session")
-        subpath = check_subpath(key["subpath"]) if key.get("subpath") else ""
-        self._spend(len(entries))
-        own = {"project_key": PROJECT, "session_id": self._session, "subpath": subpath}
-        if entries:
-            await asyncio.to_thread(self._store.add, own, entries, token=(self._run, self._token))
-
-    async def load(self, key: Key) -> list[Entry] | None:
-        """See SessionStore; any other session is unknown."""
-        if key.get("session_id") != self._session:
-            return None
-        return await self._store.load({**key, "project_key": PROJECT})
-
-    def renew(self) -> None:
-        """Heartbeat; call it more often than LEASE_SECONDS."""
-        self._store.renew(self._session, self._run, self._token)
-
-    def release(self) -> None:
-        """Give the lease back."""
-        self._store.release(self._session, self._run, self._token)
-
-    def _spend(self, entries: int) -> None:
-        """A bucket: a long transcript may come at once, an endless one may not (requirement M)."""
-        now = time.monotonic()
-        grown = self._allowance + (now - self._filled) * ENTRIES_PER_SECOND
-        self._allowance, self._filled = min(ENTRIES_AT_ONCE, grown) - entries, now
-        if self._allowance < 0:
-            raise refused("transcript frames came faster than an agent writes")
+def _unavailable(error: sqlite3.Error) -> UnavailableError:
+    return UnavailableError(
+        "store-unavailable",
+        f"the transcripts cannot be read or written: {error}",
+        hint="see that the state directory is writable and its disk is not full",
+    )
 
 
 def _now() -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from typing import Any
 MAX_TEXT = 1024
 """Characters of one text field; the rest is cut, and the cut shows."""
 MAX_ITEMS = 256
+_NAME = re.compile("[ -~]*")
 
 _EGRESS = frozenset({"tool.requested", "witness.disagreed"})
 _EGRESS_GROUPS = ("egress.", "model.")
@@ -55,7 +57,7 @@ def may_write(source: str, kind: str) -> bool:
     """Whether a client may write this type: neither poses as the other, none as the recorder."""
     if source == "egress":
         return kind in _EGRESS or kind.startswith(_EGRESS_GROUPS)
-    return not kind.startswith("log.")
+    return kind != "run.lost" and not kind.startswith("log.")
 
 
 def fault(shapes: Mapping[str, Shape], event: Mapping[str, Any]) -> str:
@@ -102,6 +104,10 @@ def _text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _name(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= 128 and bool(_NAME.fullmatch(value))
+
+
 def _boolean(value: Any) -> bool:
     return isinstance(value, bool)
 
@@ -140,6 +146,7 @@ def _one_of(allowed: frozenset[Any], value: Any) -> bool:
 
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "str": _text,
+    "Name": _name,
     "bool": _boolean,
     "int": _integer,
     "float": _number,

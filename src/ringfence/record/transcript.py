@@ -13,6 +13,8 @@ from typing import Any
 
 from ringfence.errors import DeniedError
 
+PROJECT = "ringfence"
+"""CLAUDE_CODE_PROJECT_DIR_NAME inside: pinned, so that a transcript resumes from any directory."""
 MAX_ENTRY_BYTES = 8 << 20
 _SUBPATH = re.compile(
     r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}(?:/[A-Za-z0-9_][A-Za-z0-9._-]{0,127}){0,7}"
@@ -20,6 +22,8 @@ _SUBPATH = re.compile(
 _OF_ANOTHER_SESSION = ("teamName", "agentName", "slug", "sourceToolAssistantUUID")
 
 Entry = dict[str, Any]
+Key = Mapping[str, str]
+"""The SDK's session key: project_key, session_id, and subpath where there is one."""
 
 
 def check_subpath(subpath: str) -> str:
@@ -100,23 +104,29 @@ def _text(content: object) -> str:
     return ""
 
 
-def files_of(base: str, subpath: str, entries: Sequence[Entry]) -> dict[str, bytes]:
-    """Files that `claude --resume` reads for one key: path to content.
+def files_of(base: str, subpath: str, lines: Sequence[str]) -> dict[str, bytes]:
+    """Files that `claude --resume` reads for one key, of its entries as stored: path to content.
 
     A subagent's stream carries its sidecar as entries of type `agent_metadata`, the last of which
     is the file `agent-….meta.json` (as the SDK materialises it).
     """
     path = f"{base}/{check_subpath(subpath)}" if subpath else base
-    lines = [entry for entry in entries if not subpath or entry.get("type") != "agent_metadata"]
+    kept, sidecar = list(lines), None
+    if subpath:
+        sidecars = {line for line in lines if _is_sidecar(line)}
+        sidecar = next((line for line in reversed(lines) if line in sidecars), None)
+        kept = [line for line in lines if line not in sidecars]
     files = {}
-    if lines:
-        files[f"{path}.jsonl"] = b"".join(encode_entry(line).encode() + b"\n" for line in lines)
-    for entry in reversed(entries if subpath else ()):
-        if entry.get("type") == "agent_metadata":
-            sidecar = {name: value for name, value in entry.items() if name != "type"}
-            files[f"{path}.meta.json"] = encode_entry(sidecar).encode()
-            break
+    if kept:
+        files[f"{path}.jsonl"] = "".join(f"{line}\n" for line in kept).encode()
+    if sidecar is not None:
+        value = {name: item for name, item in json.loads(sidecar).items() if name != "type"}
+        files[f"{path}.meta.json"] = encode_entry(value).encode()
     return files
+
+
+def _is_sidecar(line: str) -> bool:
+    return '"agent_metadata"' in line and json.loads(line).get("type") == "agent_metadata"
 
 
 def forked(

@@ -20,7 +20,8 @@ class RequestUsage:
     Attributes:
         status: HTTP status that `claude` saw; 0 while there is no answer.
         duration_ms: from the request's last byte to the answer's.
-        usage: `requests` is 1; `cost_usd` is None when the model has no price.
+        usage: `requests` is 1, or 0 when only tokens were counted; `cost_usd` is None when the
+            model has no price.
     """
 
     request_id: str
@@ -36,11 +37,11 @@ def requests(events: Iterable[Mapping[str, Any]]) -> list[RequestUsage]:
     return [_request(event) for event in events if event.get("type") == "model.answered"]
 
 
-def total(events: Iterable[Mapping[str, Any]]) -> Usage:
-    """Sum over the events given; an unknown price makes the cost None."""
+def total(entries: Iterable[RequestUsage]) -> Usage:
+    """Their sum; an unknown price makes the cost None."""
     result = Usage()
-    for request in requests(events):
-        result += request.usage
+    for entry in entries:
+        result += entry.usage
     return result
 
 
@@ -53,7 +54,7 @@ def _request(event: Mapping[str, Any]) -> RequestUsage:
         status=int(event.get("status", 0)),
         duration_ms=float(event.get("duration_ms", 0.0)),
         usage=Usage(
-            requests=1,
+            requests=int(bool(event.get("billed", True))),
             input_tokens=int(event.get("input_tokens", 0)),
             output_tokens=int(event.get("output_tokens", 0)),
             cache_creation_input_tokens=int(event.get("cache_creation_input_tokens", 0)),

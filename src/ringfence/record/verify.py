@@ -1,10 +1,14 @@
 """Verify an audit log of ringfence. Needs the standard library and `cryptography`, nothing else.
 
-    python verify.py LOG.sqlite --public-key public.key [--anchor CHECKPOINT_FILE]
+    python verify.py LOG.sqlite --public-key public.key [--anchor CHECKPOINTS]
 
 Everything is computed anew from the records: leaf hashes and tree as in RFC 6962, checkpoints as
 C2SP signed notes (Ed25519). An anchor is a checkpoint that was kept somewhere else; only anchors
 show that somebody with the signing key, such as root on the host, rewrote the log.
+
+The file is read as hostile: it must have the tables of an audit log and no index beside its own
+(an index that was left behind can answer in the place of the table), it is checked by SQLite, and
+nothing of it reaches the terminal as more than text.
 
 Exit status: 0 the log is good, 3 it is not (the first bad index is named), 2 wrong usage.
 
@@ -16,14 +20,14 @@ from __future__ import annotations
 
 import argparse
 import base64
-import binascii
+import calendar
 import hashlib
 import json
+import re
 import sqlite3
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -31,11 +35,25 @@ from urllib.parse import quote
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-SILENCE_SECONDS = 180.0
+SILENCE_SECONDS = 180
 """A recorder says every 60 seconds that it lives."""
 UNSIGNED_RECORDS = 10_000
 _MAX_RECORD = 4 << 20
 _MAX_NOTE = 65_536
+_MAX_WARNINGS = 100
+_TIME = re.compile(
+    r"(?!0000)(\d{4})-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])"
+    r"T([01]\d|2[0-3]):([0-5]\d):([0-5]\d)\.\d{6}Z",
+    re.ASCII,
+)
+# a signature line, and then what is none: another note begins
+_NOTE_STARTS = re.compile(r"(?m)(?<=\n)(?=[^\n\u2014]+\n\d{1,18}\n[A-Za-z0-9+/=]{44}\n)")
+_TABLES = {
+    "record": [("idx", "INTEGER"), ("body", "BLOB"), ("leaf", "BLOB"), ("run", "TEXT")],
+    "checkpoint": [("size", "INTEGER"), ("note", "TEXT")],
+}
+_parse = json.JSONDecoder().raw_decode
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 # a damaged schema ends up in the text of SQLite's error, which need not be UTF-8
 _DAMAGE = (sqlite3.Error, UnicodeDecodeError, OverflowError)
 
@@ -102,7 +120,9 @@ class Note:
     signatures: tuple[tuple[str, bytes], ...]
 
     def signed_by(self, key: Key) -> bool:
-        """Whether one of the signatures is the key's, and good."""
+        """Whether it is a note of the key's log, and one of the signatures is the key's."""
+        if self.text.partition("\n")[0] != key.name:
+            return False
         public = Ed25519PublicKey.from_public_bytes(key.material)
         for name, value in self.signatures:
             if name == key.name and value[:4] == key.identity:
@@ -136,6 +156,8 @@ def parse_note(text: str) -> Note:
     lines = body.split("\n")
     if not separator or len(lines) < 3 or not lines[1].isascii() or not lines[1].isdigit():
         raise ValueError("not a checkpoint")
+    if len(lines[1]) > 18:
+        raise ValueError("of no possible size")
     found = []
     for line in signatures.splitlines():
         dash, _, rest = line.partition(" ")
@@ -144,7 +166,7 @@ def parse_note(text: str) -> Note:
             raise ValueError("not a signature line")
         found.append((name, base64.b64decode(encoded, validate=True)))
     root = base64.b64decode(lines[2], validate=True)
-    return Note(body + "\n", int(lines[1][:18]), root, tuple(found))
+    return Note(body + "\n", int(lines[1]), root, tuple(found))
 
 
 class Tree:
@@ -182,10 +204,11 @@ class _Verifier:
         self._roots: dict[int, bytes] = {}
         self._times: dict[int, str] = {}
         self._rotations: list[tuple[int, Key, Key]] = []
-        self._alive: dict[str, tuple[int, datetime]] = {}
+        self._alive: dict[str, tuple[int, int]] = {}
         self._last_time = ""
+        self._signed_until = 0
 
-    def run(self, connection: sqlite3.Connection) -> Report:
+    def run(self, connection: sqlite3.Connection, now: float | None) -> Report:
         """Read everything once."""
         notes: list[Note] = []
         # a fault found late must not hide one that lies before it, so each step is taken
@@ -193,6 +216,7 @@ class _Verifier:
             lambda: self._notes(connection, notes),
             lambda: self._records(connection, {note.size for note in [*notes, *self._anchors]}),
             lambda: self._check(notes),
+            lambda: self._file(connection),
         ]
         for step in steps:
             try:
@@ -201,8 +225,24 @@ class _Verifier:
                 self._fail(bad.index, bad.reason)
         self.report.records = self._tree.size
         self.report.root = self._tree.root().hex()
-        self._recorders()
+        self._recorders(now)
+        more = len(self.report.warnings) - _MAX_WARNINGS
+        if more > 0:
+            self.report.warnings[_MAX_WARNINGS:] = [f"and {more} more warnings"]
         return self.report
+
+    def _file(self, connection: sqlite3.Connection) -> None:
+        """An index that does not agree with its table hides records from everyone who asks it."""
+        if not self.report.ok:
+            return  # SQLite names no record in most of its findings
+        try:
+            found = [_decoded(text) for (text,) in connection.execute("PRAGMA integrity_check")]
+        except _DAMAGE as error:
+            raise BadLogError(0, f"the file is damaged: {error}") from None
+        if found != ["ok"]:
+            rows = [re.match(r"row (\d{1,18}) missing from index", text) for text in found]
+            index = min((max(0, int(row[1]) - 1) for row in rows if row), default=0)
+            raise BadLogError(index, f"the file does not agree with itself: {found[-1]}")
 
     def _fail(self, index: int, reason: str) -> None:
         report = self.report
@@ -212,12 +252,13 @@ class _Verifier:
     def _notes(self, connection: sqlite3.Connection, notes: list[Note]) -> None:
         good = 0
         try:
-            for size, text in connection.execute("SELECT size, note FROM checkpoint ORDER BY size"):
+            query = "SELECT size, note FROM checkpoint NOT INDEXED ORDER BY size"
+            for size, text in connection.execute(query):
                 note = parse_note(_decoded(text))
                 if note.size != size:
                     raise BadLogError(good, f"the checkpoint at {note.size} is filed under another")
                 notes.append(note)
-                good = note.size
+                good = self._signed_until = note.size
         except (ValueError, *_DAMAGE) as error:
             raise BadLogError(good, f"a checkpoint after size {good} is damaged: {error}") from None
 
@@ -226,7 +267,8 @@ class _Verifier:
         if 0 in wanted:
             self._roots[0] = tree.root()
         try:
-            for row in connection.execute("SELECT idx, body, leaf, run FROM record ORDER BY idx"):
+            query = "SELECT idx, body, leaf, run FROM record NOT INDEXED ORDER BY idx"
+            for row in connection.execute(query):
                 self._record(*row)
                 if tree.size in wanted:
                     self._roots[tree.size] = tree.root()
@@ -250,53 +292,55 @@ class _Verifier:
 
     def _read(self, index: int, body: bytes, run: object) -> None:
         try:
-            record = json.loads(body)
-            kind, time = record["type"], record["time"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+            text = body.decode("ascii")
+            record, end = _parse(text)
+            kind, time, run_id = record["type"], record["time"], record.get("run_id", "")
+            # under a signature the bytes are the recorder's; after the last one they may be
+            # anybody's, and no two readers of JSON may see two records in them
+            sound = end == len(text) and (index < self._signed_until or _canonical(record) == text)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise BadLogError(index, "the record is not JSON of a record") from None
-        # fixed width, so that text order is time order
-        if not isinstance(time, str) or len(time) != 27 or time < self._last_time:
-            raise BadLogError(index, "reordered: its time is before the record ahead of it")
+        if not sound or not isinstance(kind, str) or not isinstance(run_id, str):
+            raise BadLogError(index, "the record is not the canonical JSON of a record")
+        if not isinstance(time, str) or not _TIME.fullmatch(time):
+            raise BadLogError(index, "the record has no time")
+        if time < self._last_time:  # fixed width, so that text order is time order
+            if kind != "log.clock_set_back":
+                raise BadLogError(index, "reordered: its time is before the record ahead of it")
+            self.report.warnings.append(f"the host's clock was set back before record {index}")
+            self._alive.clear()  # what was said in the old time tells nothing of silence in this
         self._last_time = time
-        if run != str(record.get("run_id", "")).encode(errors="replace"):
+        if run != run_id.encode(errors="replace"):
             raise BadLogError(index, "altered: it is filed under another run")
-        if isinstance(kind, str) and kind.startswith("log."):
+        if kind.startswith("log."):
             self._about_the_log(index, kind, record, time)
 
     def _about_the_log(self, index: int, kind: str, record: dict[str, Any], time: str) -> None:
         if kind == "log.key_rotated":
             try:
-                old = parse_key(str(record.get("old_public_key")))
-                new = parse_key(str(record.get("new_public_key")))
-            except UsageError:
+                old = parse_key(record["old_public_key"])
+                new = parse_key(record["new_public_key"])
+            except (UsageError, LookupError, AttributeError):
                 raise BadLogError(index, "a rotation names no key") from None
             self._rotations.append((index, old, new))
         name = record.get("recorder")
         if not isinstance(name, str) or not name:
             return
-        try:
-            moment = datetime.fromisoformat(time)
-        except ValueError:
-            raise BadLogError(index, "the record has no time") from None
-        before = self._alive.get(name)
-        if before is not None and (moment - before[1]).total_seconds() > SILENCE_SECONDS:
-            seconds = (moment - before[1]).total_seconds()
+        before, now = self._alive.get(name), _seconds(time)
+        if before is not None and now - before[1] > SILENCE_SECONDS:
             self.report.warnings.append(
-                f"recorder {name[:32]!r} was silent for {seconds:.0f} s before record {index}"
+                f"recorder {name[:32]!r} was silent for {now - before[1]} s before record {index}"
             )
         if kind == "log.closed":
             self._alive.pop(name, None)
         else:
-            self._alive[name] = (index, moment)
+            self._alive[name] = index, now
 
-    def _recorders(self) -> None:
+    def _recorders(self, now: float | None) -> None:
         """A recorder that stopped speaking without leaving was killed, or records are gone."""
-        try:
-            end = datetime.fromisoformat(self._last_time) if self._last_time else None
-        except ValueError:
-            return
+        end = _seconds(self._last_time) if now is None else int(now)
         for name, (index, moment) in self._alive.items():
-            if end is not None and (end - moment).total_seconds() > SILENCE_SECONDS:
+            if end - moment > SILENCE_SECONDS:
                 self.report.warnings.append(
                     f"recorder {name[:32]!r} was last heard of in record {index} and never closed"
                 )
@@ -337,16 +381,12 @@ class _Verifier:
             raise BadLogError(0, "no checkpoint: nothing here was ever signed")
         if unsigned > UNSIGNED_RECORDS:
             self.report.warnings.append(f"the last {unsigned} records are not signed")
-        signed_at, last = self._times.get(good), self._last_time
-        if unsigned and signed_at and last:
-            try:
-                span = datetime.fromisoformat(last) - datetime.fromisoformat(signed_at)
-            except ValueError:
-                return
-            if span.total_seconds() > SILENCE_SECONDS:
+        signed_at = self._times.get(good)
+        if unsigned and signed_at:
+            span = _seconds(self._last_time) - _seconds(signed_at)
+            if span > SILENCE_SECONDS:
                 self.report.warnings.append(
-                    f"the last checkpoint is {span.total_seconds():.0f} s older than the last"
-                    " record"
+                    f"the last checkpoint is {span} s older than the last record"
                 )
 
     def _chain(self, notes: list[Note]) -> list[tuple[int, Key]]:
@@ -383,8 +423,14 @@ def _due(keys: list[tuple[int, Key]], size: int) -> list[Key]:
     return due
 
 
+def _seconds(time: str) -> int:
+    """Since the epoch; of a text that is a `_TIME`, or of none."""
+    match = _TIME.fullmatch(time)
+    return calendar.timegm(tuple(int(part) for part in match.groups())) if match else 0
+
+
 def _decoded(value: object) -> str:
-    return value.decode("utf-8", "strict") if isinstance(value, bytes) else str(value)
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 def _open(path: Path) -> tuple[sqlite3.Connection, list[str]]:
@@ -410,22 +456,36 @@ def _configured(connection: sqlite3.Connection) -> sqlite3.Connection:
         connection.execute("PRAGMA trusted_schema=OFF")
         connection.execute("PRAGMA query_only=ON")
         connection.execute("PRAGMA cell_size_check=ON")
-        tables = dict(
-            connection.execute(
-                "SELECT name, type FROM sqlite_master WHERE name IN ('record', 'checkpoint')"
-            )
-        )
+        _check_schema(connection)
     except BaseException:
         connection.close()
         raise
-    if tables != {b"record": b"table", b"checkpoint": b"table"}:
-        connection.close()
-        raise BadLogError(0, "the file is not an audit log")
     return connection
 
 
-def verify(path: Path, public_key: str, anchors: list[str]) -> Report:
-    """Verify a log file. `anchors` are the texts of checkpoints kept elsewhere.
+def _check_schema(connection: sqlite3.Connection) -> None:
+    """Plain tables with just the columns of an audit log; no module's, none computed or added."""
+    for table, wanted in _TABLES.items():
+        columns = [
+            (_decoded(name), _decoded(kind), hidden)
+            for _, name, kind, _, _, _, hidden in connection.execute(f"PRAGMA table_xinfo({table})")
+        ]
+        roots = connection.execute(
+            "SELECT rootpage FROM sqlite_master WHERE type = 'table' AND name = ?", (table,)
+        ).fetchall()
+        if columns != [(name, kind, 0) for name, kind in wanted] or roots in ([], [(0,)]):
+            raise BadLogError(0, "the file is not an audit log")
+    indexes = connection.execute(
+        "SELECT name FROM sqlite_master WHERE type = 'index'"
+        " AND lower(tbl_name) IN ('record', 'checkpoint')"
+    )
+    if any(_decoded(name) != "record_run" for (name,) in indexes):
+        raise BadLogError(0, "the file has an index that is not the audit log's own")
+
+
+def verify(path: Path, public_key: str, anchors: list[str], *, now: float | None = None) -> Report:
+    """Verify a log file. `anchors` are texts of one or more checkpoints kept elsewhere; `now`, in
+    seconds since the epoch, is given for a log that is still written.
 
     Raises:
         UsageError: when the file, the key or an anchor cannot be used at all.
@@ -434,9 +494,24 @@ def verify(path: Path, public_key: str, anchors: list[str]) -> Report:
     notes = []
     for text in anchors:
         try:
-            notes.append(parse_note(text if text.endswith("\n") else text + "\n"))
-        except (ValueError, binascii.Error):
+            notes += [parse_note(part) for part in _NOTE_STARTS.split(text.strip() + "\n") if part]
+        except ValueError:
             raise UsageError("the anchor is not a checkpoint") from None
+    report = Report()
+    for _ in range(3):
+        before = _stamp(path)
+        report = _attempt(path, key, notes, now)
+        if report.ok or _stamp(path) == before:
+            break  # else a recorder came in between and wrote into what was read without locks
+    return report
+
+
+def _stamp(path: Path) -> tuple[int, int, bool]:
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size, Path(f"{path}-wal").exists()
+
+
+def _attempt(path: Path, key: Key, anchors: list[Note], now: float | None) -> Report:
     try:
         connection, warnings = _open(path)
     except BadLogError as bad:
@@ -444,21 +519,21 @@ def verify(path: Path, public_key: str, anchors: list[str]) -> Report:
     except _DAMAGE as error:
         return Report(ok=False, first_bad=0, reason=f"the file is damaged: {error}")
     try:
-        verifier = _Verifier(key, notes)
+        verifier = _Verifier(key, anchors)
         verifier.report.warnings += warnings
-        return verifier.run(connection)
+        return verifier.run(connection, now)
     finally:
         connection.close()
 
 
 def describe(report: Report) -> str:
-    """The report in lines for people."""
+    """The report in lines for people; printable ASCII, whatever the file holds."""
     lines = [f"warning: {warning}" for warning in report.warnings]
     if report.ok:
         lines.append(f"good: {report.records} records, {report.signed} of them signed")
     else:
         lines.append(f"bad: first bad index {report.first_bad}: {report.reason}")
-    return "\n".join(lines)
+    return "\n".join("".join(c if " " <= c <= "~" else "?" for c in line) for line in lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -466,7 +541,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Verify an audit log of ringfence.")
     parser.add_argument("log", type=Path)
     parser.add_argument("--public-key", type=Path, required=True, help="file with the public key")
-    parser.add_argument("--anchor", type=Path, action="append", default=[], help="kept checkpoint")
+    parser.add_argument("--anchor", type=Path, action="append", default=[], help="kept checkpoints")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     try:
@@ -474,7 +549,7 @@ def main(arguments: list[str] | None = None) -> int:
         anchors = [path.read_text(encoding="utf-8") for path in options.anchor]
         report = verify(options.log, key, anchors)
     except (UsageError, OSError, UnicodeDecodeError) as error:
-        sys.stderr.write(f"verify: {error}\n")
+        sys.stderr.write(f"verify: {ascii(str(error))[1:-1]}\n")
         return 2
     sys.stdout.write((json.dumps(report.to_json()) if options.json else describe(report)) + "\n")
     return 0 if report.ok else 3

@@ -1,7 +1,8 @@
 """Frames between the recorder and its clients: 4-byte big-endian length, then JSON. PURE.
 
 client → recorder  {"n": request number or 0, "e": event}      0 wants no answer
-recorder → client  {"k": keyed-hash key}, once; then {"n": …, "i": index} or {"n": …, "x": why}
+recorder → client  {"k": keyed-hash key}, once; then {"n": …, "i": index} or {"n": …, "x": why};
+                   {"f": error} is the last: nothing can be recorded any more
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The vault's key pair. The public half lies in the open; the private half is egress's.
 
-Kept in the OS keyring when there is a real one, otherwise in a 0600 file of the state directory.
+Kept in the OS keyring when there is a real one, otherwise in a 0600 file of the state directory,
+which no sandbox may be shown (`state-exposed`).
 """
 
 from __future__ import annotations
@@ -12,17 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-)
 
 from ringfence.errors import UnavailableError
-from ringfence.vault.store import refuse_open_file
+from ringfence.store.files import create_whole, write_whole
+from ringfence.vault.store import locked, refuse_open_file, unwritable
 
 _SERVICE = "ringfence-vault"
+_IN_KEYRING = "keyring"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +45,37 @@ class VaultPaths:
 
 
 def public_key(paths: VaultPaths) -> bytes:
-    """The key to seal to; makes the pair on first use."""
-    if not paths.public.exists():
-        _make(paths)
-    return base64.b64decode(paths.public.read_text())
+    """The key to seal to; makes the pair on first use.
+
+    Raises:
+        UnavailableError: `vault-refused` when a half is damaged, `state-refused` when the
+            directory cannot be written.
+    """
+    try:
+        # two first uses at once would seal to two pairs, and keep the private half of one
+        with locked(paths.key.parent):
+            if not paths.public.exists():
+                _make(paths)
+            raw = base64.b64decode(paths.public.read_bytes().strip(), validate=True)
+    except OSError as error:
+        raise unwritable(paths.public, error) from None
+    except ValueError:
+        raw = b""
+    if len(raw) != 32:
+        raise UnavailableError(
+            "vault-refused",
+            f"{paths.public} is damaged",
+            hint="remove it: it is made again from the private key",
+        )
+    return raw
 
 
 def private_key(path: Path) -> X25519PrivateKey:
     """The key to open with; for `ringfence.vault.open` only.
 
     Raises:
-        UnavailableError: `vault-refused` when others may read it, `credential-missing` when
-            there is none.
+        UnavailableError: `vault-refused` when others may read it, or it is none;
+            `credential-missing` when there is none.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -67,12 +83,13 @@ def private_key(path: Path) -> X25519PrivateKey:
         raise UnavailableError(
             "credential-missing", "the vault is empty", hint="ringfence vault set anthropic"
         ) from None
-    with os.fdopen(descriptor) as file:
+    except OSError as error:
+        raise UnavailableError("vault-refused", f"{path}: {error.strerror}") from None
+    with os.fdopen(descriptor, "rb") as file:
         refuse_open_file(os.fstat(file.fileno()), path)
-        text = file.read().strip()
-    if text == "keyring":
-        ring = _keyring()
-        text = (ring.get_password(_SERVICE, str(path)) if ring is not None else None) or ""
+        text = file.read(4096).strip()
+    if text == _IN_KEYRING.encode():
+        text = _from_keyring(path).encode()
     try:
         return X25519PrivateKey.from_private_bytes(base64.b64decode(text, validate=True))
     except ValueError:
@@ -80,27 +97,45 @@ def private_key(path: Path) -> X25519PrivateKey:
 
 
 def _make(paths: VaultPaths) -> None:
-    directory = paths.key.parent
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    private = X25519PrivateKey.generate()
-    raw = private.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())
-    text = base64.b64encode(raw).decode()
-    ring = _keyring()
-    if ring is not None:
-        ring.set_password(_SERVICE, str(paths.key), text)
-        text = "keyring"
-    try:
-        descriptor = os.open(paths.key, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except FileExistsError:
-        # the private half is there: only its public half was lost
-        private = private_key(paths.key)
+    if paths.key.exists():
+        private = private_key(paths.key)  # only its public half was lost
     else:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-    public = private.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
-    temporary = paths.public.with_suffix(".part")
-    temporary.write_text(base64.b64encode(public).decode() + "\n")
-    temporary.replace(paths.public)
+        private = X25519PrivateKey.generate()
+        text = base64.b64encode(private.private_bytes_raw()).decode()
+        ring = _keyring()
+        if ring is not None and _to_keyring(ring, paths.key, text):
+            text = _IN_KEYRING
+        create_whole(paths.key, text.encode())
+    write_whole(paths.public, base64.b64encode(private.public_key().public_bytes_raw()) + b"\n")
+
+
+def _to_keyring(ring: Any, path: Path, text: str) -> bool:
+    """Whether the keyring took it and gives it back; a locked or broken one is no keyring."""
+    from keyring.errors import KeyringError
+
+    try:
+        ring.set_password(_SERVICE, str(path), text)
+        return bool(ring.get_password(_SERVICE, str(path)) == text)
+    except KeyringError:
+        return False
+
+
+def _from_keyring(path: Path) -> str:
+    ring = _keyring()
+    if ring is None:
+        raise UnavailableError(
+            "vault-refused",
+            "the vault's key is in the OS keyring, and there is none here",
+            hint="run in the session of the user who set the credential",
+        )
+    from keyring.errors import KeyringError
+
+    try:
+        return str(ring.get_password(_SERVICE, str(path)) or "")
+    except KeyringError as error:
+        raise UnavailableError(
+            "vault-refused", f"the OS keyring does not give the vault's key: {error}"
+        ) from None
 
 
 def _keyring() -> Any:

@@ -13,10 +13,12 @@ from ringfence.vault.store import VaultFile
 class Opened:
     """A value on its way to a header. Prints as its redacted twin."""
 
-    __slots__ = ("_value",)
+    __slots__ = ("_value", "hosts")
 
-    def __init__(self, value: str) -> None:
+    def __init__(self, value: str, hosts: tuple[str, ...] = ()) -> None:
         self._value = value
+        self.hosts = hosts
+        """Where alone it may be sent; authenticated with the value. Empty: the policy's hosts."""
 
     def reveal(self) -> str:
         """The value."""
@@ -64,11 +66,12 @@ def open_vault(path: Path, key_path: Path) -> OpenedVault:
     values = {}
     for name, entry in entries.items():
         try:
-            values[name] = Opened(unseal(key, entry.sealed, entry.context).decode())
+            value = unseal(key, entry.sealed, entry.context).decode()
         except (BoxError, UnicodeDecodeError):
             raise UnavailableError(
                 "vault-refused",
                 f"credential {name!r} does not open: it was changed, or sealed to another key",
                 hint=f"ringfence vault set {name}",
             ) from None
+        values[name] = Opened(value, entry.hosts)
     return OpenedVault(values)

@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ringfence.errors import CallerError, UnavailableError
+from ringfence.policy.hosts import host_problem
+from ringfence.store.files import write_whole
+from ringfence.store.sqlite import make_private_directory
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}\Z")
 
@@ -27,6 +30,7 @@ class Entry:
     """A credential's redacted twin: everything but the value.
 
     Attributes:
+        hosts: where alone it may be sent, whatever a policy says; empty leaves it to the policy.
         fingerprint: first 12 hex digits of SHA-256 of the sealed value: tells two settings of one
             name apart, and nothing about the value.
     """
@@ -62,6 +66,29 @@ def check_name(name: str) -> str:
     return name
 
 
+def check_value(value: str, what: str = "a credential") -> str:
+    """What a header can carry (RFC 9110 section 5.5, without blanks). The value is not named.
+
+    Raises:
+        CallerError: `credential-value`.
+    """
+    if not 8 <= len(value) <= 8192 or any(not 0x21 <= ord(c) <= 0x7E for c in value):
+        raise CallerError(
+            "credential-value",
+            f"{what} is 8 to 8192 printable ASCII characters without spaces, on one line",
+        )
+    return value
+
+
+def check_hosts(hosts: tuple[str, ...]) -> tuple[str, ...]:
+    """Hosts in the one form that a policy writes. Raises CallerError `credential-host`."""
+    for host in hosts:
+        problem = host_problem(host)
+        if problem is not None:
+            raise CallerError("credential-host", f"{host!r}: {problem}")
+    return hosts
+
+
 def context_of(name: str, hosts: tuple[str, ...]) -> bytes:
     """`Entry.context` before there is an entry."""
     return json.dumps([name, list(hosts)]).encode()
@@ -77,18 +104,21 @@ class VaultFile:
         """All of them by name; empty when there is no file.
 
         Raises:
-            UnavailableError: `vault-refused` when others may read or write the file.
+            UnavailableError: `vault-refused` when others may read or write the file, or it is
+                damaged.
         """
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             return {}
+        except OSError as error:
+            raise UnavailableError("vault-refused", f"{self.path}: {error.strerror}") from None
         with os.fdopen(descriptor) as file:
             refuse_open_file(os.fstat(file.fileno()), self.path)
             try:
                 raw = json.load(file)
                 return {name: _entry(name, value) for name, value in raw["entries"].items()}
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise UnavailableError("vault-refused", f"{self.path} is damaged") from None
 
     def put(self, entry: Entry) -> None:
@@ -97,32 +127,48 @@ class VaultFile:
             entries[entry.name] = entry
 
     def remove(self, name: str) -> None:
-        """Remove one. Raises CallerError `credential-unknown`."""
+        """Remove one. Raises CallerError `credential-unknown`, and makes nothing then."""
+        unknown = CallerError("credential-unknown", f"no credential is named {name[:64]!r}")
+        if name not in self.entries():
+            raise unknown
         with self._locked() as entries:
             if entries.pop(name, None) is None:
-                raise CallerError("credential-unknown", f"no credential is named {name!r}")
+                raise unknown
 
     @contextmanager
     def _locked(self) -> Iterator[dict[str, Entry]]:
-        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            entries = self.entries()
-            yield entries
-            self._write(entries)
-        finally:
-            os.close(lock)
+            with locked(self.path.parent):
+                entries = self.entries()
+                yield entries
+                write_whole(self.path, _to_bytes(entries))
+        except OSError as error:
+            raise unwritable(self.path, error) from None
 
-    def _write(self, entries: dict[str, Entry]) -> None:
-        value = {"version": 1, "entries": {e.name: _to_json(e) for e in entries.values()}}
-        temporary = self.path.with_suffix(".part")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(temporary, flags, 0o600), "w") as file:
-            json.dump(value, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """The vault's directory for one process alone. Made 0700 when it is missing.
+
+    Raises:
+        UnavailableError: `store-unavailable` when others may write to it. OSError.
+    """
+    make_private_directory(directory)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def unwritable(path: Path, error: OSError) -> UnavailableError:
+    """The error of a vault that the system does not let us write."""
+    return UnavailableError(
+        "state-refused",
+        f"{path} cannot be written: {error.strerror}",
+        hint="set RINGFENCE_STATE_DIR to a directory that you can write",
+    )
 
 
 def refuse_open_file(status: os.stat_result, path: Path) -> None:
@@ -142,8 +188,12 @@ def _entry(name: str, value: dict[str, Any]) -> Entry:
     )
 
 
-def _to_json(entry: Entry) -> dict[str, Any]:
-    return {"hosts": list(entry.hosts), "set_at": entry.set_at, "sealed": entry.sealed}
+def _to_bytes(entries: dict[str, Entry]) -> bytes:
+    rows = {
+        entry.name: {"hosts": list(entry.hosts), "set_at": entry.set_at, "sealed": entry.sealed}
+        for entry in entries.values()
+    }
+    return json.dumps({"version": 1, "entries": rows}, indent=1).encode()
 
 
 def now() -> float:

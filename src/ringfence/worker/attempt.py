@@ -45,7 +45,8 @@ from ringfence.record.events import (
     SandboxStopped,
     SessionChanged,
 )
-from ringfence.record.sessions import LEASE_SECONDS, LeasedStore
+from ringfence.record.leased import LeasedStore
+from ringfence.record.sessions import LEASE_SECONDS
 from ringfence.sandbox.hostfiles import host_files
 from ringfence.sandbox.patch import render
 from ringfence.sandbox.protocol import Changes, Control, Sandbox, SandboxSpec
@@ -95,7 +96,13 @@ class Attempt:
             RingfenceError: only when nothing of the agent has run: a caller's mistake, or a
                 host that cannot.
         """
-        check(self._request, self._policy, isolation=self._station.backend.name)
+        station = self._station
+        check(
+            self._request,
+            self._policy,
+            isolation=station.backend.name,
+            state_dir=station.config.state_dir,
+        )
         directory = RunDirectory(self._station.config.state_dir, self.run_id)
         try:
             async with AsyncExitStack() as stack:
@@ -140,7 +147,7 @@ class Attempt:
             return None
         sessions, request = self._station.sessions, self._request
         if request.resume is not None:
-            sessions.transcript(request.resume)
+            sessions.require(request.resume)
             if request.fork:
                 self._session_id = sessions.fork(request.resume)
         lease = sessions.lease(self._session_id, self.run_id)
@@ -361,7 +368,7 @@ class Attempt:
         finally:
             self._driver = None
             await driver.close()
-        if driver.mirror_failed:
+        if driver.mirror_failed or lease.failed:
             self._outcome.fail(
                 UnavailableError(
                     "transcript-lost", "the transcript could not be kept, so the run was ended"
@@ -448,8 +455,11 @@ class Attempt:
                 status=result.status.value,
                 exit_code=result.exit_code,
                 duration_ms=result.duration_seconds * 1000,
+                requests=result.usage.requests,
                 input_tokens=result.usage.input_tokens,
                 output_tokens=result.usage.output_tokens,
+                cache_creation_input_tokens=result.usage.cache_creation_input_tokens,
+                cache_read_input_tokens=result.usage.cache_read_input_tokens,
                 cost_usd=result.usage.cost_usd,
                 reason=result.error["code"] if result.error else "",
             )
@@ -482,7 +492,8 @@ async def _heartbeat(lease: LeasedStore) -> AsyncIterator[None]:
         while True:
             await asyncio.sleep(LEASE_SECONDS / 4)
             with contextlib.suppress(UnavailableError):
-                lease.renew()
+                # in a thread: another process may hold the file's lock for seconds
+                await asyncio.to_thread(lease.renew)
 
     task = asyncio.get_running_loop().create_task(beat())
     try:

@@ -15,14 +15,14 @@ from ringfence.channel.link import EgressLink
 from ringfence.channel.messages import Configure, ProviderConfig
 from ringfence.channel.spawn import EgressProcess
 from ringfence.config import Config, Provider
-from ringfence.errors import UnavailableError
+from ringfence.errors import CallerError, UnavailableError
 from ringfence.model import RunRequest, RunResult
 from ringfence.policy.compiled import CompiledPolicy
 from ringfence.record.client import RecorderClient, RecorderProcess
 from ringfence.record.sessions import SqliteSessionStore
 from ringfence.sandbox.protocol import Backend
 from ringfence.vault.keys import VaultPaths
-from ringfence.vault.store import VaultFile
+from ringfence.vault.store import VaultFile, check_value
 from ringfence.worker.attempt import Attempt
 from ringfence.worker.control import RunControl
 from ringfence.worker.station import NoticeBoard, OnMessage, Station
@@ -85,14 +85,17 @@ class Launcher:
     def _configuration(self) -> dict[str, Any]:
         config, paths = self.config, VaultPaths(self.config.state_dir)
         sealed = set(VaultFile(paths.store).entries())
+        borrowed = {name for name in config.providers if self.borrows_environment_key(name)}
+        if borrowed:
+            check_value(self.environment_key or "", "ANTHROPIC_API_KEY")
         return {
             "providers": {
-                name: self._provider(provider, sealed)
+                name: _provider(provider, borrows=name in borrowed)
                 for name, provider in config.providers.items()
             },
             "vault_path": str(paths.store) if sealed else None,
             "key_path": str(paths.key) if sealed else None,
-            "environment_credential": self.environment_key,
+            "environment_credential": self.environment_key if borrowed else None,
             "ca_dir": str(config.state_dir / "ca"),
             "resolver_overrides": config.egress.resolve,
             "upstream_overrides": config.egress.connect,
@@ -100,22 +103,43 @@ class Launcher:
             "drop_to_uid": config.egress_uid if os.geteuid() == 0 else None,
         }
 
-    def _provider(self, provider: Provider, sealed: set[str]) -> ProviderConfig:
-        """The Anthropic key, and no other, may come from the environment."""
-        credential = provider.credential
-        if credential == _PLATFORM and credential not in sealed and self.environment_key:
-            credential = _ENVIRONMENT
-        return ProviderConfig(
-            base_url=provider.base_url, credential=credential, header=provider.header
-        )
+    def borrows_environment_key(self, provider: str = _PLATFORM) -> bool:
+        """Whether a provider's credential is the one of the environment: the Anthropic key, no
+        other, and only when the vault holds none.
+        """
+        name = self._named(provider).credential
+        if name != _PLATFORM or not self.environment_key:
+            return False
+        return name not in VaultFile(VaultPaths(self.config.state_dir).store).entries()
 
-    def missing_credential(self, provider: str = "anthropic") -> str | None:
-        """Name of the credential that a provider needs and nobody has; None when all is well."""
-        name = self.config.providers[provider].credential
-        if name is None or (name == _PLATFORM and self.environment_key):
+    def missing_credential(self, provider: str = _PLATFORM) -> str | None:
+        """Name of the credential that a provider needs and nobody has; None when all is well.
+
+        Raises:
+            CallerError: `settings-invalid` for a provider that the settings do not name.
+        """
+        name = self._named(provider).credential
+        if name is None or self.borrows_environment_key(provider):
             return None
         sealed = VaultFile(VaultPaths(self.config.state_dir).store).entries()
         return None if name in sealed else name
+
+    def _named(self, provider: str) -> Provider:
+        if provider not in self.config.providers:
+            raise CallerError(
+                "settings-invalid",
+                f"the settings name no provider {provider!r}, which the policy asks for",
+                hint=f"set RINGFENCE_PROVIDERS__{provider.upper()}__BASE_URL",
+            )
+        return self.config.providers[provider]
+
+
+def _provider(provider: Provider, *, borrows: bool) -> ProviderConfig:
+    return ProviderConfig(
+        base_url=provider.base_url,
+        credential=_ENVIRONMENT if borrows else provider.credential,
+        header=provider.header,
+    )
 
 
 async def attempt(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,17 +34,20 @@ def narrowed(policy: CompiledPolicy, request: RunRequest) -> CompiledPolicy:
     return replace(policy, sandbox=sandbox, egress=egress, tools=tools)
 
 
-def check(request: RunRequest, policy: CompiledPolicy, *, isolation: str) -> None:
+def check(
+    request: RunRequest, policy: CompiledPolicy, *, isolation: str, state_dir: Path
+) -> None:
     """Refuse what cannot or may not run.
 
     Args:
         request: what is asked for.
         policy: the policy, narrowed or not.
         isolation: name of the backend that would run it.
+        state_dir: where ringfence keeps its own.
 
     Raises:
         CallerError: `workspace-missing`.
-        DeniedError: `permission-mode-denied`, `workspace-mode-denied`.
+        DeniedError: `permission-mode-denied`, `workspace-mode-denied`, `state-exposed`.
         UnavailableError: `isolation-unavailable` when the policy names another technology.
     """
     if policy.sandbox.isolation not in {"auto", isolation}:
@@ -73,6 +77,8 @@ def check(request: RunRequest, policy: CompiledPolicy, *, isolation: str) -> Non
             f"the policy does not permit workspace mode {view.value}",
             hint=f"it permits: {allowed}",
         )
+    profile = policy.sandbox
+    refuse_exposed(state_dir, [request.workspace, *profile.readable, *profile.writable])
 
 
 def absent(policy: CompiledPolicy) -> tuple[str, ...]:
@@ -81,6 +87,36 @@ def absent(policy: CompiledPolicy) -> tuple[str, ...]:
     shown = (*profile.readable, *profile.writable)
     # pathlib's raises for a path below a directory that this user may not enter
     return tuple(path for path in shown if not os.path.exists(path))  # noqa: PTH110
+
+
+def refuse_exposed(state_dir: Path, shown: Iterable[str]) -> None:
+    """No mount of a sandbox may show the state directory, or lie in it.
+
+    The keys of the vault and of the audit log are there, and every transcript. Directories are
+    told apart by device and inode: a link or a bind mount is the same directory by another name.
+
+    Raises:
+        DeniedError: `state-exposed`.
+    """
+    around = _identities(state_dir)
+    own = around[0] if around else None
+    for path in shown:
+        above = _identities(Path(path))
+        if above and (above[0] in around or own in above):
+            raise DeniedError(
+                "state-exposed",
+                f"{path} would show the agent ringfence's own state directory, {state_dir}",
+                hint="name a directory beside it, or set RINGFENCE_STATE_DIR to one elsewhere",
+            )
+
+
+def _identities(path: Path) -> list[tuple[int, int]]:
+    """Device and inode of a path and of all that is above it; empty when it does not exist."""
+    place = path.resolve()
+    try:
+        return [(s.st_dev, s.st_ino) for s in (p.stat() for p in (place, *place.parents))]
+    except OSError:
+        return []
 
 
 def listen(path: Path) -> socket.socket:

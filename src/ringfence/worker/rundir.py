@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from ringfence.model import RunResult
+from ringfence.store.files import write_whole
 
 
 class RunDirectory:
@@ -34,7 +34,7 @@ class RunDirectory:
             write_whole(self.patch_file, result.patch)
         write_whole(
             self.path / "result.json",
-            json.dumps(result_to_json(result), ensure_ascii=False, indent=1).encode(),
+            json.dumps(result_to_json(result), indent=1).encode(),
         )
 
 
@@ -44,14 +44,3 @@ def result_to_json(result: RunResult) -> dict[str, Any]:
     value["status"] = result.status.value
     value["patch"] = result.patch.decode("utf-8", "replace")
     return value
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a 0600 file so that a reader sees all of it or none."""
-    temporary = path.with_name(path.name + ".part")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -115,6 +115,8 @@ class Answer:
         if not isinstance(tool_use_id, str) or not isinstance(name, str):
             raise StreamError("answer-malformed")
         if name not in self._granted:
+            # it goes no further, but the record names what the model asked for
+            self.tool_uses.append(ToolUseSeen(tool_use_id, name, b"", complete=False))
             raise StreamError("tool-use-not-granted")
         self._asked.append((tool_use_id, name))
         return _Open(tool_use_id, name)
