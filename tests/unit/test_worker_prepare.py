@@ -59,16 +59,28 @@ def test_a_workspace_mode_must_be_permitted(
             assert narrowed(rules, asked).sandbox.workspace_mode is mode
             continue
         with pytest.raises(DeniedError) as caught:
-            check(asked, narrowed(rules, asked), isolation="bubblewrap", state_dir=tmp_path / "state")
+            check(
+                asked, narrowed(rules, asked), isolation="bubblewrap", state_dir=tmp_path / "state"
+            )
         assert caught.value.code == "workspace-mode-denied"
         assert mode.value not in caught.value.hint
 
 
 def test_a_permission_mode_must_be_permitted(tmp_path: Path) -> None:
     rules = compile_policy(load_policy(preset="review"))
-    check(request(tmp_path, permission_mode=PermissionMode.PLAN), rules, isolation="bubblewrap", state_dir=tmp_path / "state")
+    check(
+        request(tmp_path, permission_mode=PermissionMode.PLAN),
+        rules,
+        isolation="bubblewrap",
+        state_dir=tmp_path / "state",
+    )
     with pytest.raises(DeniedError) as caught:
-        check(request(tmp_path, permission_mode=PermissionMode.AUTO), rules, isolation="bubblewrap", state_dir=tmp_path / "state")
+        check(
+            request(tmp_path, permission_mode=PermissionMode.AUTO),
+            rules,
+            isolation="bubblewrap",
+            state_dir=tmp_path / "state",
+        )
     assert caught.value.code == "permission-mode-denied"
 
 
@@ -79,7 +91,12 @@ def test_another_isolation_than_the_named_one_is_no_substitute(tmp_path: Path) -
     assert caught.value.code == "isolation-unavailable"
     assert "gvisor" in caught.value.message
     check(request(tmp_path), named, isolation="gvisor", state_dir=tmp_path / "state")
-    check(request(tmp_path), policy(isolation={"backend": "auto"}), isolation="bubblewrap", state_dir=tmp_path / "state")
+    check(
+        request(tmp_path),
+        policy(isolation={"backend": "auto"}),
+        isolation="bubblewrap",
+        state_dir=tmp_path / "state",
+    )
 
 
 def test_a_path_that_the_host_lacks_is_named(tmp_path: Path) -> None:

@@ -71,9 +71,7 @@ class Exchange:
             report = exchange.finish(used=self._used(reason), seconds=seconds)
             state.settle()
             billed = not admitted.counts_only
-            state.answered(
-                request_id, report, self.status, seconds * 1000, reason, billed=billed
-            )
+            state.answered(request_id, report, self.status, seconds * 1000, reason, billed=billed)
 
     def _used(self, reason: str) -> bool:
         """Whether the provider will charge for it: not for an error, nor when it broke off before

@@ -34,9 +34,7 @@ def narrowed(policy: CompiledPolicy, request: RunRequest) -> CompiledPolicy:
     return replace(policy, sandbox=sandbox, egress=egress, tools=tools)
 
 
-def check(
-    request: RunRequest, policy: CompiledPolicy, *, isolation: str, state_dir: Path
-) -> None:
+def check(request: RunRequest, policy: CompiledPolicy, *, isolation: str, state_dir: Path) -> None:
     """Refuse what cannot or may not run.
 
     Args:
