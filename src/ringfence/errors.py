@@ -133,9 +133,11 @@ CODES: dict[str, str] = {
     # worker
     "run-timeout": "The run reached its wall-clock limit and was ended.",
     "permission-mode-denied": "The policy does not permit the permission mode that was asked for.",
+    "workspace-mode-denied": "The policy shows the workspace more narrowly than was asked for.",
     "state-refused": "The state directory cannot be used: it is not ours, or cannot be made.",
     "claude-missing": "The claude binary is not installed.",
     "run-interrupted": "The person or the host ended the run.",
+    "host-failed": "The host refused what ringfence needs: a full disk, a path, a descriptor.",
     "internal": "A defect of ringfence itself; nothing of the run can be trusted to be complete.",
 }
 

@@ -3,36 +3,46 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from dataclasses import replace
 from pathlib import Path
 
 from ringfence.errors import CallerError, DeniedError
-from ringfence.model import RunRequest
+from ringfence.model import RunRequest, WorkspaceMode
 from ringfence.policy.compiled import CompiledPolicy
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
 
 def narrowed(policy: CompiledPolicy, request: RunRequest) -> CompiledPolicy:
     """The policy with what the request asks for: a request can only ever narrow it."""
-    limits, model = policy.sandbox.limits, policy.egress.model
+    limits, model, tools = policy.sandbox.limits, policy.egress.model, policy.tools
     if request.timeout_seconds is not None:
         limits = replace(limits, wall_seconds=min(limits.wall_seconds, request.timeout_seconds))
     if request.max_budget_usd is not None:
         budget = min(request.max_budget_usd, model.max_budget_usd or request.max_budget_usd)
         model = replace(model, max_budget_usd=budget)
+    if request.command and request.model and request.model in (model.models or (request.model,)):
+        model = replace(model, models=(request.model,))
+    if request.max_turns is not None:
+        turns = min(request.max_turns, tools.max_turns or request.max_turns)
+        tools = replace(tools, max_turns=turns)
     sandbox = replace(policy.sandbox, limits=limits)
     if request.workspace_mode is not None:
         sandbox = replace(sandbox, workspace_mode=request.workspace_mode)
-    return replace(policy, sandbox=sandbox, egress=replace(policy.egress, model=model))
+    egress = replace(policy.egress, model=model)
+    return replace(policy, sandbox=sandbox, egress=egress, tools=tools)
 
 
 def check(request: RunRequest, policy: CompiledPolicy) -> None:
     """Refuse what cannot or may not run.
 
     Raises:
-        CallerError: `workspace-missing`.
-        DeniedError: `permission-mode-denied`.
+        CallerError: `workspace-missing`, `usage`.
+        DeniedError: `permission-mode-denied`, `workspace-mode-denied`.
     """
+    _check_words(request)
     if not Path(request.workspace).is_dir():
         raise CallerError(
             "workspace-missing", f"{request.workspace} is not a directory that can be read"
@@ -45,6 +55,28 @@ def check(request: RunRequest, policy: CompiledPolicy) -> None:
             f"the policy does not permit mode {mode.value}",
             hint=f"it permits: {allowed}",
         )
+    stated = policy.sandbox.workspace_mode
+    if stated is WorkspaceMode.READONLY and request.workspace_mode not in {None, stated}:
+        raise DeniedError(
+            "workspace-mode-denied",
+            f"the policy shows the workspace read-only, and {request.workspace_mode} is wider",
+            hint="write filesystem.workspace in the policy as it is meant",
+        )
+
+
+def _check_words(request: RunRequest) -> None:
+    """What becomes an argument or a variable of a process has no NUL and a name of its own."""
+    words = [request.prompt, *request.command]
+    if not request.command:
+        words += [request.system_prompt or "", request.model or "", request.fallback_model or ""]
+        if request.environment:
+            raise CallerError("usage", "an environment belongs to a command, and there is none")
+    for name, value in request.environment:
+        if not _VARIABLE.fullmatch(name):
+            raise CallerError("usage", f"{name!r} cannot be the name of a variable")
+        words.append(value)
+    if any("\0" in word for word in words):
+        raise CallerError("usage", "a prompt, argument or variable holds a NUL character")
 
 
 def listen(path: Path) -> socket.socket:

@@ -34,7 +34,10 @@ class RunDirectory:
             write_whole(self.patch_file, result.patch)
         write_whole(
             self.path / "result.json",
-            json.dumps(result_to_json(result), ensure_ascii=False, indent=1).encode(),
+            # an agent may cut a character in half, and a lone surrogate has no UTF-8
+            json.dumps(result_to_json(result), ensure_ascii=False, indent=1).encode(
+                "utf-8", "replace"
+            ),
         )
 
 
