@@ -140,6 +140,7 @@ CODES: dict[str, str] = {
     "state-exposed": "A directory of the run would show the agent the state directory.",
     "claude-missing": "The claude binary is not installed.",
     "run-interrupted": "The person or the host ended the run.",
+    "host-failed": "The host refused what ringfence needs: a full disk, a path, a descriptor.",
     "internal": "A defect of ringfence itself; nothing of the run can be trusted to be complete.",
 }
 

@@ -11,7 +11,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ringfence.config import Config, load_config
-from ringfence.errors import RingfenceError, UnavailableError
 
 if TYPE_CHECKING:
     from ringfence.sandbox.protocol import Backend
@@ -42,30 +41,16 @@ def main() -> None:
     """Entry of the `ringfence` command."""
     from ringfence.cli.context import AppContext
     from ringfence.cli.main import app
-    from ringfence.cli.output import report
-
-    try:
-        config = load_config()
-    except RingfenceError as error:
-        report(error)
-        sys.exit(error.status)
+    from ringfence.cli.output import as_known, report
 
     def again(arguments: list[str]) -> Any:
         return app(args=arguments, obj=context, standalone_mode=True)
 
-    context = AppContext(config=config, launcher=lambda: launcher(config), run=again)
     try:
+        config = load_config()
+        context = AppContext(config=config, launcher=lambda: launcher(config), run=again)
         app(obj=context)
-    except Exception as error:
-        # a defect: one line for the user, the traceback for who asks for it
-        if os.environ.get("RINGFENCE_LOG") == "debug":
-            raise
-        words = " ".join(str(error).split())
-        report(
-            UnavailableError(
-                "internal",
-                f"{type(error).__name__}: {words}" if words else type(error).__name__,
-                hint="this is a defect of ringfence; RINGFENCE_LOG=debug shows where",
-            )
-        )
-        sys.exit(UnavailableError.exit_status)
+    except Exception as error:  # noqa: BLE001  no traceback reaches a user
+        known = as_known(error)
+        report(known)
+        sys.exit(known.status)

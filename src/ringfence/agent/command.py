@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ringfence.agent.command_line import tool_environment
+from ringfence.agent.command_line import PLACEHOLDER, tool_environment
 from ringfence.sandbox.protocol import INSIDE_PROXY_PORT, Sandbox
 
 MAX_OUTPUT = 16 << 20
@@ -28,13 +28,22 @@ async def run_command(
     *,
     task: str,
     environment: Mapping[str, str],
+    model: str | None = None,
     on_output: Callable[[bytes], None] | None = None,
 ) -> CommandResult:
-    """Start it with TASK in its environment, collect its output, wait for its end."""
+    """Start it with TASK in its environment, collect its output, wait for its end.
+
+    `model` is the model it is meant to ask, empty for any, None when the policy opens no way to
+    one: with it comes a key that is none, because clients refuse to start without.
+    """
+    asks = {"ANTHROPIC_API_KEY": PLACEHOLDER} if model is not None else {}
+    if model:
+        asks["ANTHROPIC_MODEL"] = model
     process = await sandbox.exec(
         argv,
         environment={
             **tool_environment(f"http://127.0.0.1:{INSIDE_PROXY_PORT}"),
+            **asks,
             **environment,
             "TASK": task,
         },

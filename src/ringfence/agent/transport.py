@@ -9,31 +9,39 @@ granted because a frame says so.
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 import anyio
 from claude_agent_sdk import ProcessError, Transport
 
-from ringfence.errors import AgentError
+from ringfence.agent.frames import MAX_FRAME, FrameGate
+from ringfence.errors import AgentError, RingfenceError
 from ringfence.sandbox.protocol import Process, Sandbox
-
-MAX_FRAME = 32 << 20
-MAX_FRAMES = 1_000_000
-MAX_JUNK = 10_000
 
 
 class SandboxTransport(Transport):
-    """Starts argv in the sandbox on `connect`, kills it on `close`."""
+    """Starts argv in the sandbox on `connect`, kills it on `close`.
+
+    `transcripts` is where this process may say that its transcript lies; `on_lie` hears of the
+    first frame that is refused, before the SDK does.
+    """
 
     def __init__(
-        self, sandbox: Sandbox, argv: Sequence[str], environment: Mapping[str, str]
+        self,
+        sandbox: Sandbox,
+        argv: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        transcripts: str,
+        on_lie: Callable[[RingfenceError], None],
     ) -> None:
         self._sandbox, self._argv, self._environment = sandbox, argv, environment
+        self._gate = FrameGate(transcripts, time.monotonic())
+        self._on_lie = on_lie
         self._process: Process | None = None
         self._lock = anyio.Lock()
-        self._frames = self._junk = 0
         self._closing = False
 
     async def connect(self) -> None:
@@ -44,6 +52,7 @@ class SandboxTransport(Transport):
         """See Transport."""
         if self._process is None:
             raise BrokenPipeError("not connected")
+        self._gate.answered(data)
         async with self._lock:
             await self._process.write(data.encode())
 
@@ -55,39 +64,19 @@ class SandboxTransport(Transport):
         process = self._process
         if process is None:
             return
-        buffer = bytearray()
-        while chunk := await process.read(1 << 18):
-            buffer += chunk
-            while (end := buffer.find(b"\n")) >= 0:
-                line = bytes(buffer[:end])
-                del buffer[: end + 1]
-                frame = self._frame(line)
+        try:
+            async for line in _lines(process):
+                frame = self._gate.read(line, time.monotonic())
                 if frame is not None:
                     yield frame
-            if len(buffer) > MAX_FRAME:
-                await self._refuse("a frame is larger than allowed")
+        except RingfenceError as error:
+            self._on_lie(error)
+            await self.close()
+            raise
         code = await process.wait()
         if code and not self._closing:
             tail = (await process.stderr()).decode("utf-8", "replace")[-2000:]
             raise ProcessError("claude ended", exit_code=code, stderr=tail)
-
-    def _frame(self, line: bytes) -> dict[str, Any] | None:
-        """One frame, or None for a line that is none: libraries print to stdout, too."""
-        self._frames += 1
-        if self._frames > MAX_FRAMES or self._junk > MAX_JUNK:
-            raise AgentError("agent-protocol", "claude sends more frames than a run may have")
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            value = None
-        if not isinstance(value, dict):
-            self._junk += 1
-            return None
-        return value
-
-    async def _refuse(self, why: str) -> None:
-        await self.close()
-        raise AgentError("agent-protocol", f"claude does not keep to its protocol: {why}")
 
     async def close(self) -> None:
         """See Transport: the program and all its descendants are dead afterwards."""
@@ -104,3 +93,22 @@ class SandboxTransport(Transport):
         """See Transport."""
         if self._process is not None:
             await self._process.close_stdin()
+
+
+async def _lines(process: Process) -> AsyncIterator[bytes]:
+    """Lines of standard output, none longer than MAX_FRAME."""
+    buffer = bytearray()
+    searched = 0
+    while chunk := await process.read(1 << 18):
+        buffer += chunk
+        while (end := buffer.find(b"\n", searched)) >= 0:
+            line = bytes(buffer[:end])
+            del buffer[: end + 1]
+            searched = 0
+            yield line
+        searched = len(buffer)
+        if searched > MAX_FRAME:
+            raise AgentError(
+                "agent-protocol",
+                "claude does not keep to its protocol: a frame is larger than allowed",
+            )

@@ -148,12 +148,27 @@ class EgressLink:
         self._number = number = self._number + 1
         answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._waiting[number] = answer
+        sending = asyncio.ensure_future(
+            self._send_whole(kind(**{**fields, "id": number}), [os.dup(d) for d in descriptors])
+        )
+        sending.add_done_callback(_seen)
         try:
-            await self._channel.send(kind(**{**fields, "id": number}), descriptors)
+            # whole, even when whoever asks is cancelled: half a frame ends the channel for every
+            # run on it, and an agent can have its own requests cancelled whenever it likes
+            await asyncio.shield(sending)
+            return await answer
         except OSError:
-            self._waiting.pop(number, None)
             raise _unavailable() from None
-        return await answer
+        finally:
+            self._waiting.pop(number, None)
+
+    async def _send_whole(self, message: Message, descriptors: Sequence[int]) -> None:
+        """The descriptors are ours: the caller may have closed its own by now."""
+        try:
+            await self._channel.send(message, descriptors)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
 
     async def _received(self, message: AnyMessage, _: list[int]) -> None:
         if isinstance(message, Ack):
@@ -181,6 +196,12 @@ class EgressLink:
     async def close(self) -> None:
         """Leave; egress ends when its channel does."""
         await self._channel.close()
+
+
+def _seen(task: asyncio.Task[None]) -> None:
+    """Take a failure that nobody waits for any more."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _unavailable() -> UnavailableError:

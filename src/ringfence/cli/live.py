@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -26,13 +26,6 @@ class LiveView:
     def __init__(self, *, command: bool) -> None:
         self._command = command
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-
-    def __enter__(self) -> Self:
-        """Nothing to set up."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing to undo."""
 
     def show(self, message: AgentMessage) -> None:
         """Print one message."""
@@ -73,13 +66,6 @@ def brief(tool_input: dict[str, Any]) -> str:
 
 class StreamJson:
     """One JSON object a line on stdout."""
-
-    def __enter__(self) -> Self:
-        """Nothing to set up."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing to undo."""
 
     def show(self, message: AgentMessage) -> None:
         """Print one message."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,9 +14,10 @@ import typer
 
 from ringfence.cli.context import AppContext
 from ringfence.cli.live import LiveView, StreamJson, silent
-from ringfence.cli.output import clear_errors, print_json
-from ringfence.errors import CallerError, UnavailableError
+from ringfence.cli.output import clear_errors, print_json, report
+from ringfence.errors import CallerError, RingfenceError, UnavailableError
 from ringfence.model import PermissionMode, RunRequest, RunResult, RunStatus, WorkspaceMode
+from ringfence.record.safe_text import printable
 
 Workspace = Annotated[
     Path, typer.Option("--workspace", "-w", help="Directory that the agent works on.")
@@ -29,6 +31,18 @@ Preset = Annotated[
 Mode = Annotated[
     WorkspaceMode | None,
     typer.Option("--workspace-mode", help="review leaves a patch, direct writes, readonly reads."),
+]
+Permission = Annotated[
+    PermissionMode | None,
+    typer.Option(
+        "--permission-mode", help="Who may say yes to a tool call; the policy's by default."
+    ),
+]
+Model = Annotated[str | None, typer.Option("--model", help="Model name.")]
+Resume = Annotated[str | None, typer.Option("--resume", help="Session to go on with.")]
+Budget = Annotated[
+    float | None,
+    typer.Option("--max-budget-usd", min=0, help="Dollars; can only lower the policy's."),
 ]
 Timeout = Annotated[
     float | None, typer.Option("--timeout", min=1, help="Seconds; can only shorten the policy's.")
@@ -80,19 +94,14 @@ def run(
     policy: PolicyFile = None,
     preset: Preset = None,
     workspace_mode: Mode = None,
-    permission_mode: Annotated[
-        PermissionMode | None,
-        typer.Option(help="Who may say yes to a tool call; the policy's by default."),
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Model name.")] = None,
+    permission_mode: Permission = None,
+    model: Model = None,
     fallback_model: Annotated[str | None, typer.Option(help="When it is overloaded.")] = None,
     system_prompt: Annotated[str | None, typer.Option(help="Instead of the usual one.")] = None,
     max_turns: Annotated[int | None, typer.Option(min=1, help="Model turns at most.")] = None,
-    max_budget_usd: Annotated[
-        float | None, typer.Option(min=0, help="Dollars; can only lower the policy's.")
-    ] = None,
+    max_budget_usd: Budget = None,
     timeout: Timeout = None,
-    resume: Annotated[str | None, typer.Option(help="Session to go on with.")] = None,
+    resume: Resume = None,
     fork: Annotated[
         bool, typer.Option("--fork", help="With --resume: into a new session.")
     ] = False,
@@ -102,12 +111,9 @@ def run(
 ) -> None:
     """Run a Claude agent on a directory, inside a fence, and leave a patch."""
     with clear_errors(as_json=output != "text"):
-        text = _standard_input() if prompt == "-" else prompt
-        if not text.strip():
-            raise CallerError("usage", "the prompt is empty")
         request = RunRequest(
-            prompt=text,
-            workspace=str(workspace.resolve()),
+            prompt=_prompt(prompt),
+            workspace=_resolved(workspace),
             workspace_mode=workspace_mode,
             permission_mode=permission_mode,
             model=model,
@@ -123,13 +129,6 @@ def run(
         _finish(context.obj, result, output, apply=apply, include=tuple(include or ()))
 
 
-def _standard_input() -> str:
-    try:
-        return sys.stdin.buffer.read().decode()
-    except UnicodeDecodeError:
-        raise CallerError("usage", "the prompt on standard input is not UTF-8 text") from None
-
-
 def exec_(
     context: typer.Context,
     command: Annotated[list[str], typer.Argument(help="Program and arguments, after --.")],
@@ -138,7 +137,11 @@ def exec_(
     policy: PolicyFile = None,
     preset: Preset = None,
     workspace_mode: Mode = None,
+    permission_mode: Permission = None,
+    model: Model = None,
+    max_budget_usd: Budget = None,
     timeout: Timeout = None,
+    resume: Resume = None,
     task: Annotated[str, typer.Option(help="TASK in its environment.")] = "",
     apply: Apply = False,
     include: Include = None,
@@ -146,29 +149,57 @@ def exec_(
 ) -> None:
     """Run any program on a directory, inside the same fence."""
     with clear_errors(as_json=output != "text"):
+        if resume is not None:
+            raise CallerError(
+                "usage",
+                "a command has no conversation to go on with",
+                hint="ringfence run PROMPT --resume SESSION",
+            )
         request = RunRequest(
             prompt=task,
-            workspace=str(workspace.resolve()),
+            workspace=_resolved(workspace),
             command=tuple(command),
             workspace_mode=workspace_mode,
+            permission_mode=permission_mode,
+            model=model,
+            max_budget_usd=max_budget_usd,
             timeout_seconds=timeout,
         )
         result = _execute(context.obj, request, policy, preset, output)
-        if output == "json":
-            print_json(
-                {
-                    "exit_code": result.exit_code,
-                    "output": result.text,
-                    "errors": result.stderr,
-                    "run_id": result.run_id,
-                    "changed_files": result.changed_files,
-                    "error": result.error,
-                }
-            )
-            raise typer.Exit(result.exit_code)
         if output == "text":
-            sys.stderr.write(result.stderr)
-        _finish(context.obj, result, output, apply=apply, include=tuple(include or ()))
+            sys.stderr.write(printable(result.stderr))
+        included = tuple(include or ())
+        _finish(context.obj, result, output, apply=apply, include=included, shape=_command_json)
+
+
+def _command_json(result: RunResult) -> dict[str, Any]:
+    """Shape of `exec --output json`: the seed's three fields, and what the fence adds."""
+    return {
+        "exit_code": result.exit_code,
+        "output": result.text,
+        "errors": result.stderr,
+        "run_id": result.run_id,
+        "changed_files": result.changed_files,
+        "error": result.error,
+    }
+
+
+def _prompt(prompt: str) -> str:
+    """The argument, or standard input for `-`."""
+    try:
+        text = sys.stdin.buffer.read().decode() if prompt == "-" else prompt
+    except UnicodeDecodeError:
+        raise CallerError("usage", "the prompt on standard input is not UTF-8 text") from None
+    if not text.strip():
+        raise CallerError("usage", "the prompt is empty")
+    return text
+
+
+def _resolved(path: Path) -> str:
+    try:
+        return str(path.resolve())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CallerError("workspace-missing", f"{path} cannot be read: {error}") from None
 
 
 def _execute(
@@ -211,9 +242,16 @@ async def _attempt(launcher: Any, compiled: Any, request: RunRequest, output: st
     for number in (signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, control.cancel)
     view = _view(output, command=bool(request.command))
+
+    def show(message: Any) -> None:
+        try:
+            view.show(message)
+        except BrokenPipeError:
+            # whoever read the output has gone, as `| head -1` does: nobody waits for the run
+            control.cancel()
+
     async with launcher.station(approver(view)) as station:
-        with view:
-            return await attempt(station, compiled, request, control=control, on_message=view.show)
+        return await attempt(station, compiled, request, control=control, on_message=show)
 
 
 def _view(output: str, *, command: bool) -> Any:
@@ -223,22 +261,42 @@ def _view(output: str, *, command: bool) -> Any:
 
 
 def _finish(
-    context: AppContext, result: RunResult, output: str, *, apply: bool, include: tuple[str, ...]
+    context: AppContext,
+    result: RunResult,
+    output: str,
+    *,
+    apply: bool,
+    include: tuple[str, ...],
+    shape: Callable[[RunResult], dict[str, Any]] | None = None,
 ) -> None:
-    applied = None
+    from ringfence.worker.rundir import result_to_json
+
+    applied, refused = None, None
     if apply and result.status is RunStatus.SUCCEEDED and result.patch:
         from ringfence.cli.patch import apply_run
 
-        applied = apply_run(context.state_dir, result.run_id, include=include)
-    if output != "text":
-        from ringfence.worker.rundir import result_to_json
-
-        value = result_to_json(result)
-        if applied is not None:
-            value["applied"] = applied
-        print_json({"type": "result", **value} if output == "stream-json" else value)
+        try:
+            applied = apply_run(context.state_dir, result.run_id, include=include)
+        except RingfenceError as error:
+            refused = error  # the run itself is done, paid for and kept: it is shown all the same
+    if output == "stream-json":
+        print_json({"type": "result", **_applied(result_to_json(result), applied, refused)})
+    elif output == "json":
+        print_json(_applied((shape or result_to_json)(result), applied, refused))
     else:
         from ringfence.cli.summary import print_summary
 
         print_summary(result, applied)
-    raise typer.Exit(result.exit_code)
+        if refused is not None:
+            report(refused)
+    raise typer.Exit(refused.status if refused is not None else result.exit_code)
+
+
+def _applied(
+    value: dict[str, Any], applied: dict[str, Any] | None, refused: RingfenceError | None
+) -> dict[str, Any]:
+    if applied is not None:
+        value["applied"] = applied
+    if refused is not None:
+        value["error"] = refused.to_json()
+    return value

@@ -75,6 +75,9 @@ class SocketProcess:
 
     async def read(self, limit: int = 65536) -> bytes:
         """Next bytes of standard output."""
+        # sock_recv does not suspend while there is something to read: without a turn for the
+        # others, whoever writes fast enough stops the clock that should end it
+        await asyncio.sleep(0)
         try:
             return await asyncio.get_running_loop().sock_recv(self._stdout, limit)
         except OSError:
@@ -132,6 +135,7 @@ class SocketProcess:
             while chunk := await loop.sock_recv(self._stderr, 65536):
                 self._tail += chunk
                 del self._tail[:-_TAIL]
+                await asyncio.sleep(0)  # see read
 
     async def _watch(self) -> None:
         descriptor = os.pidfd_open(self._monitor.pid)

@@ -8,6 +8,7 @@ usage, record the end. The end is recorded even when the start failed half-way.
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import shutil
 import time
@@ -17,9 +18,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ringfence.agent.claude import ClaudeDriver, ClaudeSettings
+from ringfence.agent.claude import GRACE_SECONDS, ClaudeDriver
 from ringfence.agent.command import run_command
 from ringfence.agent.messages import Notice, Text, TurnEnded
+from ringfence.agent.settings import ClaudeSettings
 from ringfence.channel.messages import (
     AddListener,
     AnyMessage,
@@ -57,8 +59,6 @@ from ringfence.worker.outcome import Outcome
 from ringfence.worker.prepare import absent, check, listen, narrowed
 from ringfence.worker.rundir import RunDirectory
 from ringfence.worker.station import OnMessage, Station
-
-_GRACE_SECONDS = 5.0
 
 
 class Attempt:
@@ -287,7 +287,9 @@ class Attempt:
                 await sandbox.stop()
             elif not work.done():
                 await self._expire(sandbox, work)
-            await work
+            await asyncio.wait({work})
+            if not work.cancelled():
+                work.result()
         finally:
             for task in (work, lost, wishes):
                 task.cancel()
@@ -304,9 +306,11 @@ class Attempt:
             )
         )
         await self._interrupt()
-        await asyncio.wait({work}, timeout=_GRACE_SECONDS)
+        await sandbox.stop()
+        # nobody inside is left to write; what still waits out here is given up
+        await asyncio.wait({work}, timeout=GRACE_SECONDS)
         if not work.done():
-            await sandbox.stop()
+            work.cancel()
 
     async def _interrupt(self) -> None:
         if self._driver is not None:
@@ -326,13 +330,16 @@ class Attempt:
             await self._drive_claude(sandbox, lease)
 
     async def _drive_command(self, sandbox: Sandbox) -> None:
-        request = self._request
+        request, model = self._request, self._policy.egress.model
+        # a character may lie across two reads
+        text = codecs.getincrementaldecoder("utf-8")("replace")
         self._outcome.command = await run_command(
             sandbox,
             request.command,
             task=request.prompt,
             environment=dict(request.environment),
-            on_output=lambda data: self._on_message(Text(text=data.decode("utf-8", "replace"))),
+            model=(request.model or "") if model.enabled else None,
+            on_output=lambda data: self._on_message(Text(text=text.decode(data))),
         )
 
     async def _drive_claude(self, sandbox: Sandbox, lease: LeasedStore) -> None:
@@ -345,7 +352,8 @@ class Attempt:
                 sandbox_id=self._sandbox_id,
                 grants=policy.tools,
                 mode=self._mode,
-                model=request.model,
+                # a policy that names models offers its first; the CLI's own default may not be one
+                model=request.model or next(iter(policy.egress.model.models), None),
                 fallback_model=request.fallback_model or policy.tools.fallback_model,
                 system_prompt=request.system_prompt,
                 max_turns=policy.tools.max_turns,
@@ -368,18 +376,12 @@ class Attempt:
         finally:
             self._driver = None
             await driver.close()
-        if driver.mirror_failed or lease.failed:
+        if driver.failure is not None:
+            self._outcome.fail(driver.failure)
+        if lease.failed:
             self._outcome.fail(
                 UnavailableError(
                     "transcript-lost", "the transcript could not be kept, so the run was ended"
-                )
-            )
-        if driver.tool_timed_out:
-            self._outcome.fail(
-                AgentError(
-                    "tool-timeout",
-                    f"a call of {driver.tool_timed_out} was over its time limit",
-                    hint="raise execution.max_tool_seconds in the policy",
                 )
             )
 

@@ -49,12 +49,22 @@ class RunControl:
     async def follow(
         self, *, interrupt: Callable[[], Awaitable[None]], cancel: Callable[[], Awaitable[None]]
     ) -> None:
-        """Call each action once when its wish comes; returns after `cancel`."""
-        interrupted = False
-        while self._wish is not Wish.CANCEL:
-            await self._changed.wait()
-            self._changed.clear()
-            if self._wish is Wish.INTERRUPT and not interrupted:
-                interrupted = True
-                await interrupt()
+        """Call each action once when its wish comes; returns after `cancel`.
+
+        A second wish does not wait for what the first one started: whoever is asked to end and
+        does not must not delay being ended.
+        """
+        await self._reached(Wish.INTERRUPT)
+        if self._wish is Wish.INTERRUPT:
+            interrupting = asyncio.ensure_future(interrupt())
+            try:
+                await self._reached(Wish.CANCEL)
+            finally:
+                interrupting.cancel()
+                await asyncio.gather(interrupting, return_exceptions=True)
         await cancel()
+
+    async def _reached(self, wish: Wish) -> None:
+        while self._wish < wish:
+            self._changed.clear()
+            await self._changed.wait()

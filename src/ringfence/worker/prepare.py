@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Iterable
 from dataclasses import replace
@@ -11,6 +12,8 @@ from pathlib import Path
 from ringfence.errors import CallerError, DeniedError, UnavailableError
 from ringfence.model import RunRequest
 from ringfence.policy.compiled import CompiledPolicy
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
 
 def narrowed(policy: CompiledPolicy, request: RunRequest) -> CompiledPolicy:
@@ -24,12 +27,14 @@ def narrowed(policy: CompiledPolicy, request: RunRequest) -> CompiledPolicy:
     if request.max_budget_usd is not None:
         budget = min(request.max_budget_usd, model.max_budget_usd or request.max_budget_usd)
         model = replace(model, max_budget_usd=budget)
-    sandbox = replace(policy.sandbox, limits=limits)
-    if request.workspace_mode is not None:
-        sandbox = replace(sandbox, workspace_mode=request.workspace_mode)
+    if request.command and request.model and request.model in (model.models or (request.model,)):
+        model = replace(model, models=(request.model,))
     if request.max_turns is not None:
         turns = min(request.max_turns, tools.max_turns or request.max_turns)
         tools = replace(tools, max_turns=turns)
+    sandbox = replace(policy.sandbox, limits=limits)
+    if request.workspace_mode is not None:
+        sandbox = replace(sandbox, workspace_mode=request.workspace_mode)
     egress = replace(policy.egress, model=model)
     return replace(policy, sandbox=sandbox, egress=egress, tools=tools)
 
@@ -44,10 +49,11 @@ def check(request: RunRequest, policy: CompiledPolicy, *, isolation: str, state_
         state_dir: where ringfence keeps its own.
 
     Raises:
-        CallerError: `workspace-missing`.
+        CallerError: `workspace-missing`, `usage`.
         DeniedError: `permission-mode-denied`, `workspace-mode-denied`, `state-exposed`.
         UnavailableError: `isolation-unavailable` when the policy names another technology.
     """
+    _check_words(request)
     if policy.sandbox.isolation not in {"auto", isolation}:
         # a weaker boundary in the place of the one that was named would be a silent hole
         raise UnavailableError(
@@ -115,6 +121,21 @@ def _identities(path: Path) -> list[tuple[int, int]]:
         return [(s.st_dev, s.st_ino) for s in (p.stat() for p in (place, *place.parents))]
     except OSError:
         return []
+
+
+def _check_words(request: RunRequest) -> None:
+    """What becomes an argument or a variable of a process has no NUL and a name of its own."""
+    words = [request.prompt, *request.command]
+    if not request.command:
+        words += [request.system_prompt or "", request.model or "", request.fallback_model or ""]
+        if request.environment:
+            raise CallerError("usage", "an environment belongs to a command, and there is none")
+    for name, value in request.environment:
+        if not _VARIABLE.fullmatch(name):
+            raise CallerError("usage", f"{name!r} cannot be the name of a variable")
+        words.append(value)
+    if any("\0" in word for word in words):
+        raise CallerError("usage", "a prompt, argument or variable holds a NUL character")
 
 
 def listen(path: Path) -> socket.socket:

@@ -1,0 +1,240 @@
+"""The tool calls of one `claude`: decided, recorded, announced, timed. All of it outside.
+
+Three layers say which tool may run, and the strictest wins: the list offered, the PreToolUse hook
+here (it sees every call, and fails closed), and the wire rule in egress. What the hook decides is
+announced to egress before `claude` hears it, so that the second witness can never be behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from claude_agent_sdk import PermissionResultAllow, PermissionResultDeny, ToolPermissionContext
+
+from ringfence.agent.messages import AgentMessage, ToolEnded, ToolStarted
+from ringfence.agent.permissions import Answer, Approver, Question, canonical_input, input_sha256
+from ringfence.agent.settings import ClaudeSettings
+from ringfence.errors import RingfenceError
+from ringfence.policy.decide import decide_tool
+from ringfence.policy.tools import canonical_tool
+from ringfence.record.events import ToolDecisionMade, ToolFinished
+from ringfence.record.recorder import Recorder
+
+APPROVAL_SECONDS = 600.0
+"""A question without an answer is denied then (requirement G)."""
+
+Announce = Callable[[str, str, str, bool], Awaitable[None]]
+"""(tool_use_id, name, input SHA-256, allowed) → told to egress when it returns."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Verdict:
+    """One call's decision: by whom, under which rule, and what the agent is told."""
+
+    allowed: bool
+    rule: str
+    by: Literal["policy", "person"]
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Running:
+    """A call that may run: since when, and the timer that ends it."""
+
+    name: str
+    input_hmac: str
+    started: float
+    timer: asyncio.TimerHandle | None
+
+
+class ToolCalls:
+    """Answers `claude`'s hooks.
+
+    `put` takes messages for people, `overdue` the name of a call whose time is up, `broken` an
+    error after which nothing may go on: a decision that cannot be recorded is none.
+    """
+
+    def __init__(
+        self,
+        settings: ClaudeSettings,
+        *,
+        recorder: Recorder,
+        announce: Announce,
+        approver: Approver,
+        put: Callable[[AgentMessage], None],
+        overdue: Callable[[str], None],
+        broken: Callable[[RingfenceError], None],
+    ) -> None:
+        self._settings, self._recorder = settings, recorder
+        self._announce, self._approver = announce, approver
+        self._put, self._overdue, self._broken = put, overdue, broken
+        self._seen: set[str] = set()
+        self._granted: dict[str, str] = {}
+        self._approved: set[str] = set()
+        self._running: dict[str, _Running] = {}
+
+    async def before(
+        self, data: Mapping[str, Any], tool_use_id: str | None, _: Any
+    ) -> dict[str, Any]:
+        """PreToolUse: decide, record, announce, and only then answer."""
+        try:
+            return await self._before(data, tool_use_id or "")
+        except RingfenceError as error:
+            self._broken(error)
+            raise
+
+    async def _before(self, data: Mapping[str, Any], identity: str) -> dict[str, Any]:
+        name, tool_input = str(data.get("tool_name", "")), dict(data.get("tool_input") or {})
+        # taken before anybody is asked: the answer is about this input and no other
+        digest = input_sha256(tool_input)
+        verdict = await self._decide(identity, name, tool_input)
+        input_hmac = self._recorder.hmac(canonical_input(tool_input))
+        await self._recorder.append(
+            ToolDecisionMade(
+                **self._settings.ids,
+                tool_use_id=identity,
+                name=name,
+                input_hmac=input_hmac,
+                outcome="allow" if verdict.allowed else "deny",
+                rule=verdict.rule,
+                decided_by=verdict.by,
+            )
+        )
+        await self._announce(identity, name, digest, verdict.allowed)
+        self._put(
+            ToolStarted(
+                tool_use_id=identity,
+                name=name,
+                input=tool_input,
+                allowed=verdict.allowed,
+                reason=verdict.rule,
+            )
+        )
+        if verdict.allowed:
+            self._granted[identity] = digest
+            self._watch(identity, name, input_hmac)
+        return {
+            "hookSpecificOutput": {
+                "hookEventName": "PreToolUse",
+                "permissionDecision": "allow" if verdict.allowed else "deny",
+                "permissionDecisionReason": verdict.message,
+            }
+        }
+
+    async def _decide(self, identity: str, name: str, tool_input: dict[str, Any]) -> _Verdict:
+        if not identity or identity in self._seen:
+            # an id answers for one call only: a second one would ride on the first's approval
+            return _by_policy("tool_use_id", "this call was decided already")
+        self._seen.add(identity)
+        decision = decide_tool(self._settings.grants, self._settings.mode, name, tool_input)
+        message = f"{decision.reason} ({decision.rule})"
+        if decision.allowed or not decision.ask:
+            return _by_policy(decision.rule, message, allowed=decision.allowed)
+        if name in self._approved:
+            return _Verdict(allowed=True, rule="approved for this run", by="person", message="")
+        answer = await self._ask(identity, name, tool_input, decision.reason)
+        if answer is None:
+            return _by_policy(decision.rule, "nobody answered in time, or nobody could be asked")
+        if answer.allowed and answer.for_this_run:
+            self._approved.add(name)
+        return _Verdict(
+            allowed=answer.allowed, rule=decision.rule, by="person", message=answer.message
+        )
+
+    async def _ask(
+        self, identity: str, name: str, tool_input: dict[str, Any], reason: str
+    ) -> Answer | None:
+        """The person's word on this id and this input; None when there is none, which denies."""
+        question = Question(
+            session_id=self._settings.session_id,
+            tool_use_id=identity,
+            name=name,
+            # a copy: what the approver does with it must not become the call
+            input=copy.deepcopy(tool_input),
+            input_sha256=input_sha256(tool_input),
+            reason=reason,
+        )
+        try:
+            async with asyncio.timeout(APPROVAL_SECONDS):
+                return await self._approver.ask(question)
+        except Exception:  # noqa: BLE001  somebody else's code: whatever it raises is no yes
+            return None
+
+    async def may(
+        self, name: str, tool_input: dict[str, Any], context: ToolPermissionContext
+    ) -> PermissionResultAllow | PermissionResultDeny:
+        """can_use_tool: what the hook granted, for this id and this input, once."""
+        if self._granted.pop(context.tool_use_id or "", None) == input_sha256(tool_input):
+            return PermissionResultAllow(updated_input=tool_input)
+        return PermissionResultDeny(message=f"ringfence: {name} was not decided with this input")
+
+    # ends of calls, and their clock
+
+    def _watch(self, identity: str, name: str, input_hmac: str) -> None:
+        timer = None
+        if canonical_tool(name) != "Task":
+            # a subagent is many calls; each has a clock of its own, and the run has one
+            loop = asyncio.get_running_loop()
+            timer = loop.call_later(self._settings.tool_seconds, self._late, identity)
+        self._running[identity] = _Running(
+            name=name, input_hmac=input_hmac, started=time.monotonic(), timer=timer
+        )
+
+    def _late(self, identity: str) -> None:
+        if identity in self._running:
+            self._overdue(identity)
+
+    async def succeeded(self, _data: Any, tool_use_id: str | None, _: Any) -> dict[str, Any]:
+        """PostToolUse."""
+        await self.finish(tool_use_id or "", "success")
+        return {}
+
+    async def failed(
+        self, data: Mapping[str, Any], tool_use_id: str | None, _: Any
+    ) -> dict[str, Any]:
+        """PostToolUseFailure."""
+        await self.finish(
+            tool_use_id or "", "interrupted" if data.get("is_interrupt") else "failure"
+        )
+        return {}
+
+    def name_of(self, identity: str) -> str:
+        """Name of a running call."""
+        return self._running[identity].name
+
+    async def finish(self, identity: str, outcome: Any) -> None:
+        """A call is over, as `claude` or the clock says; one that is not running never was."""
+        call = self._running.pop(identity, None)
+        if call is None:
+            return
+        if call.timer is not None:
+            call.timer.cancel()
+        elapsed = round((time.monotonic() - call.started) * 1000, 3)
+        self._put(
+            ToolEnded(tool_use_id=identity, name=call.name, outcome=outcome, duration_ms=elapsed)
+        )
+        await self._recorder.append(
+            ToolFinished(
+                **self._settings.ids,
+                tool_use_id=identity,
+                name=call.name,
+                input_hmac=call.input_hmac,
+                duration_ms=elapsed,
+                outcome=outcome,
+            ),
+            durable=False,
+        )
+
+    async def close(self) -> None:
+        """The process is gone: whatever still ran was cut off, and the record says so."""
+        for identity in list(self._running):
+            await self.finish(identity, "interrupted")
+
+
+def _by_policy(rule: str, message: str, *, allowed: bool = False) -> _Verdict:
+    return _Verdict(allowed=allowed, rule=rule, by="policy", message=f"ringfence: {message}")

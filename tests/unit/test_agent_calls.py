@@ -1,0 +1,208 @@
+"""Tool calls as the worker decides them: closed on every fault, and bound to one input (G)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from claude_agent_sdk import PermissionResultAllow, ToolPermissionContext
+
+from ringfence.agent import calls as calls_module
+from ringfence.agent.calls import ToolCalls
+from ringfence.agent.messages import AgentMessage
+from ringfence.agent.permissions import Answer, DenyApprover, Question, input_sha256
+from ringfence.agent.settings import ClaudeSettings
+from ringfence.errors import RingfenceError, UnavailableError
+from ringfence.model import PermissionMode
+from ringfence.policy.compiled import ToolGrants
+from ringfence.record.events import Event
+
+
+class Log:
+    """A recorder in memory; refuses when told to."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.refuses = False
+
+    async def append(self, event: Event, *, durable: bool = True) -> int:
+        if self.refuses:
+            raise UnavailableError("recorder-unavailable", "gone")
+        self.events.append(event)
+        return len(self.events) if durable else -1
+
+    def hmac(self, data: bytes) -> str:
+        return str(len(data))
+
+    def quota(self, sandbox_id: str, records: int) -> None:
+        """Not of interest here."""
+
+    async def ended(self) -> None:
+        """Never."""
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+class Person:
+    """Answers as it is told to, and remembers what it was asked."""
+
+    def __init__(self, answer: Callable[[Question], Coroutine[Any, Any, Answer]]) -> None:
+        self._answer = answer
+        self.asked: list[Question] = []
+
+    async def ask(self, question: Question) -> Answer:
+        self.asked.append(question)
+        return await self._answer(question)
+
+
+class Desk:
+    """ToolCalls with everything around it written down."""
+
+    def __init__(self, approver: Any = None, **settings: Any) -> None:
+        self.log = Log()
+        self.told: list[tuple[str, bool]] = []
+        self.messages: list[AgentMessage] = []
+        self.broken: list[RingfenceError] = []
+        self.late: list[str] = []
+        grants = ToolGrants(offered=("Read", "Bash", "Write", "Task"), preapproved=("Task",))
+        self.calls = ToolCalls(
+            ClaudeSettings(
+                session_id="s",
+                run_id="r",
+                sandbox_id="b",
+                grants=grants,
+                mode=PermissionMode.DEFAULT,
+                **settings,
+            ),
+            recorder=self.log,
+            announce=self._announce,
+            approver=approver or DenyApprover(),
+            put=self.messages.append,
+            overdue=self.late.append,
+            broken=self.broken.append,
+        )
+
+    async def _announce(self, identity: str, name: str, digest: str, allowed: bool) -> None:
+        self.told.append((identity, allowed))
+
+    async def before(self, identity: str, name: str = "Bash", command: str = "make") -> str:
+        data = {"tool_name": name, "tool_input": {"command": command}}
+        answer = await self.calls.before(data, identity, None)
+        return str(answer["hookSpecificOutput"]["permissionDecision"])
+
+    async def may(self, identity: str, command: str = "make") -> bool:
+        context = ToolPermissionContext(tool_use_id=identity)
+        answer = await self.calls.may("Bash", {"command": command}, context)
+        return isinstance(answer, PermissionResultAllow)
+
+
+async def _yes(_: Question) -> Answer:
+    return Answer(allowed=True)
+
+
+async def _yes_and_changes_it(question: Question) -> Answer:
+    question.input["command"] = "rm -rf /"
+    return Answer(allowed=True)
+
+
+async def _raises(_: Question) -> Answer:
+    raise ValueError("no")
+
+
+async def _never(_: Question) -> Answer:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+def test_nobody_there_denies_and_a_person_allows() -> None:
+    async def both() -> None:
+        assert await Desk().before("1") == "deny"
+        assert await Desk(Person(_yes)).before("1") == "allow"
+
+    asyncio.run(both())
+
+
+@pytest.mark.parametrize("answer", [_raises, _never], ids=["raises", "hangs"])
+def test_an_approver_that_fails_denies(answer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls_module, "APPROVAL_SECONDS", 0.05)
+    desk = Desk(Person(answer))
+    assert asyncio.run(desk.before("1")) == "deny"
+    assert desk.told == [("1", False)], "egress hears of it: its result is no lie of the agent"
+    assert [event.outcome for event in desk.log.events] == ["deny"]  # type: ignore[attr-defined]
+
+
+def test_what_cannot_be_recorded_is_not_allowed() -> None:
+    desk = Desk(Person(_yes))
+    desk.log.refuses = True
+    with pytest.raises(UnavailableError):
+        asyncio.run(desk.before("1"))
+    assert desk.told == []
+    assert [error.code for error in desk.broken] == ["recorder-unavailable"]
+
+
+def test_an_id_answers_for_one_call() -> None:
+    async def twice() -> list[str]:
+        desk = Desk(Person(_yes))
+        return [await desk.before("1"), await desk.before("1"), await desk.before("")]
+
+    assert asyncio.run(twice()) == ["allow", "deny", "deny"]
+
+
+def test_two_calls_at_once_with_one_id_are_one() -> None:
+    async def both() -> list[str]:
+        desk = Desk(Person(_yes))
+        return sorted(await asyncio.gather(desk.before("1"), desk.before("1")))
+
+    assert asyncio.run(both()) == ["allow", "deny"]
+
+
+def test_an_approval_is_for_one_input_once() -> None:
+    async def uses() -> list[bool]:
+        desk = Desk(Person(_yes))
+        await desk.before("1")
+        await desk.before("2")
+        return [
+            await desk.may("2", "another"),
+            await desk.may("2"),
+            await desk.may("1"),
+            await desk.may("1"),
+            await desk.may("3"),
+        ]
+
+    assert asyncio.run(uses()) == [False, False, True, False, False]
+
+
+def test_what_the_approver_does_with_the_question_is_not_the_call() -> None:
+    person = Person(_yes_and_changes_it)
+    desk = Desk(person)
+    asyncio.run(desk.before("1"))
+    assert person.asked[0].input_sha256 == input_sha256({"command": "make"})
+    started = desk.messages[0]
+    assert started.input == {"command": "make"}  # type: ignore[attr-defined]
+
+
+def test_the_clock_is_per_call_and_a_subagent_has_those_of_its_calls() -> None:
+    async def late() -> list[str]:
+        desk = Desk(Person(_yes), tool_seconds=0.05)
+        await desk.before("bash")
+        await desk.before("agent", "Agent")
+        await desk.before("done")
+        await desk.calls.succeeded({}, "done", None)
+        await asyncio.sleep(0.2)
+        return desk.late
+
+    assert asyncio.run(late()) == ["bash"]
+
+
+def test_a_call_that_was_cut_off_has_an_end_in_the_record() -> None:
+    async def cut() -> list[str]:
+        desk = Desk(Person(_yes))
+        await desk.before("1")
+        await desk.calls.close()
+        await desk.calls.succeeded({}, "1", None)
+        return [event.outcome for event in desk.log.events]  # type: ignore[attr-defined]
+
+    assert asyncio.run(cut()) == ["allow", "interrupted"]
