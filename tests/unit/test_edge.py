@@ -53,7 +53,7 @@ def test_a_defect_is_one_line_with_a_code(tmp_path: Path) -> None:
 
 def test_a_defect_shows_where_to_who_asks(tmp_path: Path) -> None:
     done = ringfence(tmp_path, "-c", DEFECT, RINGFENCE_LOG="debug")
-    assert done.returncode == 1
+    assert done.returncode == 4
     assert "Traceback" in done.stderr
 
 

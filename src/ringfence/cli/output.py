@@ -57,7 +57,7 @@ def as_known(error: Exception) -> RingfenceError:
         )
     return UnavailableError(
         "internal",
-        f"{type(error).__name__}: {error}",
+        " ".join(f"{type(error).__name__}: {error}".split()),
         hint="this is a defect: please report it with the output of RINGFENCE_LOG=debug",
     )
 
