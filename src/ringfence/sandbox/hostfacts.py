@@ -104,6 +104,7 @@ def gather(spec: SandboxSpec, masked: Mapping[str, bool], uid: int, state_dir: P
     """Everything `profile.py` needs to know."""
     links = {}
     existing: dict[str, bool] = {}
+    links_of: dict[str, str] = {}
     for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
         path = Path("/") / name
         if path.is_symlink():
@@ -114,6 +115,8 @@ def gather(spec: SandboxSpec, masked: Mapping[str, bool], uid: int, state_dir: P
         # not pathlib's: what this user may not look at is absent, and no fault
         if os.path.exists(text):
             existing[text] = os.path.isdir(text)
+            if (real := os.path.realpath(text)) != text:
+                links_of[text] = real
     claude = execute_only(spec.claude, state_dir) if spec.claude else None
     return HostFacts(
         as_root=os.geteuid() == 0,
@@ -126,6 +129,7 @@ def gather(spec: SandboxSpec, masked: Mapping[str, bool], uid: int, state_dir: P
         stage=stage_for(Path(bwrap_path())),
         egress_dir=str(spec.egress_dir) if spec.egress_dir else None,
         claude=str(claude) if claude else None,
+        real=links_of,
     )
 
 

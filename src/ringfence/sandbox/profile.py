@@ -8,7 +8,7 @@ exists only in the sandbox's private mount namespace.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ringfence.errors import CallerError
@@ -66,6 +66,7 @@ class HostFacts:
         as_root: ringfence was started by root. uid: host uid of the sandbox.
         links: root-level names that are links on the host, such as `bin` to `usr/bin`.
         existing: absolute host paths that exist, to whether each is a directory.
+        real: those that go through a link on the host, to the path that they lead to.
         ca_bundle: content of the trust store, our CA included.
         masked: workspace-relative paths to hide, to whether each is a directory.
         proc_entries: names below /proc that exist on this kernel.
@@ -82,6 +83,11 @@ class HostFacts:
     stage: str = STAGES[0]
     egress_dir: str | None = None
     claude: str | None = None
+    real: Mapping[str, str] = field(default_factory=dict)
+
+    def real_path(self, path: str) -> str:
+        """Where a host path leads to."""
+        return self.real.get(path, path)
 
 
 def host_paths(profile: SandboxProfile) -> tuple[str, ...]:
@@ -113,7 +119,9 @@ def shown_paths(profile: SandboxProfile, facts: HostFacts) -> tuple[tuple[str, b
     ]:
         if _is_workspace(path) or path not in facts.existing:
             continue
-        if any(_below(path, blocked) for blocked in profile.blocked):
+        real = facts.real_path(path)
+        # by where it leads: a link beside a blocked directory is another name for it
+        if any(_below(real, facts.real_path(blocked)) for blocked in profile.blocked):
             continue
         if path in _RESERVED or (writable and _below(path, "/etc")):
             raise CallerError(
@@ -265,10 +273,23 @@ def _covers(path: str, profile: SandboxProfile, facts: HostFacts) -> list[str]:
     """A blocked path is absent already unless it lies below something shown."""
     if _is_workspace(path) and path != INSIDE_WORKSPACE:
         return []  # masked with the hidden files, where its kind is known
-    below_usr = _below(path, "/usr") and path != "/usr"
-    below_shown = any(_below(path, shown) for shown, _ in shown_paths(profile, facts))
-    if not (below_usr or below_shown) or path not in facts.existing:
+    if path not in facts.existing:
         return []
-    if facts.existing[path]:
-        return ["--perms", "0000", "--size", "4096", "--tmpfs", path, "--remount-ro", path]
-    return ["--ro-bind", f"{facts.stage}/masked", path]
+    arguments = []
+    for target in _names_inside(facts.real_path(path), profile, facts):
+        if facts.existing[path]:
+            arguments += ["--perms", "0000", "--size", "4096", "--tmpfs", target]
+            arguments += ["--remount-ro", target]
+        else:
+            arguments += ["--ro-bind", f"{facts.stage}/masked", target]
+    return arguments
+
+
+def _names_inside(real: str, profile: SandboxProfile, facts: HostFacts) -> tuple[str, ...]:
+    """Every path inside at which a real path of the host would be seen."""
+    found = {}
+    for shown in ("/usr", *(path for path, _ in shown_paths(profile, facts))):
+        top = facts.real_path(shown)
+        if real != top and _below(real, top):
+            found[shown + real[len(top) :]] = True
+    return tuple(found)
