@@ -8,7 +8,10 @@ is refused, because it names where credentials go.
 
 from __future__ import annotations
 
+import ipaddress
+import json
 import os
+import re
 import stat
 import tomllib
 from collections.abc import Mapping
@@ -45,8 +48,10 @@ class Provider(_Frozen):
     @classmethod
     def _url(cls, value: str) -> str:
         parts = urlsplit(value)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
+        if parts.scheme not in {"http", "https"} or not parts.hostname or not value.isprintable():
             raise ValueError("write it as https://host[:port][/prefix]")
+        if parts.port == 0:  # reading it refuses what is no port at all
+            raise ValueError("a port is a number from 1 to 65535")
         if parts.query or parts.fragment or parts.username or parts.password:
             raise ValueError("no user, query or fragment belongs in a base URL")
         return value.rstrip("/")
@@ -64,6 +69,28 @@ class EgressSettings(_Frozen):
     resolve: dict[str, list[str]] = Field(default_factory=dict)
     connect: dict[str, str] = Field(default_factory=dict)
     ca_file: Path | None = None
+
+    @field_validator("resolve")
+    @classmethod
+    def _addresses(cls, value: dict[str, list[str]]) -> dict[str, list[str]]:
+        for text in (text for texts in value.values() for text in texts):
+            ipaddress.ip_address(text)
+        return value
+
+    @field_validator("connect")
+    @classmethod
+    def _endpoints(cls, value: dict[str, str]) -> dict[str, str]:
+        for text in (*value, *value.values()):
+            if not re.fullmatch(r"[^\s:/]+:[1-9][0-9]{0,4}", text):
+                raise ValueError(
+                    "write host:port to address:port, as a.example.com:443 to 10.0.0.1:443"
+                )
+        return value
+
+    @field_validator("ca_file")
+    @classmethod
+    def _ca_file(cls, value: Path | None) -> Path | None:
+        return _existing(value)
 
 
 class Config(_Frozen):
@@ -86,10 +113,27 @@ class Config(_Frozen):
     claude: Path | None = None
     """The claude binary; by default the one inside the claude-agent-sdk wheel."""
 
+    @field_validator("state_dir")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        # it is handed to processes that stand in another directory
+        return value.absolute()
+
+    @field_validator("claude")
+    @classmethod
+    def _claude(cls, value: Path | None) -> Path | None:
+        return _existing(value)
+
     @field_validator("providers")
     @classmethod
     def _always_anthropic(cls, value: dict[str, Provider]) -> dict[str, Provider]:
         return {"anthropic": Provider(), **value}
+
+
+def _existing(path: Path | None) -> Path | None:
+    if path is not None and not os.path.isfile(path):  # noqa: PTH113  pathlib's raises
+        raise ValueError("no file of this name can be read")
+    return path and path.absolute()
 
 
 def load_config(
@@ -120,7 +164,8 @@ def load_config(
         name = PREFIX + _DELIMITER.join(str(part).upper() for part in first["loc"])
         raise CallerError(
             "settings-invalid",
-            f"setting {'.'.join(str(part) for part in first['loc'])}: {first['msg']}",
+            f"setting {'.'.join(str(part) for part in first['loc'])}: "
+            + first["msg"].removeprefix("Value error, "),
             hint=f"set it in {path} or as {name}",
         ) from None
 
@@ -145,6 +190,12 @@ def _read_file(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
+            if status.st_uid not in {0, os.geteuid()}:
+                raise CallerError(
+                    "settings-invalid",
+                    f"{path} belongs to another user, and it names where credentials go",
+                    hint=f"chown it to the user who runs ringfence: {path}",
+                )
             if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
                 raise CallerError(
                     "settings-invalid",
@@ -154,16 +205,18 @@ def _read_file(path: Path) -> dict[str, Any]:
             return tomllib.load(file)
     except FileNotFoundError:
         return {}
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    # tomllib decodes before it parses
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise CallerError("settings-invalid", f"{path} cannot be read: {error}") from None
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
     """`RINGFENCE_A__B=v` is `{"a": {"b": "v"}}`; a value that starts with `{` or `[` is JSON."""
     values: dict[str, Any] = {}
-    for name, text in environment.items():
-        if not name.startswith(PREFIX) or name in _NOT_SETTINGS:
-            continue
+    names = [name for name in environment if name.startswith(PREFIX) and name not in _NOT_SETTINGS]
+    # the whole before its parts, whatever the order of the environment
+    for name in sorted(names, key=lambda name: (name.count(_DELIMITER), name)):
+        text = environment[name]
         keys = name[len(PREFIX) :].lower().split(_DELIMITER)
         node = values
         for key in keys[:-1]:
@@ -181,8 +234,6 @@ _NOT_SETTINGS = frozenset({"RINGFENCE_LOG"})
 def _scalar(name: str, text: str) -> Any:
     if text[:1] not in {"{", "["}:
         return text
-    import json
-
     try:
         return json.loads(text)
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,17 @@ def test_a_second_provider_leaves_the_first(tmp_path: Path) -> None:
         {"RINGFENCE_PROVIDERS__ANTHROPIC__BASE_URL": "https://u:p@x.example"},
         {"RINGFENCE_UID_BASE": "0"},
         {"RINGFENCE_PROVIDERS": "{"},
+        {"RINGFENCE_PROVIDERS__ANTHROPIC__BASE_URL": "https://x.example:99999"},
+        {"RINGFENCE_PROVIDERS__ANTHROPIC__BASE_URL": "https://x.example:0"},
+        {"RINGFENCE_PROVIDERS__ANTHROPIC__BASE_URL": "https://x.exa\nmple"},
+        {"RINGFENCE_PROVIDERS__ANTHROPIC__BASE_URL": "http://[::1"},
+        {"RINGFENCE_EGRESS__RESOLVE": '{"a.example.com": ["a.example.org"]}'},
+        {"RINGFENCE_EGRESS__CONNECT": '{"a.example.com": "127.0.0.1:1"}'},
+        {"RINGFENCE_EGRESS__CA_FILE": "/nonexistent/ca.pem"},
+        {"RINGFENCE_CLAUDE": "/nonexistent/claude"},
+        # a part and a whole that contradict, in either order
+        {"RINGFENCE_EGRESS": "x", "RINGFENCE_EGRESS__RESOLVE": "{}"},
+        {"RINGFENCE_EGRESS__RESOLVE": "{}", "RINGFENCE_EGRESS": "x"},
     ],
 )
 def test_malformed_settings_are_refused_by_name(
@@ -55,6 +67,51 @@ def test_malformed_settings_are_refused_by_name(
         load_config(environment, settings_file=tmp_path / "none.toml")
     assert caught.value.code == "settings-invalid"
     assert caught.value.status == 2
+    assert "Value error" not in caught.value.message
+
+
+def test_a_whole_and_its_parts_are_one_setting(tmp_path: Path) -> None:
+    parts = {
+        "RINGFENCE_PROVIDERS__LOCAL__BASE_URL": "http://127.0.0.1:9",
+        "RINGFENCE_PROVIDERS": '{"local": {"base_url": "http://127.0.0.1:8", "credential": null}}',
+    }
+    for environment in (parts, dict(reversed(parts.items()))):
+        local = load_config(environment, settings_file=tmp_path / "none.toml").providers["local"]
+        assert (local.base_url, local.credential) == ("http://127.0.0.1:9", None)
+
+
+def test_paths_are_absolute_wherever_a_process_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ca.pem").touch()
+    environment = {"RINGFENCE_STATE_DIR": "state", "RINGFENCE_EGRESS__CA_FILE": "ca.pem"}
+    config = load_config(environment, settings_file=tmp_path / "none.toml")
+    assert config.state_dir == tmp_path / "state"
+    assert config.egress.ca_file == tmp_path / "ca.pem"
+
+
+def test_a_file_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text("uid_base = 3000000\n")
+    file.chmod(0o600)
+    owner = file.stat().st_uid
+    if os.geteuid() == 0:
+        os.chown(file, 12345, 12345)
+    else:
+        monkeypatch.setattr("os.geteuid", lambda: owner + 1)
+    with pytest.raises(CallerError, match="belongs to another user"):
+        load_config({}, settings_file=file)
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"[", b"state_dir = 1"])
+def test_a_damaged_file_is_one_error(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_bytes(content)
+    file.chmod(0o600)
+    with pytest.raises(CallerError) as caught:
+        load_config({}, settings_file=file)
+    assert caught.value.code == "settings-invalid"
 
 
 def test_a_file_that_others_can_write_is_refused(tmp_path: Path) -> None:

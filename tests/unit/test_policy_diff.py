@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, get_args
 
+import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +24,7 @@ from ringfence.policy.document import MODE_WIDTH, PolicyDocument
 from ringfence.policy.explain import explain, explain_text
 from ringfence.policy.load import PRESETS, from_mapping, load_policy
 from ringfence.policy.paths import below
+from ringfence.policy.schema import policy_schema
 
 
 def difference(before: dict[str, Any], after: dict[str, Any]) -> Difference:
@@ -409,6 +411,7 @@ def test_a_change_of_any_line_is_seen(line: str) -> None:
     if line == "network.mode":
         values["tools"] = values["secrets"] = {}
     before, after = from_mapping(WHOLE), from_mapping(values)
+    jsonschema.validate(values, policy_schema())  # what loads fits the published schema
     assert before != after
     assert not diff(before, after).empty
     assert not diff(after, before).empty

@@ -154,6 +154,13 @@ def test_every_finding_of_the_catalogue_is_tested() -> None:
     assert {id_ for id_, _, _ in CASES} == set(CATALOGUE)
 
 
+def test_filters_of_commands_are_one_finding_a_list() -> None:
+    many = role(allow=["Bash"], deny=["Read", "Bash(curl *)", "Bash(wget *)", "Bash(nc *)"])
+    found = [f for f in lint(from_mapping(many)) if f.id == "POL010"]
+    assert [f.path for f in found] == ["tools.roles.a.deny[1]"]
+    assert "Bash(curl *) and 2 more read text" in found[0].message
+
+
 def test_a_clean_policy_has_no_findings() -> None:
     assert lint(from_mapping(CLEAN)) == ()
 

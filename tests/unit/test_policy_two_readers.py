@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringfence.egress import rules as egress
+from ringfence.egress.head import Head
 from ringfence.policy import hosts
-from ringfence.policy.compiled import EgressRules, HostRule
-from ringfence.policy.decide import decide_host, host_rule
+from ringfence.policy.compiled import EgressRules, HostRule, PathRule
+from ringfence.policy.decide import decide_host, decide_request, host_rule
 
 LABEL = st.sampled_from(["a", "b", "x1", "xn--mnchen-3ya", "evil"])
 HOST = st.lists(LABEL, max_size=3).map(lambda labels: ".".join([*labels, "example.com"]))
@@ -42,3 +43,27 @@ def test_a_name_that_egress_reads_and_allows_is_one_that_a_policy_can_name(text:
     if egress.decide_host(rules, *parsed)[0].allowed:
         # punycode is the one thing that a policy checks and the proxy need not
         assert hosts.is_host(parsed[0]) or "xn--" in parsed[0]
+
+
+METHOD = st.sampled_from(["GET", "HEAD", "POST", "PUT"])
+SEGMENT = st.sampled_from(["a", "b", "a b", "..", ".", "", "%2e", "%2F", "a%20", "x*", "\\", "é"])
+PATH = st.lists(SEGMENT, max_size=4).map(lambda parts: "/" + "/".join(parts))
+GRANTED = st.sampled_from(["/", "/a", "/a/b", "/a/**", "/**", "/a/b/**"])
+HOST_RULE = st.builds(
+    HostRule,
+    host=st.just("a.example.com"),
+    paths=st.lists(st.builds(PathRule, method=METHOD, path=GRANTED), max_size=2).map(tuple),
+)
+
+
+@settings(max_examples=600)
+@given(HOST_RULE, METHOD, PATH | st.text("/ab.%*;\\ ", max_size=8))
+def test_egress_lets_no_request_through_that_the_policy_denies(
+    rule: HostRule, method: str, path: str
+) -> None:
+    head = Head(method, path, (), "a.example.com", 0, keep_alive=True, expect=False)
+    ours, theirs = decide_request(rule, method, path), egress.decide_request(rule, head)
+    assert ours.allowed or not theirs.allowed
+    plain = path.isascii() and path.replace("/", "").isalnum() and "//" not in path
+    if ours.allowed and plain:
+        assert theirs.allowed  # the allowed twin: plain paths fare alike

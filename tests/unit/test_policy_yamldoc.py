@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ringfence.errors import CallerError
 from ringfence.policy.problems import PolicyInvalidError
-from ringfence.policy.yamldoc import MAX_BYTES, parse, parse_with_places
+from ringfence.policy.yamldoc import MAX_BYTES, MAX_NODES, parse, parse_with_places
 
 
 @pytest.mark.parametrize(
@@ -162,6 +162,10 @@ def test_size_and_depth_are_bounded() -> None:
     with pytest.raises(PolicyInvalidError, match="1 MiB"):
         parse("a: " + "x" * MAX_BYTES)
     assert parse("[" * 31 + "]" * 31)
+    assert len(parse("- a\n" * MAX_NODES)) == MAX_NODES
+    for bomb in ("- a\n" * (MAX_NODES + 1), "\n".join(f"k{i}: 1" for i in range(MAX_NODES + 1))):
+        with pytest.raises(PolicyInvalidError, match=f"^{MAX_NODES + 1}:.*keys and items"):
+            parse(bomb)
     for bomb in ("[" * 33 + "]" * 33, "[" * 100_000, "{a: " * 100_000, "- " * 50_000):
         with pytest.raises(PolicyInvalidError):
             parse(bomb)

@@ -240,7 +240,6 @@ def _mcp_servers(document: PolicyDocument, offered: tuple[str, ...]) -> tuple[Mc
 
 def _sandbox(document: PolicyDocument) -> SandboxProfile:
     filesystem, execution = document.filesystem, document.execution
-    hidden = dict.fromkeys([*DEFAULT_HIDDEN, *filesystem.hidden])
     writable = filesystem.writable_paths or ()
     return SandboxProfile(
         workspace_mode=WorkspaceMode(workspace_mode_of(document)),
@@ -248,8 +247,9 @@ def _sandbox(document: PolicyDocument) -> SandboxProfile:
         readable=tuple(dict.fromkeys(p for p in filesystem.readable_paths if p != WORKSPACE)),
         writable=tuple(dict.fromkeys(p for p in writable if p != WORKSPACE)),
         blocked=tuple(dict.fromkeys(filesystem.blocked_paths)),
-        hidden=tuple(pattern for pattern in hidden if pattern not in filesystem.show),
+        hidden=tuple(pattern for pattern in DEFAULT_HIDDEN if pattern not in filesystem.show),
         shown=tuple(dict.fromkeys([*DEFAULT_SHOWN, *filesystem.show])),
+        masked=tuple(dict.fromkeys(filesystem.hidden)),
         tmp_exec=filesystem.tmp_exec,
         limits=Limits(
             wall_seconds=execution.max_duration_seconds,

@@ -47,7 +47,8 @@ class SandboxProfile:
         readable: host paths visible read-only. writable: host paths visible read-write.
         blocked: host paths that are absent inside, wherever a mount would have shown them.
         hidden: gitignore-like globs below the workspace whose files are masked (requirement E).
-        shown: globs of the same kind taken out of the masked ones.
+        shown: globs of the same kind taken out of the hidden ones.
+        masked: globs of the same kind that are masked whatever `shown` says: deny wins.
         tmp_exec: whether programs may be executed from /tmp, /var/tmp, /dev/shm and the home.
         accept_unenforced: names of controls (`Control` of ringfence.sandbox.protocol) that may
             go unenforced on this host.
@@ -61,6 +62,7 @@ class SandboxProfile:
     blocked: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
     shown: tuple[str, ...] = ()
+    masked: tuple[str, ...] = ()
     tmp_exec: bool = False
     limits: Limits = Limits()
     accept_unenforced: frozenset[str] = frozenset()

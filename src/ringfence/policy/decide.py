@@ -1,8 +1,10 @@
 """Questions to a compiled policy, and total answers. PURE.
 
-Unknown is denied, deny wins, and adding a deny never allows more. `decide_host` and
-`decide_request` are what egress enforces; `decide_tool` is what the worker's hooks enforce. What
-a Bash command's text says is advice (`ringfence.policy.shell`); the sandbox is the boundary.
+Unknown is denied, deny wins, and adding a deny never allows more. `decide_tool` is what the
+worker's hooks enforce. `decide_host` and `decide_request` are the meaning that egress must not
+exceed: it has a reader of its own on its hot path, which refuses more (a foreign key in a query),
+and a test holds that it never allows what these deny. What a Bash command's text says is advice
+(`ringfence.policy.shell`); the sandbox is the boundary.
 """
 
 from __future__ import annotations

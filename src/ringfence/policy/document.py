@@ -252,7 +252,7 @@ class Filesystem(Section):
         writable_paths: None says nothing about the workspace.
         blocked_paths: absent inside, wherever a mount would have shown them; deny wins.
         hidden: globs of workspace files that are masked, beside the built-in list.
-        show: globs taken out of the masked ones.
+        show: globs taken out of the built-in list, never out of `hidden`.
         tmp_exec: whether programs may be executed from /tmp and the home directory.
     """
 

@@ -264,17 +264,11 @@ def _servers(document: PolicyDocument) -> Iterator[Finding]:
 def _rules(document: PolicyDocument) -> Iterator[Finding]:
     for name, role in (document.tools.roles or {}).items():
         for key, texts in (("deny", role.deny), ("preapproved", role.preapproved)):
+            yield from _filters(f"tools.roles.{name}.{key}", texts)
             for index, text in enumerate(texts):
                 rule, path = parse_rule(text), f"tools.roles.{name}.{key}[{index}]"
                 if rule.specifier is None:
                     continue
-                if rule.tool in SHELL_TOOLS:
-                    yield _found(
-                        "POL010",
-                        path,
-                        f"{text} reads text, and a program can be started in other words",
-                        "rely on network, filesystem and execution for what must hold",
-                    )
                 if rule.tool in EDIT_TOOLS - {"Edit"}:
                     yield _found(
                         "POL011",
@@ -289,6 +283,20 @@ def _rules(document: PolicyDocument) -> Iterator[Finding]:
                         f"{text} leaves the file in reach of any program",
                         "name the path under filesystem.blocked_paths, or under hidden",
                     )
+
+
+def _filters(path: str, texts: tuple[str, ...]) -> Iterator[Finding]:
+    """One finding a list: of twenty rules each would say the same."""
+    rules = [(index, text, parse_rule(text)) for index, text in enumerate(texts)]
+    found = [(i, text) for i, text, rule in rules if rule.specifier and rule.tool in SHELL_TOOLS]
+    if found:
+        more = f" and {len(found) - 1} more read text" if len(found) > 1 else " reads text"
+        yield _found(
+            "POL010",
+            f"{path}[{found[0][0]}]",
+            f"{found[0][1]}{more}, and a program can be started in other words",
+            "rely on network, filesystem and execution for what must hold",
+        )
 
 
 def _modes(document: PolicyDocument) -> Iterator[Finding]:

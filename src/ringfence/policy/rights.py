@@ -306,7 +306,10 @@ def denials(policy: CompiledPolicy) -> tuple[Right, ...]:
             Right(area="path", text=f"the host's {path} is absent", subject=(path,))
             for path in sandbox.blocked
         ),
-        *(Right(area="glob", text=f"{glob} is masked in the workspace") for glob in sandbox.hidden),
+        *(
+            Right(area="glob", text=f"{glob} is masked in the workspace")
+            for glob in dict.fromkeys([*sandbox.hidden, *sandbox.masked])
+        ),
         # a tool denied whole is simply not offered, which its right says
         *(
             Right(area="rule", text=f"{text} is denied")

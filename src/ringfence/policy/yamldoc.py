@@ -20,6 +20,8 @@ from ringfence.policy.problems import Place, PolicyInvalidError, Problem, dotted
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
+MAX_NODES = 10_000
+"""Keys and items together: a mebibyte of them takes a minute to read and to judge."""
 
 _Path = tuple[int | str, ...]
 
@@ -67,7 +69,7 @@ def parse(text: str | bytes) -> Any:
 
     Raises:
         PolicyInvalidError: with its place, for anything that is not YAML or could be read in two
-            ways; for more than 1 MiB or 32 levels.
+            ways; for more than 1 MiB, 32 levels or 10,000 keys and items.
     """
     return parse_with_places(text).value
 
@@ -125,6 +127,7 @@ class _Reader:
 
     def __init__(self, events: Iterator[yaml.Event]) -> None:
         self._events = events
+        self._nodes = 0
         self.places: dict[str, Place] = {}
 
     def document(self) -> Any:
@@ -154,11 +157,17 @@ class _Reader:
             return self._sequence(path)
         return self._mapping(path)
 
+    def _note(self, path: _Path, event: yaml.Event) -> None:
+        self._nodes += 1
+        if self._nodes > MAX_NODES:
+            _refuse(event.start_mark, f"more than {MAX_NODES} keys and items")
+        self.places[dotted(path)] = _place(event.start_mark)
+
     def _sequence(self, path: _Path) -> list[Any]:
         items: list[Any] = []
         while not isinstance(event := next(self._events), yaml.SequenceEndEvent):
             inner = (*path, len(items))
-            self.places[dotted(inner)] = _place(event.start_mark)
+            self._note(inner, event)
             items.append(self._value(event, inner))
         return items
 
@@ -171,7 +180,7 @@ class _Reader:
             if key in values:
                 _refuse(event.start_mark, f"the key {show(key)} is given twice; write it once")
             inner = (*path, key)
-            self.places[dotted(inner)] = _place(event.start_mark)
+            self._note(inner, event)
             values[key] = self._value(next(self._events), inner)
         return values
 

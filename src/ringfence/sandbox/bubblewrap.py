@@ -173,7 +173,11 @@ class BubblewrapSandbox:
         groups = None
         try:
             found = await asyncio.to_thread(
-                scan, workspace_fd, _patterns(spec.profile), shown=spec.profile.shown
+                scan,
+                workspace_fd,
+                spec.profile.hidden,
+                shown=spec.profile.shown,
+                always=_always_masked(spec.profile, spec.workspace),
             )
             facts = await asyncio.to_thread(
                 hostfacts.gather, spec, found.masked, lease.uid if lease else os.getuid(), state_dir
@@ -381,13 +385,22 @@ def _is_masked(relative: str, masked: Mapping[str, bool]) -> bool:
     return any(relative == path or relative.startswith(path + "/") for path in masked)
 
 
-def _patterns(rules: SandboxProfile) -> tuple[str, ...]:
-    blocked = tuple(
+def _always_masked(rules: SandboxProfile, workspace: Path) -> tuple[str, ...]:
+    """What is masked in the workspace whatever is shown there. A blocked path may be named as it
+    is seen inside, or as the host names it; a star in such a name only ever masks more.
+    """
+    top = os.path.realpath(workspace)
+    blocked = [
         path[len(INSIDE_WORKSPACE) :]
         for path in rules.blocked
         if path.startswith(INSIDE_WORKSPACE + "/")
-    )
-    return (*rules.hidden, *blocked)
+    ]
+    blocked += [
+        real[len(top) :]
+        for path in rules.blocked
+        if (real := os.path.realpath(path)).startswith(top + "/")
+    ]
+    return (*rules.masked, *blocked)
 
 
 def _rlimits(rules: SandboxProfile) -> dict[str, int]:

@@ -108,14 +108,15 @@ def scan(
     patterns: tuple[str, ...],
     *,
     shown: tuple[str, ...] = (),
+    always: tuple[str, ...] = (),
     max_entries: int = 1_000_000,
 ) -> Scan:
-    """Walk a workspace once. `shown` patterns lift `patterns`, and nothing else.
+    """Walk a workspace once. `shown` patterns lift `patterns`, and nothing else: not `always`.
 
     Raises:
         AgentError: `tree-too-large`; a workspace that cannot be looked through is not mounted.
     """
-    wanted, lifted = Patterns(patterns), Patterns(shown)
+    wanted, lifted, firm = Patterns(patterns), Patterns(shown), Patterns(always)
     hidden: list[str] = []
     special: list[str] = []
     configs: list[str] = []
@@ -126,7 +127,7 @@ def scan(
         path = os.fsdecode(raw)
         if path.startswith(inside_hidden):
             continue
-        if wanted.match(path) and not lifted.match(path):
+        if firm.match(path) or (wanted.match(path) and not lifted.match(path)):
             hidden.append(path)
             if stat.S_ISDIR(status.st_mode):
                 directories.add(path)

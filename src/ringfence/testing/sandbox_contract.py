@@ -265,6 +265,29 @@ class SandboxContract:
         assert output == "doc\n3\n"
         assert code == 0
 
+    def test_a_blocked_path_is_absent_by_every_name(self, backend: Backend, place: Path) -> None:
+        """A link beside it, a link to it, and the workspace are other names of the same files."""
+        shared, link = place / "shared", place / "link"
+        (shared / "secret").mkdir(parents=True)
+        (shared / "doc.txt").write_text("doc\n")
+        (shared / "secret" / "key").write_text("canary\n")
+        link.symlink_to(shared)
+        (place / "workspace" / "inner").mkdir()
+        (place / "workspace" / "inner" / "key.pub").write_text("canary\n")
+        names = f"{link}/secret/key {shared}/secret/key /workspace/inner/key.pub"
+        for shown, blocked in ((link, shared / "secret"), (shared, link / "secret")):
+            spec = self.spec(
+                backend,
+                place,
+                readable=(str(shown),),
+                blocked=(str(blocked), str(place / "workspace" / "inner")),
+                shown=("*.pub",),
+            )
+            output = self.inside(backend, spec, f"cat {shown}/doc.txt; cat {names}")[1]
+            assert output == "doc\n"
+        spec = self.spec(backend, place, readable=(str(link),), blocked=(str(shared),))
+        assert self.inside(backend, spec, f"cat {link}/doc.txt; echo end")[1] == "end\n"
+
     def test_the_hosts_files_are_absent(self, backend: Backend, place: Path) -> None:
         """What no list names is not there."""
         canary = place / "canary"
