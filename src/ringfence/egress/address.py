@@ -21,7 +21,9 @@ _METADATA = frozenset(
         *("fd00:ec2::254", "fd20:ce::254", "fd00:42::42"),
     }
 )
-_NAT64 = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48"))
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# RFC 8215: the network's own translators, whose layout, and so the address inside, is unknown
+_LOCAL_NAT64 = ipaddress.ip_network("64:ff9b:1::/48")
 _TIMEOUT = 5.0
 _KEPT_SECONDS = 30.0
 _MAX_ANSWERS = 64
@@ -41,7 +43,7 @@ def vet(text: str, own: Iterable[str] = ()) -> bool:
         embedded = _embedded(address)
         if embedded is not None:
             return vet(str(embedded), own)
-        if address in ipaddress.ip_network("::/96"):
+        if address in ipaddress.ip_network("::/96") or address in _LOCAL_NAT64:
             return False
     return (
         address.is_global
@@ -60,7 +62,7 @@ def _embedded(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
         return address.sixtofour
     if address.teredo is not None:
         return address.teredo[1]
-    if any(address in network for network in _NAT64):
+    if address in _NAT64:
         return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     return None
 

@@ -78,6 +78,8 @@ def _as_seen(root: int, change: Change) -> bool:
             return status is None and not change.old_mode
         if stat.S_ISLNK(status.st_mode):
             return change.old_mode == _LINK and read_link(root, change.path) == change.before
+        if change.old_mode == _LINK:
+            return False  # a file that holds the link's target as its text
         return read_regular(root, change.path, _CAP)[0] == change.before
     except (OSError, RingfenceError):
         return False
