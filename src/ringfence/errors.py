@@ -123,6 +123,7 @@ CODES: dict[str, str] = {
     # patch
     "patch-conflict": "A file changed on the host since the run began; nothing was written.",
     # agent
+    "model-denied": "The policy allows no model, so that no agent can run under it.",
     "agent-start-failed": "The agent's program did not start.",
     "agent-protocol": "The agent's program does not keep to its protocol.",
     "agent-failed": "The agent ended its turn without success.",

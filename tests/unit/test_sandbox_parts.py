@@ -328,7 +328,7 @@ def test_apply_never_writes_through_a_link(tmp_path: Path) -> None:
     workspace.mkdir()
     (workspace / "d").symlink_to(outside)
     changes = _changes({"d/new": (None, (0o100644, b"x"))})
-    with pytest.raises((CallerError, OSError, Exception)):
+    with pytest.raises(CallerError):
         apply_changes(workspace, changes, include=lambda _: True)
     assert list(outside.iterdir()) == []
 
