@@ -8,7 +8,8 @@ JOBS   ?= 4
 
 $(VENV)/.installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "ringfence needs Python 3.11 or newer: make PYTHON=python3.11"; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "python3-venv is missing: apt-get install python3-venv"; exit 2; }
+	@# without python3-venv Debian's venv leaves a .venv that has no pip: pip is what is looked for
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) || { echo "python3-venv is missing: apt-get install python3-venv"; exit 2; }
 	$(BIN)/pip install --quiet --require-hashes --requirement requirements.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
@@ -54,7 +55,7 @@ docs: $(VENV)/.installed-dev
 	$(BIN)/python docs/generate.py
 
 # The lock holds hashes and names no host.
-lock:
+lock: $(VENV)/.installed-dev
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --extra build --output-file requirements.lock pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --extra build --extra dev --extra keyring --constraint requirements.lock --output-file requirements-dev.lock pyproject.toml
 

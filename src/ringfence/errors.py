@@ -125,6 +125,7 @@ CODES: dict[str, str] = {
     # patch
     "patch-conflict": "A file changed since the run began or cannot be written; nothing was.",
     # agent
+    "model-denied": "The policy allows no model, so that no agent can run under it.",
     "agent-start-failed": "The agent's program did not start.",
     "agent-protocol": "The agent's program does not keep to its protocol.",
     "agent-failed": "The agent ended its turn without success.",

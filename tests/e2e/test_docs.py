@@ -10,10 +10,11 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from harness import ACCEPT
+from harness import ACCEPT, Box, script
 
 from ringfence.config import Config
 from ringfence.policy.load import from_mapping
@@ -101,6 +102,79 @@ def test_every_python_block_of_the_documents_names_what_exists() -> None:
                 assert hasattr(__import__("ringfence"), name), f"{page.name}: {name}"
 
 
+def _policy_with(words: str) -> dict[str, Any]:
+    (text,) = [t for t in _blocks(ROOT / "docs" / "how-to" / "README.md", "yaml") if words in t]
+    return {"version": 1, **yaml.safe_load(text)}
+
+
+MCP_SERVER = """
+import json, sys
+for line in sys.stdin:
+    asked = json.loads(line)
+    if "id" not in asked:
+        continue
+    if asked["method"] == "initialize":
+        answer = {"protocolVersion": asked["params"]["protocolVersion"],
+                  "capabilities": {"tools": {}}, "serverInfo": {"name": "docs", "version": "1"}}
+    elif asked["method"] == "tools/list":
+        answer = {"tools": [{"name": "search", "inputSchema": {"type": "object"}}]}
+    elif asked["method"] == "tools/call":
+        open("/workspace/asked.txt", "w").write(json.dumps(asked["params"]["arguments"]))
+        answer = {"content": [{"type": "text", "text": "found it"}]}
+    else:
+        answer = {}
+    print(json.dumps({"jsonrpc": "2.0", "id": asked["id"], "result": answer}), flush=True)
+"""
+
+
+def test_the_mcp_server_of_the_how_to_runs(box: Box) -> None:
+    (box.workspace / "tools").mkdir()
+    (box.workspace / "tools" / "docs_server.py").write_text(MCP_SERVER)
+    policy = _policy_with("mcp_servers")
+    assert "mcp__docs__search" in policy["tools"]["roles"]["helper"]["allow"]
+    box.policy(policy)
+    call = {"tool": "mcp__docs__search", "input": {"query": "fence"}}
+    found = {
+        "result_contains": "found it",
+        "then": [{"text": "yes"}],
+        "otherwise": [{"text": "no"}],
+    }
+    done = box.run(script(call, found), "--permission-mode", "dontAsk")
+    assert done.code == 0, done.out + done.err
+    assert done.json["text"] == "yes"
+    assert done.json["changed_files"] == ["asked.txt"]
+
+
+def test_the_patch_of_the_how_to_for_ci_applies(box: Box) -> None:
+    (block,) = [
+        t for t in _blocks(ROOT / "docs" / "how-to" / "README.md", "yaml") if "git apply" in t
+    ]
+    (line,) = [text[len("- run: ") :] for text in block.splitlines() if "git apply" in text]
+    (box.workspace / "a.txt").write_text("Helo\n")
+    box.policy({"preset": "ci"})
+    edit = {"file_path": "/workspace/a.txt", "old_string": "Helo", "new_string": "Hello"}
+    steps = [{"tool": "Read", "input": {"file_path": "/workspace/a.txt"}}]
+    done = box.run(script(*steps, {"tool": "Edit", "input": edit}, {"text": "ok"}))
+    assert done.code == 0, done.out + done.err
+    (box.workspace / "result.json").write_text(done.out)
+    subprocess.run(["bash", "-ec", line], cwd=box.workspace, check=True)
+    assert (box.workspace / "a.txt").read_text() == "Hello\n"
+
+
+def test_the_checkpoints_of_the_how_to_verify(box: Box, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "how-to" / "README.md").read_text()
+    block = text.partition("## Keep checkpoints elsewhere")[2].partition("```sh\n")[2]
+    commands = block.partition("```")[0].replace("2026-11-24", "$(date +%F)")
+    commands = commands.replace("/tmp/", f"{tmp_path}/").replace("/somewhere/else", str(tmp_path))
+    commands = commands.replace("ringfence ", f"{sys.executable} -m ringfence ")
+    box.execute("true")
+    done = subprocess.run(
+        ["bash", "-ec", commands], env=box.environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "evidence").iterdir())
+
+
 def test_every_link_of_the_documents_leads_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
@@ -157,3 +231,11 @@ def test_the_exit_statuses_of_the_page_about_ci() -> None:
     families = {CallerError: "your input", DeniedError: "denied", AgentError: "the agent failed"}
     for family, words in {**families, UnavailableError: "this host cannot"}.items():
         assert f"{family.exit_status} {words}" in text
+
+
+def test_an_agent_under_a_policy_without_a_model_is_refused_before_it_starts(box: Box) -> None:
+    box.policy({"version": 1})
+    done = box.run("hi")
+    assert (done.code, done.json["error"]["code"]) == (3, "model-denied")
+    assert "api.anthropic.com" in done.json["error"]["hint"]
+    assert box.execute("echo yes").json["output"] == "yes\n", "a command needs none"

@@ -26,7 +26,7 @@ _UNROUTED = tuple(
     map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "2001:db8::/32", "3fff::/20"))
 )
 """Special or retired blocks (RFC 6890, 7526, 9637) that older libraries call global."""
-_NAT64 = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48"))
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _TIMEOUT = 5.0
 _KEPT_SECONDS = 30.0
 _MAX_ANSWERS = 64
@@ -46,7 +46,8 @@ def vet(text: str, own: Iterable[str] = ()) -> bool:
         embedded = _embedded(address)
         if embedded is not None:
             return vet(str(embedded), own)
-        # all that is allocated lies here: site-local fec0::/10 and v4-compatible ::/96 do not
+        # all that is allocated lies here: site-local fec0::/10, v4-compatible ::/96
+        # and a network's own translators (RFC 8215), whose address inside is unknown, do not
         if address not in _UNICAST6:
             return False
     return (
@@ -67,7 +68,7 @@ def _embedded(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
         return address.sixtofour
     if address.teredo is not None:
         return address.teredo[1]
-    if any(address in network for network in _NAT64):
+    if address in _NAT64:
         return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     return None
 

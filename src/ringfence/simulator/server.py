@@ -259,5 +259,14 @@ def serve_forever(app: Any, port: int, *, ready: Callable[[str], None]) -> None:
             "usage", f"port {port} cannot be used: {words}", hint="--port 0 takes a free one"
         ) from None
     listener.listen(1024)
-    ready(f"http://127.0.0.1:{listener.getsockname()[1]}")
-    server(app).run(sockets=[listener])
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    running = server(app)
+    start = running.startup
+
+    async def announced(sockets: list[socket.socket] | None = None) -> None:
+        # not before signals are caught: whoever reads the line may end us at once
+        await start(sockets)
+        ready(url)
+
+    running.startup = announced  # type: ignore[method-assign]
+    running.run(sockets=[listener])

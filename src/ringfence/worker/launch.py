@@ -15,7 +15,7 @@ from ringfence.channel.link import EgressLink
 from ringfence.channel.messages import Configure, ProviderConfig
 from ringfence.channel.spawn import EgressProcess
 from ringfence.config import Config, Provider
-from ringfence.errors import CallerError, UnavailableError
+from ringfence.errors import CallerError, DeniedError, UnavailableError
 from ringfence.model import RunRequest, RunResult
 from ringfence.policy.compiled import CompiledPolicy
 from ringfence.record.client import RecorderClient, RecorderProcess
@@ -150,7 +150,18 @@ async def attempt(
     control: RunControl,
     on_message: OnMessage,
 ) -> RunResult:
-    """One attempt on a station."""
+    """One attempt on a station.
+
+    Raises:
+        DeniedError: `model-denied`, for an agent under a policy that allows no model: it would
+            start, and end with the words of a client that could not log in.
+    """
+    if not request.command and not policy.egress.model.enabled:
+        raise DeniedError(
+            "model-denied",
+            "the policy allows no model",
+            hint="network.allowed_hosts: [api.anthropic.com]",
+        )
     return await Attempt(station, policy, request, control=control, on_message=on_message).run()
 
 
