@@ -97,6 +97,15 @@ async def _pid_outside(sandbox: Sandbox) -> int:
     raise AssertionError("it is not there")
 
 
+def test_bubblewrap_itself_cannot_be_written(tmp_path: Path) -> None:
+    """It is process 1 inside, of the same uid; what is written there would run outside."""
+    command = (
+        'python3 -c \'\nimport os\nf = os.open("/proc/1/exe", os.O_RDONLY)\ntry:\n'
+        ' os.fchmod(f, 0o777); print("changed")\nexcept OSError as e: print(e.errno in (1, 30))\''
+    )
+    assert _runs(tmp_path, command) == (0, "True\n")
+
+
 @pytest.mark.user
 def test_processes_are_limited_for_an_ordinary_user(tmp_path: Path) -> None:
     """Without a control group, and without counting what the user runs outside."""

@@ -15,7 +15,7 @@ from ringfence.errors import CallerError
 from ringfence.policy.compiled import SandboxProfile
 from ringfence.sandbox import seccomp
 from ringfence.sandbox.hostfiles import classify
-from ringfence.sandbox.profile import HostFacts, Tools, enclose_argv, prepare_plan, shown_paths
+from ringfence.sandbox.profile import HostFacts, Tools, enclose_options, prepare_plan, shown_paths
 from ringfence.sandbox.protocol import Change, ChangeKind
 from ringfence.sandbox.syscalls import AARCH64, X86_64
 from ringfence.sandbox.workspace import Patterns, scan
@@ -143,7 +143,7 @@ FACTS = HostFacts(
 
 def test_the_command_line() -> None:
     profile = SandboxProfile(readable=("/shared", "/absent"), blocked=("/etc", "/shared/secret"))
-    argv = enclose_argv(profile, FACTS, ["true"], environment={"A": "b"}, cwd="/workspace")
+    argv = enclose_options(profile, FACTS, environment={"A": "b"}, cwd="/workspace")
     text = " ".join(argv)
     for wanted in (
         "--unshare-user --unshare-pid --unshare-ipc --unshare-uts --unshare-cgroup --disable-userns",
@@ -154,7 +154,7 @@ def test_the_command_line() -> None:
         "--bind /mnt/workspace /workspace",
         "--ro-bind /mnt/egress /run/ringfence",
         "--ro-bind /mnt/claude /opt/ringfence/bin/claude",
-        "--remount-ro / --setenv A b --chdir /workspace -- true",
+        "--remount-ro / --setenv A b --chdir /workspace",
     ):
         assert wanted in text, wanted
     assert "/absent" not in text
@@ -195,7 +195,7 @@ def test_deny_wins_through_links() -> None:
     )
     assert shown_paths(profile, facts) == (("/shared", False),)
     assert ("shown/0", "secret", True) in prepare_plan(profile, facts)["masks"]
-    argv = enclose_argv(profile, facts, ["true"], environment={}, cwd="/workspace")
+    argv = enclose_options(profile, facts, environment={}, cwd="/workspace")
     assert "--ro-bind /mnt/masked /usr/bin/id" in " ".join(argv)
 
 

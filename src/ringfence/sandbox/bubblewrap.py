@@ -242,16 +242,16 @@ class BubblewrapSandbox:
         """See the protocol."""
         if self._stopped:
             raise UnavailableError("sandbox-start-failed", "the sandbox is stopped")
-        bwrap_argv = profile.enclose_argv(
+        options = profile.enclose_options(
             self._spec.profile,
             self._facts,
-            argv,
             environment={**_BASE_ENVIRONMENT, **(environment or {})},
             cwd=cwd,
         )
         plan = profile.exec_plan(
             self._facts,
-            bwrap_argv,
+            options,
+            argv,
             cgroups=self._groups.paths,
             rlimits=_rlimits(self._spec.profile),
             parent=os.getpid(),

@@ -28,7 +28,7 @@ from ringfence.sandbox.protocol import INSIDE_WORKSPACE, SandboxSpec
 from ringfence.sandbox.workspace import scan
 
 _NOBODY = 65534
-_TRIAL = ("bwrap", "--unshare-user", "--unshare-pid", "--ro-bind", "/", "/", "/bin/true")
+_TRIAL = (("--unshare-user", "--unshare-pid", "--ro-bind", "/", "/"), ("/bin/true",))
 
 _TRUST_STORES = (
     "/etc/ssl/certs/ca-certificates.crt",
@@ -78,7 +78,7 @@ def check_user_namespaces() -> None:
     facts = _empty_place()
     parent = os.getpid()
     words = rehearse(
-        bare_plan(facts), exec_plan(facts, _TRIAL, cgroups=(), rlimits={}, parent=parent)
+        bare_plan(facts), exec_plan(facts, *_TRIAL, cgroups=(), rlimits={}, parent=parent)
     )
     if words is None:
         return
@@ -150,7 +150,7 @@ def limits_processes() -> bool:
 
     def works(processes: int) -> bool:
         limit = {"RLIMIT_NPROC": processes}
-        plan = exec_plan(facts, _TRIAL, cgroups=(), rlimits=limit, parent=os.getpid())
+        plan = exec_plan(facts, *_TRIAL, cgroups=(), rlimits=limit, parent=os.getpid())
         return rehearse(bare_plan(facts), plan) is None
 
     return works(3) and not works(2)

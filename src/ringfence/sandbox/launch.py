@@ -215,6 +215,9 @@ def prepare(plan: Plan, descriptors: list[int]) -> tuple[Plan, list[int]]:
         _overlay(stage, overlay)
     for place, path, directory in plan["masks"]:
         _mask(stage, place, path, directory)
+    # An ordinary user's bubblewrap belongs to the uid inside, which finds it as /proc/1/exe; what
+    # it could write there would run outside with the next program (CVE-2019-5736).
+    mount("none", stage, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
     out = [
         os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC),
         os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC),
@@ -345,15 +348,16 @@ def become(plan: Plan, descriptors: list[int], *, inside: bool) -> None:
     os.dup2(standard_in, 0)
     os.dup2(standard_out, 1)
     os.dup2(standard_error, 2)
-    # Duplicated upwards first, so that neither lands on the other before it is read.
-    seccomp, status = (
-        fcntl.fcntl(seccomp, fcntl.F_DUPFD, 64),
-        fcntl.fcntl(status, fcntl.F_DUPFD, 64),
-    )
-    os.dup2(seccomp, 10)
-    os.dup2(status, 11)
+    # Options hold the environment: a command line is for every user of the host to read.
+    options = os.memfd_create("options")
+    os.write(options, b"".join(os.fsencode(word) + b"\0" for word in plan["options"]))
+    os.lseek(options, 0, os.SEEK_SET)
+    # Duplicated upwards first, so that none lands on another before it is read.
+    high = [fcntl.fcntl(one, fcntl.F_DUPFD, 64) for one in (seccomp, status, options)]
+    for number, descriptor in enumerate(high):
+        os.dup2(descriptor, 10 + number)
     os.closerange(3, 10)
-    os.closerange(12, 4096)
+    os.closerange(13, 4096)
     _signal.pthread_sigmask(_signal.SIG_SETMASK, [])
     os.execve(plan["bwrap"], plan["argv"], {})
 

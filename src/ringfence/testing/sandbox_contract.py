@@ -8,6 +8,7 @@ cannot pass for a safe one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import stat
@@ -152,6 +153,26 @@ class SandboxContract:
                 assert b"GIVEN=yes" in output
                 assert b"canary" not in output
                 assert b"HOME=/home/agent" in output
+
+        self.run(work)
+
+    def test_the_environment_is_for_nobody_else(self, backend: Backend, place: Path) -> None:
+        """No command line shows it, neither to other users of the host nor inside."""
+        canary = f"canary-{os.getpid()}"
+
+        async def work() -> None:
+            async with self.started(backend, self.spec(backend, place)) as sandbox:
+                command = "cat /proc/[0-9]*/cmdline | tr '\\0' '\\n'; echo up; sleep 60"
+                process = await sandbox.exec(
+                    ["bash", "-c", command], environment={"GIVEN": canary, "TASK": str(place)}
+                )
+                output = b""
+                while not output.endswith(b"up\n"):
+                    output += await process.read()
+                for text in (canary, str(place)):
+                    assert text.encode() not in output
+                    assert not any(text.encode() in line for line in _command_lines())
+                await process.kill()
 
         self.run(work)
 
@@ -801,13 +822,15 @@ def _listen(path: Path) -> socket.socket:
     return listener
 
 
-def _alive(marker: str) -> bool:
+def _command_lines() -> list[bytes]:
+    """Those of all processes of the host but our own."""
+    lines = []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                first = (entry / "cmdline").read_bytes().split(b"\0")[0]
-            except OSError:
-                continue
-            if first == marker.encode():
-                return True
-    return False
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                lines.append((entry / "cmdline").read_bytes())
+    return lines
+
+
+def _alive(marker: str) -> bool:
+    return any(line.split(b"\0")[0] == marker.encode() for line in _command_lines())
