@@ -7,6 +7,7 @@ import contextlib
 import os
 import pwd
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,6 +105,69 @@ def test_bubblewrap_itself_cannot_be_written(tmp_path: Path) -> None:
         ' os.fchmod(f, 0o777); print("changed")\nexcept OSError as e: print(e.errno in (1, 30))\''
     )
     assert _runs(tmp_path, command) == (0, "True\n")
+
+
+@pytest.mark.parametrize("which", ["launcher", "monitor"])
+def test_a_helper_that_is_killed_leaves_nobody(tmp_path: Path, which: str) -> None:
+    """The launcher that waits for its first program, and bubblewrap outside of a running one."""
+
+    async def work() -> None:
+        sandbox = await _start(tmp_path)
+        try:
+            if which == "launcher":
+                _kill(_children("launch.py"))
+                await asyncio.sleep(0.1)
+                assert await shell(sandbox, "echo on") == (0, "on\n")
+                return
+            outside = await _pid_outside(sandbox)
+            _kill(_children("bwrap"))
+            for _ in range(50):
+                if not Path(f"/proc/{outside}").exists():
+                    break
+                await asyncio.sleep(0.02)
+            else:
+                raise AssertionError("a second later it is alive")
+            assert await shell(sandbox, "echo on") == (0, "on\n")
+        finally:
+            await sandbox.close()
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+
+
+@pytest.mark.root
+def test_a_program_that_cannot_be_enclosed_says_why(tmp_path: Path) -> None:
+    """Its control group is gone: it never runs outside of one, and the reason is told."""
+
+    async def work() -> None:
+        sandbox = await _start(tmp_path)
+        try:
+            groups = list(Path("/sys/fs/cgroup").glob(f"*/ringfence-*-{sandbox.sandbox_id}"))
+            assert groups
+            for group in groups:
+                group.rmdir()
+            with pytest.raises(UnavailableError, match=r"cgroup\.procs"):
+                await sandbox.exec(["true"])
+        finally:
+            await sandbox.close()
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+
+
+def _children(word: str) -> list[int]:
+    """Our own children whose command line holds a word."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == os.getpid() and word.encode() in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return found
+
+
+def _kill(pids: list[int]) -> None:
+    assert pids
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.user

@@ -21,7 +21,7 @@ from ringfence.model import WorkspaceMode
 from ringfence.policy.compiled import SandboxProfile
 from ringfence.sandbox import cgroups, hostfacts, profile, seccomp
 from ringfence.sandbox.frames import send_frame
-from ringfence.sandbox.launcher import Launcher, Spare, launch, prepare
+from ringfence.sandbox.launcher import Launcher, Spare, alive, prepare
 from ringfence.sandbox.overlay import read_changes
 from ringfence.sandbox.protocol import (
     INSIDE_HOME,
@@ -270,12 +270,18 @@ class BubblewrapSandbox:
         stdin, stdout, stderr, status = theirs
         errors = stdout if merge_stderr else stderr
         # the process that prepared the place stands in it already: the first program is its
-        launcher, self._ready = self._ready or launch(), None
+        launcher, self._ready = alive(self._ready), None
         handed = [self._mnt, self._net, self._user, stdin.fileno(), stdout.fileno()]
         handed += [errors.fileno(), self._seccomp, status.fileno()]
         os.lseek(self._seccomp, 0, os.SEEK_SET)
         try:
             send_frame(launcher.control, plan, handed)
+        except OSError as error:
+            launcher.process.kill()
+            launcher.process.wait()
+            for end in ours:
+                end.close()
+            raise UnavailableError("sandbox-start-failed", f"the launcher ended: {error}") from None
         finally:
             launcher.control.close()
             for end in theirs:

@@ -374,6 +374,7 @@ def _drop(uid: int) -> None:
 def main() -> int:
     control = socket.socket(fileno=int(sys.argv[1]))
     inside = False
+    descriptors: list[int] = []
     os.umask(0o022)  # the caller's may shut the sandbox's uid out of the place made for it
     try:
         plan, descriptors = receive(control)
@@ -386,7 +387,10 @@ def main() -> int:
             plan, descriptors = receive(control)
         become(plan, descriptors, inside=inside)
     except OSError as error:
-        try:  # noqa: SIM105  contextlib is another import
+        try:
+            if len(descriptors) > 5:
+                # the worker no longer reads the control socket: this is the program's own
+                os.write(descriptors[5], f"launch: {error}\n".encode())
             send(control, {"ok": False, "errno": error.errno or 0, "message": str(error)})
         except OSError:
             pass  # nobody is there to be told

@@ -53,6 +53,14 @@ def launch() -> Launcher:
     return Launcher(process, ours)
 
 
+def alive(launcher: Launcher | None) -> Launcher:
+    """The same, or a new one in place of none and of one that has ended."""
+    if launcher is not None and launcher.process.poll() is not None:
+        launcher.control.close()
+        launcher = None
+    return launcher or launch()
+
+
 async def prepare(launcher: Launcher, plan: dict[str, Any], workspace_fd: int) -> list[int]:
     """Have it make the place; returns the descriptors of it. The launcher is ended when it cannot.
 
@@ -141,9 +149,7 @@ class Spare:
             # later: what was just started needs the processor more
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(_REFILL_SECONDS, self._refill)
-        if launcher is not None and launcher.process.poll() is None:
-            return launcher
-        return launch()
+        return alive(launcher)
 
     def _refill(self) -> None:
         self._timer = None
