@@ -333,19 +333,19 @@ class BubblewrapSandbox:
                 return descriptor, relative
         raise DeniedError("path-escapes", f"{path!r} is not a normal path of the sandbox")
 
-    async def freeze(self) -> None:
+    async def freeze(self) -> bool:
         """See the protocol."""
-        self._groups.freeze(frozen=True)
+        return await asyncio.to_thread(self._groups.freeze, frozen=True)
 
     async def thaw(self) -> None:
         """See the protocol."""
-        self._groups.freeze(frozen=False)
+        await asyncio.to_thread(self._groups.freeze, frozen=False)
 
     async def stop(self) -> None:
         """See the protocol."""
         self._stopped = True
         with contextlib.suppress(OSError):
-            self._groups.freeze(frozen=False)
+            await self.thaw()
         if self._ready is not None:
             launcher, self._ready = self._ready, None
             await launcher.end()
