@@ -9,6 +9,7 @@ import pwd
 import shutil
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,20 @@ def test_a_helper_that_is_killed_leaves_nobody(tmp_path: Path, which: str) -> No
             await sandbox.close()
 
     asyncio.run(asyncio.wait_for(work(), 60))
+
+
+def test_starts_at_once_copy_claude_whole(tmp_path: Path) -> None:
+    """The first starts of a version race; each gets a whole binary, and nothing is left beside."""
+    binary = tmp_path / "claude"
+    binary.write_bytes(os.urandom(32 << 20))
+    state = tmp_path / "claude-state"
+    with ThreadPoolExecutor(6) as pool:
+        copies = set(pool.map(lambda _: hostfacts.execute_only(binary, state), range(6)))
+    assert copies == set((state / "claude").iterdir())
+    (copy,) = copies
+    assert copy.stat().st_mode & 0o777 == 0o111
+    copy.chmod(0o400)
+    assert copy.read_bytes() == binary.read_bytes()
 
 
 @pytest.mark.root

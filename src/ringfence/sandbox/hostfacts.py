@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import pwd
+import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -280,8 +281,12 @@ def execute_only(binary: Path, state_dir: Path) -> Path:
     copy = directory / name
     if copy.exists() and copy.stat().st_size == status.st_size:
         return copy
-    temporary = directory / f"{name}.{os.getpid()}.part"
-    shutil.copyfile(source, temporary)
-    temporary.chmod(0o111)
-    temporary.replace(copy)
+    # a name of its own: two starts at once, of one worker even, must not write one file
+    temporary = directory / f"{name}.{secrets.token_hex(8)}.part"
+    try:
+        shutil.copyfile(source, temporary)
+        temporary.chmod(0o111)
+        temporary.replace(copy)
+    finally:
+        temporary.unlink(missing_ok=True)
     return copy
