@@ -8,6 +8,7 @@ import os
 import pwd
 import shutil
 import signal
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from ringfence.errors import UnavailableError
+from ringfence.model import WorkspaceMode
 from ringfence.policy.compiled import SandboxProfile
 from ringfence.sandbox import hostfacts
 from ringfence.sandbox.bubblewrap import BubblewrapBackend, BubblewrapSandbox
@@ -22,7 +24,9 @@ from ringfence.sandbox.protocol import Control, Sandbox, SandboxSpec
 from ringfence.testing.sandbox_contract import shell
 from ringfence.worker.ids import new_id
 
-LIMITS = frozenset(control.value for control in (Control.MEMORY, Control.CPU, Control.PIDS))
+LIMITS = frozenset(
+    control.value for control in (Control.MEMORY, Control.CPU, Control.PIDS, Control.WORKSPACE_DISK)
+)
 
 
 @pytest.fixture
@@ -149,6 +153,59 @@ def test_starts_at_once_copy_claude_whole(tmp_path: Path) -> None:
     assert copy.read_bytes() == binary.read_bytes()
 
 
+@pytest.fixture
+def on_overlay(tmp_path: Path) -> Iterator[Path]:
+    """A workspace as in a container: overlayfs, whose owners no mount can map."""
+    parts = {name: tmp_path / name for name in ("lower", "upper", "work", "merged")}
+    for path in parts.values():
+        path.mkdir()
+    (parts["lower"] / "file.txt").write_text("content\n")
+    (parts["lower"] / "tool").write_text("#!/bin/sh\n")
+    (parts["lower"] / "tool").chmod(0o700)
+    (parts["lower"] / ".env").write_text("canary")
+    (parts["lower"] / "link").symlink_to("/etc/shadow")
+    os.mkfifo(parts["lower"] / "fifo")
+    options = f"lowerdir={parts['lower']},upperdir={parts['upper']},workdir={parts['work']}"
+    subprocess.run(
+        ["mount", "-t", "overlay", "overlay", "-o", options, str(parts["merged"])], check=True
+    )
+    yield parts["merged"]
+    subprocess.run(["umount", str(parts["merged"])], check=True)
+
+
+@pytest.mark.root
+def test_a_workspace_whose_owner_cannot_be_mapped(tmp_path: Path, on_overlay: Path) -> None:
+    """Review and readonly work on a copy; direct mode says what it needs."""
+
+    async def work() -> None:
+        review = await _start(tmp_path, on_overlay)
+        try:
+            command = "cat file.txt .env link; ./tool && echo more >> file.txt; rm tool; ls -A"
+            assert await shell(review, command) == (0, "content\n.env\nfile.txt\nlink\n")
+            await review.stop()
+            changes = await review.changes()
+            assert [(c.path, c.before) for c in changes.items] == [
+                ("file.txt", b"content\n"),
+                ("tool", b"#!/bin/sh\n"),
+            ]
+        finally:
+            await review.close()
+        readonly = await _start(tmp_path, on_overlay, WorkspaceMode.READONLY)
+        try:
+            assert await shell(readonly, "cat file.txt; echo x > new || echo no") == (
+                0,
+                "content\nno\n",
+            )
+        finally:
+            await readonly.close()
+        with pytest.raises(UnavailableError, match="without idmapped mounts") as caught:
+            await _start(tmp_path, on_overlay, WorkspaceMode.DIRECT)
+        assert "direct mode" in caught.value.hint
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+    assert (on_overlay / "file.txt").read_text() == "content\n"
+
+
 @pytest.mark.root
 def test_a_program_that_cannot_be_enclosed_says_why(tmp_path: Path) -> None:
     """Its control group is gone: it never runs outside of one, and the reason is told."""
@@ -209,13 +266,15 @@ def _runs(place: Path, command: str) -> tuple[int, str]:
     return asyncio.run(asyncio.wait_for(work(), 60))
 
 
-async def _start(place: Path) -> BubblewrapSandbox:
+async def _start(
+    place: Path, workspace: Path | None = None, mode: WorkspaceMode = WorkspaceMode.REVIEW
+) -> BubblewrapSandbox:
     for name in ("workspace", "state"):
         (place / name).mkdir(mode=0o700, exist_ok=True)
     spec = SandboxSpec(
         sandbox_id=new_id("sb"),
-        profile=SandboxProfile(accept_unenforced=LIMITS),
-        workspace=place / "workspace",
+        profile=SandboxProfile(accept_unenforced=LIMITS, workspace_mode=mode, hidden=(".env",)),
+        workspace=workspace or place / "workspace",
         state_dir=place / "state",
     )
     return await BubblewrapBackend(state_dir=place / "state").start(spec)

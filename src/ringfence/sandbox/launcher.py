@@ -85,8 +85,9 @@ async def prepare(launcher: Launcher, plan: dict[str, Any], workspace_fd: int) -
         raise UnavailableError(
             "sandbox-start-failed",
             str(answer.get("message", "no reason given")),
-            hint="root needs Linux 5.19 or newer and a workspace on a file system with idmapped "
-            "mounts (ext4, xfs, btrfs, tmpfs); an ordinary user needs user namespaces",
+            hint="root needs Linux 5.19 or newer, and for direct mode and writable paths a file "
+            "system with idmapped mounts (ext4, xfs, btrfs, tmpfs); an ordinary user needs user "
+            "namespaces",
         )
     return descriptors
 
