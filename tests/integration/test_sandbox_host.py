@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.errors import UnavailableError
+from ringfence.errors import CallerError, UnavailableError
 from ringfence.model import WorkspaceMode
 from ringfence.policy.compiled import SandboxProfile
 from ringfence.sandbox import hostfacts
-from ringfence.sandbox.bubblewrap import BubblewrapBackend, BubblewrapSandbox
+from ringfence.sandbox.bubblewrap import BubblewrapBackend, BubblewrapSandbox, refuse_workspace
 from ringfence.sandbox.protocol import Control, Sandbox, SandboxSpec
 from ringfence.testing.sandbox_contract import shell
 from ringfence.worker.ids import new_id
@@ -137,6 +137,28 @@ def test_a_helper_that_is_killed_leaves_nobody(tmp_path: Path, which: str) -> No
             await sandbox.close()
 
     asyncio.run(asyncio.wait_for(work(), 60))
+
+
+@pytest.mark.parametrize(
+    ("path", "refused"),
+    [
+        *(
+            (path, True)
+            for path in ("/", "/etc", "/etc/ssh", "/usr/bin", "/proc/self/root", "/run")
+        ),
+        *((path, True) for path in ("/dev/shm", "/usr/src", "/boot/x", "/home", "/tmp")),
+        *((path, False) for path in ("/usr/src/app", "/dev/shm/x", "/run/user/1/x", "/tmp/x")),
+        *((path, False) for path in ("/home/u", "/root", "/srv/app", "/etcetera")),
+    ],
+)
+def test_which_directories_are_no_workspace(tmp_path: Path, path: str, *, refused: bool) -> None:
+    try:
+        refuse_workspace(Path(path), tmp_path)
+    except CallerError as error:
+        assert refused
+        assert error.code == "workspace-refused"
+    else:
+        assert not refused
 
 
 def test_starts_at_once_copy_claude_whole(tmp_path: Path) -> None:

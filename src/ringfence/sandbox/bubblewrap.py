@@ -175,7 +175,7 @@ class BubblewrapSandbox:
         spare: Spare,
     ) -> BubblewrapSandbox:
         """Look at the workspace, prepare the place, set the limits."""
-        _refuse_workspace(spec.workspace, state_dir)
+        refuse_workspace(spec.workspace, state_dir)
         workspace_fd = _open_workspace(spec.workspace)
         lease = hostfacts.lease_uid(uids) if os.geteuid() == 0 else None
         groups = None
@@ -419,13 +419,19 @@ def _rlimits(rules: SandboxProfile) -> dict[str, int]:
 
 
 _HOSTS_OWN = ("/proc", "/sys", "/dev", "/run", "/etc", "/usr", "/boot")
+_YET_WORKED_IN = ("/dev/shm", "/run/user", "/run/media", "/usr/src", "/usr/local/src")  # noqa: S108
+"""Below the host's own, and below these people do work."""
 _HOLDS_ALL = ("/", "/var", "/home", "/opt", "/tmp")  # noqa: S108
 
 
-def _refuse_workspace(path: Path, state_dir: Path) -> None:
-    """What no mask could make safe to show, and what would show ringfence's own files."""
+def refuse_workspace(path: Path, state_dir: Path) -> None:
+    """Raise CallerError `workspace-refused` for what no mask could make safe to show, and for
+    what would show ringfence's own files.
+    """
     real, state = Path(os.path.realpath(path)), Path(os.path.realpath(state_dir))
-    system = str(real) in _HOLDS_ALL or any(real.is_relative_to(own) for own in _HOSTS_OWN)
+    exempt = any(real.is_relative_to(one) and real != Path(one) for one in _YET_WORKED_IN)
+    own = not exempt and any(real.is_relative_to(one) for one in _HOSTS_OWN)
+    system = own or str(real) in _HOLDS_ALL
     if system or real.is_relative_to(state):
         raise CallerError(
             "workspace-refused",
