@@ -7,6 +7,8 @@ import os
 import pytest
 from hypothesis import settings
 
+pytest.register_assert_rewrite("ringfence.testing")
+
 # no example database: the checkout may belong to another user than the one who runs the tests
 settings.register_profile("ringfence", database=None, deadline=None)
 settings.load_profile("ringfence")

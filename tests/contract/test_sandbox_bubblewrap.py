@@ -16,3 +16,11 @@ class TestBubblewrap(SandboxContract):
         state = tmp_path / "state"
         state.mkdir(mode=0o700)
         return BubblewrapBackend(state_dir=state)
+
+    @pytest.mark.root
+    def test_root_can_freeze(self, backend: BubblewrapBackend, place: Path) -> None:
+        async def work() -> None:
+            async with self.started(backend, self.spec(backend, place)) as sandbox:
+                assert await sandbox.freeze()
+
+        self.run(work)

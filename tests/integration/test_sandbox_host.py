@@ -7,20 +7,26 @@ import contextlib
 import os
 import pwd
 import shutil
+import signal
+import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from ringfence.errors import UnavailableError
+from ringfence.errors import CallerError, UnavailableError
+from ringfence.model import WorkspaceMode
 from ringfence.policy.compiled import SandboxProfile
 from ringfence.sandbox import hostfacts
-from ringfence.sandbox.bubblewrap import BubblewrapBackend, BubblewrapSandbox
+from ringfence.sandbox.bubblewrap import BubblewrapBackend, BubblewrapSandbox, refuse_workspace
 from ringfence.sandbox.protocol import Control, Sandbox, SandboxSpec
 from ringfence.testing.sandbox_contract import shell
 from ringfence.worker.ids import new_id
 
-LIMITS = frozenset(control.value for control in (Control.MEMORY, Control.CPU, Control.PIDS))
+LIMITS = frozenset(
+    control.value for control in (Control.MEMORY, Control.CPU, Control.PIDS, Control.WORKSPACE_DISK)
+)
 
 
 @pytest.fixture
@@ -97,6 +103,167 @@ async def _pid_outside(sandbox: Sandbox) -> int:
     raise AssertionError("it is not there")
 
 
+def test_bubblewrap_itself_cannot_be_written(tmp_path: Path) -> None:
+    """It is process 1 inside, of the same uid; what is written there would run outside."""
+    command = (
+        'python3 -c \'\nimport os\nf = os.open("/proc/1/exe", os.O_RDONLY)\ntry:\n'
+        ' os.fchmod(f, 0o777); print("changed")\nexcept OSError as e: print(e.errno in (1, 30))\''
+    )
+    assert _runs(tmp_path, command) == (0, "True\n")
+
+
+@pytest.mark.parametrize("which", ["launcher", "monitor"])
+def test_a_helper_that_is_killed_leaves_nobody(tmp_path: Path, which: str) -> None:
+    """The launcher that waits for its first program, and bubblewrap outside of a running one."""
+
+    async def work() -> None:
+        sandbox = await _start(tmp_path)
+        try:
+            if which == "launcher":
+                _kill(_children("launch.py"))
+                await asyncio.sleep(0.1)
+                assert await shell(sandbox, "echo on") == (0, "on\n")
+                return
+            outside = await _pid_outside(sandbox)
+            _kill(_children("bwrap"))
+            for _ in range(50):
+                if not Path(f"/proc/{outside}").exists():
+                    break
+                await asyncio.sleep(0.02)
+            else:
+                raise AssertionError("a second later it is alive")
+            assert await shell(sandbox, "echo on") == (0, "on\n")
+        finally:
+            await sandbox.close()
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+
+
+@pytest.mark.parametrize(
+    ("path", "refused"),
+    [
+        *(
+            (path, True)
+            for path in ("/", "/etc", "/etc/ssh", "/usr/bin", "/proc/self/root", "/run")
+        ),
+        *((path, True) for path in ("/dev/shm", "/usr/src", "/boot/x", "/home", "/tmp")),
+        *((path, False) for path in ("/usr/src/app", "/dev/shm/x", "/run/user/1/x", "/tmp/x")),
+        *((path, False) for path in ("/home/u", "/root", "/srv/app", "/etcetera")),
+    ],
+)
+def test_which_directories_are_no_workspace(tmp_path: Path, path: str, *, refused: bool) -> None:
+    try:
+        refuse_workspace(Path(path), tmp_path)
+    except CallerError as error:
+        assert refused
+        assert error.code == "workspace-refused"
+    else:
+        assert not refused
+
+
+def test_starts_at_once_copy_claude_whole(tmp_path: Path) -> None:
+    """The first starts of a version race; each gets a whole binary, and nothing is left beside."""
+    binary = tmp_path / "claude"
+    binary.write_bytes(os.urandom(32 << 20))
+    state = tmp_path / "claude-state"
+    with ThreadPoolExecutor(6) as pool:
+        copies = set(pool.map(lambda _: hostfacts.execute_only(binary, state), range(6)))
+    assert copies == set((state / "claude").iterdir())
+    (copy,) = copies
+    assert copy.stat().st_mode & 0o777 == 0o111
+    copy.chmod(0o400)
+    assert copy.read_bytes() == binary.read_bytes()
+
+
+@pytest.fixture
+def on_overlay(tmp_path: Path) -> Iterator[Path]:
+    """A workspace as in a container: overlayfs, whose owners no mount can map."""
+    parts = {name: tmp_path / name for name in ("lower", "upper", "work", "merged")}
+    for path in parts.values():
+        path.mkdir()
+    (parts["lower"] / "file.txt").write_text("content\n")
+    (parts["lower"] / "tool").write_text("#!/bin/sh\n")
+    (parts["lower"] / "tool").chmod(0o700)
+    (parts["lower"] / ".env").write_text("canary")
+    (parts["lower"] / "link").symlink_to("/etc/shadow")
+    os.mkfifo(parts["lower"] / "fifo")
+    options = f"lowerdir={parts['lower']},upperdir={parts['upper']},workdir={parts['work']}"
+    subprocess.run(
+        ["mount", "-t", "overlay", "overlay", "-o", options, str(parts["merged"])], check=True
+    )
+    yield parts["merged"]
+    subprocess.run(["umount", str(parts["merged"])], check=True)
+
+
+@pytest.mark.root
+def test_a_workspace_whose_owner_cannot_be_mapped(tmp_path: Path, on_overlay: Path) -> None:
+    """Review and readonly work on a copy; direct mode says what it needs."""
+
+    async def work() -> None:
+        review = await _start(tmp_path, on_overlay)
+        try:
+            command = "cat file.txt .env link; ./tool && echo more >> file.txt; rm tool; ls -A"
+            assert await shell(review, command) == (0, "content\n.env\nfile.txt\nlink\n")
+            await review.stop()
+            changes = await review.changes()
+            assert [(c.path, c.before) for c in changes.items] == [
+                ("file.txt", b"content\n"),
+                ("tool", b"#!/bin/sh\n"),
+            ]
+        finally:
+            await review.close()
+        readonly = await _start(tmp_path, on_overlay, WorkspaceMode.READONLY)
+        try:
+            assert await shell(readonly, "cat file.txt; echo x > new || echo no") == (
+                0,
+                "content\nno\n",
+            )
+        finally:
+            await readonly.close()
+        with pytest.raises(UnavailableError, match="without idmapped mounts") as caught:
+            await _start(tmp_path, on_overlay, WorkspaceMode.DIRECT)
+        assert "direct mode" in caught.value.hint
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+    assert (on_overlay / "file.txt").read_text() == "content\n"
+
+
+@pytest.mark.root
+def test_a_program_that_cannot_be_enclosed_says_why(tmp_path: Path) -> None:
+    """Its control group is gone: it never runs outside of one, and the reason is told."""
+
+    async def work() -> None:
+        sandbox = await _start(tmp_path)
+        try:
+            groups = list(Path("/sys/fs/cgroup").glob(f"*/ringfence-*-{sandbox.sandbox_id}"))
+            assert groups
+            for group in groups:
+                group.rmdir()
+            with pytest.raises(UnavailableError, match=r"cgroup\.procs"):
+                await sandbox.exec(["true"])
+        finally:
+            await sandbox.close()
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+
+
+def _children(word: str) -> list[int]:
+    """Our own children whose command line holds a word."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == os.getpid() and word.encode() in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return found
+
+
+def _kill(pids: list[int]) -> None:
+    assert pids
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
 @pytest.mark.user
 def test_processes_are_limited_for_an_ordinary_user(tmp_path: Path) -> None:
     """Without a control group, and without counting what the user runs outside."""
@@ -121,13 +288,15 @@ def _runs(place: Path, command: str) -> tuple[int, str]:
     return asyncio.run(asyncio.wait_for(work(), 60))
 
 
-async def _start(place: Path) -> BubblewrapSandbox:
+async def _start(
+    place: Path, workspace: Path | None = None, mode: WorkspaceMode = WorkspaceMode.REVIEW
+) -> BubblewrapSandbox:
     for name in ("workspace", "state"):
         (place / name).mkdir(mode=0o700, exist_ok=True)
     spec = SandboxSpec(
         sandbox_id=new_id("sb"),
-        profile=SandboxProfile(accept_unenforced=LIMITS),
-        workspace=place / "workspace",
+        profile=SandboxProfile(accept_unenforced=LIMITS, workspace_mode=mode, hidden=(".env",)),
+        workspace=workspace or place / "workspace",
         state_dir=place / "state",
     )
     return await BubblewrapBackend(state_dir=place / "state").start(spec)

@@ -15,7 +15,7 @@ import pytest
 
 from ringfence.policy.compile import compile_policy
 from ringfence.policy.load import PRESETS, from_mapping
-from ringfence.sandbox.profile import HostFacts, Tools, enclose_argv, prepare_plan
+from ringfence.sandbox.profile import HostFacts, Tools, enclose_options, prepare_plan
 
 GOLDEN = Path(__file__).parent / "golden" / "sandbox"
 
@@ -67,7 +67,7 @@ def render(name: str) -> str:
     document, as_root = CASES[name]
     profile = compile_policy(from_mapping(document)).sandbox
     where = facts(as_root=as_root)
-    argv = enclose_argv(profile, where, ["PROGRAM"], environment={"A": "b"}, cwd="/workspace")
+    argv = enclose_options(profile, where, environment={"A": "b"}, cwd="/workspace")
     value = {"prepare": prepare_plan(profile, where), "bubblewrap": _lines(argv)}
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 

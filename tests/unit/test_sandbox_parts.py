@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfence.errors import CallerError
+from ringfence.errors import AgentError, CallerError
 from ringfence.policy.compiled import SandboxProfile
 from ringfence.sandbox import seccomp
 from ringfence.sandbox.hostfiles import classify
-from ringfence.sandbox.profile import HostFacts, Tools, enclose_argv, prepare_plan, shown_paths
+from ringfence.sandbox.profile import HostFacts, Tools, enclose_options, prepare_plan, shown_paths
 from ringfence.sandbox.protocol import Change, ChangeKind
 from ringfence.sandbox.syscalls import AARCH64, X86_64
-from ringfence.sandbox.workspace import Patterns, scan
+from ringfence.sandbox.workspace import MAX_MASKS, Patterns, Scan, scan
 
 ALLOW, KILL = 0x7FFF0000, 0x80000000
 EPERM, ENOSYS, EPROTONOSUPPORT, EAFNOSUPPORT = 0x50001, 0x50026, 0x5005D, 0x50061
@@ -143,7 +143,7 @@ FACTS = HostFacts(
 
 def test_the_command_line() -> None:
     profile = SandboxProfile(readable=("/shared", "/absent"), blocked=("/etc", "/shared/secret"))
-    argv = enclose_argv(profile, FACTS, ["true"], environment={"A": "b"}, cwd="/workspace")
+    argv = enclose_options(profile, FACTS, environment={"A": "b"}, cwd="/workspace")
     text = " ".join(argv)
     for wanted in (
         "--unshare-user --unshare-pid --unshare-ipc --unshare-uts --unshare-cgroup --disable-userns",
@@ -154,7 +154,7 @@ def test_the_command_line() -> None:
         "--bind /mnt/workspace /workspace",
         "--ro-bind /mnt/egress /run/ringfence",
         "--ro-bind /mnt/claude /opt/ringfence/bin/claude",
-        "--remount-ro / --setenv A b --chdir /workspace -- true",
+        "--remount-ro / --setenv A b --chdir /workspace",
     ):
         assert wanted in text, wanted
     assert "/absent" not in text
@@ -195,7 +195,7 @@ def test_deny_wins_through_links() -> None:
     )
     assert shown_paths(profile, facts) == (("/shared", False),)
     assert ("shown/0", "secret", True) in prepare_plan(profile, facts)["masks"]
-    argv = enclose_argv(profile, facts, ["true"], environment={}, cwd="/workspace")
+    argv = enclose_options(profile, facts, environment={}, cwd="/workspace")
     assert "--ro-bind /mnt/masked /usr/bin/id" in " ".join(argv)
 
 
@@ -215,7 +215,17 @@ def test_no_path_covers_our_own(path: str) -> None:
 
 def test_patterns() -> None:
     patterns = Patterns((".env", "*.pem", "**/.config/gh/**", "build/*.key", "secret/**"))
-    for path in (".env", "a/b/.env", "x.pem", "a/.config/gh", "build/a.key", "secret", "a/c.pem"):
+    for path in (
+        ".env",
+        ".Env",
+        "X.PEM",
+        "a/b/.env",
+        "x.pem",
+        "a/.config/gh",
+        "build/a.key",
+        "secret",
+        "a/c.pem",
+    ):
         assert patterns.match(path), path
     for path in (
         "env",
@@ -243,6 +253,71 @@ def test_scan_lifts_what_is_shown(tmp_path: Path) -> None:
     finally:
         os.close(descriptor)
     assert found.hidden == (".env",)
+
+
+def _found(root: Path) -> Scan:
+    descriptor = os.open(root, os.O_RDONLY)
+    try:
+        return scan(descriptor, ("*.pem",))
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(
+            ".git/config",
+            "sub/.git/config",
+            "bare.git/config",
+            ".git/modules/a/config",
+            ".gitmodules",
+        ),
+        *(".git/modules/a/modules/b/config", ".git/worktrees/w/config.worktree", ".gitconfig"),
+        *(".git/config.worktree", ".git/FETCH_HEAD", ".git/logs/HEAD", ".git/auth.inc"),
+    ],
+)
+def test_git_files_with_a_credential_are_found(tmp_path: Path, path: str) -> None:
+    file = tmp_path / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text('[remote "o"]\n\turl = https://host/x\n')
+    assert _found(tmp_path).git_configs == ()
+    file.write_text('[remote "o"]\n\turl = https://u:canary@host/x\n')
+    assert _found(tmp_path).git_configs == (path,)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("url = https://u:p@h/x", True),
+        ("url = https://:p@h/x", True),
+        ("url = https://ghp_0123456789abcdef@h/x", True),
+        ('url = "https://u:p"@h/x', True),
+        ("url = https://u:\\\np@h/x", True),
+        ("[http] extraheader = AUTHORIZATION: basic x", True),
+        ('[http "https://h"]\n\tExtraHeader = x', True),
+        ("[sendemail]\n\tsmtppass = x", True),
+        ("[credential]\n\thelper = cache", True),
+        ("[x]\n\thelper = !echo password=x", True),
+        ("url = git@github.com:o/r.git", False),
+        ("url = https://github.com/o/r.git", False),
+        ("url = ssh://git@host:22/x", False),
+        ("[user]\n\temail = a@b.c", False),
+        ("[core]\n\tpasskey-free = x", False),
+    ],
+)
+def test_what_counts_as_a_credential(tmp_path: Path, text: str, *, found: bool) -> None:
+    (tmp_path / ".gitconfig").write_text(text + "\n")
+    assert bool(_found(tmp_path).git_configs) is found
+
+
+def test_more_masks_than_can_be_mounted(tmp_path: Path) -> None:
+    for number in range(MAX_MASKS + 1):
+        (tmp_path / f"{number}.pem").touch()
+    with pytest.raises(AgentError, match="masked"):
+        _found(tmp_path)
+    (tmp_path / "0.pem").unlink()
+    assert len(_found(tmp_path).hidden) == MAX_MASKS
 
 
 HELD = (".git/hooks/pre-commit", ".GIT/config", "sub/.git", ".envrc", ".vscode/tasks.json", ".claude/settings.json",

@@ -21,7 +21,7 @@ from ringfence.model import WorkspaceMode
 from ringfence.policy.compiled import SandboxProfile
 from ringfence.sandbox import cgroups, hostfacts, profile, seccomp
 from ringfence.sandbox.frames import send_frame
-from ringfence.sandbox.launcher import Launcher, Spare, launch, prepare
+from ringfence.sandbox.launcher import Launcher, Spare, alive, prepare
 from ringfence.sandbox.overlay import read_changes
 from ringfence.sandbox.protocol import (
     INSIDE_HOME,
@@ -167,7 +167,7 @@ class BubblewrapSandbox:
         spare: Spare,
     ) -> BubblewrapSandbox:
         """Look at the workspace, prepare the place, set the limits."""
-        _refuse_workspace(spec.workspace, state_dir)
+        refuse_workspace(spec.workspace, state_dir)
         workspace_fd = _open_workspace(spec.workspace)
         lease = hostfacts.lease_uid(uids) if os.geteuid() == 0 else None
         groups = None
@@ -238,16 +238,16 @@ class BubblewrapSandbox:
         """See the protocol."""
         if self._stopped:
             raise UnavailableError("sandbox-start-failed", "the sandbox is stopped")
-        bwrap_argv = profile.enclose_argv(
+        options = profile.enclose_options(
             self._spec.profile,
             self._facts,
-            argv,
             environment={**_BASE_ENVIRONMENT, **(environment or {})},
             cwd=cwd,
         )
         plan = profile.exec_plan(
             self._facts,
-            bwrap_argv,
+            options,
+            argv,
             cgroups=self._groups.paths,
             rlimits=_rlimits(self._spec.profile),
             parent=os.getpid(),
@@ -266,12 +266,18 @@ class BubblewrapSandbox:
         stdin, stdout, stderr, status = theirs
         errors = stdout if merge_stderr else stderr
         # the process that prepared the place stands in it already: the first program is its
-        launcher, self._ready = self._ready or launch(), None
+        launcher, self._ready = alive(self._ready), None
         handed = [self._mnt, self._net, self._user, stdin.fileno(), stdout.fileno()]
         handed += [errors.fileno(), self._seccomp, status.fileno()]
         os.lseek(self._seccomp, 0, os.SEEK_SET)
         try:
             send_frame(launcher.control, plan, handed)
+        except OSError as error:
+            launcher.process.kill()
+            launcher.process.wait()
+            for end in ours:
+                end.close()
+            raise UnavailableError("sandbox-start-failed", f"the launcher ended: {error}") from None
         finally:
             launcher.control.close()
             for end in theirs:
@@ -323,19 +329,19 @@ class BubblewrapSandbox:
                 return descriptor, relative
         raise DeniedError("path-escapes", f"{path!r} is not a normal path of the sandbox")
 
-    async def freeze(self) -> None:
+    async def freeze(self) -> bool:
         """See the protocol."""
-        self._groups.freeze(frozen=True)
+        return await asyncio.to_thread(self._groups.freeze, frozen=True)
 
     async def thaw(self) -> None:
         """See the protocol."""
-        self._groups.freeze(frozen=False)
+        await asyncio.to_thread(self._groups.freeze, frozen=False)
 
     async def stop(self) -> None:
         """See the protocol."""
         self._stopped = True
         with contextlib.suppress(OSError):
-            self._groups.freeze(frozen=False)
+            await self.thaw()
         if self._ready is not None:
             launcher, self._ready = self._ready, None
             await launcher.end()
@@ -418,13 +424,19 @@ def _rlimits(rules: SandboxProfile) -> dict[str, int]:
 
 
 _HOSTS_OWN = ("/proc", "/sys", "/dev", "/run", "/etc", "/usr", "/boot")
+_YET_WORKED_IN = ("/dev/shm", "/run/user", "/run/media", "/usr/src", "/usr/local/src")  # noqa: S108
+"""Below the host's own, and below these people do work."""
 _HOLDS_ALL = ("/", "/var", "/home", "/opt", "/tmp")  # noqa: S108
 
 
-def _refuse_workspace(path: Path, state_dir: Path) -> None:
-    """What no mask could make safe to show, and what would show ringfence's own files."""
+def refuse_workspace(path: Path, state_dir: Path) -> None:
+    """Raise CallerError `workspace-refused` for what no mask could make safe to show, and for
+    what would show ringfence's own files.
+    """
     real, state = Path(os.path.realpath(path)), Path(os.path.realpath(state_dir))
-    system = str(real) in _HOLDS_ALL or any(real.is_relative_to(own) for own in _HOSTS_OWN)
+    exempt = any(real.is_relative_to(one) and real != Path(one) for one in _YET_WORKED_IN)
+    own = not exempt and any(real.is_relative_to(one) for one in _HOSTS_OWN)
+    system = own or str(real) in _HOLDS_ALL
     if system or real.is_relative_to(state):
         raise CallerError(
             "workspace-refused",

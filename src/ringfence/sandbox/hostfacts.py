@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import pwd
+import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from ringfence.sandbox.protocol import INSIDE_WORKSPACE, SandboxSpec
 from ringfence.sandbox.workspace import scan
 
 _NOBODY = 65534
-_TRIAL = ("bwrap", "--unshare-user", "--unshare-pid", "--ro-bind", "/", "/", "/bin/true")
+_TRIAL = (("--unshare-user", "--unshare-pid", "--ro-bind", "/", "/"), ("/bin/true",))
 
 _TRUST_STORES = (
     "/etc/ssl/certs/ca-certificates.crt",
@@ -78,7 +79,7 @@ def check_user_namespaces() -> None:
     facts = _empty_place()
     parent = os.getpid()
     words = rehearse(
-        bare_plan(facts), exec_plan(facts, _TRIAL, cgroups=(), rlimits={}, parent=parent)
+        bare_plan(facts), exec_plan(facts, *_TRIAL, cgroups=(), rlimits={}, parent=parent)
     )
     if words is None:
         return
@@ -150,7 +151,7 @@ def limits_processes() -> bool:
 
     def works(processes: int) -> bool:
         limit = {"RLIMIT_NPROC": processes}
-        plan = exec_plan(facts, _TRIAL, cgroups=(), rlimits=limit, parent=os.getpid())
+        plan = exec_plan(facts, *_TRIAL, cgroups=(), rlimits=limit, parent=os.getpid())
         return rehearse(bare_plan(facts), plan) is None
 
     return works(3) and not works(2)
@@ -280,8 +281,12 @@ def execute_only(binary: Path, state_dir: Path) -> Path:
     copy = directory / name
     if copy.exists() and copy.stat().st_size == status.st_size:
         return copy
-    temporary = directory / f"{name}.{os.getpid()}.part"
-    shutil.copyfile(source, temporary)
-    temporary.chmod(0o111)
-    temporary.replace(copy)
+    # a name of its own: two starts at once, of one worker even, must not write one file
+    temporary = directory / f"{name}.{secrets.token_hex(8)}.part"
+    try:
+        shutil.copyfile(source, temporary)
+        temporary.chmod(0o111)
+        temporary.replace(copy)
+    finally:
+        temporary.unlink(missing_ok=True)
     return copy

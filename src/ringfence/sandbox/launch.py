@@ -202,11 +202,18 @@ def prepare(plan: Plan, descriptors: list[int]) -> tuple[Plan, list[int]]:
     enter_own_namespaces(as_root=as_root)
     listener = loopback_listener(plan["proxy_port"])
     # Every source is cloned, and every tool read, before the stage covers what it lies under.
-    trees = [(_clone(plan, source, max(idmap, 0)), source) for source in plan["sources"]]
+    trees, copied = _clone_all(plan, max(idmap, 0))
     tools = {target: _content(path) for path, target in plan["tools"].items()}
     stage = plan["stage"]
     mount("stage", stage, "tmpfs", MS_NOSUID | MS_NODEV, "size=16m,mode=0755")
     _scratch(plan, uid)
+    if copied:
+        try:
+            _copy_tree(f"{stage}/scratch/copy", uid)
+        except OSError as error:
+            message = f"the workspace has to be copied, under the disk limit: {error.strerror}"
+            raise OSError(error.errno, message) from None
+        mount(f"{stage}/scratch/copy", f"{stage}/lower", None, MS_BIND)
     for tree, source in trees:
         _attach(stage, tree, source)
     _write_files(stage, {path: text.encode() for path, text in plan["files"].items()}, 0o644)
@@ -215,6 +222,9 @@ def prepare(plan: Plan, descriptors: list[int]) -> tuple[Plan, list[int]]:
         _overlay(stage, overlay)
     for place, path, directory in plan["masks"]:
         _mask(stage, place, path, directory)
+    # An ordinary user's bubblewrap belongs to the uid inside, which finds it as /proc/1/exe; what
+    # it could write there would run outside with the next program (CVE-2019-5736).
+    mount("none", stage, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
     out = [
         os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC),
         os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC),
@@ -226,14 +236,76 @@ def prepare(plan: Plan, descriptors: list[int]) -> tuple[Plan, list[int]]:
     return {"ok": True}, out
 
 
+def _clone_all(plan: Plan, idmap: int) -> tuple[list[tuple[int, Plan]], bool]:
+    """Every source with its tree; whether the workspace has to be copied in place of its own."""
+    trees, copied = [], False
+    for source in plan["sources"]:
+        try:
+            trees.append((_clone(plan, source, idmap), source))
+        except UnmappableError:
+            if source["path"] or source["target"] != "lower":
+                raise
+            copied = True
+    return trees, copied
+
+
 def _clone(plan: Plan, source: Plan, idmap: int) -> int:
     recursive = not plan["as_root"]  # without privilege over the host no submount may be left out
     tree = open_tree(-100, source["path"] or ".", recursive=recursive)
     attributes = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV
     attributes |= MOUNT_ATTR_RDONLY if source["read_only"] else 0
     attributes |= MOUNT_ATTR_IDMAP if plan["as_root"] and source["idmap"] else 0
-    set_attributes(tree, attributes, idmap, recursive=recursive)
+    try:
+        set_attributes(tree, attributes, idmap, recursive=recursive)
+    except OSError as error:
+        os.close(tree)
+        if attributes & MOUNT_ATTR_IDMAP and error.errno == errno.EINVAL:
+            what = source["path"] or "the workspace"
+            message = f"{what} is on a file system without idmapped mounts"
+            raise UnmappableError(error.errno, message) from None
+        raise
     return tree
+
+
+class UnmappableError(OSError):
+    """Its owner cannot be made the sandbox's uid by a mount: overlayfs, nfs, fuse."""
+
+
+def _copy_tree(target: str, uid: int) -> None:
+    """The working directory, owned by the sandbox: where its owner cannot be mapped. In memory and
+    under the disk limit, so that it is gone with the sandbox whatever becomes of us. Links stay
+    links, and sockets, FIFOs and devices are left out.
+    """
+    os.mkdir(target, 0o700)
+    os.chown(target, uid, uid)
+    for path, folders, files, directory in os.fwalk("."):
+        for name in folders + files:
+            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            copy = f"{target}/{path}/{name}"
+            kind = status.st_mode & 0o170000
+            if kind == 0o040000:
+                os.mkdir(copy, 0o700)
+            elif kind == 0o120000:
+                os.symlink(os.readlink(name, dir_fd=directory), copy)
+            elif kind == 0o100000:
+                _copy_file(directory, name, copy)
+            else:
+                continue
+            os.chown(copy, uid, uid, follow_symlinks=False)
+            if kind != 0o120000:
+                os.chmod(copy, status.st_mode & 0o777)
+                os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def _copy_file(directory: int, name: str, copy: str) -> None:
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    source = os.open(name, flags, dir_fd=directory)
+    try:
+        with open(copy, "wb") as file:
+            while data := os.read(source, 1 << 20):
+                file.write(data)
+    finally:
+        os.close(source)
 
 
 def _overlay(stage: str, overlay: Plan) -> None:
@@ -345,15 +417,16 @@ def become(plan: Plan, descriptors: list[int], *, inside: bool) -> None:
     os.dup2(standard_in, 0)
     os.dup2(standard_out, 1)
     os.dup2(standard_error, 2)
-    # Duplicated upwards first, so that neither lands on the other before it is read.
-    seccomp, status = (
-        fcntl.fcntl(seccomp, fcntl.F_DUPFD, 64),
-        fcntl.fcntl(status, fcntl.F_DUPFD, 64),
-    )
-    os.dup2(seccomp, 10)
-    os.dup2(status, 11)
+    # Options hold the environment: a command line is for every user of the host to read.
+    options = os.memfd_create("options")
+    os.write(options, b"".join(os.fsencode(word) + b"\0" for word in plan["options"]))
+    os.lseek(options, 0, os.SEEK_SET)
+    # Duplicated upwards first, so that none lands on another before it is read.
+    high = [fcntl.fcntl(one, fcntl.F_DUPFD, 64) for one in (seccomp, status, options)]
+    for number, descriptor in enumerate(high):
+        os.dup2(descriptor, 10 + number)
     os.closerange(3, 10)
-    os.closerange(12, 4096)
+    os.closerange(13, 4096)
     _signal.pthread_sigmask(_signal.SIG_SETMASK, [])
     os.execve(plan["bwrap"], plan["argv"], {})
 
@@ -370,6 +443,7 @@ def _drop(uid: int) -> None:
 def main() -> int:
     control = socket.socket(fileno=int(sys.argv[1]))
     inside = False
+    descriptors: list[int] = []
     os.umask(0o022)  # the caller's may shut the sandbox's uid out of the place made for it
     try:
         plan, descriptors = receive(control)
@@ -382,7 +456,10 @@ def main() -> int:
             plan, descriptors = receive(control)
         become(plan, descriptors, inside=inside)
     except OSError as error:
-        try:  # noqa: SIM105  contextlib is another import
+        try:
+            if len(descriptors) > 5:
+                # the worker no longer reads the control socket: this is the program's own
+                os.write(descriptors[5], f"launch: {error}\n".encode())
             send(control, {"ok": False, "errno": error.errno or 0, "message": str(error)})
         except OSError:
             pass  # nobody is there to be told

@@ -53,6 +53,14 @@ def launch() -> Launcher:
     return Launcher(process, ours)
 
 
+def alive(launcher: Launcher | None) -> Launcher:
+    """The same, or a new one in place of none and of one that has ended."""
+    if launcher is not None and launcher.process.poll() is not None:
+        launcher.control.close()
+        launcher = None
+    return launcher or launch()
+
+
 async def prepare(launcher: Launcher, plan: dict[str, Any], workspace_fd: int) -> list[int]:
     """Have it make the place; returns the descriptors of it. The launcher is ended when it cannot.
 
@@ -77,8 +85,9 @@ async def prepare(launcher: Launcher, plan: dict[str, Any], workspace_fd: int) -
         raise UnavailableError(
             "sandbox-start-failed",
             str(answer.get("message", "no reason given")),
-            hint="root needs Linux 5.19 or newer and a workspace on a file system with idmapped "
-            "mounts (ext4, xfs, btrfs, tmpfs); an ordinary user needs user namespaces",
+            hint="root needs Linux 5.19 or newer, and for direct mode and writable paths a file "
+            "system with idmapped mounts (ext4, xfs, btrfs, tmpfs); an ordinary user needs user "
+            "namespaces",
         )
     return descriptors
 
@@ -141,9 +150,7 @@ class Spare:
             # later: what was just started needs the processor more
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(_REFILL_SECONDS, self._refill)
-        if launcher is not None and launcher.process.poll() is None:
-            return launcher
-        return launch()
+        return alive(launcher)
 
     def _refill(self) -> None:
         self._timer = None

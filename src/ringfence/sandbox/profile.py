@@ -1,7 +1,7 @@
 """Compiled rules and what the host has → the plan of a launch. PURE; golden files hold it.
 
 Two plans: `prepare_plan` is carried out by `launch.py` before anything of the agent runs,
-`enclose_argv` is bubblewrap's command line. Both name paths of the stage, a file system that
+`enclose_options` are bubblewrap's. Both name paths of the stage, a file system that
 exists only in the sandbox's private mount namespace.
 """
 
@@ -26,7 +26,7 @@ from ringfence.sandbox.protocol import (
 
 STAGES = ("/mnt", "/media", "/srv", "/opt", "/tmp")  # noqa: S108
 """Directories that the stage may cover, in a private mount namespace; the first that exists."""
-SECCOMP_FD, STATUS_FD = 10, 11
+SECCOMP_FD, STATUS_FD, OPTIONS_FD = 10, 11, 12
 
 PATH = "/opt/ringfence/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 
@@ -230,7 +230,8 @@ def bare_plan(facts: HostFacts) -> dict[str, Any]:
 
 def exec_plan(
     facts: HostFacts,
-    argv: Sequence[str],
+    options: Sequence[str],
+    command: Sequence[str],
     *,
     cgroups: Sequence[str],
     rlimits: Mapping[str, int],
@@ -245,7 +246,8 @@ def exec_plan(
         "rlimits": dict(rlimits),
         "parent": parent,
         "bwrap": str(PurePosixPath(facts.stage) / facts.tools.executable),
-        "argv": list(argv),
+        "options": list(options),
+        "argv": ["bwrap", "--args", str(OPTIONS_FD), "--", *command],
     }
 
 
@@ -265,17 +267,11 @@ def _source(
     }
 
 
-def enclose_argv(
-    profile: SandboxProfile,
-    facts: HostFacts,
-    command: Sequence[str],
-    *,
-    environment: Mapping[str, str],
-    cwd: str,
+def enclose_options(
+    profile: SandboxProfile, facts: HostFacts, *, environment: Mapping[str, str], cwd: str
 ) -> list[str]:
-    """Bubblewrap's command line. Order is meaning: a later mount covers an earlier one."""
+    """Bubblewrap's options. Order is meaning: a later mount covers an earlier one."""
     arguments = [
-        "bwrap",
         *("--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup"),
         *("--disable-userns", "--uid", str(INSIDE_UID), "--gid", str(INSIDE_UID)),
         *("--hostname", "sandbox", "--cap-drop", "ALL", "--clearenv"),
@@ -290,7 +286,7 @@ def enclose_argv(
     ]
     for name, value in environment.items():
         arguments += ["--setenv", name, value]
-    return [*arguments, "--chdir", cwd, "--", *command]
+    return [*arguments, "--chdir", cwd]
 
 
 def _system(facts: HostFacts) -> list[str]:

@@ -203,8 +203,8 @@ class Sandbox(Protocol):
         """
         ...
 
-    async def freeze(self) -> None:
-        """Stop all processes where they stand, if the host can; no-op otherwise."""
+    async def freeze(self) -> bool:
+        """Stop all processes where they stand; False when this host cannot, and they go on."""
         ...
 
     async def thaw(self) -> None:

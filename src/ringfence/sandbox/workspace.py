@@ -13,16 +13,27 @@ import re
 import stat
 from dataclasses import dataclass
 
-from ringfence.errors import RingfenceError
+from ringfence.errors import AgentError, RingfenceError
 from ringfence.sandbox.safeopen import read_regular, walk
 
 _CONFIG_CAP = 1 << 20
 
+MAX_MASKS = 4000
+"""bubblewrap looks through all mounts once for each; with more a start takes many seconds."""
+
+_GIT_CONFIG = re.compile(
+    r"(?:.*/)?(?:\.?git(?:config|modules)|(?:[^/]*\.git|modules/.+|worktrees/.+)/config(?:\.worktree)?"
+    r"|[^/]*\.git/(?:fetch_head|logs/.+|[^/]*\.inc(?:lude)?))",
+    re.IGNORECASE | re.DOTALL,
+)
+"""The files in which git keeps URLs and headers: configurations of repositories, bare ones,
+worktrees and submodules, the workspace's own, and what a fetch or a clone wrote down."""
+
 _CREDENTIAL_IN_GIT_CONFIG = re.compile(
-    rb"""://[^/\s:@]+:[^/\s@]+@      # a URL with a password
+    rb"""://[^/\s:@]*:[^/\s@]+@      # a URL with a password
     |://[^/\s:@]{16,}@               # a URL with a token alone
-    |^\s*(?:extraheader|password|token)\s*=
-    |^\s*helper\s*=\s*.*(?:store|!|password|token)
+    |(?:^|\])\s*[\w.-]*(?:extraheader|pass|password|passphrase|token|secret)\s*=
+    |(?:^|\])\s*helper\s*=\s*.*(?:store|!|password|token)
     |^\s*\[credential\b""",
     re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
@@ -58,6 +69,7 @@ class Patterns:
     """gitignore-like globs: without a slash a pattern names any component, with one the path.
 
     `*` and `?` do not cross a slash, `**` does; a trailing `/**` means the directory itself too.
+    Case does not matter: SERVER.PEM is a key as well.
     """
 
     def __init__(self, patterns: tuple[str, ...]) -> None:
@@ -76,7 +88,9 @@ class Patterns:
 
 def _union(expressions: object) -> re.Pattern[str] | None:
     texts = list(expressions)  # type: ignore[call-overload]
-    return re.compile("|".join(f"(?:{text})" for text in texts)) if texts else None
+    if not texts:
+        return None
+    return re.compile("|".join(f"(?:{text})" for text in texts), re.IGNORECASE)
 
 
 def _path_regex(pattern: str) -> str:
@@ -114,7 +128,8 @@ def scan(
     """Walk a workspace once. `shown` patterns lift `patterns`, and nothing else: not `always`.
 
     Raises:
-        AgentError: `tree-too-large`; a workspace that cannot be looked through is not mounted.
+        AgentError: `tree-too-large`; a workspace that cannot be looked through is not mounted,
+            nor is one with more than MAX_MASKS files to mask.
     """
     wanted, lifted, firm = Patterns(patterns), Patterns(shown), Patterns(always)
     hidden: list[str] = []
@@ -134,21 +149,21 @@ def scan(
                 inside_hidden = path + "/"
         elif _is_special(status.st_mode):
             special.append(path)
-        elif _is_git_config(path) and _bears_credential(workspace_fd, raw):
+        elif _GIT_CONFIG.fullmatch(path) and _bears_credential(workspace_fd, raw):
             configs.append(path)
     closed = tuple(os.fsdecode(path) for path in shut if path)
+    if len(hidden) + len(special) + len(configs) + len(closed) > MAX_MASKS:
+        raise AgentError(
+            "tree-too-large",
+            f"more than {MAX_MASKS} files would have to be masked",
+            hint="hide the folder that holds them (filesystem.hidden), or show what is harmless",
+        )
     return Scan(
         shut=closed,
         hidden=tuple(hidden),
         special=tuple(special),
         git_configs=tuple(configs),
         directories=frozenset({*directories, *closed}),
-    )
-
-
-def _is_git_config(path: str) -> bool:
-    return path.endswith((".git/config", ".git/config.worktree")) or (
-        path.endswith("/config") and "/modules/" in path
     )
 
 
@@ -161,4 +176,6 @@ def _bears_credential(workspace_fd: int, path: bytes) -> bool:
         data, _ = read_regular(workspace_fd, path, _CONFIG_CAP)
     except (OSError, RingfenceError):
         return True  # what cannot be looked into is not shown
-    return bool(_CREDENTIAL_IN_GIT_CONFIG.search(data))
+    # git joins a line that ends in a backslash with the next, and drops the quotes of a value
+    plain = data.replace(b"\\\r\n", b"").replace(b"\\\n", b"").replace(b'"', b"")
+    return bool(_CREDENTIAL_IN_GIT_CONFIG.search(plain))
