@@ -148,6 +148,15 @@ def test_export_verifies_elsewhere_without_ringfence(
     assert invoke(audit.app, state, "export", "--out", str(out)).exit_code == 0
 
 
+def test_an_export_never_replaces_the_log_itself(state: SimpleNamespace, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "audit")
+    before = (tmp_path / "audit" / "log.sqlite").stat().st_ino
+    for out in ("audit", "link"):
+        done = invoke(audit.app, state, "export", "--out", str(tmp_path / out))
+        assert done.exit_code == 2
+    assert (tmp_path / "audit" / "log.sqlite").stat().st_ino == before
+
+
 def test_checkpoint_and_key(state: SimpleNamespace, tmp_path: Path) -> None:
     note = invoke(audit.app, state, "checkpoint").output
     assert note.startswith("ringfence/audit\n9\n")

@@ -307,6 +307,14 @@ def test_a_directory_that_others_may_write_is_refused(tmp_path: Path) -> None:
     AuditLog(tmp_path / "audit").close()
 
 
+@pytest.mark.root
+def test_a_directory_of_another_user_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "audit").mkdir(mode=0o700)
+    os.chown(tmp_path / "audit", 12345, 12345)
+    with pytest.raises(UnavailableError, match="belongs to another user"):
+        AuditLog(tmp_path / "audit")
+
+
 MOUNTS = r"""22 1 8:1 / / rw - ext4 /dev/sda1 rw
 23 22 0:40 / /home rw - nfs4 server:/home rw
 24 23 0:41 / /home/a\040b rw - tmpfs none rw

@@ -143,6 +143,9 @@ def export(
         directory = _directory(ctx)
         with AuditReader(directory) as reader:
             notes = reader.checkpoints()
+        if out.resolve() == directory.resolve():
+            # recorders would go on with a file that has no name any more
+            raise CallerError("usage", f"{out} holds the log itself; name another directory")
         try:
             out.mkdir(parents=True, exist_ok=True)
             names = ["log.sqlite", "public.key", "checkpoint"]
