@@ -226,7 +226,7 @@ class ModelExchange:
         self._answer.end()
         model = self._answer.model or self._model
         usage = self._answer.usage
-        usage = replace(usage, cost_usd=cost(model, usage))
+        usage = replace(usage, cost_usd=cost(model, usage, hour_writes=self._answer.hour_writes))
         if self._admitted:
             self._run.settle(id(self), usage if answered else None)
             self._admitted = False

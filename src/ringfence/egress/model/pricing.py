@@ -1,7 +1,7 @@
 """Dollars per million tokens, by model. PURE; dated, because prices change.
 
 Source: the public price list of the Messages API as of 2026-10. Cache writes of five minutes
-cost 1.25 times, reads 0.1 times the input price.
+cost 1.25 times, those of an hour twice, reads 0.1 times the input price.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PRICES: tuple[tuple[str, float, float], ...] = (
 )
 """(prefix, input, output), the first match wins."""
 
-_WRITE, _READ = 1.25, 0.1
+_WRITE, _WRITE_HOUR, _READ = 1.25, 2.0, 0.1
 
 
 def price(model: str) -> tuple[float, float] | None:
@@ -33,8 +33,11 @@ def price(model: str) -> tuple[float, float] | None:
     return None
 
 
-def cost(model: str, usage: Usage) -> float | None:
-    """Dollars of one request; None when the model has no known price."""
+def cost(model: str, usage: Usage, *, hour_writes: int = 0) -> float | None:
+    """Dollars of one request; None when the model has no known price.
+
+    `hour_writes` of the cache writes are of an hour: who asks for them is inside.
+    """
     prices = price(model)
     if prices is None:
         return None
@@ -42,6 +45,7 @@ def cost(model: str, usage: Usage) -> float | None:
     tokens = (
         usage.input_tokens * into
         + usage.cache_creation_input_tokens * into * _WRITE
+        + min(hour_writes, usage.cache_creation_input_tokens) * into * (_WRITE_HOUR - _WRITE)
         + usage.cache_read_input_tokens * into * _READ
         + usage.output_tokens * out
     )
@@ -54,4 +58,4 @@ def worst_case(model: str, body_bytes: int, max_tokens: int) -> float:
     An unknown model is priced as the dearest, so that a budget cannot be dodged by its name.
     """
     into, out = price(model) or (15.0, 75.0)
-    return (body_bytes / 3 * into * _WRITE + max_tokens * out) / 1_000_000
+    return (body_bytes / 3 * into * _WRITE_HOUR + max_tokens * out) / 1_000_000

@@ -62,6 +62,11 @@ class Answer:
             requests=1,
         )
 
+    @property
+    def hour_writes(self) -> int:
+        """Those of the cache writes that last an hour, and cost more."""
+        return self._usage.get("ephemeral_1h_input_tokens", 0)
+
     def event(self, value: Any) -> None:
         """One event of a stream. Raises StreamError."""
         if not isinstance(value, dict):
@@ -135,7 +140,7 @@ class Answer:
     def _count(self, usage: Any) -> None:
         if not isinstance(usage, dict):
             return
-        for name, value in usage.items():
+        for name, value in [*usage.items(), *_object(usage.get("cache_creation")).items()]:
             if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
                 self._usage[name] = max(value, self._usage.get(name, 0))
 
