@@ -366,6 +366,27 @@ def test_a_newer_or_damaged_file_is_refused(tmp_path: Path) -> None:
         assert caught.value.code == "store-unavailable"
 
 
+def test_an_older_copy_is_not_gone_on_with(tmp_path: Path) -> None:
+    directory = tmp_path / "audit"
+    log = AuditLog(directory)
+    log.append([EVENT] * 3)
+    log.close()
+    old = (directory / "log.sqlite").read_bytes()
+    for _ in range(2):  # its twin: what has only grown is
+        log = AuditLog(directory)
+        log.append([EVENT] * 3)
+        log.close()
+    new = (directory / "log.sqlite").read_bytes()
+    (directory / "log.sqlite").write_bytes(old)
+    with pytest.raises(UnavailableError) as caught:
+        AuditLog(directory)
+    assert caught.value.code == "audit-invalid"
+    assert "holds 3 records, and had 9 once" in caught.value.message
+    (directory / "log.sqlite").write_bytes(new)
+    AuditLog(directory).close()
+    assert good(directory) == 9
+
+
 def test_records_are_canonical_json(tmp_path: Path) -> None:
     log = AuditLog(tmp_path / "audit")
     log.append([{"type": "egress.refused", "target": "a\nFAKE audit line\x1b[2J\u202e"}])

@@ -103,6 +103,9 @@ def verify(
             )
         try:
             texts = [_read(entry) for entry in anchor or []]
+            head = log.parent / "head"
+            if path is None and head.exists():
+                texts.append(_read(head))
             # a copy may have been made in the middle of a run; this host's own log goes on
             now = None if path else time.time()
             report = verifier.verify(log, _read(key), texts, now=now)
