@@ -181,6 +181,12 @@ def test_resume_from_another_directory(box: Box, simulator: Simulator) -> None:
     forked = box.run(script({"text": "third"}), "--resume", first.json["session_id"], "--fork")
     assert forked.code == 0, forked.err + forked.out
     assert forked.json["session_id"] != first.json["session_id"]
+    assert "remembered" in json.dumps(simulator.requests[-1].body["messages"])
+    changes = [r for r in box.records() if r["type"] == "session.changed"]
+    assert [r["action"] for r in changes[-2:]] == ["resumed", "forked"]
+    assert changes[-1]["parent"] == first.json["session_id"]
+    alone = box.run("hi", "--fork")
+    assert (alone.code, alone.json["error"]["code"]) == (2, "usage")
 
 
 def test_resuming_never_widens_the_policy(box: Box) -> None:

@@ -143,7 +143,7 @@ class Attempt:
         if request.resume is not None:
             sessions.require(request.resume)
             if request.fork:
-                self._session_id = sessions.fork(request.resume)
+                self._session_id = str(uuid.uuid4())
         lease = sessions.lease(self._session_id, self.run_id)
         stack.callback(lease.release)
         await stack.enter_async_context(_heartbeat(lease))
@@ -169,8 +169,10 @@ class Attempt:
             action = "forked" if request.fork else "resumed" if request.resume else "created"
             await station.recorder.append(
                 SessionChanged(**self._ids(), action=action, parent=request.resume or ""),
-                durable=False,
+                durable=request.fork,
             )
+        if request.fork and request.resume is not None:
+            await asyncio.to_thread(station.sessions.fork, request.resume, new=self._session_id)
 
     async def _carry_out(self, stack: AsyncExitStack, lease: LeasedStore | None) -> None:
         stack.enter_context(self._station.notices.reading(self._sandbox_id, self._noticed))

@@ -31,13 +31,15 @@ def check(request: RunRequest, policy: CompiledPolicy, state_dir: Path) -> None:
     """Refuse what cannot or may not run.
 
     Raises:
-        CallerError: `workspace-missing`.
+        CallerError: `workspace-missing`, `usage`.
         DeniedError: `permission-mode-denied`, `state-exposed`.
     """
     if not Path(request.workspace).is_dir():
         raise CallerError(
             "workspace-missing", f"{request.workspace} is not a directory that can be read"
         )
+    if request.fork and request.resume is None:
+        raise CallerError("usage", "only a session that is resumed can be forked")
     mode = request.permission_mode
     if mode is not None and mode not in policy.tools.permission_modes:
         allowed = ", ".join(m.value for m in policy.tools.permission_modes)
