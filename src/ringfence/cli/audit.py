@@ -227,7 +227,7 @@ def _print_runs(reader: AuditReader, limit: int, *, as_json: bool) -> None:
         print_json([{**asdict(summary), "usage": asdict(used)} for summary, used in rows])
         return
     for summary, used in rows:
-        head = f"{summary.run_id}  {summary.started[:19]}  {summary.status or 'running'}"
+        head = f"{summary.run_id}  {summary.started[:19]}  {summary.status or 'open'}"
         sys.stdout.write(one_line(f"{head}  {used.requests} requests  {_amounts(used)}") + "\n")
 
 

@@ -410,10 +410,12 @@ class Attempt:
 
     async def _stop(self, sandbox: Sandbox) -> None:
         await sandbox.stop()
-        if self._policy.sandbox.workspace_mode is WorkspaceMode.REVIEW:
-            self._changes = await sandbox.changes()
-        # last: a recorder that is gone must not cost the changes
-        await self._station.recorder.append(SandboxStopped(**self._ids()), durable=False)
+        try:
+            if self._policy.sandbox.workspace_mode is WorkspaceMode.REVIEW:
+                self._changes = await sandbox.changes()
+        finally:
+            # last: a recorder that is gone must not cost the changes, nor they the record
+            await self._station.recorder.append(SandboxStopped(**self._ids()), durable=False)
 
     # the end
 
