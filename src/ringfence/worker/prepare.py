@@ -75,7 +75,7 @@ def refuse_exposed(state_dir: Path, shown: Iterable[str]) -> None:
 
 def _identities(path: Path) -> list[tuple[int, int]]:
     """Device and inode of a path and of all that is above it; empty when it does not exist."""
-    place = path.resolve()
+    place = Path(os.path.realpath(path))  # Path.resolve raises for a loop of links
     try:
         return [(s.st_dev, s.st_ino) for s in (p.stat() for p in (place, *place.parents))]
     except OSError:
