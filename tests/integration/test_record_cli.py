@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from ringfence.cli import audit, sessions
-from ringfence.record.audit import AuditLog
+from ringfence.record.audit import AuditLog, append_event
 from ringfence.record.events import ModelAnswered, RunEnded, RunStarted
 from ringfence.record.merkle import Frontier, leaf_hash
 from ringfence.record.read import AuditReader
@@ -146,6 +146,28 @@ def test_export_verifies_elsewhere_without_ringfence(
     ran = subprocess.run(argv, cwd=out, capture_output=True, text=True, timeout=60, check=False)
     assert (ran.returncode, ran.stdout) == (0, "good: 9 records, 9 of them signed\n"), ran.stderr
     assert invoke(audit.app, state, "export", "--out", str(out)).exit_code == 0
+
+
+def test_an_export_never_replaces_the_log_itself(state: SimpleNamespace, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "audit")
+    before = (tmp_path / "audit" / "log.sqlite").stat().st_ino
+    for out in ("audit", "link"):
+        done = invoke(audit.app, state, "export", "--out", str(tmp_path / out))
+        assert done.exit_code == 2
+    assert (tmp_path / "audit" / "log.sqlite").stat().st_ino == before
+
+
+def test_an_older_copy_does_not_verify_on_its_own_host(
+    state: SimpleNamespace, tmp_path: Path
+) -> None:
+    path = tmp_path / "audit" / "log.sqlite"
+    old = path.read_bytes()
+    append_event(tmp_path / "audit", {"type": "session.changed", "action": "deleted"})
+    assert invoke(audit.app, state, "verify").exit_code == 0
+    path.write_bytes(old)
+    done = invoke(audit.app, state, "verify")
+    assert done.exit_code == 3
+    assert "first bad index 9: truncated: a signed anchor covers 10 records" in done.output
 
 
 def test_checkpoint_and_key(state: SimpleNamespace, tmp_path: Path) -> None:

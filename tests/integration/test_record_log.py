@@ -307,6 +307,14 @@ def test_a_directory_that_others_may_write_is_refused(tmp_path: Path) -> None:
     AuditLog(tmp_path / "audit").close()
 
 
+@pytest.mark.root
+def test_a_directory_of_another_user_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "audit").mkdir(mode=0o700)
+    os.chown(tmp_path / "audit", 12345, 12345)
+    with pytest.raises(UnavailableError, match="belongs to another user"):
+        AuditLog(tmp_path / "audit")
+
+
 MOUNTS = r"""22 1 8:1 / / rw - ext4 /dev/sda1 rw
 23 22 0:40 / /home rw - nfs4 server:/home rw
 24 23 0:41 / /home/a\040b rw - tmpfs none rw
@@ -356,6 +364,27 @@ def test_a_newer_or_damaged_file_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UnavailableError) as caught:
             open_database(directory / "log.sqlite", "ringfence.record.sql")
         assert caught.value.code == "store-unavailable"
+
+
+def test_an_older_copy_is_not_gone_on_with(tmp_path: Path) -> None:
+    directory = tmp_path / "audit"
+    log = AuditLog(directory)
+    log.append([EVENT] * 3)
+    log.close()
+    old = (directory / "log.sqlite").read_bytes()
+    for _ in range(2):  # its twin: what has only grown is
+        log = AuditLog(directory)
+        log.append([EVENT] * 3)
+        log.close()
+    new = (directory / "log.sqlite").read_bytes()
+    (directory / "log.sqlite").write_bytes(old)
+    with pytest.raises(UnavailableError) as caught:
+        AuditLog(directory)
+    assert caught.value.code == "audit-invalid"
+    assert "holds 3 records, and had 9 once" in caught.value.message
+    (directory / "log.sqlite").write_bytes(new)
+    AuditLog(directory).close()
+    assert good(directory) == 9
 
 
 def test_records_are_canonical_json(tmp_path: Path) -> None:

@@ -516,6 +516,20 @@ def test_a_live_log_and_a_copy_without_its_wal(tmp_path: Path) -> None:
     log.close()
 
 
+def test_a_write_ahead_log_of_another_file_is_no_good_log(audit: Path, tmp_path: Path) -> None:
+    """SQLite does not know whose -wal file it is; the tree does."""
+    other = AuditLog(tmp_path / "other")
+    other.append([{"type": "run.started", "run_id": "x", "n": n} for n in range(50)])
+    wal = (tmp_path / "other" / "log.sqlite-wal").read_bytes()
+    other.close()
+    (audit / "log.sqlite-wal").write_bytes(wal)
+    report = check(audit)
+    assert not report.ok
+    assert report.first_bad is not None
+    (audit / "log.sqlite-wal").write_bytes(b"\x37\x7f\x06\x82" + wal[4:40] + b"junk" * 999)
+    assert check(audit).records == RECORDS, "what is no frame is left out"
+
+
 # any damage
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from ringfence.egress.model import Admitted, Cut, ModelExchange, Refusal, RunState
 from ringfence.egress.model.ledger import TABLE, Report, State, ToolLedger, Verdict, report_of
-from ringfence.egress.model.pricing import cost, price
+from ringfence.egress.model.pricing import cost, price, worst_case
+from ringfence.egress.model.sse import Answer
 from ringfence.model import Usage
 from ringfence.policy.compiled import ModelRules
 
@@ -349,3 +350,17 @@ def test_prices() -> None:
         input_tokens=1_000_000, output_tokens=1_000_000, cache_read_input_tokens=1_000_000
     )
     assert cost("claude-sonnet-5", usage) == pytest.approx(3 + 15 + 0.3)
+    written = Usage(cache_creation_input_tokens=1_000_000)
+    assert cost("claude-sonnet-5", written) == pytest.approx(3.75)
+    assert cost("claude-sonnet-5", written, hour_writes=500_000) == pytest.approx(4.875)
+    assert cost("claude-sonnet-5", written, hour_writes=10**9) == pytest.approx(6)
+    assert worst_case("claude-sonnet-5", 3_000_000, 0) == pytest.approx(6), "the dearest way"
+
+
+def test_the_answer_says_how_long_cache_writes_last() -> None:
+    answer = Answer(frozenset())
+    split = {"ephemeral_5m_input_tokens": 3, "ephemeral_1h_input_tokens": 4}
+    usage = {"cache_creation_input_tokens": 7, "cache_creation": split}
+    answer.event({"type": "message_start", "message": {"usage": usage}})
+    answer.event({"type": "message_delta", "delta": {}, "usage": {"cache_creation": [1]}})
+    assert (answer.usage.cache_creation_input_tokens, answer.hour_writes) == (7, 4)

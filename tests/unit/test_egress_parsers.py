@@ -46,6 +46,19 @@ def test_any_head_is_accepted_or_refused(data: bytes) -> None:
         assert error.reason
 
 
+def test_the_connect_of_older_python_clients() -> None:
+    """HTTP/1.0 and no Host: the target is the host; any other method still has to name it."""
+    head = parse(b"CONNECT pypi.org:443 HTTP/1.0\r\n\r\n")
+    assert (head.method, head.target, head.host) == ("CONNECT", "pypi.org:443", "pypi.org:443")
+    for bad in (
+        b"CONNECT pypi.org:443 HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.0\r\n\r\n",
+        b"CONNECT pypi.org:443 HTTP/1.0\r\nHost: a\r\nHost: b\r\n\r\n",
+    ):
+        with pytest.raises(HeadError, match="host-header"):
+            parse(bad)
+
+
 def test_a_good_head() -> None:
     head = parse(GOOD)
     assert (head.method, head.target, head.host, head.length) == (

@@ -104,6 +104,15 @@ def test_a_flood_of_doings_is_refused_and_stops_only_its_own_sandbox() -> None:
     assert quota.judge(denial("a")) is Verdict.COUNT
 
 
+def test_decisions_are_not_free_of_charge() -> None:
+    """A forger of hook frames must not fill the log; an undecided call does not run."""
+    quota = Quota(2)
+    decided = {"type": "tool.decided", "sandbox_id": "a"}
+    assert [quota.judge(decided) for _ in range(20)] == [Verdict.WRITE] * 20
+    assert quota.judge(decided) is Verdict.REFUSE
+    assert quota.judge({**decided, "sandbox_id": "b"}) is Verdict.WRITE
+
+
 def test_a_policy_may_give_another_share() -> None:
     quota = Quota(1)
     quota.allow("a", 3)

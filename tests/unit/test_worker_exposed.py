@@ -36,6 +36,11 @@ def test_what_lies_beside_it_is_not(state: Path, shown: str) -> None:
     refuse_exposed(state, [str(state.parent.parent / shown)])
 
 
+def test_a_loop_of_links_shows_nothing(state: Path, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    refuse_exposed(state, [str(tmp_path / "loop")])
+
+
 def test_a_linked_state_directory_is_its_target(state: Path) -> None:
     other = state.parent.parent / "other"
     other.symlink_to(state)

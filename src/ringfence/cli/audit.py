@@ -103,6 +103,9 @@ def verify(
             )
         try:
             texts = [_read(entry) for entry in anchor or []]
+            head = log.parent / "head"
+            if path is None and head.exists():
+                texts.append(_read(head))
             # a copy may have been made in the middle of a run; this host's own log goes on
             now = None if path else time.time()
             report = verifier.verify(log, _read(key), texts, now=now)
@@ -143,6 +146,9 @@ def export(
         directory = _directory(ctx)
         with AuditReader(directory) as reader:
             notes = reader.checkpoints()
+        if out.resolve() == directory.resolve():
+            # recorders would go on with a file that has no name any more
+            raise CallerError("usage", f"{out} holds the log itself; name another directory")
         try:
             out.mkdir(parents=True, exist_ok=True)
             names = ["log.sqlite", "public.key", "checkpoint"]
@@ -221,7 +227,7 @@ def _print_runs(reader: AuditReader, limit: int, *, as_json: bool) -> None:
         print_json([{**asdict(summary), "usage": asdict(used)} for summary, used in rows])
         return
     for summary, used in rows:
-        head = f"{summary.run_id}  {summary.started[:19]}  {summary.status or 'running'}"
+        head = f"{summary.run_id}  {summary.started[:19]}  {summary.status or 'open'}"
         sys.stdout.write(one_line(f"{head}  {used.requests} requests  {_amounts(used)}") + "\n")
 
 

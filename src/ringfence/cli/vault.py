@@ -11,6 +11,7 @@ import typer
 
 from ringfence.cli.context import AppContext
 from ringfence.cli.output import clear_errors, print_json
+from ringfence.errors import CallerError
 from ringfence.vault.keys import VaultPaths
 from ringfence.vault.seal import set_credential
 from ringfence.vault.store import VaultFile, check_hosts, check_name
@@ -25,7 +26,11 @@ _MAX_INPUT = 1 << 16
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@app.command("set", epilog="Example: ringfence vault set anthropic   (or: … < key.txt)")
+@app.command(
+    "set",
+    epilog="Example: ringfence vault set anthropic   (or: … < key.txt)",
+    context_settings={"allow_extra_args": True},
+)
 def set_(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="Name that policies use, such as anthropic.")],
@@ -37,6 +42,13 @@ def set_(
 ) -> None:
     """Ask for a value (or read it from standard input) and seal it."""
     with clear_errors():
+        if context.args:
+            # not the parser's own error, which would print it
+            raise CallerError(
+                "usage",
+                "a value is never an argument: other processes and the shell's history see it",
+                hint=f"take a new one, and give it to: ringfence vault set {check_name(name)}",
+            )
         check_name(name)
         state: AppContext = context.obj
         hosts = check_hosts(tuple(host or ()))

@@ -8,6 +8,7 @@ one Host (RFC 9112 sections 2.2, 3, 5, 6; the classes behind request smuggling).
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 MAX_HEAD = 64 << 10
@@ -104,11 +105,9 @@ def _framed(
     *,
     modern: bool,
 ) -> Head:
-    hosts = framing.get(b"host", _NONE)
+    host = _host(target, framing.get(b"host", _NONE), implied=method == "CONNECT" and not modern)
     lengths = framing.get(b"content-length", _NONE)
     encodings = framing.get(b"transfer-encoding", _NONE)
-    if len(hosts) != 1 or not hosts[0]:
-        raise HeadError(400, "host-header")
     if b"upgrade" in framing or b"http2-settings" in framing:
         raise HeadError(403, "upgrade-refused")
     if len(lengths) > 1 or len(encodings) > 1 or (lengths and encodings):
@@ -132,12 +131,23 @@ def _framed(
         method=method,
         target=target,
         headers=headers,
-        host=hosts[0].decode(),
+        host=host,
         length=None if encodings else length,
         keep_alive=modern and b"close" not in connection,
         expect=bool(expects),
         modern=modern,
     )
+
+
+def _host(target: str, hosts: Sequence[bytes], *, implied: bool) -> str:
+    """The one Host. `implied`: http.client before Python 3.12 (so pip, urllib3, requests) asks for
+    tunnels by HTTP/1.0 without one, and the target is the host there (RFC 9110 section 9.3.6).
+    """
+    if implied and not hosts:
+        return target
+    if len(hosts) != 1 or not hosts[0]:
+        raise HeadError(400, "host-header")
+    return hosts[0].decode()
 
 
 class Body:

@@ -391,9 +391,12 @@ class Client(asyncio.Protocol):
 
     def _name(self) -> str:
         if self._gate.target is not None:
-            path = self._head.target.partition("?")[0] if self._head is not None else ""
+            target = self._head.target if self._head is not None else ""
+            # of a CONNECT the target is the host again
+            path = target.partition("?")[0] if target.startswith("/") else ""
             return f"{self._gate.target[0]}:{self._gate.target[1]}{path}"
-        return self._head.target if self._head is not None else "?"
+        # without the query: what was to be carried out must not end up in the log instead
+        return self._head.target.partition("?")[0] if self._head is not None else "?"
 
     def _alarm(self, seconds: float, *, keep: bool = False) -> None:
         """One deadline for what the connection is doing; `keep` leaves a shorter one standing.

@@ -4,7 +4,8 @@ Tamper-evident against everything but root on this host, and against root for al
 checkpoint somewhere else covers. Several recorders may append to one file: each append takes
 SQLite's write lock and goes on from the frontier that lies in the file.
 
-`DIRECTORY/log.sqlite`, `DIRECTORY/key` (0600), `DIRECTORY/public.key`.
+`DIRECTORY/log.sqlite`, `DIRECTORY/key` (0600), `DIRECTORY/public.key`, and `DIRECTORY/head`: the
+last checkpoint, beside the log, so that an older copy put in its place is not gone on with.
 
 Times never go back from one record to the next, but for one kind of record, `log.clock_set_back`,
 which says that the host's clock did: stamping the old, higher time for as long as it takes to catch
@@ -62,7 +63,7 @@ class AuditLog:
 
     Raises:
         UnavailableError: `store-unavailable`, `audit-key-refused`; `audit-invalid` when the
-            file is another log's than the key's.
+            file is another log's than the key's, or an older copy.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -74,6 +75,7 @@ class AuditLog:
             with self._transaction():
                 self._claim()
                 (size, _, _, _) = self._head()
+                self._refuse_older(size)
                 (signed,) = self._connection.execute("SELECT max(size) FROM checkpoint").fetchone()
         except BaseException:
             self._connection.close()
@@ -118,7 +120,8 @@ class AuditLog:
                 note = self._keep(Frontier.unpack(size, hashes), self._keys)
             else:
                 note = str(found[0])
-        self._signed = size
+            self._signed = size
+        self._remember(note)
         return note
 
     def rotate(self) -> str:
@@ -140,9 +143,10 @@ class AuditLog:
                 "new_public_key": encode_public(new.public),
             }
             _, frontier = self._add([record])
-            self._keep(frontier, old, new)
+            note = self._keep(frontier, old, new)
             self._connection.execute("UPDATE frontier SET signer = ?", (new.public,))
         self.size = self._signed = frontier.size
+        self._remember(note)
         with self._transaction():
             self._claim()
         return self.public_key
@@ -171,11 +175,7 @@ class AuditLog:
                 with contextlib.suppress(sqlite3.Error):
                     self._connection.execute("ROLLBACK")
             if isinstance(error, sqlite3.Error | OSError):
-                raise UnavailableError(
-                    "store-unavailable",
-                    f"the audit log in {self.directory} cannot be written: {error}",
-                    hint="see that the directory is writable and its disk is not full",
-                ) from None
+                raise self._unwritable(error) from None
             raise
         finally:
             fcntl.flock(self._turn, fcntl.LOCK_UN)
@@ -250,6 +250,32 @@ class AuditLog:
         if signer == b"":
             self._connection.execute("UPDATE frontier SET signer = ?", (self._keys.public,))
         self._publish()
+
+    def _remember(self, note: str) -> None:
+        """After the commit that it speaks of; of several recorders the last one's stands."""
+        try:
+            write_whole(self.directory / "head", note.encode())
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def _refuse_older(self, size: int) -> None:
+        try:
+            had = int((self.directory / "head").read_text().split("\n")[1])
+        except (OSError, ValueError, IndexError):
+            return  # a new log; and what is no checkpoint is for the verifier to tell
+        if size < had:
+            raise UnavailableError(
+                "audit-invalid",
+                f"the audit log in {self.directory} holds {size} records, and had {had} once",
+                hint="put the newer log.sqlite back, or move the whole audit directory away",
+            )
+
+    def _unwritable(self, error: Exception) -> UnavailableError:
+        return UnavailableError(
+            "store-unavailable",
+            f"the audit log in {self.directory} cannot be written: {error}",
+            hint="see that the directory is writable and its disk is not full",
+        )
 
     def _publish(self) -> None:
         public = self.directory / "public.key"

@@ -2,13 +2,14 @@
 
 Each sandbox has a share. Three kinds of event:
 
-- **never counted**: start and end of runs and sandboxes, tool decisions, disagreeing witnesses.
-  They are few, or bounded by the worker, and a run without them is not explained.
+- **never counted**: start and end of runs and sandboxes, disagreeing witnesses. They are few, and
+  a run without them is not explained.
 - **coalesced past the share**: refusals. What an agent can make without end at no cost is counted
   and written as one record a minute, reason and sandbox, with `count`.
 - **refused past ten shares**: everything else, which is written before something is done
-  (a model request, an allowed request) or tells how that ended. The doing is refused with it, so
-  the agent that floods stops itself, and nobody else.
+  (a model request, an allowed request, a tool call) or tells how that ended. The doing is refused
+  with it, so the agent that floods stops itself, and nobody else. Tool decisions are among them:
+  whoever forges frames inside can ask for as many as it likes.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ NEVER_COUNTED = frozenset(
         "run.ended",
         "sandbox.started",
         "sandbox.stopped",
-        "tool.decided",
         "witness.disagreed",
         "session.changed",
         "patch.applied",

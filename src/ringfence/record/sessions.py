@@ -290,15 +290,21 @@ class SqliteSessionStore:
             found.update(dict.fromkeys(tool_use_ids(entries)))
         return list(found)
 
-    def fork(self, session_id: str, *, record: Callable[[str], object] | None = None) -> str:
-        """A copy under a new id, subagents included, whole or not at all. Returns the id.
+    def fork(
+        self,
+        session_id: str,
+        *,
+        new: str | None = None,
+        record: Callable[[str], object] | None = None,
+    ) -> str:
+        """A copy under a `new` id, subagents included, whole or not at all. Returns the id.
 
         `record` is called with it before the copy is there for anyone (write-ahead).
 
         Raises:
             CallerError: `session-unknown`.
         """
-        new = str(uuid.uuid4())
+        new = new or str(uuid.uuid4())
         streams = {
             subpath: [_entry(line) for line in self._lines(PROJECT, session_id, subpath)]
             for subpath in ["", *self._subpaths(PROJECT, self.require(session_id))]

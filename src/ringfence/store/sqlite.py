@@ -75,14 +75,20 @@ def make_private_directory(directory: Path) -> None:
     """Make a directory and what is missing above it, each 0700; refuse an unsafe one.
 
     Raises:
-        UnavailableError: `store-unavailable` when others may write to it, or it lies on a
-            network file system.
+        UnavailableError: `store-unavailable` when it is another user's or others may write to
+            it, or it lies on a network file system.
         OSError: when it cannot be made.
     """
     for missing in reversed([directory, *directory.parents]):
         if not missing.exists():
             missing.mkdir(mode=0o700, exist_ok=True)
     status = directory.stat()
+    if status.st_uid not in {os.geteuid(), 0}:
+        raise _unavailable(
+            directory,
+            "it belongs to another user, who could put other files in the place of ours",
+            "set RINGFENCE_STATE_DIR to a directory of your own",
+        )
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise _unavailable(directory, "others may write to it", f"chmod go-w {directory}")
     kind = filesystem_type(directory)
@@ -139,7 +145,7 @@ def filesystem_type(directory: Path, mountinfo: str | None = None) -> str:
     overlayfs and btrfs do not match what stat(2) says.
     """
     if mountinfo is None:
-        mountinfo = Path("/proc/self/mountinfo").read_text()
+        mountinfo = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
     place = directory.resolve()
     best, kind = -1, ""
     for line in mountinfo.splitlines():

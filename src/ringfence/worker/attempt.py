@@ -149,7 +149,7 @@ class Attempt:
         if request.resume is not None:
             sessions.require(request.resume)
             if request.fork:
-                self._session_id = sessions.fork(request.resume)
+                self._session_id = str(uuid.uuid4())
         lease = sessions.lease(self._session_id, self.run_id)
         stack.callback(lease.release)
         await stack.enter_async_context(_heartbeat(lease))
@@ -175,8 +175,10 @@ class Attempt:
             action = "forked" if request.fork else "resumed" if request.resume else "created"
             await station.recorder.append(
                 SessionChanged(**self._ids(), action=action, parent=request.resume or ""),
-                durable=False,
+                durable=request.fork,
             )
+        if request.fork and request.resume is not None:
+            await asyncio.to_thread(station.sessions.fork, request.resume, new=self._session_id)
 
     async def _carry_out(self, stack: AsyncExitStack, lease: LeasedStore | None) -> None:
         stack.enter_context(self._station.notices.reading(self._sandbox_id, self._noticed))
@@ -420,10 +422,12 @@ class Attempt:
 
     async def _stop(self, sandbox: Sandbox) -> None:
         await sandbox.stop()
-        if self._policy.sandbox.workspace_mode is WorkspaceMode.REVIEW:
-            self._changes = await sandbox.changes()
-        # last: a recorder that is gone must not cost the changes
-        await self._station.recorder.append(SandboxStopped(**self._ids()), durable=False)
+        try:
+            if self._policy.sandbox.workspace_mode is WorkspaceMode.REVIEW:
+                self._changes = await sandbox.changes()
+        finally:
+            # last: a recorder that is gone must not cost the changes, nor they the record
+            await self._station.recorder.append(SandboxStopped(**self._ids()), durable=False)
 
     # the end
 

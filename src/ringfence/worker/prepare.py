@@ -65,6 +65,8 @@ def check(request: RunRequest, policy: CompiledPolicy, *, isolation: str, state_
         raise CallerError(
             "workspace-missing", f"{request.workspace} is not a directory that can be read"
         )
+    if request.fork and request.resume is None:
+        raise CallerError("usage", "only a session that is resumed can be forked")
     mode = request.permission_mode
     if mode is not None and mode not in policy.tools.permission_modes:
         allowed = ", ".join(m.value for m in policy.tools.permission_modes)
@@ -116,7 +118,7 @@ def refuse_exposed(state_dir: Path, shown: Iterable[str]) -> None:
 
 def _identities(path: Path) -> list[tuple[int, int]]:
     """Device and inode of a path and of all that is above it; empty when it does not exist."""
-    place = path.resolve()
+    place = Path(os.path.realpath(path))  # Path.resolve raises for a loop of links
     try:
         return [(s.st_dev, s.st_ino) for s in (p.stat() for p in (place, *place.parents))]
     except OSError:

@@ -1,0 +1,73 @@
+"""The end of a sandbox is recorded whatever becomes of its changes, and the other way round."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ringfence.errors import RingfenceError, UnavailableError
+from ringfence.model import RunRequest
+from ringfence.policy.compile import compile_policy
+from ringfence.policy.load import load_policy
+from ringfence.sandbox.protocol import Changes
+from ringfence.testing.fakes import MemoryRecorder
+from ringfence.worker.attempt import Attempt
+from ringfence.worker.control import RunControl
+
+
+class Box:
+    """A sandbox that has one thing to say when its changes are asked for."""
+
+    def __init__(self, answer: Changes | RingfenceError) -> None:
+        self.answer, self.stopped = answer, False
+
+    async def stop(self) -> None:
+        self.stopped = True
+
+    async def changes(self) -> Changes:
+        assert self.stopped
+        if isinstance(self.answer, RingfenceError):
+            raise self.answer
+        return self.answer
+
+
+def attempt(recorder: MemoryRecorder) -> Attempt:
+    station: Any = SimpleNamespace(recorder=recorder)
+    policy = compile_policy(load_policy(None, preset="strict"))
+    request = RunRequest(prompt="x", workspace="/")
+    return Attempt(station, policy, request, control=RunControl(), on_message=lambda _: None)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_record_does_not_depend_on_the_changes(broken: bool) -> None:
+    recorder = MemoryRecorder()
+    error = UnavailableError("tree-too-large", "too many entries")
+
+    async def run() -> None:
+        box: Any = Box(error if broken else Changes())
+        await attempt(recorder)._stop(box)
+
+    if broken:
+        with pytest.raises(UnavailableError):
+            asyncio.run(run())
+    else:
+        asyncio.run(run())
+    assert [record["type"] for record in recorder.records] == ["sandbox.stopped"]
+
+
+def test_the_changes_do_not_depend_on_the_record() -> None:
+    recorder = MemoryRecorder()
+    found = Changes()
+
+    async def run() -> Attempt:
+        one = attempt(recorder)
+        recorder.kill()
+        with pytest.raises(UnavailableError):
+            await one._stop(box)
+        return one
+
+    box: Any = Box(found)
+    assert asyncio.run(run())._changes is found
