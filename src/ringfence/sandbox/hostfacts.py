@@ -6,6 +6,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import secrets
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -169,7 +170,8 @@ def execute_only(binary: Path, state_dir: Path) -> Path:
     copy = directory / name
     if copy.exists() and copy.stat().st_size == status.st_size:
         return copy
-    temporary = directory / f"{name}.{os.getpid()}.part"
+    # a name of its own: attempts of one process may start at the same moment
+    temporary = directory / f"{name}.{secrets.token_hex(8)}.part"
     shutil.copyfile(source, temporary)
     temporary.chmod(0o111)
     temporary.replace(copy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import socket
@@ -12,6 +13,7 @@ from ringfence.errors import CallerError, DeniedError
 from ringfence.model import RunRequest, WorkspaceMode
 from ringfence.policy.compiled import CompiledPolicy
 
+_WORD_MAX = 128 * 1024 - 512  # MAX_ARG_STRLEN, less a name and its end
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
 
@@ -43,6 +45,13 @@ def check(request: RunRequest, policy: CompiledPolicy) -> None:
         DeniedError: `permission-mode-denied`, `workspace-mode-denied`.
     """
     _check_words(request)
+    for name, limit in (
+        ("timeout", request.timeout_seconds),
+        ("budget", request.max_budget_usd),
+        ("number of turns", request.max_turns),
+    ):
+        if limit is not None and not 0 < limit < math.inf:
+            raise CallerError("usage", f"a {name} is a number above 0, not {limit}")
     if not Path(request.workspace).is_dir():
         raise CallerError(
             "workspace-missing", f"{request.workspace} is not a directory that can be read"
@@ -65,18 +74,27 @@ def check(request: RunRequest, policy: CompiledPolicy) -> None:
 
 
 def _check_words(request: RunRequest) -> None:
-    """What becomes an argument or a variable of a process has no NUL and a name of its own."""
-    words = [request.prompt, *request.command]
-    if not request.command:
+    """What becomes an argument or a variable of a process: without NUL, not too long (execve(2)),
+    and a variable has a name. A prompt of `claude` goes through its standard input.
+    """
+    words = [*request.command, *(value for _, value in request.environment)]
+    if request.command:
+        words.append(request.prompt)
+    else:
         words += [request.system_prompt or "", request.model or "", request.fallback_model or ""]
         if request.environment:
             raise CallerError("usage", "an environment belongs to a command, and there is none")
-    for name, value in request.environment:
+    for name, _ in request.environment:
         if not _VARIABLE.fullmatch(name):
             raise CallerError("usage", f"{name!r} cannot be the name of a variable")
-        words.append(value)
-    if any("\0" in word for word in words):
+    if any("\0" in word for word in (*words, request.prompt)):
         raise CallerError("usage", "a prompt, argument or variable holds a NUL character")
+    if any(len(os.fsencode(word)) > _WORD_MAX for word in words):
+        raise CallerError(
+            "usage",
+            f"an argument or variable is longer than {_WORD_MAX} bytes, which no program can get",
+            hint="put it into a file of the workspace",
+        )
 
 
 def listen(path: Path) -> socket.socket:
