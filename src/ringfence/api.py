@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from ringfence.config import load_config
+from ringfence.errors import CallerError
 from ringfence.model import PermissionMode, RunRequest, RunResult, WorkspaceMode
+
+if TYPE_CHECKING:
+    from ringfence.agent.messages import AgentMessage
+    from ringfence.agent.permissions import Approver
+
+_Arguments = ParamSpec("_Arguments")
+_Word = TypeVar("_Word", bound=StrEnum)
 
 
 async def run(
@@ -30,8 +40,8 @@ async def run(
     resume: str | None = None,
     fork: bool = False,
     environment: Mapping[str, str] | None = None,
-    approver: Any = None,
-    on_message: Callable[[Any], None] | None = None,
+    approver: Approver | None = None,
+    on_message: Callable[[AgentMessage], None] | None = None,
 ) -> RunResult:
     """Run an agent (or a command) inside a fence, and return what it left.
 
@@ -63,8 +73,8 @@ async def run(
         prompt=prompt,
         workspace=_absolute(workspace),
         command=tuple(command),
-        workspace_mode=WorkspaceMode(workspace_mode) if workspace_mode else None,
-        permission_mode=PermissionMode(permission_mode) if permission_mode else None,
+        workspace_mode=_word(WorkspaceMode, workspace_mode),
+        permission_mode=_word(PermissionMode, permission_mode),
         model=model,
         fallback_model=fallback_model,
         system_prompt=system_prompt,
@@ -75,28 +85,53 @@ async def run(
         fork=fork,
         environment=tuple((environment or {}).items()),
     )
-    control = RunControl()
     async with launcher(load_config()).station(approver or DenyApprover()) as station:
-        try:
-            return await attempt(
-                station,
-                compile_policy(document),
-                request,
-                control=control,
-                on_message=on_message or (lambda _: None),
-            )
-        except asyncio.CancelledError:
-            control.cancel()
-            raise
+        return await attempt(
+            station,
+            compile_policy(document),
+            request,
+            control=RunControl(),
+            on_message=on_message or (lambda _: None),
+        )
 
 
 def _absolute(path: str | Path) -> str:
-    return str(Path(path).resolve())
+    try:
+        return str(Path(path).resolve())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CallerError("workspace-missing", f"{path} cannot be read: {error}") from None
 
 
-def run_sync(prompt: str, **arguments: Any) -> RunResult:
-    """`run` for code without an event loop; takes the same arguments."""
-    return asyncio.run(run(prompt, **arguments))
+def _word(kind: type[_Word], value: str | None) -> _Word | None:
+    try:
+        return kind(value) if value is not None else None
+    except ValueError:
+        known = ", ".join(word.value for word in kind)
+        raise CallerError("usage", f"{value!r} is none of {known}") from None
+
+
+def _blocking(
+    function: Callable[_Arguments, Coroutine[Any, Any, RunResult]],
+) -> Callable[_Arguments, RunResult]:
+    """The synchronous twin, with the same arguments by construction."""
+
+    def blocking(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> RunResult:
+        """`run` for code that does not await; takes the same arguments.
+
+        Under a running event loop (a notebook, a web framework's handler) it blocks that loop,
+        as any synchronous call does, and runs on one of its own in another thread.
+        """
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return asyncio.run(function(*args, **kwargs))
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ringfence") as thread:
+            return thread.submit(asyncio.run, function(*args, **kwargs)).result()
+
+    return blocking
+
+
+run_sync = _blocking(run)
 
 
 def run_agent_in_sandbox(
@@ -105,13 +140,20 @@ def run_agent_in_sandbox(
     """Run a program on a directory: no network, 2 GB, half a CPU, 300 s, read and write.
 
     The program is `run_agent.py` of the workspace unless `command` is given; TASK is in its
-    environment. Returns exit_code, output, errors.
+    environment. Returns exit_code (124 when the time was up), output, errors; what ended the
+    program from outside is the last line of errors.
+
+    Raises:
+        CallerError, DeniedError, UnavailableError: the program has not run.
     """
     argv = tuple(command) if command else ("python3", "run_agent.py")
     result = run_sync(
         task, workspace=workspace_path, policy=seed_policy(), command=argv, workspace_mode="direct"
     )
-    return {"exit_code": result.exit_code, "output": result.text, "errors": result.stderr}
+    errors = result.stderr
+    if result.error is not None and result.error["code"] != "agent-failed":
+        errors += f"ringfence: {result.error['code']}: {result.error['message']}\n"
+    return {"exit_code": result.exit_code, "output": result.text, "errors": errors}
 
 
 def seed_policy() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from ringfence.agent.calls import ToolCalls
 from ringfence.agent.messages import AgentMessage
 from ringfence.agent.permissions import Answer, DenyApprover, Question, input_sha256
 from ringfence.agent.settings import ClaudeSettings
+from ringfence.agent.subagents import refusal
 from ringfence.errors import RingfenceError, UnavailableError
 from ringfence.model import PermissionMode
 from ringfence.policy.compiled import ToolGrants
@@ -206,3 +207,16 @@ def test_a_call_that_was_cut_off_has_an_end_in_the_record() -> None:
         return [event.outcome for event in desk.log.events]  # type: ignore[attr-defined]
 
     assert asyncio.run(cut()) == ["allow", "interrupted"]
+
+
+@pytest.mark.parametrize(
+    ("nested", "running", "started", "cap"),
+    [
+        (False, 0, 0, None),
+        (True, 0, 0, "max_subagent_depth"),
+        (False, 4, 4, "max_subagents"),
+        (False, 0, 64, "subagents per session"),
+    ],
+)
+def test_caps_of_subagents(nested: bool, running: int, started: int, cap: str | None) -> None:
+    assert refusal(ToolGrants(), nested=nested, running=running, started=started) == cap

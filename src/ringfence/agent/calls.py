@@ -19,6 +19,7 @@ from claude_agent_sdk import PermissionResultAllow, PermissionResultDeny, ToolPe
 from ringfence.agent.messages import AgentMessage, ToolEnded, ToolStarted
 from ringfence.agent.permissions import Answer, Approver, Question, canonical_input, input_sha256
 from ringfence.agent.settings import ClaudeSettings
+from ringfence.agent.subagents import refusal
 from ringfence.errors import RingfenceError
 from ringfence.policy.decide import decide_tool
 from ringfence.policy.tools import canonical_tool
@@ -77,6 +78,7 @@ class ToolCalls:
         self._granted: dict[str, str] = {}
         self._approved: set[str] = set()
         self._running: dict[str, _Running] = {}
+        self._subagents = 0
 
     async def before(
         self, data: Mapping[str, Any], tool_use_id: str | None, _: Any
@@ -92,7 +94,7 @@ class ToolCalls:
         name, tool_input = str(data.get("tool_name", "")), dict(data.get("tool_input") or {})
         # taken before anybody is asked: the answer is about this input and no other
         digest = input_sha256(tool_input)
-        verdict = await self._decide(identity, name, tool_input)
+        verdict = await self._decide(identity, name, tool_input, nested="agent_id" in data)
         input_hmac = self._recorder.hmac(canonical_input(tool_input))
         await self._recorder.append(
             ToolDecisionMade(
@@ -126,13 +128,18 @@ class ToolCalls:
             }
         }
 
-    async def _decide(self, identity: str, name: str, tool_input: dict[str, Any]) -> _Verdict:
+    async def _decide(
+        self, identity: str, name: str, tool_input: dict[str, Any], *, nested: bool
+    ) -> _Verdict:
         if not identity or identity in self._seen:
             # an id answers for one call only: a second one would ride on the first's approval
             return _by_policy("tool_use_id", "this call was decided already")
         self._seen.add(identity)
         decision = decide_tool(self._settings.grants, self._settings.mode, name, tool_input)
         message = f"{decision.reason} ({decision.rule})"
+        cap = self._subagent_cap(name, nested=nested)
+        if cap is not None:
+            return _by_policy(cap, f"no more subagents may start ({cap})")
         if decision.allowed or not decision.ask:
             return _by_policy(decision.rule, message, allowed=decision.allowed)
         if name in self._approved:
@@ -144,6 +151,14 @@ class ToolCalls:
             self._approved.add(name)
         return _Verdict(
             allowed=answer.allowed, rule=decision.rule, by="person", message=answer.message
+        )
+
+    def _subagent_cap(self, name: str, *, nested: bool) -> str | None:
+        if canonical_tool(name) != "Task":
+            return None
+        running = sum(canonical_tool(call.name) == "Task" for call in self._running.values())
+        return refusal(
+            self._settings.grants, nested=nested, running=running, started=self._subagents
         )
 
     async def _ask(
@@ -177,7 +192,9 @@ class ToolCalls:
 
     def _watch(self, identity: str, name: str, input_hmac: str) -> None:
         timer = None
-        if canonical_tool(name) != "Task":
+        if canonical_tool(name) == "Task":
+            self._subagents += 1
+        else:
             # a subagent is many calls; each has a clock of its own, and the run has one
             loop = asyncio.get_running_loop()
             timer = loop.call_later(self._settings.tool_seconds, self._late, identity)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from claude_agent_sdk import ClaudeAgentOptions
 from claude_agent_sdk._internal.transport.subprocess_cli import SubprocessCLITransport
 
+from ringfence.agent.subagents import PER_SESSION
 from ringfence.policy.compiled import ToolGrants
 from ringfence.record.transcript import PROJECT
 from ringfence.sandbox.protocol import (
@@ -45,9 +46,13 @@ def environment(grants: ToolGrants) -> dict[str, str]:
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
         "CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1",
         "CLAUDE_CODE_ENABLE_TASKS": "0",
+        # a call in the background is over for its clock as soon as it has begun, and the turn,
+        # which ends the run, does not wait for it
+        "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS": "1",
         "CLAUDE_CODE_SDK_READS_SESSION_STATE": "1",
         "CLAUDE_CODE_MAX_SUBAGENT_SPAWN_DEPTH": str(grants.max_subagent_depth),
         "CLAUDE_CODE_MAX_CONCURRENT_SUBAGENTS": str(grants.max_subagents),
+        "CLAUDE_CODE_MAX_SUBAGENTS_PER_SESSION": str(PER_SESSION),
         "DISABLE_TELEMETRY": "1",
         "DISABLE_ERROR_REPORTING": "1",
         "DISABLE_AUTOUPDATER": "1",

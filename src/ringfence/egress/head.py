@@ -94,7 +94,11 @@ def parse(raw: bytes) -> Head:
         headers.append((name, value))
         if name in _FRAMING:
             framing.setdefault(name, []).append(value)
-    return _framed(method, match[2].decode(), tuple(headers), framing, modern=match[3] == b"1")
+    modern = match[3] == b"1"
+    if method == "CONNECT" and not modern:
+        # Python's http.client before 3.12, and with it pip and requests: HTTP/1.0 without Host
+        framing.setdefault(b"host", [match[2]])
+    return _framed(method, match[2].decode(), tuple(headers), framing, modern=modern)
 
 
 def _framed(

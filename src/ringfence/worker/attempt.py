@@ -54,6 +54,7 @@ from ringfence.sandbox.patch import render
 from ringfence.sandbox.protocol import Changes, Control, Sandbox, SandboxSpec
 from ringfence.sandbox.saved import save_changes
 from ringfence.worker.control import RunControl
+from ringfence.worker.ends import broken_off, to_the_end
 from ringfence.worker.ids import new_id
 from ringfence.worker.outcome import Outcome
 from ringfence.worker.prepare import absent, check, listen, narrowed
@@ -74,7 +75,7 @@ class Attempt:
         on_message: OnMessage,
     ) -> None:
         self._station, self._request = station, request
-        self._policy = narrowed(policy, request)
+        self._stated, self._policy = policy, narrowed(policy, request)
         self._control, self._on_message = control, on_message
         self.run_id, self._sandbox_id = new_id("run"), new_id("sb")
         self._session_id = "" if request.command else request.resume or str(uuid.uuid4())
@@ -99,7 +100,7 @@ class Attempt:
         station = self._station
         check(
             self._request,
-            self._policy,
+            self._stated,
             isolation=station.backend.name,
             state_dir=station.config.state_dir,
         )
@@ -118,10 +119,12 @@ class Attempt:
         except BaseException as error:
             # cancelled by whoever called, or a fault of ours: the record still gets its end
             if self._begun:
-                self._outcome.fail(_broken_off(error))
-                await asyncio.shield(self._settle(directory))
+                self._outcome.fail(broken_off(error))
+                await to_the_end(self._settle(directory))
             else:
                 shutil.rmtree(directory.path, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise broken_off(error) from error
             raise
         result = await self._settle(directory)
         if self._sandbox is None and self._outcome.failure is not None:
@@ -188,7 +191,7 @@ class Attempt:
             await self._within_time(sandbox, lease)
         finally:
             # every process is dead before anything of the sandbox is read (requirement F)
-            await asyncio.shield(self._stop(sandbox))
+            await to_the_end(self._stop(sandbox))
 
     async def _open_egress(self, stack: AsyncExitStack) -> Path:
         """Listen before the sandbox exists: what connects early waits, and nothing fails open."""
@@ -295,7 +298,7 @@ class Attempt:
         finally:
             for task in (work, lost, wishes):
                 task.cancel()
-            await asyncio.gather(work, lost, wishes, return_exceptions=True)
+            await to_the_end(asyncio.gather(work, lost, wishes, return_exceptions=True))
 
     async def _expire(self, sandbox: Sandbox, work: asyncio.Task[None]) -> None:
         seconds = self._policy.sandbox.limits.wall_seconds
@@ -482,12 +485,6 @@ class Attempt:
             "session_id": self._session_id,
             "sandbox_id": self._sandbox_id,
         }
-
-
-def _broken_off(error: BaseException) -> RingfenceError:
-    if isinstance(error, asyncio.CancelledError):
-        return AgentError("run-interrupted", "the run was cancelled by its caller")
-    return UnavailableError("internal", f"{type(error).__name__} in the worker")
 
 
 @asynccontextmanager

@@ -48,6 +48,7 @@ class Launcher:
         """Start the processes; on leaving, drain and end them in the right order."""
         state = self.config.state_dir
         private_directory(state)
+        claude = claude_binary(self.config)
         async with AsyncExitStack() as stack:
             backend = self.make_backend(self.config)
             stack.push_async_callback(backend.close)
@@ -78,7 +79,7 @@ class Launcher:
                 notices=notices,
                 sessions=sessions,
                 approver=approver,
-                claude=self.config.claude or bundled_claude(),
+                claude=claude,
                 ca_certificate=(state / "ca" / "ca.pem").read_bytes(),
             )
 
@@ -188,6 +189,24 @@ def private_directory(path: Path) -> None:
             f"{path} cannot be made: {error.strerror}",
             hint="set RINGFENCE_STATE_DIR to a directory that you can write",
         ) from None
+
+
+def claude_binary(config: Config) -> Path:
+    """The operator's own claude, or the bundled one.
+
+    Raises:
+        UnavailableError: `claude-missing`.
+    """
+    path = config.claude
+    if path is None:
+        return bundled_claude()
+    if not (path.is_file() and os.access(path, os.X_OK)):
+        raise UnavailableError(
+            "claude-missing",
+            f"{path} is not a program",
+            hint="name the claude binary in the setting `claude` (RINGFENCE_CLAUDE), or leave it",
+        )
+    return path
 
 
 def bundled_claude() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import socket
@@ -13,6 +14,7 @@ from ringfence.errors import CallerError, DeniedError, UnavailableError
 from ringfence.model import RunRequest
 from ringfence.policy.compiled import CompiledPolicy
 
+_WORD_MAX = 128 * 1024 - 512  # MAX_ARG_STRLEN, less a name and its end
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
 
@@ -61,6 +63,13 @@ def check(request: RunRequest, policy: CompiledPolicy, *, isolation: str, state_
             f"the policy names isolation {policy.sandbox.isolation}, and this host has {isolation}",
             hint=f"run it on a host that has it, or write isolation: {{backend: {isolation}}}",
         )
+    for name, limit in (
+        ("timeout", request.timeout_seconds),
+        ("budget", request.max_budget_usd),
+        ("number of turns", request.max_turns),
+    ):
+        if limit is not None and not 0 < limit < math.inf:
+            raise CallerError("usage", f"a {name} is a number above 0, not {limit}")
     if not Path(request.workspace).is_dir():
         raise CallerError(
             "workspace-missing", f"{request.workspace} is not a directory that can be read"
@@ -126,18 +135,27 @@ def _identities(path: Path) -> list[tuple[int, int]]:
 
 
 def _check_words(request: RunRequest) -> None:
-    """What becomes an argument or a variable of a process has no NUL and a name of its own."""
-    words = [request.prompt, *request.command]
-    if not request.command:
+    """What becomes an argument or a variable of a process: without NUL, not too long (execve(2)),
+    and a variable has a name. A prompt of `claude` goes through its standard input.
+    """
+    words = [*request.command, *(value for _, value in request.environment)]
+    if request.command:
+        words.append(request.prompt)
+    else:
         words += [request.system_prompt or "", request.model or "", request.fallback_model or ""]
         if request.environment:
             raise CallerError("usage", "an environment belongs to a command, and there is none")
-    for name, value in request.environment:
+    for name, _ in request.environment:
         if not _VARIABLE.fullmatch(name):
             raise CallerError("usage", f"{name!r} cannot be the name of a variable")
-        words.append(value)
-    if any("\0" in word for word in words):
+    if any("\0" in word for word in (*words, request.prompt)):
         raise CallerError("usage", "a prompt, argument or variable holds a NUL character")
+    if any(len(os.fsencode(word)) > _WORD_MAX for word in words):
+        raise CallerError(
+            "usage",
+            f"an argument or variable is longer than {_WORD_MAX} bytes, which no program can get",
+            hint="put it into a file of the workspace",
+        )
 
 
 def listen(path: Path) -> socket.socket:

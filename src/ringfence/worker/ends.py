@@ -1,0 +1,33 @@
+"""What an attempt owes when it is broken off: its end, whole, and a reason."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+
+from ringfence.errors import AgentError, RingfenceError, UnavailableError
+
+
+async def to_the_end(work: Awaitable[object]) -> None:
+    """Finish what must not be left half done, however often the caller cancels meanwhile; then
+    be cancelled. A shield alone would let what follows pull the ground from under it.
+    """
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    task.result()
+    if cancelled is not None:
+        raise cancelled
+
+
+def broken_off(error: BaseException) -> RingfenceError:
+    """The reason in the record, for an error that has no code."""
+    if isinstance(error, asyncio.CancelledError):
+        return AgentError("run-interrupted", "the run was cancelled by its caller")
+    if isinstance(error, OSError):
+        return UnavailableError("host-failed", str(error))
+    return UnavailableError("internal", f"{type(error).__name__} in the worker")
