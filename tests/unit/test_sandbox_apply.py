@@ -122,4 +122,4 @@ def test_a_new_link_is_held_back_wherever_it_stands() -> None:
 
 def test_both_calls_that_type_into_a_terminal_are_forbidden() -> None:
     """TIOCSTI and TIOCLINUX, by the numbers of this host's own headers."""
-    assert set(seccomp.FORBIDDEN_IOCTLS) == {termios.TIOCSTI, termios.TIOCLINUX}
+    assert {termios.TIOCSTI, termios.TIOCLINUX} <= set(seccomp.FORBIDDEN_IOCTLS)
