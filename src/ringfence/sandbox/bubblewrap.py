@@ -184,7 +184,7 @@ class BubblewrapSandbox:
                 scan, workspace_fd, _patterns(spec.profile), shown=spec.profile.shown
             )
             facts = await asyncio.to_thread(
-                hostfacts.gather, spec, found.masked, lease.uid if lease else os.getuid(), state_dir
+                hostfacts.gather, spec, found, lease.uid if lease else os.getuid(), state_dir
             )
             hierarchy = cgroups.discover()
             cgroups.sweep(hierarchy)
