@@ -167,7 +167,7 @@ def test_a_helper_that_is_killed_leaves_nobody(tmp_path: Path, which: str) -> No
         ),
         *((path, True) for path in ("/dev/shm", "/usr/src", "/boot/x", "/home", "/tmp")),
         *((path, False) for path in ("/usr/src/app", "/dev/shm/x", "/run/user/1/x", "/tmp/x")),
-        *((path, False) for path in ("/home/u", "/root", "/srv/app", "/etcetera")),
+        *((path, False) for path in ("/home/u", "/root", "/data/app", "/etcetera")),
     ],
 )
 def test_which_directories_are_no_workspace(tmp_path: Path, path: str, *, refused: bool) -> None:
