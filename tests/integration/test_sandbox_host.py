@@ -103,6 +103,25 @@ async def _pid_outside(sandbox: Sandbox) -> int:
     raise AssertionError("it is not there")
 
 
+def test_git_works_where_its_configuration_is_hidden(tmp_path: Path) -> None:
+    """A checkout of CI holds its token in .git/config."""
+    work = tmp_path / "workspace"
+    git = ["git", "-C", str(work), "-c", "user.name=n", "-c", "user.email=e"]
+    subprocess.run(["git", "init", "-q", str(work)], check=True)
+    (work / "a").write_text("1\n")
+    subprocess.run([*git, "add", "a"], check=True)
+    subprocess.run([*git, "commit", "-qm", "first"], check=True)
+    header = "AUTHORIZATION: basic canary"
+    subprocess.run([*git, "config", "http.https://h/.extraheader", header], check=True)
+    command = (
+        "echo 2 > a; git status --short; git log --format=%s; cat .git/config; git diff --stat"
+    )
+    code, output = _runs(tmp_path, command)
+    assert code == 0
+    assert output.startswith(" M a\nfirst\n")
+    assert "canary" not in output
+
+
 def test_bubblewrap_itself_cannot_be_written(tmp_path: Path) -> None:
     """It is process 1 inside, of the same uid; what is written there would run outside."""
     command = (
@@ -148,7 +167,7 @@ def test_a_helper_that_is_killed_leaves_nobody(tmp_path: Path, which: str) -> No
         ),
         *((path, True) for path in ("/dev/shm", "/usr/src", "/boot/x", "/home", "/tmp")),
         *((path, False) for path in ("/usr/src/app", "/dev/shm/x", "/run/user/1/x", "/tmp/x")),
-        *((path, False) for path in ("/home/u", "/root", "/srv/app", "/etcetera")),
+        *((path, False) for path in ("/home/u", "/root", "/data/app", "/etcetera")),
     ],
 )
 def test_which_directories_are_no_workspace(tmp_path: Path, path: str, *, refused: bool) -> None:

@@ -162,9 +162,9 @@ def test_the_command_line() -> None:
     assert text.index("--remount-ro / ") > text.index(" /mnt/workspace /workspace")
     plan = prepare_plan(profile, FACTS)
     assert plan["masks"] == [
-        ("shown/0", "secret", True),
-        ("workspace", ".env", False),
-        ("workspace", ".ssh", True),
+        ("shown/0", "secret", "shut"),
+        ("workspace", ".env", "masked"),
+        ("workspace", ".ssh", "shut"),
     ]
     assert [(o["target"], o["writable"]) for o in plan["overlays"]] == [
         ("workspace", True),
@@ -194,7 +194,7 @@ def test_deny_wins_through_links() -> None:
         readable=("/alias", "/shared", "/state"), blocked=("/data/secret", "/bin/id")
     )
     assert shown_paths(profile, facts) == (("/shared", False),)
-    assert ("shown/0", "secret", True) in prepare_plan(profile, facts)["masks"]
+    assert ("shown/0", "secret", "shut") in prepare_plan(profile, facts)["masks"]
     argv = enclose_options(profile, facts, environment={}, cwd="/workspace")
     assert "--ro-bind /mnt/masked /usr/bin/id" in " ".join(argv)
 

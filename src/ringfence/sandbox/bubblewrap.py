@@ -180,7 +180,7 @@ class BubblewrapSandbox:
                 always=_always_masked(spec.profile, spec.workspace),
             )
             facts = await asyncio.to_thread(
-                hostfacts.gather, spec, found.masked, lease.uid if lease else os.getuid(), state_dir
+                hostfacts.gather, spec, found, lease.uid if lease else os.getuid(), state_dir
             )
             hierarchy = cgroups.discover()
             cgroups.sweep(hierarchy)

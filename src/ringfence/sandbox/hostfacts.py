@@ -26,7 +26,7 @@ from ringfence.sandbox.profile import (
     host_paths,
 )
 from ringfence.sandbox.protocol import INSIDE_WORKSPACE, SandboxSpec
-from ringfence.sandbox.workspace import scan
+from ringfence.sandbox.workspace import Scan, scan
 
 _NOBODY = 65534
 _TRIAL = (("--unshare-user", "--unshare-pid", "--ro-bind", "/", "/"), ("/bin/true",))
@@ -157,7 +157,7 @@ def limits_processes() -> bool:
     return works(3) and not works(2)
 
 
-def gather(spec: SandboxSpec, masked: Mapping[str, bool], uid: int, state_dir: Path) -> HostFacts:
+def gather(spec: SandboxSpec, found: Scan, uid: int, state_dir: Path) -> HostFacts:
     """Everything `profile.py` needs to know.
 
     Raises:
@@ -183,7 +183,9 @@ def gather(spec: SandboxSpec, masked: Mapping[str, bool], uid: int, state_dir: P
         protected=protected,
         special=_special(spec.profile, existing),
         ca_bundle=_trust_store(spec.ca_certificate),
-        masked={**masked, **_denied_inside(spec, protected, real, existing)},
+        # without a configuration git works with its defaults; with one it cannot read it stops
+        blank=frozenset(found.git_configs),
+        masked={**found.masked, **_denied_inside(spec, protected, real, existing)},
         proc_entries=frozenset(os.listdir("/proc")),
         stage=stage(),
         egress_dir=str(spec.egress_dir) if spec.egress_dir else None,

@@ -220,8 +220,8 @@ def prepare(plan: Plan, descriptors: list[int]) -> tuple[Plan, list[int]]:
     _write_files(stage, tools, 0o755)
     for overlay in plan["overlays"]:
         _overlay(stage, overlay)
-    for place, path, directory in plan["masks"]:
-        _mask(stage, place, path, directory)
+    for place, path, kind in plan["masks"]:
+        _mask(stage, place, path, kind)
     # An ordinary user's bubblewrap belongs to the uid inside, which finds it as /proc/1/exe; what
     # it could write there would run outside with the next program (CVE-2019-5736).
     mount("none", stage, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
@@ -321,9 +321,9 @@ def _overlay(stage: str, overlay: Plan) -> None:
     mount("overlay", target, "overlay", MS_NOSUID | MS_NODEV, options)
 
 
-def _mask(stage: str, place: str, path: str, directory: bool) -> None:  # noqa: FBT001
-    """Cover one path. Mounted here rather than by each program's bubblewrap: a mount stays on the
-    file when a folder above it is renamed, a path does not.
+def _mask(stage: str, place: str, path: str, kind: str) -> None:
+    """Cover one path with what `_scratch` made for it. Mounted here rather than by each program's
+    bubblewrap: a mount stays on its file when a folder above it is renamed, a path does not.
     """
     root = os.open(f"{stage}/{place}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -332,7 +332,7 @@ def _mask(stage: str, place: str, path: str, directory: bool) -> None:  # noqa: 
         return  # deleted since it was found, or below what is covered already
     finally:
         os.close(root)
-    tree = open_tree(-100, f"{stage}/{'shut' if directory else 'masked'}", recursive=False)
+    tree = open_tree(-100, f"{stage}/{kind}", recursive=False)
     set_attributes(
         tree, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, 0, recursive=False
     )
@@ -364,7 +364,8 @@ def _scratch(plan: Plan, uid: int) -> None:
     for name in ("workspace", "lower", "nothing"):
         os.mkdir(f"{stage}/{name}")
     os.mkdir(f"{stage}/shut", 0)
-    os.close(os.open(f"{stage}/masked", os.O_CREAT | os.O_WRONLY, 0))
+    for name, mode in (("masked", 0), ("blank", 0o444)):
+        os.close(os.open(f"{stage}/{name}", os.O_CREAT | os.O_WRONLY, mode))
 
 
 def _attach(stage: str, tree: int, source: Plan) -> None:

@@ -84,6 +84,7 @@ class HostFacts:
         ca_bundle: content of the trust store, our CA included.
         masked: workspace-relative paths to hide, to whether each is a directory.
         proc_entries: names below /proc that exist on this kernel.
+        blank: those of `masked` that are an empty file inside and not an unreadable one.
         real: absolute host paths to what they are without links; absent is itself.
         protected: ringfence's own directories on the host: absent inside like blocked ones.
         special: sockets, FIFOs and devices below a writable path of the profile, relative to it.
@@ -98,6 +99,7 @@ class HostFacts:
     existing: Mapping[str, bool] = field(default_factory=dict)
     ca_bundle: str = ""
     masked: Mapping[str, bool] = field(default_factory=dict)
+    blank: frozenset[str] = frozenset()
     proc_entries: frozenset[str] = frozenset()
     real: Mapping[str, str] = field(default_factory=dict)
     protected: tuple[str, ...] = ()
@@ -160,17 +162,23 @@ def _denied(profile: SandboxProfile, facts: HostFacts) -> set[str]:
     return named | {facts.real.get(path, path) for path in named}
 
 
-def _masks(profile: SandboxProfile, facts: HostFacts) -> list[tuple[str, str, bool]]:
-    """(place of the stage, path below it, whether a directory) of all that is covered."""
-    masks = [("workspace", path, directory) for path, directory in facts.masked.items()]
+def _masks(profile: SandboxProfile, facts: HostFacts) -> list[tuple[str, str, str]]:
+    """(place of the stage, path below it, kind) of all that is covered: a directory is `shut`, a
+    file `masked` or `blank`.
+    """
+    masks = []
+    for path, directory in facts.masked.items():
+        kind = "shut" if directory else "blank" if path in facts.blank else "masked"
+        masks.append(("workspace", path, kind))
     for index, (path, _) in enumerate(shown_paths(profile, facts)):
         base = facts.real.get(path, path)
         for blocked in (*profile.blocked, *facts.protected):
             real = facts.real.get(blocked, blocked)
             if blocked in facts.existing and real != base and _below(real, base):
                 below = real[len(base) :].lstrip("/")
-                masks.append((f"shown/{index}", below, facts.existing[blocked]))
-        masks += [(f"shown/{index}", below, False) for below in facts.special.get(path, ())]
+                kind = "shut" if facts.existing[blocked] else "masked"
+                masks.append((f"shown/{index}", below, kind))
+        masks += [(f"shown/{index}", below, "masked") for below in facts.special.get(path, ())]
     return sorted(masks)
 
 

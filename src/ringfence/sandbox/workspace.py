@@ -14,9 +14,10 @@ import stat
 from dataclasses import dataclass
 
 from ringfence.errors import AgentError, RingfenceError
-from ringfence.sandbox.safeopen import read_regular, walk
+from ringfence.sandbox.safeopen import open_beneath, read_link, read_regular, walk
 
 _CONFIG_CAP = 1 << 20
+_MAX_LINKS = 8
 
 MAX_MASKS = 4000
 """bubblewrap looks through all mounts once for each; with more a start takes many seconds."""
@@ -132,39 +133,70 @@ def scan(
             nor is one with more than MAX_MASKS files to mask.
     """
     wanted, lifted, firm = Patterns(patterns), Patterns(shown), Patterns(always)
-    hidden: list[str] = []
+    hidden: dict[str, bool] = {}
     special: list[str] = []
     configs: list[str] = []
-    directories: set[str] = set()
+    links: list[bytes] = []
     shut: list[bytes] = []
     inside_hidden = "\0"
     for raw, status in walk(workspace_fd, max_entries=max_entries, shut=shut):
-        path = os.fsdecode(raw)
+        path, kind = os.fsdecode(raw), status.st_mode
         if path.startswith(inside_hidden):
             continue
         if firm.match(path) or (wanted.match(path) and not lifted.match(path)):
-            hidden.append(path)
-            if stat.S_ISDIR(status.st_mode):
-                directories.add(path)
-                inside_hidden = path + "/"
-        elif _is_special(status.st_mode):
+            hidden[path] = stat.S_ISDIR(kind)
+            inside_hidden = path + "/" if stat.S_ISDIR(kind) else inside_hidden
+        elif _is_special(kind):
             special.append(path)
-        elif _GIT_CONFIG.fullmatch(path) and _bears_credential(workspace_fd, raw):
-            configs.append(path)
-    closed = tuple(os.fsdecode(path) for path in shut if path)
-    if len(hidden) + len(special) + len(configs) + len(closed) > MAX_MASKS:
+        elif not stat.S_ISDIR(kind) and _GIT_CONFIG.fullmatch(path):
+            if _bears_credential(workspace_fd, raw):
+                configs.append(path)
+        else:
+            continue
+        if stat.S_ISLNK(kind):
+            links.append(raw)
+    targets = dict(filter(None, (_target(workspace_fd, link) for link in links)))
+    closed = dict.fromkeys((os.fsdecode(path) for path in shut if path), True)
+    _refuse_too_many(len(hidden) + len(targets) + len(special) + len(configs) + len(closed))
+    return Scan(
+        shut=tuple(closed),
+        hidden=tuple({**targets, **hidden}),
+        special=tuple(special),
+        git_configs=tuple(configs),
+        directories=frozenset(
+            path for path, folder in {**targets, **hidden, **closed}.items() if folder
+        ),
+    )
+
+
+def _refuse_too_many(masks: int) -> None:
+    if masks > MAX_MASKS:
         raise AgentError(
             "tree-too-large",
             f"more than {MAX_MASKS} files would have to be masked",
             hint="hide the folder that holds them (filesystem.hidden), or show what is harmless",
         )
-    return Scan(
-        shut=closed,
-        hidden=tuple(hidden),
-        special=tuple(special),
-        git_configs=tuple(configs),
-        directories=frozenset({*directories, *closed}),
-    )
+
+
+def _target(workspace_fd: int, link: bytes) -> tuple[str, bool] | None:
+    """What of the workspace a link with a secret's name leads to, and whether it is a directory:
+    the secret lies there, whatever it is called. None when it leads out or nowhere.
+    """
+    path = link
+    for _ in range(_MAX_LINKS):
+        try:
+            goal = read_link(workspace_fd, path)
+            path = os.path.normpath(os.path.join(os.path.dirname(path), goal))
+            if path.split(b"/")[0] in {b"", b".", b".."}:
+                return None
+            handle = open_beneath(workspace_fd, path, os.O_PATH)
+        except (OSError, RingfenceError):
+            return None
+        kind = os.fstat(handle).st_mode
+        os.close(handle)
+        if not stat.S_ISLNK(kind):
+            return os.fsdecode(path), stat.S_ISDIR(kind)
+    return None
 
 
 def _is_special(mode: int) -> bool:

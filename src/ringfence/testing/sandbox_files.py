@@ -153,6 +153,25 @@ class FileClauses(SandboxClauses):
         finally:
             listener.close()
 
+    def test_a_link_with_a_secrets_name(self, backend: Backend, place: Path) -> None:
+        """What it leads to is masked too; one that leads nowhere, or to a folder, stops no start."""
+        work = place / "workspace"
+        (work / "settings").write_text("canary")
+        (work / "keys").mkdir()
+        (work / "keys" / "a").write_text("canary")
+        (work / ".git").mkdir()
+        (work / "shared").write_text("url = https://u:canary@h\n")
+        links = {".env": "b", "b": "settings", ".ssh": "keys", ".npmrc": "/no"}
+        for name, target in {**links, ".git/config": "../shared"}.items():
+            (work / name).symlink_to(target)
+        spec = self.spec(backend, place, hidden=(".env", ".ssh", ".npmrc"))
+        _, output = self.inside(
+            backend,
+            spec,
+            "cat .env b settings .ssh/a keys/a .npmrc .git/config shared; cat file.txt",
+        )
+        assert output == "content\n"
+
     def test_links_lead_nowhere(self, backend: Backend, place: Path) -> None:
         """A link of the workspace resolves inside, where its target is not."""
         canary = place / "canary"
