@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 pytest.register_assert_rewrite("ringfence.testing")
 
 # no example database: the checkout may belong to another user than the one who runs the tests
-settings.register_profile("ringfence", database=None, deadline=None)
+# a machine under load draws inputs slowly (the first draw builds a table of all characters): that
+# says nothing about the code
+settings.register_profile(
+    "ringfence",
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("ringfence")
 
 

@@ -227,6 +227,8 @@ def test_path_rules_are_text_or_mappings(path: object) -> None:
         ({"writable_paths": ["/usr/local"]}, "never writable"),
         ({"blocked_paths": ["/"]}, "nothing could run"),
         ({"blocked_paths": ["/workspace"]}, "nothing could run"),
+        ({"blocked_paths": ["/usr"]}, "nothing could run"),
+        ({"blocked_paths": ["/lib64"]}, "nothing could run"),
         ({"hidden": ["/abs"]}, "relative"),
         ({"hidden": ["!x"]}, "relative"),
         ({"hidden": ["a/../b"]}, "parts"),
@@ -409,6 +411,7 @@ def test_a_secret_goes_to_one_named_place(secret: dict[str, Any]) -> None:
         {"url": "https://127.0.0.1/"},
         {"command": ["x"], "environment": {"A=B": "c"}},
         {"command": ["x\0"]},
+        {"command": ["", "x"]},
     ],
 )
 def test_mcp_servers_are_a_program_or_an_https_url(server: dict[str, Any]) -> None:

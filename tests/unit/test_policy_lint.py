@@ -129,6 +129,22 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ),
     ("POL035", with_("model", max_budget_usd=None), CLEAN),
     ("POL036", with_("execution", max_duration_seconds=10, max_tool_seconds=20), CLEAN),
+    *(
+        (
+            "POL039",
+            with_("filesystem", readable_paths=[path]),
+            with_("filesystem", readable_paths=["/var/lib/data"]),
+        )
+        for path in ("/var/run/docker.sock", "/run/user/1000", "/var", "/data/x.sock")
+    ),
+    *(
+        (
+            "POL040",
+            with_("filesystem", readable_paths=[path]),
+            with_("filesystem", readable_paths=["/home/u/docs"]),
+        )
+        for path in ("/root/.ssh", "/home/u/.aws/config", "/srv/tls/server.key")
+    ),
     (
         "POL038",
         with_("tools", mcp_servers={"x": {"command": ["x"]}}),

@@ -106,7 +106,8 @@ def _writable(path: str) -> str:
 
 def _blocked(path: str) -> str:
     _refuse(paths.path_problem(path))
-    if path in {"/", paths.WORKSPACE}:
+    # programs inside run from the host's /usr: a line that cannot hold must not load
+    if path in {"/", paths.WORKSPACE, *paths.PROGRAMS}:
         raise ValueError("nothing could run; name what is to be absent below it")
     return path
 
@@ -315,6 +316,8 @@ class McpServerGrant(Section):
     def _one_kind(self) -> McpServerGrant:
         if bool(self.command) == (self.url is not None):
             raise ValueError("write either command or url")
+        if self.command and not self.command[0]:
+            raise ValueError("the first word of command names a program")
         if self.url and self.environment:
             raise ValueError("environment belongs to a command")
         return self

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from fnmatch import fnmatchcase
 
 from ringfence.policy.compile import (
     DEFAULT_HIDDEN,
@@ -20,7 +21,7 @@ from ringfence.policy.compile import (
 )
 from ringfence.policy.document import HostGrant, PolicyDocument, permission_mode_of
 from ringfence.policy.hosts import MODEL_HOST, matches
-from ringfence.policy.paths import WORKSPACE, below
+from ringfence.policy.paths import WORKSPACE, below, listens
 from ringfence.policy.rules import SHELL_TOOLS, parse_rule
 from ringfence.policy.tools import EDIT_TOOLS, KNOWN
 
@@ -68,6 +69,8 @@ CATALOGUE: dict[str, tuple[Severity, str]] = {
     "POL036": (Severity.INFO, "The tool limit is longer than the run's."),
     "POL037": (Severity.INFO, "A single run is always ephemeral."),
     "POL038": (Severity.WARNING, "An MCP server of which no tool is granted is not started."),
+    "POL039": (Severity.WARNING, "A place where daemons of the host listen is shown."),
+    "POL040": (Severity.WARNING, "A host path that usually holds credentials is shown."),
 }
 """Every finding: severity and title."""
 
@@ -349,6 +352,26 @@ def _paths(document: PolicyDocument, exists: Callable[[str], bool]) -> Iterator[
                 )
             if key == "writable_paths":
                 yield _found("POL021", path, value, "write it under readable_paths")
+            if not blocked:
+                yield from _shown(path, value)
+
+
+def _shown(path: str, value: str) -> Iterator[Finding]:
+    if listens(value):
+        yield _found(
+            "POL039",
+            path,
+            f"{value}: a socket can be connected to, read-only or not",
+            "name the files that are needed, in a place where nothing listens",
+        )
+    names = [pattern for pattern in DEFAULT_HIDDEN if "/" not in pattern]
+    if any(fnmatchcase(part, name) for part in value.split("/")[1:] for name in names):
+        yield _found(
+            "POL040",
+            path,
+            f"{value}: what is masked in the workspace is not masked there",
+            "declare the secret under secrets, so that egress injects it at its host",
+        )
 
 
 def _workspace(document: PolicyDocument) -> Iterator[Finding]:

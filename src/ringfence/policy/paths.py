@@ -17,8 +17,10 @@ WRITABLE_INSIDE = (WORKSPACE, "/tmp", "/var/tmp", HOME)  # noqa: S108  inside th
 
 _GLOB = re.compile(r"[*?\[\]{}]")
 _NEEDED = ("/proc", "/sys", "/dev", "/run/ringfence", "/opt/ringfence")
+PROGRAMS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
+"""Where programs inside run from: the host's own, read-only."""
 _COVERING = (
-    *("/", "/etc", "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/run", "/opt"),
+    *("/", "/etc", *PROGRAMS, "/run", "/opt"),
     *("/tmp", "/var/tmp", "/home", HOME),  # noqa: S108  inside the sandbox
 )
 _NEVER_WRITABLE = ("/etc", "/usr", "/bin", "/sbin", "/lib", "/lib64", "/boot")
@@ -74,6 +76,12 @@ def shown_problem(path: str, *, writable: bool) -> str | None:
     if writable and any(below(path, system) for system in _NEVER_WRITABLE):
         return "programs of the host run from it; it is never writable"
     return None
+
+
+def listens(path: str) -> bool:
+    """Whether daemons of the host usually listen at or below `path`."""
+    places = ("/run", "/var/run")
+    return path.endswith(".sock") or any(below(path, p) or below(p, path) for p in places)
 
 
 def glob_problem(pattern: str) -> str | None:
