@@ -62,6 +62,19 @@ def test_the_allowed_twin() -> None:
     run(test)
 
 
+def test_counting_tokens_uses_nothing_and_is_recorded() -> None:
+    async def test() -> None:
+        counted = JSON % (19, b'{"input_tokens": 9}')
+        async with rig(answering(counted)) as r:
+            assert b"input_tokens" in await r.exchange(ask("/v1/messages/count_tokens"))
+            assert r.state.run.spent.requests == 0
+            assert not r.recorder.of("model.answered")
+            assert r.recorder.of("model.requested")[0]["path"] == "/v1/messages/count_tokens"
+            assert [end["status"] for end in r.recorder.of("egress.ended")] == [200]
+
+    run(test)
+
+
 def test_nothing_is_sent_for_a_client_that_has_gone() -> None:
     """It hung up while the write-ahead was on its way to the disk."""
 
@@ -78,6 +91,26 @@ def test_nothing_is_sent_for_a_client_that_has_gone() -> None:
             assert r.connections == 0
             assert r.recorder.of("model.answered")[0]["reason"] == "client-closed"
             assert r.state.run.spent.requests == 0
+
+    run(test)
+
+
+def test_nothing_is_sent_after_the_witnesses_disagreed() -> None:
+    """Not even what was admitted before, and waited for the disk."""
+
+    async def test() -> None:
+        async with rig(answering(message())) as r:
+            r.recorder.gate.clear()
+            reader, writer = await r.dial()
+            writer.write(ask())
+            await until(lambda: bool(r.recorder.of("model.requested")))
+            forged = {"type": "tool_result", "tool_use_id": "t", "content": "x"}
+            refused = await r.exchange(ask(messages=[{"role": "user", "content": [forged]}]))
+            assert b"tool-result-never-asked" in refused
+            r.recorder.gate.set()
+            assert b"witness-violated" in await reader.read(4096)
+            assert not r.arrived
+            writer.close()
 
     run(test)
 

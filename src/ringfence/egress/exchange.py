@@ -148,17 +148,19 @@ class Exchange:
         try:
             await self._carry(target, request + b"\r\n" + body)
         finally:
-            reason = self._leave()
-            state.record_soon(
-                "egress.ended",
-                host=host,
-                port=rule.port,
-                status=self.status,
-                bytes_out=len(body),
-                bytes_in=self.bytes_in,
-                duration_ms=round((time.monotonic() - self._started) * 1000, 3),
-                reason=reason,
-            )
+            self._ended(host, rule.port, len(body), self._leave())
+
+    def _ended(self, host: str, port: int, bytes_out: int, reason: str) -> None:
+        self._state.record_soon(
+            "egress.ended",
+            host=host,
+            port=port,
+            status=self.status,
+            bytes_out=bytes_out,
+            bytes_in=self.bytes_in,
+            duration_ms=round((time.monotonic() - self._started) * 1000, 3),
+            reason=reason,
+        )
 
     # carrying out
 
@@ -169,7 +171,7 @@ class Exchange:
             address = (
                 (target.host, target.port)
                 if target.literal
-                else await state.shared.resolver.resolve(target.host, target.port)
+                else await state.shared.resolver.resolve(target.host, target.port, ours=target.ours)
             )
             context = state.shared.upstream_tls if target.tls else None
             name = target.host if target.tls else None
@@ -183,6 +185,11 @@ class Exchange:
         except OSError as error:
             reason = "upstream-certificate" if "CERTIFICATE" in str(error) else "upstream-refused"
             self.refuse(502, reason, "upstream")
+            return
+        if state.shut:
+            # since its head was judged it has waited: for its body, the budget, the disk, a dial
+            upstream.abort()
+            self.refuse(403, state.shut, "egress")
             return
         self._upstream = upstream
         state.bytes_out += len(request)
