@@ -185,8 +185,6 @@ def test_resume_from_another_directory(box: Box, simulator: Simulator) -> None:
     changes = [r for r in box.records() if r["type"] == "session.changed"]
     assert [r["action"] for r in changes[-2:]] == ["resumed", "forked"]
     assert changes[-1]["parent"] == first.json["session_id"]
-    alone = box.run("hi", "--fork")
-    assert (alone.code, alone.json["error"]["code"]) == (2, "usage")
 
 
 def test_resuming_never_widens_the_policy(box: Box) -> None:
@@ -224,6 +222,8 @@ def test_an_unknown_session_is_one_clear_line(box: Box) -> None:
     done = box.run("hi", "--resume", "11111111-1111-4111-8111-111111111111")
     assert done.code == 2
     assert done.json["error"]["code"] == "session-unknown"
+    alone = box.run("hi", "--fork")
+    assert (alone.code, alone.json["error"]["code"]) == (2, "usage")
     traversal = box.run("hi", "--resume", "../../etc/passwd")
     assert traversal.code == 2
     assert "Traceback" not in traversal.err
