@@ -118,4 +118,4 @@ def test_ctrl_c_ends_the_demo_and_leaves_nothing(box: Box) -> None:
         os.close(main)
     assert b"Traceback" not in shown, shown.decode()
     assert not list(box.place.glob("ringfence-demo-*"))
-    assert not processes_with("ringfence-demo-")
+    assert not processes_with(f"{box.place}/ringfence-demo-")

@@ -51,11 +51,12 @@ def _play(page: Path, place: Path, policy: str) -> subprocess.CompletedProcess[s
         },
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=280,
         check=False,
     )
 
 
+@pytest.mark.timeout(300)
 def test_the_tutorial_runs(tmp_path: Path) -> None:
     page = ROOT / "docs" / "tutorial.md"
     (policy,) = [text for text in _blocks(page, "yaml") if text.startswith("# policy.yaml")]
@@ -65,6 +66,7 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
     assert "post-checkout" in done.stdout
 
 
+@pytest.mark.timeout(300)  # five runs of the real claude
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the page shows the use of curl")
 def test_the_page_about_the_simulator_runs(tmp_path: Path) -> None:
     policy = yaml.safe_dump({"preset": "ci", "accept_unenforced": ACCEPT})

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _CANARY = "sk-ant-demo-CANARY-never-inside-the-fence"
 _INTRODUCTION = (
     "A small shop has a bug. The real claude, in a real sandbox without a network, is asked to fix "
-    "it;\nonly the model's answers are simulated, so this needs no key and no network."
+    "it; only the model's answers are simulated, so this needs no key and no network."
 )
 
 
@@ -85,7 +85,7 @@ async def _play(
         launcher = replace(launcher, config=config, environment_key=_CANARY)
         policy = compile_policy(from_mapping(_policy()))
         async with launcher.station(DenyApprover()) as station:
-            console.print(_INTRODUCTION)
+            console.print(_INTRODUCTION, soft_wrap=False)
             console.rule("an agent fixes a failing test, inside the fence")
             before = await _tests(console, station, policy, workspace, "before")
             view = silent() if quiet else LiveView(command=False)
