@@ -178,7 +178,7 @@ def result(tool_use_id: str, text: str = "out", error: bool = False) -> dict[str
 def test_the_two_witnesses() -> None:
     run = RunState(RULES)
     assert reason(admit(result("t1"), run=run)) == "tool-result-never-asked"
-    run.ledger.asked("t1")
+    run.ledger.asked("t1", "Bash")
     assert reason(admit(result("t1"), run=run)) == "tool-result-not-allowed"
     assert isinstance(
         admit(result("t1", "<tool_use_error>InputValidationError", True), run=run), Admitted
@@ -187,13 +187,13 @@ def test_the_two_witnesses() -> None:
         reason(admit(result("t1", "<tool_use_error>" + "x" * 9000, True), run=run))
         == "tool-result-not-allowed"
     )
-    run.tool_decided("t1", allowed=True)
+    run.tool_decided("t1", "Bash", allowed=True)
     assert isinstance(admit(result("t1"), run=run), Admitted)
-    run.ledger.asked("t2")
-    run.tool_decided("t2", allowed=False)
+    run.ledger.asked("t2", "Bash")
+    run.tool_decided("t2", "Bash", allowed=False)
     assert reason(admit(result("t2"), run=run)) == "tool-result-not-allowed"
     assert isinstance(admit(result("t2", "denied", True), run=run), Admitted)
-    run.tool_decided("t2", allowed=True)  # a denial is never lifted
+    run.tool_decided("t2", "Bash", allowed=True)  # a denial is never lifted
     assert reason(admit(result("t2"), run=run)) == "tool-result-not-allowed"
     run.known(["old"])
     assert isinstance(admit(result("old"), run=run), Admitted)
@@ -219,12 +219,12 @@ def test_no_order_of_words_lets_an_unasked_or_denied_result_pass(
     for word, name in words:
         spoken.add(name)
         if word == "asked":
-            ledger.asked(name)
+            ledger.asked(name, "Bash")
         elif word == "known":
             ledger.known([name])
             denied.discard(name)
         else:
-            ledger.decided(name, allowed=word == "allow")
+            ledger.decided(name, "Bash", allowed=word == "allow")
             if word == "deny":
                 denied.add(name)
     for name in "abc":
@@ -250,7 +250,7 @@ def test_parallel_streams_do_not_multiply_a_budget() -> None:
     data = json.dumps(big).encode()
     assert isinstance(first.admit("POST", "/v1/messages", "", JSON, data), Admitted)
     assert reason(admit(big, rules, run=run)) == "budget-exhausted-max-budget-usd"
-    first.finish(answered=False)
+    first.finish(used=False, seconds=1.0)
     assert isinstance(admit(big, rules, run=run), Admitted)
 
 

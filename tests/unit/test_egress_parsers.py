@@ -78,6 +78,21 @@ def test_smuggling_shapes_are_refused(bad: bytes) -> None:
         parse(bad)
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("filler", [b" ", b"\t", b" \t", b":", b"a:"])
+def test_a_long_line_costs_no_more_than_its_length(filler: bytes) -> None:
+    """A pattern that backtracks took hours for this line, with every sandbox waiting."""
+    line = b"a:" + filler * (60_000 // len(filler))
+    with pytest.raises(HeadError, match="header-syntax"):
+        parse(GOOD.replace(b"Content-Length: 2", line + b"\xff"))
+    assert parse(GOOD.replace(b"Content-Length: 2", line + b"b")).headers[1][0] == b"a"
+
+
+def test_values_are_trimmed_and_kept() -> None:
+    head = parse(GOOD.replace(b"Content-Length: 2", b"X-A:\t a  b \t\r\nX-B:\r\nX-C: :c"))
+    assert head.headers[1:] == ((b"x-a", b"a  b"), (b"x-b", b""), (b"x-c", b":c"))
+
+
 @given(st.binary(max_size=200), st.integers(1, 50))
 def test_chunked_bodies_survive_any_cut(body: bytes, size: int) -> None:
     chunks = [body[at : at + size] for at in range(0, len(body), size)]
@@ -231,6 +246,18 @@ def test_any_json_is_strict_or_refused(data: bytes) -> None:
 def test_ambiguous_json_is_refused(bad: bytes) -> None:
     with pytest.raises(NotStrictError):
         parse_json(bad)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "body",
+    [b'"' + b'\\"' * 1_000_000 + b"[" * 65, b"[" * 2_000_000, b'{"a":' * 500_000, b'["' + b'\\"' * 1_000_000],
+    ids=["escapes", "deep list", "deep object", "string without end"],
+)  # fmt: skip
+def test_a_torn_document_costs_no_more_than_its_length(body: bytes) -> None:
+    """A string that never ends, full of escaped quotes, took a scan for every one of them."""
+    with pytest.raises(NotStrictError):
+        parse_json(body)
 
 
 def test_strict_json_passes() -> None:

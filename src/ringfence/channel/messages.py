@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 class Message(BaseModel):
     """Base of all messages."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 class ProviderConfig(Message):
@@ -41,7 +41,7 @@ class Configure(Message):
     providers: dict[str, ProviderConfig]
     vault_path: str | None = None
     key_path: str | None = None
-    environment_credential: str | None = None
+    environment_credential: str | None = Field(default=None, repr=False)
     ca_dir: str | None = None
     resolver_overrides: dict[str, list[str]] = {}
     upstream_overrides: dict[str, str] = {}
@@ -63,8 +63,6 @@ class OpenSandbox(Message):
     session_id: str
     rules: dict[str, Any]
     """`EgressRules` as JSON (ringfence.policy.compile.egress_to_json)."""
-    placeholder: str = ""
-    """What the sandbox sends as its key; the model route refuses anything else when set."""
     known_tool_uses: list[str] = []
     """Ids of the materialised transcript: their results may appear in a request's history."""
 

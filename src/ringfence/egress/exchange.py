@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from http.client import responses
 from typing import TYPE_CHECKING
 
 from ringfence.egress import headers as generic_headers
@@ -19,11 +20,17 @@ from ringfence.policy.compiled import HostRule
 if TYPE_CHECKING:
     from ringfence.egress.server import Client
 
-_REASONS = {200: b"OK", 204: b"No Content", 304: b"Not Modified", 403: b"Forbidden"}
+CLIENT_CLOSED = "client-closed"
+_ENCODINGS = {b"content-encoding": b"identity", b"transfer-encoding": b"chunked"}
+"""All else hides what passes from redaction and metering (requirement O)."""
 
 
 class Exchange:
-    """Receives an answer and hands it in. `Sink` of an Upstream."""
+    """Receives an answer and hands it in. `Sink` of an Upstream.
+
+    Its task is cancelled when the client hangs up; whatever it waits for then, nothing is sent
+    afterwards, and an upstream that is at work is cut off.
+    """
 
     def __init__(self, client: Client, state: SandboxState, head: Head) -> None:
         self._client, self._state, self._head = client, state, head
@@ -31,10 +38,12 @@ class Exchange:
         self._out: list[bytes] = []
         self._model: ModelExchange | None = None
         self._upstream: Upstream | None = None
-        self._done: asyncio.Future[str] = client.loop.create_future()
+        self._done: asyncio.Future[None] = client.loop.create_future()
+        self._reason: str | None = None
+        self._started = time.monotonic()
         self.status = 0
         self.bytes_in = 0
-        self._chunked = False
+        self._chunked = self._begun = False
 
     # ways in
 
@@ -44,30 +53,41 @@ class Exchange:
         path, _, query = head.target.partition("?")
         exchange = ModelExchange(state.rules.model, state.run)
         admitted = exchange.admit(head.method, path, query, head.headers, body)
+        while isinstance(admitted, Refusal) and admitted.later:
+            await state.settled()
+            admitted = exchange.admit(head.method, path, query, head.headers, body)
         if isinstance(admitted, Refusal):
             if admitted.violation is not None:
                 state.violation(admitted.violation)
-            self.refuse(admitted.status, admitted.reason, "model", model=True)
+            self.refuse(admitted.status, admitted.reason, "model")
             return
-        started = time.monotonic()
         request_id = state.next_request()
-        reason = "aborted"
         try:
-            reason = await self._send_model(exchange, admitted, request_id)
+            await self._send_model(exchange, admitted, request_id)
         finally:
-            answered = self.status == 200 and not admitted.counts_only
-            report = exchange.finish(answered=answered)
+            reason = self._leave()
+            seconds = time.monotonic() - self._started
+            report = exchange.finish(used=self._used(reason), seconds=seconds)
+            state.settle()
             if not admitted.counts_only:
-                elapsed = (time.monotonic() - started) * 1000
-                state.answered(request_id, report, self.status, elapsed, reason)
+                state.answered(request_id, report, self.status, seconds * 1000, reason)
+
+    def _used(self, reason: str) -> bool:
+        """Whether the provider will charge for it: not for an error, nor when it broke off before
+        it answered; but for a client that did not wait for the answer it asked for.
+        """
+        if self._upstream is None:
+            return False
+        return self.status == 200 or (self.status == 0 and reason == CLIENT_CLOSED)
 
     async def _send_model(
         self, exchange: ModelExchange, admitted: Admitted, request_id: str
-    ) -> str:
+    ) -> None:
         state = self._state
         provider, target = state.provider, state.model_target
         if provider is None or target is None:
-            return self.refuse(502, "provider-unknown", "model", model=True)
+            self.refuse(502, "provider-unknown", "model")
+            return
         try:
             injection = _model_injection(state, provider.credential, provider.header)
             await state.record(
@@ -81,14 +101,16 @@ class Exchange:
                 credential=injection.name if injection else "",
             )
         except CredentialError as error:
-            return self.refuse(403, str(error), "model", model=True)
+            self.refuse(403, str(error), "model")
+            return
         except UnavailableError:
-            return self.refuse(502, "recorder-unavailable", "model", model=True)
+            self.refuse(502, "recorder-unavailable", "model")
+            return
         self._model = exchange
         lines = [*admitted.headers, *(injection.headers if injection else ())]
         request = _request("POST", target.prefix + admitted.path_and_query, target, lines)
         request += b"content-length: %d\r\n\r\n" % len(admitted.body) + admitted.body
-        return await self._carry(target, request)
+        await self._carry(target, request)
 
     async def generic(self, rule: HostRule, host: str, body: bytes) -> None:
         """An allowed host that is terminated."""
@@ -122,11 +144,10 @@ class Exchange:
         request = _request(head.method, path + (f"?{query}" if query else ""), target, lines)
         if head.method not in {"GET", "HEAD", "OPTIONS"}:
             request += b"content-length: %d\r\n" % len(body)
-        started = time.monotonic()
-        reason = "aborted"
         try:
-            reason = await self._carry(target, request + b"\r\n" + body)
+            await self._carry(target, request + b"\r\n" + body)
         finally:
+            reason = self._leave()
             state.record_soon(
                 "egress.ended",
                 host=host,
@@ -134,14 +155,14 @@ class Exchange:
                 status=self.status,
                 bytes_out=len(body),
                 bytes_in=self.bytes_in,
-                duration_ms=round((time.monotonic() - started) * 1000, 3),
+                duration_ms=round((time.monotonic() - self._started) * 1000, 3),
                 reason=reason,
             )
 
     # carrying out
 
-    async def _carry(self, target: Target, request: bytes) -> str:
-        """Dial, send, wait for the end. Returns the reason of a failure, empty when all is well."""
+    async def _carry(self, target: Target, request: bytes) -> None:
+        """Dial, send, wait for the end."""
         state = self._state
         try:
             address = (
@@ -153,12 +174,15 @@ class Exchange:
             name = target.host if target.tls else None
             upstream = await state.pool.connect(address, context, name)
         except AddressError as error:
-            return self.refuse(403, str(error), "address", model=self._model is not None)
+            self.refuse(403, str(error), "address")
+            return
         except TimeoutError:
-            return self.refuse(504, "upstream-timeout", "upstream", model=self._model is not None)
+            self.refuse(504, "upstream-timeout", "upstream")
+            return
         except OSError as error:
             reason = "upstream-certificate" if "CERTIFICATE" in str(error) else "upstream-refused"
-            return self.refuse(502, reason, "upstream", model=self._model is not None)
+            self.refuse(502, reason, "upstream")
+            return
         self._upstream = upstream
         state.bytes_out += len(request)
         upstream.send(
@@ -167,17 +191,21 @@ class Exchange:
             lambda free: state.pool.release(address, name, free),
             bodyless=self._head.method == "HEAD",
         )
-        return await self._done
+        if self._client.paused:
+            upstream.hold(True)
+        await self._done
 
-    def cancel(self) -> None:
-        """The sandbox hung up: the upstream must not go on working for nobody."""
-        if self._upstream is not None and not self._done.done():
-            self._upstream.abort()
-        self._settle("client-closed")
+    def _leave(self) -> str:
+        """The reason it ended for, empty when all is well; ends it when nothing else has."""
+        if self._reason is None:
+            if self._upstream is not None:
+                self._upstream.abort()  # it must not go on working for nobody
+            self._reason = CLIENT_CLOSED
+        return self._reason
 
     def hold(self, held: bool) -> None:  # noqa: FBT001
         """Backpressure from the sandbox's side."""
-        if self._upstream is not None and not self._done.done():
+        if self._upstream is not None and self._reason is None:
             self._upstream.hold(held)
 
     # Sink
@@ -185,7 +213,7 @@ class Exchange:
     def answer_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         """See Sink."""
         self.status = status
-        if any(name == b"content-encoding" and value != b"identity" for name, value in headers):
+        if any(_ENCODINGS.get(name, value) != value for name, value in headers):
             self._fail_head("answer-encoded")
             return
         if self._model is not None:
@@ -198,7 +226,7 @@ class Exchange:
         self._chunked = (
             self._head.modern and status not in {204, 304} and self._head.method != "HEAD"
         )
-        lines = [b"HTTP/1.1 %d %b\r\n" % (status, _REASONS.get(status, b"X"))]
+        lines = [b"HTTP/1.1 %d %b\r\n" % (status, responses.get(status, "").encode())]
         lines += [b"%b: %b\r\n" % (name, self._redactor.whole(value)) for name, value in kept]
         if self._chunked:
             lines.append(b"transfer-encoding: chunked\r\n")
@@ -233,8 +261,8 @@ class Exchange:
 
     def answer_failed(self, reason: str) -> None:
         """See Sink. A torn answer must look torn: no final chunk."""
-        if not self.status:
-            self.refuse(502, reason, "upstream", model=self._model is not None)
+        if not self._begun:
+            self.refuse(502, reason, "upstream")
         else:
             self._client.abort()
             self._settle(reason)
@@ -253,8 +281,11 @@ class Exchange:
         self.answer_flush()
 
     def answer_flush(self) -> None:
-        """See Sink: what one read brought goes in in one write, and one TLS record."""
-        if self._out:
+        """See Sink: what one read brought goes in in one write, and one TLS record. An answer that
+        is read whole before any of it passes keeps its head back too: it may still be refused.
+        """
+        if self._out and not (self._model is not None and self._model.holds):
+            self._begun = True
             self._client.send(b"".join(self._out))
             self._out.clear()
 
@@ -262,6 +293,10 @@ class Exchange:
         """A tool call outside the grant, or an answer we cannot read: it ends here."""
         if self._upstream is not None:
             self._upstream.abort()
+        if not self._begun:
+            self._out.clear()
+            self.refuse(403, cut.reason, "model answer")
+            return
         self._state.denied("model answer", "tools", cut.reason)
         self._finish(self._redactor.feed(cut.tail) + self._redactor.end())
         self._client.close_after_answer()
@@ -270,18 +305,18 @@ class Exchange:
     def _fail_head(self, reason: str) -> None:
         if self._upstream is not None:
             self._upstream.abort()
-        self.status = 0
-        self.refuse(502, reason, "upstream", model=self._model is not None)
+        self.refuse(502, reason, "upstream")
 
-    def refuse(self, status: int, reason: str, rule: str, *, model: bool = False) -> str:
-        """Tell the sandbox and the record; returns the reason."""
-        self._client.refuse(status, reason, rule, model=model)
+    def refuse(self, status: int, reason: str, rule: str) -> None:
+        """Tell the sandbox and the record."""
+        self._client.refuse(status, reason, rule)
         self._settle(reason)
-        return reason
 
     def _settle(self, reason: str) -> None:
-        if not self._done.done():
-            self._done.set_result(reason)
+        if self._reason is None:
+            self._reason = reason
+            if not self._done.done():  # cancelled with the task that waits for it
+                self._done.set_result(None)
 
 
 def _model_injection(state: SandboxState, name: str | None, header: str) -> Injection | None:

@@ -39,6 +39,7 @@ from ringfence.record.client import RecorderClient
 from ringfence.vault.open import open_vault
 
 ENVIRONMENT_CREDENTIAL = "environment"
+_SETTLE_SECONDS = 2.0
 _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
 
 
@@ -55,8 +56,7 @@ class Egress:
     async def serve(self) -> None:
         """Until the worker goes away: nothing is served for a worker that is gone."""
         await self._ended.wait()
-        for sandbox in self._sandboxes.values():
-            sandbox.close()
+        await _settle([task for box in self._sandboxes.values() for task in box.close()])
         if self._shared is not None:
             await self._shared.recorder.close()
         await self._channel.close()
@@ -83,7 +83,11 @@ class Egress:
         if sandbox is None:
             raise UnavailableError("egress-unavailable", "no such sandbox")
         if isinstance(message, ToolDecided):
-            sandbox.run.tool_decided(message.tool_use_id, allowed=message.allowed)
+            violation = sandbox.run.tool_decided(
+                message.tool_use_id, message.name, allowed=message.allowed
+            )
+            if violation is not None:
+                sandbox.violation(violation)
         elif isinstance(message, AddListener):
             await self._listen(sandbox, descriptors)
         elif isinstance(message, CloseSandbox):
@@ -146,10 +150,7 @@ class Egress:
             sandbox.servers.append(server)
 
     async def _close(self, sandbox: SandboxState) -> dict[str, Any]:
-        sandbox.close()
-        # answers that were cut settle in the loop's next turns
-        for _ in range(10):
-            await asyncio.sleep(0)
+        await _settle(sandbox.close())
         del self._sandboxes[sandbox.sandbox_id]
         usage = sandbox.run.spent
         return {
@@ -171,6 +172,12 @@ class Egress:
             await self._channel.send(message)
         except OSError:
             self._ended.set()
+
+
+async def _settle(tasks: list[asyncio.Task[None]]) -> None:
+    """Wait for exchanges that were cut: they still count what they used."""
+    if tasks:
+        await asyncio.wait(tasks, timeout=_SETTLE_SECONDS)
 
 
 def _id(message: AnyMessage) -> int:
@@ -208,6 +215,9 @@ def _harden() -> None:
     libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # each sandbox may hold some hundred descriptors, and the usual soft limit is 1024 for all
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     os.umask(0o077)
 
 

@@ -7,7 +7,7 @@ import json
 import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 from urllib.parse import urlsplit
 
 from ringfence.channel.messages import (
@@ -56,6 +56,15 @@ def provider_target(provider: ProviderConfig) -> Target:
     return Target(host, parts.port or (443 if tls else 80), tls, parts.path.rstrip("/"), literal)
 
 
+class Connection(Protocol):
+    """What a sandbox knows of one of its connections."""
+
+    work: asyncio.Task[None] | None
+
+    def abort(self) -> None:
+        """Close at once; its work is cancelled."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shared:
     """What the process has once."""
@@ -82,7 +91,7 @@ class SandboxState:
     run: RunState
     pool: Pool = field(default_factory=Pool)
     servers: list[asyncio.Server] = field(default_factory=list)
-    connections: set[Any] = field(default_factory=set)
+    connections: set[Connection] = field(default_factory=set)
     bytes_out: int = 0
     body_bytes: int = 0
     frozen: bool = False
@@ -102,6 +111,7 @@ class SandboxState:
         provider = self.shared.providers.get(self.rules.model.provider)
         if provider is not None and provider.credential is not None:
             names.append(provider.credential)
+        self._waiters: list[asyncio.Future[None]] = []
         self._hidden = self.shared.credentials.values(names)
         self.provider = provider
         self.model_target = provider_target(provider) if provider is not None else None
@@ -114,6 +124,19 @@ class SandboxState:
         """A name for a model request, unique in its run."""
         self.requests += 1
         return f"req_{self.requests}"
+
+    async def settled(self) -> None:
+        """Until a model request of this sandbox ends."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        await waiter
+
+    def settle(self) -> None:
+        """A model request ended: who waits for the budget looks again, in order."""
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
 
     async def record(self, kind: str, *, durable: bool, **fields: object) -> None:
         """Append an event; the caller may go on only when this returns."""
@@ -185,16 +208,16 @@ class SandboxState:
             **counted,
         )
 
-    def close(self) -> None:
-        """Stop listening, drop every connection."""
+    def close(self) -> list[asyncio.Task[None]]:
+        """Stop listening, drop every connection; returns the work that is still to end."""
         self.closed = True
         for server in self.servers:
             server.close()
+        working = [c.work for c in self.connections if c.work is not None and not c.work.done()]
         for connection in list(self.connections):
-            abort = getattr(connection, "abort", None)
-            if abort is not None:
-                abort()
+            connection.abort()
         self.pool.close()
+        return working
 
 
 def canonical_input(tool: ToolUseSeen) -> bytes:

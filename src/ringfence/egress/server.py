@@ -57,11 +57,11 @@ class Client(asyncio.Protocol):
         self._body: Body | None = None
         self._exchange: Exchange | None = None
         self._tunnel: Tunnel | None = None
-        self._task: asyncio.Task[None] | None = None
+        self.work: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._deadline = math.inf
         self._held = False
-        self._half_closed = False
+        self.paused = False
         self._body_bytes = 0
 
     # asyncio.Protocol
@@ -78,14 +78,19 @@ class Client(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """See asyncio."""
+        self._guarded(lambda: self._take(data))
+
+    def _take(self, data: bytes) -> None:
+        if self._state is _State.TUNNEL and self._tunnel is not None:
+            self._tunnel.from_client(data)
+            return
+        self._buffer += self._decrypt(data) if self._tls is not None else data
+        self._advance()
+
+    def _guarded(self, step: Callable[[], None]) -> None:
+        """Whatever reading from inside can raise ends in a refusal and the connection's end."""
         try:
-            if self._state is _State.TUNNEL and self._tunnel is not None:
-                self._tunnel.from_client(data)
-                return
-            if self._tls is not None:
-                data = self._decrypt(data)
-            self._buffer += data
-            self._advance()
+            step()
         except HeadError as error:
             self.refuse(error.status, error.reason, "http")
         except (TlsError, HelloError):
@@ -94,9 +99,10 @@ class Client(asyncio.Protocol):
             self._close()
 
     def eof_received(self) -> bool:
-        """A half-closed client may still be waiting for its answer."""
-        self._half_closed = True
-        return self._state is _State.BUSY or self._state is _State.TUNNEL
+        """A client that will send no more is gone, answer or not: on a unix socket a half-closed
+        peer looks like a dead one, for which no upstream should go on working.
+        """
+        return False
 
     def connection_lost(self, _: Exception | None) -> None:
         """See asyncio."""
@@ -105,13 +111,14 @@ class Client(asyncio.Protocol):
         self._release_body()
         if self._timer is not None:
             self._timer.cancel()
-        if self._exchange is not None:
-            self._exchange.cancel()
+        if self.work is not None:
+            self.work.cancel()
         if self._tunnel is not None:
             self._tunnel.close()
 
     def pause_writing(self) -> None:
         """The sandbox reads slowly: so does egress from the upstream."""
+        self.paused = True
         if self._exchange is not None:
             self._exchange.hold(True)
         if self._tunnel is not None:
@@ -119,6 +126,7 @@ class Client(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         """See `pause_writing`."""
+        self.paused = False
         if self._exchange is not None:
             self._exchange.hold(False)
         if self._tunnel is not None:
@@ -222,7 +230,7 @@ class Client(asyncio.Protocol):
             raise HeadError(400, "host-mismatch")
         self._gate.admit(*target)
         self._state = _State.VETTING
-        self._task = self.loop.create_task(self._vet(target))
+        self.work = self.loop.create_task(self._vet(target))
 
     async def _vet(self, target: tuple[str, int]) -> None:
         """Resolve before saying 200: a name that leads inside gets its refusal in the clear."""
@@ -238,19 +246,11 @@ class Client(asyncio.Protocol):
             rule = self._gate.rule
             self.refuse(403, reason, rule.rule if rule is not None else "address")
             return
-        try:
-            self._establish(target)
-            self._hold_client(False)
-            self._advance()
-        except HeadError as error:
-            self.refuse(error.status, error.reason, "http")
-        except (TlsError, HelloError):
-            self._sandbox.denied(self._name(), "tls", "tls-refused")
-            self._flush_tls()
-            self._close()
+        self._guarded(lambda: self._establish(target))
 
     def _establish(self, target: tuple[str, int]) -> None:
         """The tunnel stands: opaque where the policy says so, terminated everywhere else."""
+        self._hold_client(False)
         if self._gate.rule is not None and self._gate.rule.opaque:
             self._tunnel = Tunnel(self, self._sandbox, self._gate.rule, target)
             self._state = _State.TUNNEL
@@ -263,6 +263,7 @@ class Client(asyncio.Protocol):
         self.send(b"HTTP/1.1 200 Connection Established\r\n\r\n")
         host = target[0]
         self._start_tls(lambda sni: host if sni == host else None)
+        self._advance()
 
     def _choose_by_sni(self, sni: str) -> str | None:
         """TLS without CONNECT: the name in the ClientHello is the target, port 443."""
@@ -317,28 +318,26 @@ class Client(asyncio.Protocol):
             work = exchange.model(body)
         else:
             work = exchange.generic(rule, target[0], body)
-        self._task = self.loop.create_task(self._run(work, head))
+        self.work = self.loop.create_task(self._run(work, head))
 
     async def _run(self, work: Coroutine[Any, Any, None], head: Head) -> None:
         try:
             await work
         except Exception:  # noqa: BLE001  a defect of ours must close, not leak or hang
             self.refuse(502, "internal", "egress")
+            self.abort()
         finally:
             self._exchange = None
             self._release_body()
         if self._state is not _State.BUSY:
             return
-        if not head.keep_alive or self._half_closed:
+        if not head.keep_alive:
             self._close()
             return
         self._state = _State.FIRST
         self._alarm(IDLE_SECONDS)
         self._hold_client(False)
-        try:
-            self._advance()
-        except HeadError as error:
-            self.refuse(error.status, error.reason, "http")
+        self._guarded(self._advance)
 
     # writing
 
@@ -353,12 +352,15 @@ class Client(asyncio.Protocol):
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(data)
 
-    def refuse(self, status: int, reason: str, rule: str, *, model: bool = False) -> None:
+    def refuse(self, status: int, reason: str, rule: str) -> None:
         """403 and its kind, with the reason as a tag; then the connection ends."""
         self._sandbox.denied(self._name(), rule, reason)
         if self._state is _State.CLOSED:
             return
-        body = _refusal_body(reason, model=model or self._gate.target is None)
+        to_model = self._gate.target is None or (
+            self._head is not None and self._gate.to_model(self._head)
+        )
+        body = _refusal_body(reason, model=to_model)
         self.send(
             b"HTTP/1.1 %d Refused\r\ncontent-type: application/json\r\n"
             b"x-ringfence-reason: %b\r\nx-should-retry: %b\r\ncontent-length: %d\r\n"

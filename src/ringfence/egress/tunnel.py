@@ -117,6 +117,8 @@ class Tunnel(asyncio.Protocol):
         if self._closed:
             return
         self._closed = True
+        if self._task is not None:
+            self._task.cancel()
         if self._transport is not None:
             self._transport.abort()
             self._sandbox.record_soon(

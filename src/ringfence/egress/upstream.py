@@ -14,6 +14,7 @@ import httptools
 _CONNECT_SECONDS = 15.0
 _IDLE_SECONDS = 30.0
 _MAX_IDLE = 64
+_Key = tuple[str, int, str | None]
 
 
 class Sink(Protocol):
@@ -44,10 +45,9 @@ class Upstream(asyncio.Protocol):
         self._parser: Any = None
         self._headers: list[tuple[bytes, bytes]] = []
         self._head_size = 0
-        self._informational = False
+        self._informational = self._ended = self._surplus = self._keep = False
         self._on_free: Callable[[Upstream], None] | None = None
         self.idle_since = 0.0
-        self.reused = False
         self._bodyless = False
 
     # asyncio.Protocol
@@ -65,6 +65,8 @@ class Upstream(asyncio.Protocol):
             self._parser.feed_data(data)
             if self._sink is not None:
                 self._sink.answer_flush()
+            if self._ended:
+                self._free()
         except httptools.HttpParserUpgrade:
             self._fail("upstream-upgrade")
         except httptools.HttpParserError:
@@ -94,8 +96,13 @@ class Upstream(asyncio.Protocol):
         self._sink, self._on_free = sink, on_free
         self._parser = httptools.HttpResponseParser(self)
         self._headers, self._head_size = [], 0
-        self._bodyless = bodyless
+        self._bodyless, self._ended, self._surplus = bodyless, False, False
+        self.hold(False)  # the exchange before may have ended while its reader was slow
         self.transport.write(request)
+
+    def on_message_begin(self) -> None:
+        """Llhttp callback."""
+        self._surplus = self._ended  # a second answer, to nobody's question
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Llhttp callback."""
@@ -106,6 +113,8 @@ class Upstream(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         """Llhttp callback."""
+        if self._ended:
+            return
         status = self._parser.get_status_code()
         self._informational = status < 200
         if self._informational:
@@ -126,16 +135,23 @@ class Upstream(asyncio.Protocol):
             self._sink.answer_body(data)
 
     def on_message_complete(self) -> None:
-        """Llhttp callback."""
-        if self._informational:
-            self._parser = httptools.HttpResponseParser(self)
+        """Llhttp callback. After an informational answer the parser goes on to the next."""
+        if self._informational or self._ended:
             return
+        # asked now: llhttp forgets it with the message
+        self._ended, self._keep = True, self._parser.should_keep_alive()
         sink, self._sink = self._sink, None
-        keep = self._parser.should_keep_alive()
         if sink is not None:
             sink.answer_end()
-        if keep and self._on_free is not None:
-            self._on_free(self)
+
+    def _free(self) -> None:
+        """Once all that was read is parsed: bytes behind an answer would be taken for the next
+        exchange's, so a connection that brought some is not used again.
+        """
+        on_free, self._on_free = self._on_free, None
+        self._parser = None
+        if self._keep and not self._surplus and on_free is not None:
+            on_free(self)
         else:
             self.abort()
 
@@ -144,6 +160,11 @@ class Upstream(asyncio.Protocol):
         self.abort()
         if sink is not None:
             sink.answer_failed(reason)
+
+    @property
+    def open(self) -> bool:
+        """Whether the upstream has not hung up."""
+        return self.transport is not None and not self.transport.is_closing()
 
     def abort(self) -> None:
         """Close without ceremony."""
@@ -159,24 +180,23 @@ class Upstream(asyncio.Protocol):
 
 
 class Pool:
-    """Idle connections of one sandbox, by where they lead."""
+    """Idle connections of one sandbox, the longest idle first.
+
+    The cap is one for all hosts: under a wildcard a sandbox can name thousands, and what it
+    leaves open must not take the descriptors of the others.
+    """
 
     def __init__(self) -> None:
-        self._idle: dict[tuple[str, int, str | None], list[Upstream]] = {}
+        self._idle: list[tuple[_Key, Upstream]] = []
 
     async def connect(
         self, address: tuple[str, int], context: ssl.SSLContext | None, name: str | None
     ) -> Upstream:
         """A free connection, or a new one; TLS is verified by name. Raises OSError."""
-        key = (*address, name)
-        idle = self._idle.get(key, [])
-        while idle:
-            upstream = idle.pop()
-            fresh = time.monotonic() - upstream.idle_since < _IDLE_SECONDS
-            if fresh and upstream.transport is not None and not upstream.transport.is_closing():
-                upstream.reused = True
-                return upstream
-            upstream.abort()
+        self._drop_stale()
+        for at in range(len(self._idle) - 1, -1, -1):
+            if self._idle[at][0] == (*address, name):
+                return self._idle.pop(at)[1]
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(_CONNECT_SECONDS):
             _, upstream = await loop.create_connection(
@@ -189,16 +209,23 @@ class Pool:
 
     def release(self, address: tuple[str, int], name: str | None, upstream: Upstream) -> None:
         """Keep a connection for the next exchange."""
-        idle = self._idle.setdefault((*address, name), [])
-        if len(idle) >= _MAX_IDLE:
-            upstream.abort()
-            return
         upstream.idle_since = time.monotonic()
-        idle.append(upstream)
+        self._idle.append(((*address, name), upstream))
+        if len(self._idle) > _MAX_IDLE:
+            self._idle.pop(0)[1].abort()
+
+    def _drop_stale(self) -> None:
+        oldest = time.monotonic() - _IDLE_SECONDS
+        kept = []
+        for key, upstream in self._idle:
+            if upstream.idle_since > oldest and upstream.open:
+                kept.append((key, upstream))
+            else:
+                upstream.abort()
+        self._idle = kept
 
     def close(self) -> None:
         """Drop all."""
-        for idle in self._idle.values():
-            for upstream in idle:
-                upstream.abort()
+        for _, upstream in self._idle:
+            upstream.abort()
         self._idle.clear()

@@ -47,6 +47,8 @@ _TOOL_KEYS = frozenset(
     }
 )
 
+MAX_TOKENS = 10_000_000
+
 _SOURCES = frozenset({"base64", "text", "content"})
 
 
@@ -81,10 +83,13 @@ def check(body: Any, rules: ModelRules) -> Facts:
     for block in _blocks(body):
         _check_block(block, rules, results)
     max_tokens = body.get("max_tokens", 0)
+    if not isinstance(max_tokens, int) or not 0 <= max_tokens <= MAX_TOKENS:
+        # what is reserved for a request must not be a matter of opinion, nor below nothing
+        raise BodyError("max-tokens-malformed")
     return Facts(
         model=model,
         streaming=body.get("stream") is True,
-        max_tokens=max_tokens if isinstance(max_tokens, int) else 0,
+        max_tokens=max_tokens,
         results=tuple(results),
     )
 

@@ -10,13 +10,14 @@ from ringfence.egress.model import body as rules_of_body
 from ringfence.egress.model import headers as rules_of_headers
 from ringfence.egress.model.headers import Headers
 from ringfence.egress.model.ledger import ToolLedger, Violation
-from ringfence.egress.model.pricing import cost, worst_case
+from ringfence.egress.model.pricing import cost, torn, worst_case
 from ringfence.egress.model.sse import (
     Answer,
     EventStream,
     StreamError,
     ToolUseSeen,
     passed_before,
+    read_object,
 )
 from ringfence.egress.model.strictjson import NotStrictError, parse
 from ringfence.model import Usage
@@ -46,6 +47,8 @@ class Refusal:
     status: int
     reason: str
     violation: Violation | None = None
+    later: bool = False
+    """Only what is in flight forbids it: it may pass when some of that has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,14 @@ class Report:
     tool_uses: tuple[ToolUseSeen, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """The most that one request may use."""
+
+    dollars: float
+    output_tokens: int
+
+
 class RunState:
     """What one run has asked, been allowed and spent. One per sandbox."""
 
@@ -73,39 +84,50 @@ class RunState:
         self.rules = rules
         self.ledger = ToolLedger()
         self.spent = Usage()
-        self._reserved: dict[int, float] = {}
+        self._reserved: dict[int, Reservation] = {}
 
     def known(self, ids: Iterable[str]) -> None:
         """tool_use ids of a materialised transcript."""
         self.ledger.known(ids)
 
-    def tool_decided(self, tool_use_id: str, *, allowed: bool) -> None:
-        """The worker's word about a call."""
-        self.ledger.decided(tool_use_id, allowed=allowed)
+    def tool_decided(self, tool_use_id: str, name: str, *, allowed: bool) -> Violation | None:
+        """The worker's word about a call; a violation when the wire knows another call."""
+        return self.ledger.decided(tool_use_id, name, allowed=allowed)
 
-    def exhausted(self, reservation: float = 0.0) -> str | None:
-        """Which limit forbids one more request that may cost `reservation` dollars.
-
-        Requests in flight count with all they may cost, so that parallel streams cannot spend a
-        budget several times; a single one may overshoot it once.
-        """
+    def exhausted(self) -> str | None:
+        """Which limit is spent."""
         rules, spent = self.rules, self.spent
-        in_flight = len(self._reserved)
-        if rules.max_requests is not None and spent.requests + in_flight >= rules.max_requests:
+        if rules.max_requests is not None and spent.requests >= rules.max_requests:
             return "max_requests"
         if rules.max_output_tokens is not None and spent.output_tokens >= rules.max_output_tokens:
             return "max_output_tokens"
         budget = rules.max_budget_usd
-        if budget is not None:
-            dollars = spent.cost_usd if spent.cost_usd is not None else budget
-            waiting = sum(self._reserved.values())
-            if dollars >= budget or (in_flight and dollars + waiting + reservation > budget):
-                return "max_budget_usd"
+        if budget is not None and (spent.cost_usd is None or spent.cost_usd >= budget):
+            return "max_budget_usd"
         return None
 
-    def reserve(self, key: int, dollars: float) -> None:
+    def crowded(self, wish: Reservation) -> str | None:
+        """Which limit one more request could pass together with those in flight.
+
+        Each of those counts with all that it may use, so that parallel streams cannot spend a
+        budget several times; a single one may overshoot it once.
+        """
+        if not self._reserved:
+            return None
+        rules, spent, waiting = self.rules, self.spent, [*self._reserved.values(), wish]
+        if rules.max_requests is not None and spent.requests + len(waiting) > rules.max_requests:
+            return "max_requests"
+        tokens = spent.output_tokens + sum(each.output_tokens for each in waiting)
+        if rules.max_output_tokens is not None and tokens > rules.max_output_tokens:
+            return "max_output_tokens"
+        dollars = (spent.cost_usd or 0.0) + sum(each.dollars for each in waiting)
+        if rules.max_budget_usd is not None and dollars > rules.max_budget_usd:
+            return "max_budget_usd"
+        return None
+
+    def reserve(self, key: int, wish: Reservation) -> None:
         """A request is in flight."""
-        self._reserved[key] = dollars
+        self._reserved[key] = wish
 
     def settle(self, key: int, usage: Usage | None) -> None:
         """It ended; None when it used nothing."""
@@ -123,8 +145,14 @@ class ModelExchange:
         self._stream: EventStream | None = None
         self._whole: bytearray | None = None
         self._model = ""
+        self._body_bytes = self._max_tokens = 0
         self._counts_only = False
         self._admitted = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether the answer is read whole before any of it may go in."""
+        return self._whole is not None
 
     def admit(
         self, method: str, path: str, query: str, headers: Headers, body: bytes
@@ -144,12 +172,9 @@ class ModelExchange:
             violation = self._run.ledger.check(facts.results)
             if violation is not None:
                 return Refusal(403, violation.reason, violation)
-            reservation = worst_case(facts.model, len(body), facts.max_tokens)
-            limit = self._run.exhausted(reservation)
-            if limit is not None:
-                return Refusal(403, f"budget-exhausted-{limit.replace('_', '-')}")
-            self._run.reserve(id(self), reservation)
-            self._admitted = True
+            refusal = self._reserve(len(body), facts.max_tokens)
+            if refusal is not None:
+                return refusal
         return Admitted(
             headers=tuple(rules_of_headers.request_headers(headers, self._rules.betas)),
             body=body,
@@ -158,6 +183,17 @@ class ModelExchange:
             streaming=facts.streaming,
             counts_only=self._counts_only,
         )
+
+    def _reserve(self, body_bytes: int, max_tokens: int) -> Refusal | None:
+        wish = Reservation(worst_case(self._model, body_bytes, max_tokens), max_tokens)
+        spent, crowded = self._run.exhausted(), self._run.crowded(wish)
+        limit = spent or crowded
+        if limit is not None:
+            tag = f"budget-exhausted-{limit.replace('_', '-')}"
+            return Refusal(403, tag, later=spent is None)
+        self._run.reserve(id(self), wish)
+        self._body_bytes, self._max_tokens, self._admitted = body_bytes, max_tokens, True
+        return None
 
     def _refuse_target(
         self, method: str, path: str, query: str, headers: Headers
@@ -182,6 +218,9 @@ class ModelExchange:
         for name, value in headers:
             if name == b"content-encoding" and value.lower() != b"identity":
                 return Refusal(502, "answer-encoded")
+        if 200 < status < 300:
+            # a client takes each of these for an answer, and it would pass unread
+            return Refusal(502, "answer-status")
         kind = next((value for name, value in headers if name == b"content-type"), b"")
         if status == 200 and kind.startswith(b"text/event-stream"):
             self._stream = EventStream(self._answer)
@@ -196,42 +235,57 @@ class ModelExchange:
             return Cut("answer-too-large", b"") if len(self._whole) > MAX_ANSWER else b""
         if self._stream is None:
             return data
-        asked = len(self._answer.asked)
         try:
             passed = self._stream.feed(data)
         except StreamError as error:
             return Cut(str(error), passed_before(error) + error_event(str(error)))
         finally:
-            for tool_use_id in self._answer.asked[asked:]:
-                self._run.ledger.asked(tool_use_id)
+            # before a byte of it is inside, so that the worker can never speak first
+            self._note_asked()
         return passed
 
     def end(self) -> bytes | Cut:
         """The upstream's answer is complete: what was held of it."""
         if self._whole is None:
             return self._stream.rest() if self._stream is not None else b""
-        body = bytes(self._whole)
+        body, self._whole = bytes(self._whole), None
         try:
-            value = json.loads(body)
-            if isinstance(value, dict):
-                self._answer.message(value)
-        except (StreamError, ValueError, RecursionError) as error:
-            return Cut(str(error) if isinstance(error, StreamError) else "answer-malformed", b"")
-        for tool_use_id in self._answer.asked:
-            self._run.ledger.asked(tool_use_id)
+            self._answer.message(read_object(body))
+        except StreamError as error:
+            return Cut(str(error), b"")
+        finally:
+            self._note_asked()
         return body
 
-    def finish(self, *, answered: bool) -> Report:
-        """Settle. `answered` says that the upstream sent a 200, so that the request counts."""
+    def _note_asked(self) -> None:
+        for tool_use_id, name in self._answer.take_asked():
+            self._run.ledger.asked(tool_use_id, name)
+
+    def finish(self, *, used: bool, seconds: float) -> Report:
+        """Settle. `used` says that the provider will charge for it; `seconds` is how long it took.
+
+        An answer that was torn names no final count, and a client could tear every answer: what
+        is not known is then estimated, from what went through and from the time it had.
+        """
         self._answer.end()
         model = self._answer.model or self._model
-        usage = self._answer.usage
-        usage = replace(usage, cost_usd=cost(model, usage))
+        usage = Usage()
+        if used:
+            usage = self._answer.usage
+            if not self._answer.stop_reason:
+                usage = torn(
+                    usage,
+                    body_bytes=self._body_bytes,
+                    streamed=self._answer.streamed,
+                    seconds=seconds,
+                    max_tokens=self._max_tokens,
+                )
+            usage = replace(usage, cost_usd=cost(model, usage, self._answer.hour_writes))
         if self._admitted:
-            self._run.settle(id(self), usage if answered else None)
+            self._run.settle(id(self), usage if used else None)
             self._admitted = False
         return Report(
-            usage=usage if answered else Usage(),
+            usage=usage,
             model=model,
             stop_reason=self._answer.stop_reason,
             tool_uses=tuple(self._answer.tool_uses),

@@ -80,6 +80,7 @@ class ToolLedger:
 
     def __init__(self, *, max_ids: int = 100_000) -> None:
         self._states: dict[str, State] = {}
+        self._names: dict[str, str] = {}
         self._max = max_ids
 
     def known(self, ids: Iterable[str]) -> None:
@@ -87,15 +88,27 @@ class ToolLedger:
         for tool_use_id in ids:
             self._states[tool_use_id] = State.KNOWN
 
-    def asked(self, tool_use_id: str) -> None:
+    def asked(self, tool_use_id: str, name: str) -> None:
         """An answer on this wire asked for it."""
         if len(self._states) < self._max:
             self._states.setdefault(tool_use_id, State.ASKED)
+            self._names.setdefault(tool_use_id, name)
 
-    def decided(self, tool_use_id: str, *, allowed: bool) -> None:
-        """The worker spoke. A denial is never lifted: deny wins."""
-        if self._states.get(tool_use_id) is not State.DENIED:
+    def decided(self, tool_use_id: str, name: str, *, allowed: bool) -> Violation | None:
+        """The worker spoke. A denial is never lifted: deny wins.
+
+        The worker was asked by a frame from inside. It may name a call that no answer asked for,
+        or a harmless tool in place of the one that the model called: either ends the run, or the
+        worker's yes to the one would cover the other.
+        """
+        state, asked = self.state(tool_use_id), self._names.get(tool_use_id, name)
+        if state is State.NEVER_ASKED or asked != name:
+            self._states[tool_use_id] = State.DENIED
+            reason = "tool-never-asked" if state is State.NEVER_ASKED else "tool-name-differs"
+            return Violation(reason, tool_use_id) if allowed else None
+        if state is not State.DENIED:
             self._states[tool_use_id] = State.ALLOWED if allowed else State.DENIED
+        return None
 
     def state(self, tool_use_id: str) -> State:
         """What is known; an id that nobody spoke of was never asked."""

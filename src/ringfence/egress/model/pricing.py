@@ -1,10 +1,12 @@
 """Dollars per million tokens, by model. PURE; dated, because prices change.
 
 Source: the public price list of the Messages API as of 2026-10. Cache writes of five minutes
-cost 1.25 times, reads 0.1 times the input price.
+cost 1.25 times, those of an hour 2 times, reads 0.1 times the input price.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from ringfence.model import Usage
 
@@ -22,7 +24,10 @@ _PRICES: tuple[tuple[str, float, float], ...] = (
 )
 """(prefix, input, output), the first match wins."""
 
-_WRITE, _READ = 1.25, 0.1
+_WRITE, _WRITE_HOUR, _READ = 1.25, 2.0, 0.1
+_BYTES_A_TOKEN = 3
+_TOKENS_A_SECOND = 100
+"""Faster than these models write; thinking may be written without being shown."""
 
 
 def price(model: str) -> tuple[float, float] | None:
@@ -33,15 +38,20 @@ def price(model: str) -> tuple[float, float] | None:
     return None
 
 
-def cost(model: str, usage: Usage) -> float | None:
-    """Dollars of one request; None when the model has no known price."""
+def cost(model: str, usage: Usage, hour_writes: int = 0) -> float | None:
+    """Dollars of one request; None when the model has no known price.
+
+    `hour_writes` are those of the cache creation tokens that are kept for an hour.
+    """
     prices = price(model)
     if prices is None:
         return None
     into, out = prices
+    hour_writes = min(hour_writes, usage.cache_creation_input_tokens)
     tokens = (
         usage.input_tokens * into
-        + usage.cache_creation_input_tokens * into * _WRITE
+        + (usage.cache_creation_input_tokens - hour_writes) * into * _WRITE
+        + hour_writes * into * _WRITE_HOUR
         + usage.cache_read_input_tokens * into * _READ
         + usage.output_tokens * out
     )
@@ -49,9 +59,22 @@ def cost(model: str, usage: Usage) -> float | None:
 
 
 def worst_case(model: str, body_bytes: int, max_tokens: int) -> float:
-    """Upper bound of one request's dollars, for reserving: three bytes are at least a token.
+    """The most that one request of text may cost in dollars, for reserving.
 
     An unknown model is priced as the dearest, so that a budget cannot be dodged by its name.
     """
     into, out = price(model) or (15.0, 75.0)
-    return (body_bytes / 3 * into * _WRITE + max_tokens * out) / 1_000_000
+    return (body_bytes / _BYTES_A_TOKEN * into * _WRITE_HOUR + max_tokens * out) / 1_000_000
+
+
+def torn(usage: Usage, *, body_bytes: int, streamed: int, seconds: float, max_tokens: int) -> Usage:
+    """What an answer that did not come to its end has used, as far as can be known: its input, and
+    output for all that was `streamed` (characters) or could be written in the time.
+    """
+    known = usage.input_tokens + usage.cache_creation_input_tokens + usage.cache_read_input_tokens
+    output = max(streamed / _BYTES_A_TOKEN, seconds * _TOKENS_A_SECOND)
+    return replace(
+        usage,
+        input_tokens=usage.input_tokens if known else body_bytes // _BYTES_A_TOKEN,
+        output_tokens=max(usage.output_tokens, min(max_tokens, int(output))),
+    )

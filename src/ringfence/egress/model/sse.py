@@ -8,6 +8,7 @@ The provider writes an event at once, so nothing waits longer than its own bytes
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,17 @@ from ringfence.model import Usage
 
 MAX_EVENT = 4 << 20
 MAX_INPUT = 16 << 20
+_COUNTED = (
+    "input_tokens",
+    "output_tokens",
+    "cache_creation_input_tokens",
+    "cache_read_input_tokens",
+)
+_LINE_END = rb"(?>\r\n|\r|\n)"
+_EVENT_END = re.compile(_LINE_END + _LINE_END)
+_LINE = re.compile(rb"(?:|:.*|(?:event|data|id|retry)(?::.*)?)\Z", re.DOTALL)
+"""All that a line may be. Anything else is a field that we would skip and a client might not: a
+byte-order mark before `data:` is stripped by some decoders, and hides a tool call from others."""
 
 
 class StreamError(ValueError):
@@ -46,9 +58,11 @@ class Answer:
         self._granted = granted
         self._open: dict[int, _Open] = {}
         self.tool_uses: list[ToolUseSeen] = []
-        self.asked: list[str] = []
+        self._asked: list[tuple[str, str]] = []
         self.model = ""
         self.stop_reason = ""
+        self.streamed = 0
+        self.hour_writes = 0
         self._usage: dict[str, int] = {}
 
     @property
@@ -62,10 +76,13 @@ class Answer:
             requests=1,
         )
 
-    def event(self, value: Any) -> None:
+    def take_asked(self) -> list[tuple[str, str]]:
+        """(id, name) of the tool calls asked for since the last time."""
+        asked, self._asked = self._asked, []
+        return asked
+
+    def event(self, value: dict[str, Any]) -> None:
         """One event of a stream. Raises StreamError."""
-        if not isinstance(value, dict):
-            raise StreamError("answer-malformed")
         kind = value.get("type")
         if kind == "message_start":
             self.message(_object(value.get("message")))
@@ -84,7 +101,8 @@ class Answer:
         self.model = str(message.get("model") or "")
         self._count(message.get("usage"))
         self.stop_reason = str(message.get("stop_reason") or "")
-        for block in map(_object, message.get("content") or ()):
+        content = message.get("content")
+        for block in map(_object, content if isinstance(content, list) else ()):
             if block.get("type") == "tool_use":
                 opened = self._ask(block)
                 data = json.dumps(block.get("input"), separators=(",", ":")).encode()
@@ -96,17 +114,22 @@ class Answer:
             raise StreamError("answer-malformed")
         if name not in self._granted:
             raise StreamError("tool-use-not-granted")
-        self.asked.append(tool_use_id)
+        self._asked.append((tool_use_id, name))
         return _Open(tool_use_id, name)
 
     def _start(self, value: dict[str, Any]) -> None:
         block = _object(value.get("content_block"))
+        # an index that is used again closes the block that stood there: none goes unrecorded
+        before = self._open.pop(_index(value), None)
+        if before is not None:
+            self._finish(before, complete=False)
         if block.get("type") == "tool_use":
             self._open[_index(value)] = self._ask(block)
 
     def _delta(self, value: dict[str, Any]) -> None:
         opened = self._open.get(_index(value))
         delta = _object(value.get("delta"))
+        self.streamed += sum(len(part) for part in delta.values() if isinstance(part, str))
         if opened is None or delta.get("type") != "input_json_delta":
             return
         part = str(delta.get("partial_json") or "").encode("utf-8", "surrogatepass")
@@ -133,9 +156,30 @@ class Answer:
     def _count(self, usage: Any) -> None:
         if not isinstance(usage, dict):
             return
-        for name, value in usage.items():
-            if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-                self._usage[name] = max(value, self._usage.get(name, 0))
+        for name in _COUNTED:
+            self._usage[name] = max(_number(usage.get(name)), self._usage.get(name, 0))
+        kept = _object(usage.get("cache_creation"))
+        self.hour_writes = max(_number(kept.get("ephemeral_1h_input_tokens")), self.hour_writes)
+
+
+def _number(value: Any) -> int:
+    """A count of tokens; what cannot be one raises, for nothing that is not counted may pass."""
+    if value is None:
+        return 0
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 40:
+        raise StreamError("answer-malformed")
+    return value
+
+
+def read_object(data: bytes) -> dict[str, Any]:
+    """A JSON object in UTF-8. Raises StreamError."""
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError):
+        raise StreamError("answer-malformed") from None
+    if not isinstance(value, dict):
+        raise StreamError("answer-malformed")
+    return value
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -148,11 +192,16 @@ def _index(value: dict[str, Any]) -> int:
 
 
 class EventStream:
-    """Cuts bytes into events and feeds an Answer."""
+    """Cuts bytes into events and feeds an Answer.
+
+    CR, LF and CRLF all end lines in the standard, mixed too, and a client accepts each: a parser
+    that knows fewer could be shown another stream than the client sees.
+    """
 
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
         self._buffer = bytearray()
+        self._scanned = 0
 
     def feed(self, data: bytes) -> bytes:
         """The bytes of all events that are complete now. Raises StreamError; what was complete
@@ -160,17 +209,18 @@ class EventStream:
         """
         self._buffer += data
         passed = 0
-        while (end := _event_end(self._buffer, passed)) >= 0:
+        while end := _EVENT_END.search(self._buffer, max(passed, self._scanned)):
             try:
-                self._event(bytes(self._buffer[passed:end]))
+                self._event(bytes(self._buffer[passed : end.end()]))
             except StreamError as error:
-                error.add_note("cut")
                 raise _CutError(str(error), bytes(self._buffer[:passed])) from None
-            passed = end
+            passed = self._scanned = end.end()
         if len(self._buffer) - passed > MAX_EVENT:
             raise _CutError("answer-event-too-large", bytes(self._buffer[:passed]))
         out = bytes(self._buffer[:passed])
         del self._buffer[:passed]
+        # a long event is not looked through again from its start; an end may straddle the cut
+        self._scanned = max(0, len(self._buffer) - 3)
         return out
 
     def rest(self) -> bytes:
@@ -178,18 +228,12 @@ class EventStream:
         return bytes(self._buffer)
 
     def _event(self, raw: bytes) -> None:
-        data = [
-            line[5:].lstrip(b" ")
-            for line in raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-            if line.startswith(b"data:")
-        ]
-        if not data:
-            return
-        try:
-            value = json.loads(b"\n".join(data))
-        except (ValueError, RecursionError):
-            raise StreamError("answer-malformed") from None
-        self._answer.event(value)
+        lines = raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        if not all(map(_LINE.match, lines)):
+            raise StreamError("answer-malformed")
+        data = [line[5:] for line in lines if line.startswith(b"data:")]
+        if data:
+            self._answer.event(read_object(b"\n".join(data)))
 
 
 class _CutError(StreamError):
@@ -203,17 +247,3 @@ class _CutError(StreamError):
 def passed_before(error: StreamError) -> bytes:
     """Bytes that were complete before the event that raised."""
     return error.passed if isinstance(error, _CutError) else b""
-
-
-def _event_end(buffer: bytearray, start: int) -> int:
-    """Index after the blank line that ends the event at `start`; -1 when it has not come.
-
-    CR, LF and CRLF all end lines in the standard, and a client accepts each: a parser that knows
-    fewer could be shown another stream than the client sees.
-    """
-    ends = []
-    for mark in (b"\n\n", b"\r\n\r\n", b"\r\r"):
-        at = buffer.find(mark, start)
-        if at >= 0:
-            ends.append(at + len(mark))
-    return min(ends, default=-1)

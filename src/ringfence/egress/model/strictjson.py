@@ -43,8 +43,6 @@ def parse(body: bytes) -> Any:
         text = body.decode("utf-8")
     except UnicodeDecodeError:
         raise NotStrictError("json-encoding") from None
-    if _deeper_than(text, MAX_DEPTH):
-        raise NotStrictError("json-depth")
     try:
         value = _DECODER.decode(text)
         if "\\u" in text:
@@ -52,8 +50,14 @@ def parse(body: bytes) -> Any:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except NotStrictError:
         raise
-    except (ValueError, RecursionError):
+    except RecursionError:
+        raise NotStrictError("json-depth") from None
+    except ValueError:
         raise NotStrictError("json-syntax") from None
+    # after decoding, which bounds its own recursion: on a string that never ends the scan is
+    # quadratic, and the decoder has refused those
+    if _deeper_than(text, MAX_DEPTH):
+        raise NotStrictError("json-depth")
     return value
 
 

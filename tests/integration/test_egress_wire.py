@@ -1,0 +1,410 @@
+"""What clients and upstreams may do to one another through egress: hang up, stall, lie, hurry."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parent))
+from egress_rig import JSON, RULES, SSE, Rig, ask, event, message, until
+
+from ringfence.egress.upstream import Pool, Upstream
+
+Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
+
+
+def budget(**limits: Any) -> Any:
+    return replace(RULES, model=replace(RULES.model, **limits))
+
+
+def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    uvloop.run(test())
+
+
+def answering(*answers: bytes) -> Callable[..., Any]:
+    """Each request on each connection gets the next answer; the last one stands."""
+    left = list(answers)
+
+    async def script(_: int, reader: Reader, writer: Writer) -> None:
+        while True:
+            await rig_of[script].request(reader)
+            writer.write(left.pop(0) if len(left) > 1 else left[0])
+            await writer.drain()
+
+    return script
+
+
+rig_of: dict[Any, Rig] = {}
+
+
+def rig(script: Any, rules: Any = RULES) -> Rig:
+    rig_of[script] = made = Rig(script, rules)
+    return made
+
+
+def test_the_allowed_twin() -> None:
+    async def test() -> None:
+        async with rig(answering(message())) as r:
+            answer = await r.exchange(ask())
+            assert answer.startswith(b"HTTP/1.1 200 OK")
+            assert r.state.run.spent.output_tokens == 7
+            assert [a["status"] for a in r.recorder.of("model.answered")] == [200]
+
+    run(test)
+
+
+def test_nothing_is_sent_for_a_client_that_has_gone() -> None:
+    """It hung up while the write-ahead was on its way to the disk."""
+
+    async def test() -> None:
+        async with rig(answering(message())) as r:
+            r.recorder.gate.clear()
+            _, writer = await r.dial()
+            writer.write(ask())
+            await until(lambda: bool(r.recorder.of("model.requested")))
+            writer.close()
+            await until(lambda: not r.state.connections)
+            r.recorder.gate.set()
+            await asyncio.sleep(0.1)
+            assert r.connections == 0
+            assert r.recorder.of("model.answered")[0]["reason"] == "client-closed"
+            assert r.state.run.spent.requests == 0
+
+    run(test)
+
+
+def test_nothing_is_sent_after_a_sandbox_is_closed() -> None:
+    async def test() -> None:
+        async with rig(answering(message())) as r:
+            r.recorder.gate.clear()
+            _, writer = await r.dial()
+            writer.write(ask())
+            await until(lambda: bool(r.recorder.of("model.requested")))
+            working = r.state.close()
+            assert len(working) == 1
+            await asyncio.wait(working, timeout=2)
+            r.recorder.gate.set()
+            await asyncio.sleep(0.1)
+            assert r.connections == 0
+            writer.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["closed", "half closed"])
+def test_a_client_that_does_not_wait_pays_for_what_it_asked(half: bool) -> None:
+    """It hung up before a byte of the answer: the provider charges the input all the same."""
+
+    async def test() -> None:
+        gone = asyncio.Event()
+
+        async def script(_: int, reader: Reader, writer: Writer) -> None:
+            await rig_of[script].request(reader)
+            assert not await reader.read(1)  # the upstream is cut off with its client
+            gone.set()
+
+        async with rig(script, budget(max_budget_usd=1.0)) as r:
+            _, writer = await r.dial()
+            writer.write(ask(messages=[{"role": "user", "content": "x" * 30_000}]))
+            await until(lambda: bool(r.arrived))
+            if half:
+                writer.write_eof()
+            else:
+                writer.close()
+            await asyncio.wait_for(gone.wait(), 5)
+            await until(lambda: bool(r.recorder.of("model.answered")))
+            spent = r.state.run.spent
+            assert spent.requests == 1
+            assert spent.input_tokens > 10_000
+            assert spent.cost_usd is not None
+            assert spent.cost_usd > 0.03
+            writer.close()
+
+    run(test)
+
+
+def test_a_torn_stream_is_paid_for_as_far_as_it_came() -> None:
+    """The final count comes last: a client that leaves before it would write for nothing."""
+
+    async def test() -> None:
+        async def script(_: int, reader: Reader, writer: Writer) -> None:
+            await rig_of[script].request(reader)
+            usage = {"input_tokens": 11, "output_tokens": 1}
+            writer.write(SSE + event("message_start", message={"model": "m", "usage": usage}))
+            text = {"type": "text_delta", "text": "y" * 3000}
+            writer.write(event("content_block_delta", index=0, delta=text))
+            await reader.read(1)
+
+        async with rig(script, budget(max_output_tokens=900)) as r:
+            reader, writer = await r.dial()
+            writer.write(ask())
+            await reader.readuntil(b"yyy")
+            writer.close()
+            await until(lambda: bool(r.recorder.of("model.answered")))
+            assert r.state.run.spent.input_tokens == 11
+            assert r.state.run.spent.output_tokens >= 1000
+            refused = await r.exchange(ask())
+            assert b"budget-exhausted-max-output-tokens" in refused
+
+    run(test)
+
+
+def test_errors_of_the_provider_cost_nothing() -> None:
+    async def test() -> None:
+        error = b"HTTP/1.1 529 Overloaded\r\ncontent-length: 2\r\n\r\n{}"
+        async with rig(answering(error)) as r:
+            assert b"529" in await r.exchange(ask())
+            assert r.state.run.spent.requests == 0
+
+    run(test)
+
+
+def test_parallel_requests_wait_for_the_budget() -> None:
+    """Both fit one after the other; together their worst cases do not. Neither is refused."""
+
+    async def test() -> None:
+        let = asyncio.Event()
+
+        async def script(_: int, reader: Reader, writer: Writer) -> None:
+            while True:
+                await rig_of[script].request(reader)
+                await let.wait()
+                writer.write(message())
+
+        async with rig(script, budget(max_budget_usd=0.02)) as r:
+            work = asyncio.gather(*(r.exchange(ask()) for _ in range(3)))
+            await until(lambda: len(r.arrived) == 1)
+            await asyncio.sleep(0.1)
+            assert len(r.arrived) == 1
+            let.set()
+            answers = await work
+            assert all(answer.startswith(b"HTTP/1.1 200") for answer in answers)
+            assert r.state.run.spent.requests == 3
+
+    run(test)
+
+
+def test_a_spent_budget_refuses_who_waited() -> None:
+    async def test() -> None:
+        let = asyncio.Event()
+        dear = message(usage={"input_tokens": 5, "output_tokens": 10_000_000})
+
+        async def script(_: int, reader: Reader, writer: Writer) -> None:
+            await rig_of[script].request(reader)
+            await let.wait()
+            writer.write(dear)
+            await reader.read(1)
+
+        async with rig(script, budget(max_budget_usd=0.02)) as r:
+            work = asyncio.gather(*(r.exchange(ask()) for _ in range(3)))
+            await until(lambda: len(r.arrived) == 1)
+            let.set()
+            answers = b"".join(await work)
+            assert answers.count(b"budget-exhausted-max-budget-usd") == 4  # header and body
+            assert len(r.arrived) == 1
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (SSE.replace(b"200 OK", b"201 Created"), b"answer-status"),
+        (SSE.replace(b"200 OK", b"203 X"), b"answer-status"),
+        (SSE.replace(b"chunked", b"gzip, chunked"), b"answer-encoded"),
+        (SSE.replace(b"\r\n\r\n", b"\r\ncontent-encoding: br\r\n\r\n"), b"answer-encoded"),
+        (JSON % (4, b"[{}]"), b"answer-malformed"),
+        (JSON % (2, b"{,"), b"answer-malformed"),
+        (message(content=[{"type": "tool_use", "id": "t", "name": "Evil", "input": {}}]), b"tool-use-not-granted"),
+        (message(usage={"output_tokens": -5}), b"answer-malformed"),
+        (message(usage={"output_tokens": 1 << 60}), b"answer-malformed"),
+        (message(usage={"output_tokens": "9"}), b"answer-malformed"),
+        (SSE + event("content_block_start", index=0, content_block={"type": "tool_use", "id": "t", "name": "Evil"}), b"tool-use-not-granted"),
+        (b"HTTP/1.1 101 Switching\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n", b"upstream-upgrade"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\nabc", b"upstream-malformed"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ntransfer-encoding: chunked\r\n\r\nab", b"upstream-malformed"),
+    ],
+)  # fmt: skip
+def test_answers_that_cannot_be_read_do_not_pass(answer: bytes, reason: bytes) -> None:
+    """And say so in clear: nothing of them has gone in yet."""
+
+    async def test() -> None:
+        body = event("ping", note="MARK")
+        async with rig(answering(answer + (body if answer.startswith(SSE[:9]) else b""))) as r:
+            refused = await r.exchange(ask())
+            assert refused.split(b"\r\n")[0].split(b" ")[1] in {b"403", b"502"}
+            assert b"x-ringfence-reason: " + reason in refused
+            assert b"MARK" not in refused
+            assert b"Evil" not in refused
+
+    run(test)
+
+
+@pytest.mark.parametrize("code", [b"100 Continue", b"103 Early Hints"])
+@pytest.mark.parametrize("split", [False, True])
+def test_informational_answers_are_swallowed(code: bytes, split: bool) -> None:
+    async def test() -> None:
+        async def script(_: int, reader: Reader, writer: Writer) -> None:
+            await rig_of[script].request(reader)
+            writer.write(b"HTTP/1.1 %b\r\nlink: x\r\n\r\n" % code)
+            if split:
+                await writer.drain()
+                await asyncio.sleep(0.05)
+            writer.write(message())
+            await reader.read(1)
+
+        async with rig(script) as r:
+            answer = await r.exchange(ask())
+            assert answer.startswith(b"HTTP/1.1 200 OK")
+            assert b"link" not in answer
+
+    run(test)
+
+
+def test_a_second_answer_reaches_nobody() -> None:
+    """Response splitting: the connection that brought it is not used again."""
+
+    async def test() -> None:
+        evil = message(model="evil")
+        async with rig(answering(message() + evil, message())) as r:
+            for _ in range(3):
+                answer = await r.exchange(ask())
+                assert answer.startswith(b"HTTP/1.1 200 OK")
+                assert b"evil" not in answer
+            assert r.connections == 2  # the first was dropped, the second kept
+
+    run(test)
+
+
+def test_a_connection_kept_after_a_slow_reader_still_reads() -> None:
+    """The answer ended in the very read that filled the client's buffer."""
+
+    async def test() -> None:
+        big = b"HTTP/1.1 500 X\r\ncontent-length: 400000\r\n\r\n" + b"z" * 400_000
+        async with rig(answering(big, message())) as r:
+            reader, writer = await r.dial()
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+            writer.write(ask())
+            await until(lambda: bool(r.recorder.of("model.answered")))
+            assert (await r.exchange(ask())).startswith(b"HTTP/1.1 200 OK")
+            assert r.connections == 1
+            writer.close()
+            del reader
+
+    run(test)
+
+
+def test_pipelined_requests_of_a_client_that_does_not_read_hold_their_upstream() -> None:
+    """The second answer begins while the first one still fills the buffer; it has no end."""
+
+    async def test() -> None:
+        sent = 0
+
+        async def script(_: int, reader: Reader, writer: Writer) -> None:
+            nonlocal sent
+            await rig_of[script].request(reader)
+            writer.write(b"HTTP/1.1 500 X\r\ncontent-length: 400000\r\n\r\n" + b"z" * 400_000)
+            await rig_of[script].request(reader)
+            writer.write(b"HTTP/1.1 500 X\r\ncontent-length: 999999999\r\n\r\n")
+            while sent < 64 << 20:
+                writer.write(b"z" * 65536)
+                await writer.drain()
+                sent += 65536
+
+        async with rig(script) as r:
+            _, writer = await r.dial()
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+            writer.write(ask() + ask())
+            await asyncio.sleep(1.0)
+            assert sent < 32 << 20
+            writer.close()
+
+    run(test)
+
+
+class _Transport:
+    closed = False
+
+    def write(self, _: bytes) -> None:
+        """Goes nowhere."""
+
+    def abort(self) -> None:
+        self.closed = True
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def resume_reading(self) -> None:
+        """Nothing is paused."""
+
+
+class _Sink:
+    def __init__(self) -> None:
+        self.ends: list[str] = []
+
+    def answer_head(self, status: int, headers: Any) -> None:
+        assert 200 <= status <= 999
+
+    def answer_body(self, data: bytes) -> None:
+        assert not self.ends
+
+    def answer_flush(self) -> None:
+        """Nothing is held."""
+
+    def answer_end(self) -> None:
+        self.ends.append("end")
+
+    def answer_failed(self, reason: str) -> None:
+        self.ends.append(reason)
+
+
+ANSWERISH = st.lists(
+    st.one_of(
+        st.sampled_from(
+            [b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 100 C\r\n", b"HTTP/1.1 304 N\r\n", b"content-length: 2\r\n", b"\r\n",
+             b"transfer-encoding: chunked\r\n", b"2\r\nok\r\n", b"0\r\n\r\n", b"ok", b"connection: close\r\n",
+             b"upgrade: x\r\nconnection: upgrade\r\n", b"\n", b" folded\r\n", b"\x00"]
+        ),
+        st.binary(max_size=6),
+    ),
+    max_size=16,
+)  # fmt: skip
+
+
+@settings(max_examples=400)
+@given(ANSWERISH, st.booleans())
+def test_any_answer_ends_once_and_frees_once(parts: list[bytes], bodyless: bool) -> None:
+    upstream, sink, freed = Upstream(), _Sink(), []
+    transport = _Transport()
+    upstream.connection_made(transport)  # type: ignore[arg-type]
+    upstream.send(b"x", sink, freed.append, bodyless=bodyless)
+    for part in parts:
+        if not transport.closed and not freed:
+            upstream.data_received(part)
+    upstream.connection_lost(None)
+    assert len(sink.ends) == 1
+    assert len(freed) <= 1
+    if freed:
+        assert sink.ends == ["end"]
+
+
+def test_a_pool_holds_so_many_in_all() -> None:
+    """Under a wildcard a sandbox can name thousands of hosts."""
+    pool, transports = Pool(), []
+    for number in range(200):
+        upstream = Upstream()
+        upstream.connection_made(_Transport())  # type: ignore[arg-type]
+        transports.append(upstream.transport)
+        pool.release((f"192.0.2.{number}", 443), f"h{number}", upstream)
+    assert sum(not transport.is_closing() for transport in transports if transport) == 64
+    pool.close()
+    assert all(transport.is_closing() for transport in transports if transport)
