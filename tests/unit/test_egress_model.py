@@ -242,6 +242,59 @@ def test_a_report_is_always_one_of_three(block: dict[str, Any]) -> None:
     assert report_of(block) in set(Report)
 
 
+@pytest.mark.parametrize("tokens", [-1, -(10**9), 10**400, 1e6, True, "9", None, [5]])
+def test_what_is_reserved_cannot_be_argued_down(tokens: Any) -> None:
+    """A negative wish in flight would have made room for others."""
+    run = RunState(ModelRules(tools=RULES.tools, max_budget_usd=1.0))
+    refused = admit(body(max_tokens=tokens), run=run)
+    assert reason(refused) == "max-tokens-malformed"
+    assert isinstance(admit(body(max_tokens=64_000), run=run), Admitted)
+
+
+def test_parallel_requests_count_towards_every_limit() -> None:
+    for limit in ({"max_requests": 1}, {"max_output_tokens": 150}, {"max_budget_usd": 0.003}):
+        rules = ModelRules(tools=RULES.tools, **limit)
+        run = RunState(rules)
+        assert isinstance(admit(body(), rules, run=run), Admitted)
+        second = admit(body(), rules, run=run)
+        assert isinstance(second, Refusal), limit
+        assert second.later
+
+
+def test_a_cache_kept_for_an_hour_costs_more() -> None:
+    """A client chooses how long: the dearer choice must not be metered as the cheaper."""
+    exchange = ModelExchange(RULES, RunState(RULES))
+    exchange.admit("POST", "/v1/messages", "", JSON, json.dumps(body()).encode())
+    exchange.answer_head(200, [(b"content-type", b"application/json")])
+    usage = {"cache_creation_input_tokens": 1_000_000, "cache_creation": {"ephemeral_1h_input_tokens": 1_000_000}}  # fmt: skip
+    exchange.feed(json.dumps({"model": "claude-sonnet-5", "stop_reason": "x", "usage": usage}).encode())  # fmt: skip
+    exchange.end()
+    assert exchange.finish(used=True, seconds=1).usage.cost_usd == pytest.approx(6.0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "decided", "tag"),
+    [
+        (None, "Read", "tool-never-asked"),
+        ("Bash", "Read", "tool-name-differs"),
+    ],
+)
+def test_the_worker_is_asked_about_what_the_model_asked(
+    asked: str | None, decided: str, tag: str
+) -> None:
+    """A forged frame names a harmless tool under the id of another."""
+    run = RunState(RULES)
+    if asked is not None:
+        run.ledger.asked("t", asked)
+    violation = run.tool_decided("t", decided, allowed=True)
+    assert violation is not None
+    assert violation.reason == tag
+    assert isinstance(admit(result("t"), run=run), Refusal)
+    run.ledger.asked("u", "Bash")
+    assert run.tool_decided("u", "Bash", allowed=True) is None
+    assert isinstance(admit(result("u"), run=run), Admitted)
+
+
 def test_parallel_streams_do_not_multiply_a_budget() -> None:
     rules = ModelRules(tools=RULES.tools, max_budget_usd=1.0)
     run = RunState(rules)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import ssl
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +17,7 @@ from ringfence.egress.head import Body, HeadError, end_of_head, parse
 from ringfence.egress.model.sse import Answer, EventStream, StreamError
 from ringfence.egress.model.strictjson import NotStrictError
 from ringfence.egress.model.strictjson import parse as parse_json
-from ringfence.egress.redact import MARK, Redactor
+from ringfence.egress.redact import MARK, Redactor, spellings
 from ringfence.egress.sni import HelloError, server_name
 from ringfence.policy.compiled import HostRule, PathRule
 
@@ -139,13 +142,34 @@ def test_any_hello_is_read_or_refused(data: bytes) -> None:
 
 @pytest.mark.parametrize("name", ["tunnel.test", "a.b.c.example"])
 def test_a_real_hello(name: str) -> None:
-    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    client = ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname=name)
-    with pytest.raises(ssl.SSLWantReadError):
-        client.do_handshake()
-    hello = outgoing.read()
+    hello = _hello(name)
     assert server_name(hello) == name
     assert server_name(hello[:50]) is None
+
+
+def _hello(name: str) -> bytes:
+    outgoing = ssl.MemoryBIO()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client = context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname=name)
+    with pytest.raises(ssl.SSLWantReadError):
+        client.do_handshake()
+    return outgoing.read()
+
+
+HELLO = _hello("a.test")
+
+
+@given(st.lists(st.tuples(st.integers(0, 500), st.integers(0, 255)), min_size=1, max_size=4))
+def test_a_torn_hello_is_read_or_refused(changes: list[tuple[int, int]]) -> None:
+    """Every byte of a real one can lie: lengths, kinds, the name."""
+    hello = bytearray(HELLO)
+    for at, value in changes:
+        hello[at % len(hello)] = value
+    try:
+        name = server_name(bytes(hello))
+    except HelloError:
+        return
+    assert name is None or name.isascii()
 
 
 @given(st.text(max_size=60))
@@ -174,7 +198,7 @@ def test_good_authorities() -> None:
     ["127.0.0.1", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0", "100.64.0.1", "224.0.0.1",
      "255.255.255.255", "168.63.129.16", "100.100.100.200", "::1", "::", "::ffff:127.0.0.1", "::ffff:10.0.0.1",
      "64:ff9b::7f00:1", "2002:7f00:1::", "2001:0:0:0:0:0:80ff:fffe", "fe80::1", "fc00::1", "fd00:ec2::254", "ff02::1",
-     "::127.0.0.1", "192.0.2.1", "198.18.0.1", "not-an-address", ""],
+     "::127.0.0.1", "192.0.2.1", "fec0::1", "192.88.99.1", "192.0.0.192", "3fff::1", "2001:db8::1", "5f00::1", "100::1", "198.18.0.1", "not-an-address", ""],
 )  # fmt: skip
 def test_addresses_inside_are_refused(address: str) -> None:
     assert not vet(address)
@@ -223,6 +247,27 @@ def test_redaction_survives_any_cut(parts: list[bytes], at: int) -> None:
         out += redactor.end()
         assert secret not in out
         assert out == data.replace(secret, MARK)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2, 3])
+@pytest.mark.parametrize("secret", [b"sk-ant-SECRETVALUE", b"a+/=b/secret=="])
+def test_what_an_upstream_echoes_is_found_in_its_usual_spellings(
+    secret: bytes, offset: int
+) -> None:
+    text = b"x" * offset + b"Bearer " + secret + b" and more"
+    for echoed in (
+        text,
+        quote(text, safe="").encode(),
+        quote(text).lower().encode() if secret.islower() else text,
+        base64.b64encode(text),
+        base64.urlsafe_b64encode(text),
+        json.dumps(text.decode()).replace("/", "\\/").encode(),
+    ):
+        for size in (1, 5, 1000):
+            redactor = Redactor(spellings(secret))
+            out = b"".join(redactor.feed(echoed[i : i + size]) for i in range(0, len(echoed), size))
+            assert MARK in out + redactor.end(), echoed
+    assert Redactor(spellings(secret)).names(b"x-" + secret.lower())
 
 
 def test_redaction_holds_nothing_back_without_need() -> None:
@@ -277,6 +322,108 @@ STREAM = (
     b'data: {"type":"message_delta","delta":{"stop_reason":"tool_use"},"usage":{"output_tokens":9}}\n\n'
     b'data: {"type":"message_stop"}\n\n'
 )
+
+
+EVIL = b'data: {"type":"content_block_start","index":0,"content_block":{"type":"tool_use","id":"t","name":"Evil"}}'
+"""What the stream reader must find in any framing that some client would read."""
+ENDS = st.sampled_from([b"\n", b"\r", b"\r\n"])
+
+
+@given(ENDS, ENDS, ENDS, st.integers(1, 40), st.booleans())
+def test_a_tool_call_is_found_in_any_line_ends(
+    first: bytes, second: bytes, third: bytes, size: int, named: bool
+) -> None:
+    event = b"event: x" + first + EVIL if named else EVIL
+    stream, data = (
+        EventStream(Answer(frozenset())),
+        b": ok" + first + second + event + second + third,
+    )
+    out = b""
+    with pytest.raises(StreamError, match="tool-use-not-granted"):
+        for at in range(0, len(data), size):
+            out += stream.feed(data[at : at + size])
+        out += stream.feed(b"\n\n")
+    assert b"Evil" not in out
+
+
+@pytest.mark.parametrize(
+    "framed",
+    [
+        b"\xef\xbb\xbf" + EVIL,
+        b": ok\n\xef\xbb\xbf" + EVIL,
+        b" " + EVIL,
+        b"Data" + EVIL[4:],
+        EVIL.replace(b"data:", b"data :"),
+        EVIL.replace(b',"index"', b'\ndata: ,"index"'),
+        EVIL.replace(b"tool_use", b"server_tool_use"),
+        EVIL.replace(b"tool_use", b"mcp_tool_use"),
+        EVIL.replace(b'"index":0,', b'"index":"0",'),
+        EVIL.replace(b'"name":"Evil"', b'"name":["Bash"]'),
+        b"event: ping\n" + EVIL,
+        b"id: 1\nretry: 5\n: x\n" + EVIL,
+        b"data: [" + EVIL[6:] + b"]",
+        b"data: " + EVIL[6:].decode().encode("utf-16"),
+        b"data: " + b"[" * 100_000,
+    ],
+)  # fmt: skip
+def test_no_framing_hides_a_tool_call(framed: bytes) -> None:
+    with pytest.raises(StreamError):
+        EventStream(Answer(frozenset({"Bash"}))).feed(framed + b"\n\n")
+
+
+@pytest.mark.parametrize(
+    "before", [b"", b"event: ping\n", b"id: 1\nretry: 5\n: x\n", b"\r\n", b"data\n"]
+)
+def test_a_granted_call_passes_in_any_framing_of_the_standard(before: bytes) -> None:
+    event = before + EVIL.replace(b"Evil", b"Bash") + b"\n\n"
+    assert EventStream(Answer(frozenset({"Bash"}))).feed(event) == event
+
+
+def test_an_index_that_is_used_again_hides_no_call() -> None:
+    answer = Answer(frozenset({"Evil"}))
+    EventStream(answer).feed((EVIL + b"\n\n") + (EVIL.replace(b'"t"', b'"u"') + b"\n\n"))
+    answer.end()
+    assert [(call.id, call.complete) for call in answer.tool_uses] == [("t", False), ("u", False)]
+
+
+JSONISH = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.dictionaries(
+            st.sampled_from(
+                ["type", "message", "content_block", "delta", "usage", "index", "content", "name", "id",
+                 "input", "output_tokens", "partial_json", "stop_reason", "model", "cache_creation"]
+            ),
+            inner,
+            max_size=6,
+        ),
+    ),
+    max_leaves=12,
+)  # fmt: skip
+KINDS = [
+    "message_start",
+    "content_block_start",
+    "content_block_delta",
+    "content_block_stop",
+    "message_delta",
+]
+
+
+@settings(max_examples=300)
+@given(st.lists(st.tuples(st.sampled_from(KINDS), st.dictionaries(
+    st.sampled_from(["message", "content_block", "delta", "usage", "index"]), JSONISH)), max_size=6))  # fmt: skip
+def test_any_events_are_read_or_cut(events: list[tuple[str, dict[str, object]]]) -> None:
+    """Shapes no provider sends: a count that is a text, a message that is a list."""
+    answer = Answer(frozenset({"Bash"}))
+    stream = EventStream(answer)
+    try:
+        for kind, fields in events:
+            stream.feed(b"data: %b\n\n" % json.dumps({**fields, "type": kind}).encode())
+    except StreamError:
+        return
+    answer.end()
+    assert answer.usage.output_tokens >= 0
 
 
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=60))

@@ -94,7 +94,7 @@ class Channel:
                 self._descriptors.extend(descriptors)
                 self._buffer += data
                 await self._frames()
-        except (OSError, ValidationError, ValueError, KeyError, IndexError):
+        except (OSError, ValidationError, ValueError, LookupError, TypeError, RecursionError):
             return  # a peer that speaks otherwise is no peer
         finally:
             self._drop()

@@ -144,4 +144,6 @@ AnyMessage = Annotated[
     Field(discriminator="type"),
 ]
 
-MESSAGES: TypeAdapter[AnyMessage] = TypeAdapter(AnyMessage)
+MESSAGES: TypeAdapter[AnyMessage] = TypeAdapter(
+    AnyMessage, config=ConfigDict(hide_input_in_errors=True)
+)

@@ -21,6 +21,11 @@ _METADATA = frozenset(
         *("fd00:ec2::254", "fd20:ce::254", "fd00:42::42"),
     }
 )
+_UNICAST6 = ipaddress.ip_network("2000::/3")
+_UNROUTED = tuple(
+    map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "2001:db8::/32", "3fff::/20"))
+)
+"""Special or retired blocks (RFC 6890, 7526, 9637) that older libraries call global."""
 _NAT64 = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48"))
 _TIMEOUT = 5.0
 _KEPT_SECONDS = 30.0
@@ -41,12 +46,14 @@ def vet(text: str, own: Iterable[str] = ()) -> bool:
         embedded = _embedded(address)
         if embedded is not None:
             return vet(str(embedded), own)
-        if address in ipaddress.ip_network("::/96"):
+        # all that is allocated lies here: site-local fec0::/10 and v4-compatible ::/96 do not
+        if address not in _UNICAST6:
             return False
     return (
         address.is_global
         and not address.is_multicast
         and not address.is_reserved
+        and not any(address in block for block in _UNROUTED)
         and str(address) not in _METADATA
         and str(address) not in set(own)
     )

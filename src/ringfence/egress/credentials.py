@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from urllib.parse import quote
 
+from ringfence.egress.redact import spellings
 from ringfence.egress.rules import matches
 from ringfence.policy.compiled import CredentialRule
 
@@ -76,8 +77,9 @@ class Credentials:
         return name in self._secrets
 
     def values(self, names: Iterable[str]) -> list[bytes]:
-        """What redaction looks for, of the named ones."""
-        return [self._secrets[name].reveal().encode() for name in names if name in self._secrets]
+        """What redaction looks for, of the named ones, in every spelling."""
+        held = [self._secrets[name].reveal().encode() for name in names if name in self._secrets]
+        return [spelling for value in held for spelling in spellings(value)]
 
     def for_model(self, name: str, header: str) -> Injection:
         """The platform's credential for the model route. Raises CredentialError."""

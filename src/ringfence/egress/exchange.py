@@ -12,6 +12,7 @@ from ringfence.egress.address import AddressError
 from ringfence.egress.credentials import CredentialError, Injection
 from ringfence.egress.head import Head
 from ringfence.egress.model import Admitted, Cut, ModelExchange, Refusal
+from ringfence.egress.rules import query_names
 from ringfence.egress.sandboxes import SandboxState, Target
 from ringfence.egress.upstream import Upstream
 from ringfence.errors import UnavailableError
@@ -227,7 +228,11 @@ class Exchange:
             self._head.modern and status not in {204, 304} and self._head.method != "HEAD"
         )
         lines = [b"HTTP/1.1 %d %b\r\n" % (status, responses.get(status, "").encode())]
-        lines += [b"%b: %b\r\n" % (name, self._redactor.whole(value)) for name, value in kept]
+        lines += [
+            b"%b: %b\r\n" % (name, self._redactor.whole(value))
+            for name, value in kept
+            if not self._redactor.names(name)
+        ]
         if self._chunked:
             lines.append(b"transfer-encoding: chunked\r\n")
         elif self._head.method == "HEAD" or status in {204, 304}:
@@ -335,7 +340,7 @@ def _host_injection(state: SandboxState, rule: HostRule, host: str) -> Injection
 def _with_query(query: str, injection: Injection) -> str:
     """Set the credential's query field, whatever the request brought under that name."""
     names = {name for name, _ in injection.query}
-    kept = [pair for pair in query.split("&") if pair and pair.partition("=")[0] not in names]
+    kept = [pair for pair in query.split("&") if pair and names.isdisjoint(query_names(pair))]
     return "&".join([*kept, *(f"{name}={value}" for name, value in injection.query)])
 
 

@@ -84,12 +84,31 @@ class Gate:
             return
         if self.rule is None:
             raise HeadError(403, "path-not-granted")
-        decision = rules.decide_request(self.rule, head)
+        if self._is_model(host, port):
+            _keep_off_the_route(head.target.partition("?")[0], self.rule)
+        decision = rules.decide_request(self.rule, head, own_field=self._own_field())
         if not decision.allowed:
             raise HeadError(403, decision.reason)
+
+    def _own_field(self) -> str | None:
+        """The query field that a credential will be set in, whatever the request says there."""
+        name = self.rule.credential if self.rule is not None else None
+        credentials = self._sandbox.rules.credentials
+        return next((each.query for each in credentials if each.name == name), None)
 
     def _is_model(self, host: str, port: int) -> bool:
         if (host, port) == (_PUBLIC_MODEL_HOST, 443):
             return True
         target = self._sandbox.model_target
         return target is not None and (target.host, target.port) == (host, port)
+
+
+def _keep_off_the_route(path: str, rule: HostRule) -> None:
+    """A grant on the model's host must not lead to the model past its rules: another spelling of
+    the route (encoded, upper case, a slash at the end) is refused, and what lies below it, such
+    as batches, passes only where the policy names that very path. Raises HeadError.
+    """
+    if "%" in path or ";" in path:
+        raise HeadError(403, "path-not-normal")
+    if path.lower().startswith(MESSAGES) and path not in {grant.path for grant in rule.paths}:
+        raise HeadError(403, "path-not-granted")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ringfence.egress.head import Head
+from ringfence.egress.rules import names_key
 
 _HOP = frozenset(
     {
@@ -16,8 +17,7 @@ _HOP = frozenset(
 )
 _HOP_PREFIXES = (b"x-forwarded-", b"proxy-", b"sec-websocket-")
 
-_CREDENTIALS = frozenset({b"authorization", b"x-api-key", b"cookie", b"api-key", b"x-auth-token"})
-"""Dropped where egress injects: a foreign credential beside ours would say who really asks."""
+_NO_CREDENTIALS = frozenset({b"idempotency-key"})
 
 _RESPONSE_DROPPED = frozenset(
     {
@@ -33,7 +33,8 @@ def request_headers(head: Head, *, injected: frozenset[bytes] | None) -> list[tu
 
     `injected` names the headers that a credential will be set in, none when it goes into the
     query, None when there is no credential. Where there is one, every header from inside that
-    could carry another is dropped; and so is what Connection nominates (RFC 9110, 7.6.1).
+    is named like another is dropped: a foreign one beside ours would say who really asks. So is
+    what Connection nominates (RFC 9110, 7.6.1).
     """
     nominated = {
         token.strip().lower()
@@ -43,13 +44,19 @@ def request_headers(head: Head, *, injected: frozenset[bytes] | None) -> list[tu
     }
     dropped = _HOP | nominated
     if injected is not None:
-        dropped |= injected | _CREDENTIALS
+        dropped |= injected | {name for name, _ in head.headers if _names_credential(name)}
     kept = [
         (name, value)
         for name, value in head.headers
         if name not in dropped and not name.startswith(_HOP_PREFIXES)
     ]
     return [*kept, (b"accept-encoding", b"identity")]
+
+
+def _names_credential(name: bytes) -> bool:
+    if name in _NO_CREDENTIALS:
+        return False
+    return name.startswith(b"cookie") or names_key(name.decode())
 
 
 def response_headers(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:

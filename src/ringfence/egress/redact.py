@@ -6,13 +6,32 @@ back, so a stream without one is never delayed.
 
 from __future__ import annotations
 
+import base64
+import re
 from collections.abc import Iterable
+from urllib.parse import quote_from_bytes
 
 MARK = b"[redacted]"
 
 
+def spellings(value: bytes) -> set[bytes]:
+    """How an upstream that echoes what it was sent may write a value: as it is, percent-encoded,
+    with JSON's escaped slash, in base64 at each of the three offsets it can have there.
+    """
+    found = {value, value.replace(b"/", b"\\/")}
+    for safe in ("", "/"):
+        encoded = quote_from_bytes(value, safe=safe).encode()
+        found |= {encoded, re.sub(rb"%[0-9A-F]{2}", lambda match: match[0].lower(), encoded)}
+    for offset, first in enumerate((0, 2, 3)):
+        text = base64.b64encode(b"\0" * offset + value)
+        # only characters that no neighbouring byte has a part in
+        core = text[first : (offset + len(value)) * 8 // 6]
+        found |= {core, core.translate(bytes.maketrans(b"+/", b"-_"))}
+    return found
+
+
 class Redactor:
-    """One direction of one exchange."""
+    """One direction of one exchange. `values` are all spellings to look for."""
 
     def __init__(self, values: Iterable[bytes]) -> None:
         self._values = tuple(sorted({v for v in values if len(v) >= 8}, key=len, reverse=True))
@@ -34,6 +53,10 @@ class Redactor:
         """What was held, at the end."""
         held, self._held = self._held, b""
         return held
+
+    def names(self, name: bytes) -> bool:
+        """Whether a header's name (lower case) holds a value."""
+        return any(value.lower() in name for value in self._values)
 
     def whole(self, data: bytes) -> bytes:
         """A complete value, such as a header."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from urllib.parse import unquote
+from urllib.parse import unquote_plus
 
 from ringfence.egress.head import Head
 from ringfence.model import Decision, Outcome
@@ -62,15 +62,17 @@ def decide_host(rules: EgressRules, host: str, port: int) -> tuple[Decision, Hos
     return _deny(DEFAULT, "host-not-allowed"), None
 
 
-def decide_request(rule: HostRule, head: Head) -> Decision:
-    """May this request go to the rule's host. The target is in origin form here."""
+def decide_request(rule: HostRule, head: Head, *, own_field: str | None = None) -> Decision:
+    """May this request go to the rule's host. The target is in origin form here; `own_field` is
+    the query field that egress will set itself.
+    """
     path, _, query = head.target.partition("?")
     pattern = _PLAIN_PATH if rule.paths else _ENCODED_PATH
     if not pattern.match(path) or "//" in path or "/." in path or _DANGEROUS_ESCAPES.search(path):
         return _deny(rule.rule, "path-not-normal")
     if not _QUERY.match(query):
         return _deny(rule.rule, "query-not-normal")
-    if rule.credential is not None and _carries_key(query):
+    if rule.credential is not None and _carries_key(query, own_field):
         # a key of the agent's own beside ours would act for another account
         return _deny(rule.rule, "foreign-credential")
     if not rule.paths:
@@ -85,10 +87,18 @@ def decide_request(rule: HostRule, head: Head) -> Decision:
     return _deny(rule.rule, "method-not-granted" if known_path else "path-not-granted")
 
 
-def _carries_key(query: str) -> bool:
-    """Whether a field of the query is named like a credential, in any spelling of its name."""
-    names = (unquote(pair.partition("=")[0]) for pair in re.split("[&;]", query) if pair)
-    return any(_KEY_FIELD.match(name.strip("[] ")) for name in names)
+def query_names(query: str) -> list[str]:
+    """Names of the fields of a query as a server may read them: `;` separates too."""
+    return [unquote_plus(pair.partition("=")[0]) for pair in re.split("[&;]", query) if pair]
+
+
+def names_key(name: str) -> bool:
+    """Whether a query field or header is named like a credential."""
+    return _KEY_FIELD.match(name.strip("[] ")) is not None
+
+
+def _carries_key(query: str, own_field: str | None) -> bool:
+    return any(names_key(name) for name in query_names(query) if name != own_field)
 
 
 def _path_matches(pattern: str, path: str) -> bool:

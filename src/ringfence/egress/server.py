@@ -70,7 +70,7 @@ class Client(asyncio.Protocol):
         """See asyncio."""
         self._transport = cast("asyncio.Transport", transport)
         sandbox = self._sandbox
-        if len(sandbox.connections) >= sandbox.rules.max_connections + 64 or sandbox.closed:
+        if len(sandbox.connections) >= sandbox.rules.max_connections or sandbox.closed:
             self.abort()
             return
         sandbox.connections.add(self)

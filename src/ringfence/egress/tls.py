@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import ssl
 import tempfile
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -25,7 +27,7 @@ class Authority:
     def __init__(self, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> None:
         self._certificate, self._key = certificate, key
         self._leaf_key = ec.generate_private_key(ec.SECP256R1())
-        self._contexts: dict[str, ssl.SSLContext] = {}
+        self._contexts: dict[str, tuple[float, ssl.SSLContext]] = {}
 
     @classmethod
     def load(cls, directory: Path) -> Authority:
@@ -41,11 +43,13 @@ class Authority:
 
     def context(self, host: str) -> ssl.SSLContext:
         """Server context with a leaf for one host, kept until its certificate is a day old."""
-        if host not in self._contexts:
+        made, context = self._contexts.get(host, (-math.inf, None))
+        if context is None or time.monotonic() - made > _DAY.total_seconds():
             if len(self._contexts) >= _MAX_LEAVES:
                 self._contexts.clear()
-            self._contexts[host] = self._leaf(host)
-        return self._contexts[host]
+            context = self._leaf(host)
+            self._contexts[host] = time.monotonic(), context
+        return context
 
     def _leaf(self, host: str) -> ssl.SSLContext:
         now = datetime.now(UTC)

@@ -83,7 +83,7 @@ def check(body: Any, rules: ModelRules) -> Facts:
     for block in _blocks(body):
         _check_block(block, rules, results)
     max_tokens = body.get("max_tokens", 0)
-    if not isinstance(max_tokens, int) or not 0 <= max_tokens <= MAX_TOKENS:
+    if type(max_tokens) is not int or not 0 <= max_tokens <= MAX_TOKENS:
         # what is reserved for a request must not be a matter of opinion, nor below nothing
         raise BodyError("max-tokens-malformed")
     return Facts(

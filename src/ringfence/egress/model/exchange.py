@@ -141,7 +141,8 @@ class ModelExchange:
 
     def __init__(self, rules: ModelRules, run: RunState) -> None:
         self._rules, self._run = rules, run
-        self._answer = Answer(frozenset(rules.tools))
+        remote = bool(rules.server_tools) or rules.mcp_servers
+        self._answer = Answer(frozenset(rules.tools), remote=remote)
         self._stream: EventStream | None = None
         self._whole: bytearray | None = None
         self._model = ""

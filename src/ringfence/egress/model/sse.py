@@ -54,8 +54,9 @@ class _Open:
 class Answer:
     """What has been read of one answer so far."""
 
-    def __init__(self, granted: frozenset[str]) -> None:
-        self._granted = granted
+    def __init__(self, granted: frozenset[str], *, remote: bool = False) -> None:
+        """`granted` are names of tools; `remote` says that the provider may call some itself."""
+        self._granted, self._remote = granted, remote
         self._open: dict[int, _Open] = {}
         self.tool_uses: list[ToolUseSeen] = []
         self._asked: list[tuple[str, str]] = []
@@ -103,6 +104,7 @@ class Answer:
         self.stop_reason = str(message.get("stop_reason") or "")
         content = message.get("content")
         for block in map(_object, content if isinstance(content, list) else ()):
+            self._check_remote(block)
             if block.get("type") == "tool_use":
                 opened = self._ask(block)
                 data = json.dumps(block.get("input"), separators=(",", ":")).encode()
@@ -117,8 +119,15 @@ class Answer:
         self._asked.append((tool_use_id, name))
         return _Open(tool_use_id, name)
 
+    def _check_remote(self, block: dict[str, Any]) -> None:
+        """A call that the provider made on its own, where no request may have offered one."""
+        kind = str(block.get("type"))
+        if not self._remote and kind.endswith("_tool_use"):
+            raise StreamError("tool-use-not-granted")
+
     def _start(self, value: dict[str, Any]) -> None:
         block = _object(value.get("content_block"))
+        self._check_remote(block)
         # an index that is used again closes the block that stood there: none goes unrecorded
         before = self._open.pop(_index(value), None)
         if before is not None:
