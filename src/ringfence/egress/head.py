@@ -148,7 +148,8 @@ class Body:
             raise HeadError(413, "body-too-large")
         self._left = length
         self._cap = cap
-        self._parts: list[bytes] = []
+        # one buffer, not a list of parts: chunks of two bytes would cost twenty times their size
+        self._value = bytearray()
         self._size = 0
         self._buffer = bytearray()
         self._chunk = -1
@@ -161,7 +162,7 @@ class Body:
 
     def value(self) -> bytes:
         """The body without its framing."""
-        return b"".join(self._parts)
+        return bytes(self._value)
 
     def feed(self, data: bytes) -> bytes:
         """Take what belongs to the body; returns what follows it. Raises HeadError."""
@@ -169,7 +170,7 @@ class Body:
             return self._feed_chunked(data)
         take = data[: self._left]
         self._left -= len(take)
-        self._parts.append(take)
+        self._value += take
         return data[len(take) :]
 
     def _feed_chunked(self, data: bytes) -> bytes:
@@ -189,7 +190,7 @@ class Body:
                 return b""
             if self._buffer[self._chunk : self._chunk + 2] != b"\r\n":
                 raise HeadError(400, "framing")
-            self._parts.append(bytes(self._buffer[: self._chunk]))
+            self._value += self._buffer[: self._chunk]
             del self._buffer[: self._chunk + 2]
             self._chunk = -1
         rest = bytes(self._buffer)
