@@ -18,7 +18,7 @@ from ringfence.egress.head import Body, HeadError, end_of_head, parse
 from ringfence.egress.model.sse import Answer, EventStream, StreamError
 from ringfence.egress.model.strictjson import NotStrictError
 from ringfence.egress.model.strictjson import parse as parse_json
-from ringfence.egress.redact import MARK, Redactor, spellings
+from ringfence.egress.redact import MARK, Needles, Redactor, spellings
 from ringfence.egress.sni import HelloError, server_name
 from ringfence.policy.compiled import HostRule, PathRule
 
@@ -257,7 +257,7 @@ def test_redaction_survives_any_cut(parts: list[bytes], at: int) -> None:
     secret = b"sk-ant-SECRETVALUE"
     data = b"".join([*parts[:at], secret, *parts[at:]])
     for size in (1, 3, 7, 1000):
-        redactor = Redactor([secret])
+        redactor = Redactor(Needles([secret]))
         out = b"".join(redactor.feed(data[i : i + size]) for i in range(0, len(data), size))
         out += redactor.end()
         assert secret not in out
@@ -279,14 +279,14 @@ def test_what_an_upstream_echoes_is_found_in_its_usual_spellings(
         json.dumps(text.decode()).replace("/", "\\/").encode(),
     ):
         for size in (1, 5, 1000):
-            redactor = Redactor(spellings(secret))
+            redactor = Redactor(Needles(spellings(secret)))
             out = b"".join(redactor.feed(echoed[i : i + size]) for i in range(0, len(echoed), size))
             assert MARK in out + redactor.end(), echoed
-    assert Redactor(spellings(secret)).names(b"x-" + secret.lower())
+    assert Needles(spellings(secret)).named(b"x-" + secret.lower())
 
 
 def test_redaction_holds_nothing_back_without_need() -> None:
-    assert Redactor([b"sk-ant-SECRET"]).feed(b"data: hello\n\n") == b"data: hello\n\n"
+    assert Redactor(Needles([b"sk-ant-SECRET"])).feed(b"data: hello\n\n") == b"data: hello\n\n"
 
 
 @given(st.binary(max_size=300))

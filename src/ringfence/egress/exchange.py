@@ -223,16 +223,13 @@ class Exchange:
                 self._fail_head(kept.reason)
                 return
         else:
-            kept = tuple(generic_headers.response_headers(headers))
+            passed = generic_headers.response_headers(headers)
+            kept = tuple(line for line in passed if not self._state.hidden.named(line[0]))
         self._chunked = (
             self._head.modern and status not in {204, 304} and self._head.method != "HEAD"
         )
         lines = [b"HTTP/1.1 %d %b\r\n" % (status, responses.get(status, "").encode())]
-        lines += [
-            b"%b: %b\r\n" % (name, self._redactor.whole(value))
-            for name, value in kept
-            if not self._redactor.names(name)
-        ]
+        lines += [b"%b: %b\r\n" % (name, self._redactor.whole(value)) for name, value in kept]
         if self._chunked:
             lines.append(b"transfer-encoding: chunked\r\n")
         elif self._head.method == "HEAD" or status in {204, 304}:

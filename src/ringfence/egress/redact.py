@@ -30,22 +30,46 @@ def spellings(value: bytes) -> set[bytes]:
     return found
 
 
-class Redactor:
-    """One direction of one exchange. `values` are all spellings to look for."""
+class Needles:
+    """What to look for, prepared once for a sandbox."""
 
     def __init__(self, values: Iterable[bytes]) -> None:
-        self._values = tuple(sorted({v for v in values if len(v) >= 8}, key=len, reverse=True))
+        self.values = tuple(sorted({v for v in values if len(v) >= 8}, key=len, reverse=True))
+        self._lower = tuple(value.lower() for value in self.values)
+        begun: dict[int, set[bytes]] = {}
+        for value in self.values:
+            for length in range(1, len(value)):
+                begun.setdefault(value[length - 1], set()).add(value[:length])
+        self._begun = {
+            last: tuple(sorted(prefixes, key=len, reverse=True)) for last, prefixes in begun.items()
+        }
+
+    def overlap(self, data: bytes) -> int:
+        """Length of the longest suffix of `data` that is a proper prefix of a value.
+
+        Prefixes are kept by their last byte, so that nearly all data is cleared in one look.
+        """
+        begun = self._begun.get(data[-1]) if data else None
+        if begun is None or not data.endswith(begun):
+            return 0
+        return next(len(prefix) for prefix in begun if data.endswith(prefix))
+
+    def named(self, name: bytes) -> bool:
+        """Whether a header's name, which is lower case, holds a value."""
+        return any(value in name for value in self._lower)
+
+
+class Redactor:
+    """One direction of one exchange."""
+
+    def __init__(self, needles: Needles) -> None:
+        self._needles = needles
         self._held = b""
 
     def feed(self, data: bytes) -> bytes:
         """What may pass now."""
-        if not self._values:
-            return data
-        data = self._held + data
-        for value in self._values:
-            if value in data:
-                data = data.replace(value, MARK)
-        keep = max((_overlap(data, value) for value in self._values), default=0)
+        data = self.whole(self._held + data)
+        keep = self._needles.overlap(data)
         self._held = data[len(data) - keep :] if keep else b""
         return data[: len(data) - keep] if keep else data
 
@@ -54,23 +78,9 @@ class Redactor:
         held, self._held = self._held, b""
         return held
 
-    def names(self, name: bytes) -> bool:
-        """Whether a header's name (lower case) holds a value."""
-        return any(value.lower() in name for value in self._values)
-
     def whole(self, data: bytes) -> bytes:
-        """A complete value, such as a header."""
-        for value in self._values:
-            data = data.replace(value, MARK)
+        """A complete value, such as a header's."""
+        for value in self._needles.values:
+            if value in data:
+                data = data.replace(value, MARK)
         return data
-
-
-def _overlap(data: bytes, value: bytes) -> int:
-    """Length of the longest suffix of `data` that is a proper prefix of `value`."""
-    tail = data[-(len(value) - 1) :]
-    start = tail.find(value[:1])
-    while start >= 0:
-        if value.startswith(tail[start:]):
-            return len(tail) - start
-        start = tail.find(value[:1], start + 1)
-    return 0

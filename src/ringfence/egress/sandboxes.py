@@ -19,7 +19,7 @@ from ringfence.channel.messages import (
 from ringfence.egress.address import Resolver
 from ringfence.egress.credentials import Credentials
 from ringfence.egress.model import Report, RunState, ToolUseSeen, Violation
-from ringfence.egress.redact import Redactor
+from ringfence.egress.redact import Needles, Redactor
 from ringfence.egress.tls import Authority
 from ringfence.egress.upstream import Pool
 from ringfence.errors import UnavailableError
@@ -112,13 +112,13 @@ class SandboxState:
         if provider is not None and provider.credential is not None:
             names.append(provider.credential)
         self._waiters: list[asyncio.Future[None]] = []
-        self._hidden = self.shared.credentials.values(names)
+        self.hidden = Needles(self.shared.credentials.values(names))
         self.provider = provider
         self.model_target = provider_target(provider) if provider is not None else None
 
     def redactor(self) -> Redactor:
         """For one answer: removes every credential that this sandbox's rules can inject."""
-        return Redactor(self._hidden)
+        return Redactor(self.hidden)
 
     def next_request(self) -> str:
         """A name for a model request, unique in its run."""
