@@ -62,6 +62,19 @@ def test_the_allowed_twin() -> None:
     run(test)
 
 
+def test_counting_tokens_uses_nothing_and_is_recorded() -> None:
+    async def test() -> None:
+        counted = JSON % (19, b'{"input_tokens": 9}')
+        async with rig(answering(counted)) as r:
+            assert b"input_tokens" in await r.exchange(ask("/v1/messages/count_tokens"))
+            assert r.state.run.spent.requests == 0
+            assert not r.recorder.of("model.answered")
+            assert r.recorder.of("model.requested")[0]["path"] == "/v1/messages/count_tokens"
+            assert [end["status"] for end in r.recorder.of("egress.ended")] == [200]
+
+    run(test)
+
+
 def test_nothing_is_sent_for_a_client_that_has_gone() -> None:
     """It hung up while the write-ahead was on its way to the disk."""
 

@@ -72,6 +72,8 @@ class Exchange:
             state.settle()
             if not admitted.counts_only:
                 state.answered(request_id, report, self.status, seconds * 1000, reason)
+            elif state.model_target is not None:  # it uses nothing, and ends like any request
+                self._ended(state.model_target.host, state.model_target.port, len(body), reason)
 
     def _used(self, reason: str) -> bool:
         """Whether the provider will charge for it: not for an error, nor when it broke off before
@@ -148,17 +150,19 @@ class Exchange:
         try:
             await self._carry(target, request + b"\r\n" + body)
         finally:
-            reason = self._leave()
-            state.record_soon(
-                "egress.ended",
-                host=host,
-                port=rule.port,
-                status=self.status,
-                bytes_out=len(body),
-                bytes_in=self.bytes_in,
-                duration_ms=round((time.monotonic() - self._started) * 1000, 3),
-                reason=reason,
-            )
+            self._ended(host, rule.port, len(body), self._leave())
+
+    def _ended(self, host: str, port: int, bytes_out: int, reason: str) -> None:
+        self._state.record_soon(
+            "egress.ended",
+            host=host,
+            port=port,
+            status=self.status,
+            bytes_out=bytes_out,
+            bytes_in=self.bytes_in,
+            duration_ms=round((time.monotonic() - self._started) * 1000, 3),
+            reason=reason,
+        )
 
     # carrying out
 

@@ -271,7 +271,7 @@ class ModelExchange:
         self._answer.end()
         model = self._answer.model or self._model
         usage = Usage()
-        if used:
+        if used and self._admitted:
             usage = self._answer.usage
             if not self._answer.stop_reason:
                 usage = torn(
