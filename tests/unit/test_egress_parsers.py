@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import ssl
@@ -12,13 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ringfence.channel.messages import ProviderConfig
 from ringfence.egress import rules
-from ringfence.egress.address import vet
+from ringfence.egress.address import AddressError, Resolver, vet
 from ringfence.egress.head import Body, HeadError, end_of_head, parse
 from ringfence.egress.model.sse import Answer, EventStream, StreamError
 from ringfence.egress.model.strictjson import NotStrictError
 from ringfence.egress.model.strictjson import parse as parse_json
 from ringfence.egress.redact import MARK, Needles, Redactor, spellings
+from ringfence.egress.sandboxes import provider_target
 from ringfence.egress.sni import HelloError, server_name
 from ringfence.policy.compiled import HostRule, PathRule
 
@@ -223,6 +226,26 @@ def test_addresses_outside_pass_unless_they_are_ours() -> None:
     assert vet("93.184.216.34")
     assert vet("2606:2800:220:1:248:1893:25c8:1946")
     assert not vet("93.184.216.34", own=["93.184.216.34"])
+
+
+def _resolve(*addresses: str, ours: bool) -> str:
+    resolver = Resolver({"llm.corp": list(addresses)}, {})
+    try:
+        return asyncio.run(resolver.resolve("llm.corp", 4000, ours=ours))[0]
+    except AddressError as error:
+        return str(error)
+
+
+def test_an_operators_own_provider_may_stand_on_a_private_network() -> None:
+    for address in ("10.1.2.3", "192.168.1.1", "127.0.0.1", "fc00::5", "::1"):
+        assert _resolve(address, ours=True) == address
+        assert _resolve(address, ours=False) == "address-not-public"
+    for address in ("169.254.169.254", "fd00:ec2::254", "224.0.0.1", "0.0.0.0", "168.63.129.16"):
+        assert _resolve(address, ours=True) == "address-not-public"
+        assert _resolve("10.1.2.3", address, ours=True) == "address-not-public"
+    assert _resolve("93.184.216.34", ours=False) == "93.184.216.34"
+    assert provider_target(ProviderConfig(base_url="http://llm.corp:4000/x")).ours
+    assert not provider_target(ProviderConfig()).ours
 
 
 RULE = HostRule(

@@ -59,6 +59,18 @@ def vet(text: str, own: Iterable[str] = ()) -> bool:
     )
 
 
+def near(text: str) -> bool:
+    """Whether an address is one that an operator's own server may have: private or loopback, and
+    still no metadata service, which answers at link-local and a few other places.
+    """
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    special = address.is_link_local or address.is_multicast or address.is_unspecified
+    return address.is_private and not special and str(address) not in _METADATA
+
+
 def _embedded(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
     """The IPv4 address inside a v4-mapped, 6to4, Teredo or NAT64 one."""
     if address.ipv4_mapped is not None:
@@ -96,23 +108,27 @@ class Resolver:
 
     def __init__(self, overrides: Mapping[str, list[str]], connect: Mapping[str, str]) -> None:
         self._overrides, self._connect = overrides, connect
-        self._kept: dict[tuple[str, int], tuple[float, tuple[str, int]]] = {}
+        self._kept: dict[tuple[str, int, bool], tuple[float, tuple[str, int]]] = {}
 
-    async def resolve(self, host: str, port: int) -> tuple[str, int]:
-        """The one address to dial. Raises AddressError."""
+    async def resolve(self, host: str, port: int, *, ours: bool = False) -> tuple[str, int]:
+        """The one address to dial. Raises AddressError.
+
+        `ours` is for a provider that the operator's settings name: it may stand on a private
+        network. Nothing from inside chooses such a name.
+        """
         forced = self._connect.get(f"{host}:{port}")
         if forced is not None:
             address, _, number = forced.rpartition(":")
             return address, int(number)
         if host in self._overrides:
-            return _first_vetted(self._overrides[host], port)
-        kept = self._kept.get((host, port))
+            return _first_vetted(self._overrides[host], port, ours=ours)
+        kept = self._kept.get((host, port, ours))
         if kept is not None and kept[0] > time.monotonic():
             return kept[1]
-        chosen = _first_vetted(await _lookup(host, port), port)
+        chosen = _first_vetted(await _lookup(host, port), port, ours=ours)
         if len(self._kept) > 4096:
             self._kept.clear()
-        self._kept[host, port] = time.monotonic() + _KEPT_SECONDS, chosen
+        self._kept[host, port, ours] = time.monotonic() + _KEPT_SECONDS, chosen
         return chosen
 
 
@@ -128,10 +144,10 @@ async def _lookup(host: str, port: int) -> list[str]:
     return [str(answer[4][0]) for answer in answers]
 
 
-def _first_vetted(addresses: list[str], port: int) -> tuple[str, int]:
+def _first_vetted(addresses: list[str], port: int, *, ours: bool) -> tuple[str, int]:
     if not addresses or len(addresses) > _MAX_ANSWERS:
         raise AddressError("name-not-resolved")
     own = own_addresses()
-    if not all(vet(address, own) for address in addresses):
+    if not all(vet(address, own) or (ours and near(address)) for address in addresses):
         raise AddressError("address-not-public")
     return addresses[0], port

@@ -173,7 +173,7 @@ class Exchange:
             address = (
                 (target.host, target.port)
                 if target.literal
-                else await state.shared.resolver.resolve(target.host, target.port)
+                else await state.shared.resolver.resolve(target.host, target.port, ours=target.ours)
             )
             context = state.shared.upstream_tls if target.tls else None
             name = target.host if target.tls else None

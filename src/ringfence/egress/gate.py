@@ -5,10 +5,8 @@ from __future__ import annotations
 from ringfence.egress import rules
 from ringfence.egress.head import Head, HeadError
 from ringfence.egress.model.exchange import COUNT_TOKENS, MESSAGES
-from ringfence.egress.sandboxes import MODEL_HOST, SandboxState
+from ringfence.egress.sandboxes import MODEL_HOST, PUBLIC_MODEL_HOST, SandboxState
 from ringfence.policy.compiled import HostRule
-
-_PUBLIC_MODEL_HOST = "api.anthropic.com"
 
 
 class Gate:
@@ -60,7 +58,7 @@ class Gate:
 
     def _judge_plain(self, head: Head) -> None:
         """Plain HTTP is the model route and nothing else."""
-        hosts = {MODEL_HOST, _PUBLIC_MODEL_HOST, f"{_PUBLIC_MODEL_HOST}:443"}
+        hosts = {MODEL_HOST, PUBLIC_MODEL_HOST, f"{PUBLIC_MODEL_HOST}:443"}
         if head.host.lower() not in hosts or not head.target.startswith("/"):
             raise HeadError(403, "plain-http")
         self._judge_model(head)
@@ -97,7 +95,7 @@ class Gate:
         return next((each.query for each in credentials if each.name == name), None)
 
     def _is_model(self, host: str, port: int) -> bool:
-        if (host, port) == (_PUBLIC_MODEL_HOST, 443):
+        if (host, port) == (PUBLIC_MODEL_HOST, 443):
             return True
         target = self._sandbox.model_target
         return target is not None and (target.host, target.port) == (host, port)

@@ -27,18 +27,25 @@ from ringfence.policy.compiled import EgressRules
 from ringfence.record.client import RecorderClient
 
 MODEL_HOST = "model.internal"
+PUBLIC_MODEL_HOST = "api.anthropic.com"
 _MAX_NOTICES = 500
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where an exchange goes: dialled address is resolved from host unless `address` is set."""
+    """Where an exchange goes.
+
+    Attributes:
+        literal: host is an address, and dialled as it stands.
+        ours: the operator's settings name it: it may resolve to a private network.
+    """
 
     host: str
     port: int
     tls: bool
     prefix: str = ""
     literal: bool = False
+    ours: bool = False
 
     @property
     def host_header(self) -> str:
@@ -53,7 +60,8 @@ def provider_target(provider: ProviderConfig) -> Target:
     tls = parts.scheme == "https"
     host = parts.hostname or ""
     literal = host.replace(".", "").isdigit() or ":" in host or host == "localhost"
-    return Target(host, parts.port or (443 if tls else 80), tls, parts.path.rstrip("/"), literal)
+    port, prefix = parts.port or (443 if tls else 80), parts.path.rstrip("/")
+    return Target(host, port, tls, prefix, literal, ours=host != PUBLIC_MODEL_HOST)
 
 
 class Connection(Protocol):
