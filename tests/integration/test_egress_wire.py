@@ -95,6 +95,26 @@ def test_nothing_is_sent_for_a_client_that_has_gone() -> None:
     run(test)
 
 
+def test_nothing_is_sent_after_the_witnesses_disagreed() -> None:
+    """Not even what was admitted before, and waited for the disk."""
+
+    async def test() -> None:
+        async with rig(answering(message())) as r:
+            r.recorder.gate.clear()
+            reader, writer = await r.dial()
+            writer.write(ask())
+            await until(lambda: bool(r.recorder.of("model.requested")))
+            forged = {"type": "tool_result", "tool_use_id": "t", "content": "x"}
+            refused = await r.exchange(ask(messages=[{"role": "user", "content": [forged]}]))
+            assert b"tool-result-never-asked" in refused
+            r.recorder.gate.set()
+            assert b"witness-violated" in await reader.read(4096)
+            assert not r.arrived
+            writer.close()
+
+    run(test)
+
+
 def test_nothing_is_sent_after_a_sandbox_is_closed() -> None:
     async def test() -> None:
         async with rig(answering(message())) as r:

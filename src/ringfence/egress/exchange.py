@@ -188,6 +188,11 @@ class Exchange:
             reason = "upstream-certificate" if "CERTIFICATE" in str(error) else "upstream-refused"
             self.refuse(502, reason, "upstream")
             return
+        if state.shut:
+            # since its head was judged it has waited: for its body, the budget, the disk, a dial
+            upstream.abort()
+            self.refuse(403, state.shut, "egress")
+            return
         self._upstream = upstream
         state.bytes_out += len(request)
         upstream.send(

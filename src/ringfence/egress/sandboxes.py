@@ -124,6 +124,13 @@ class SandboxState:
         self.provider = provider
         self.model_target = provider_target(provider) if provider is not None else None
 
+    @property
+    def shut(self) -> str:
+        """Why nothing may go out any more; empty while something may."""
+        if self.violated:
+            return "witness-violated"
+        return "sandbox-frozen" if self.frozen else ""
+
     def redactor(self) -> Redactor:
         """For one answer: removes every credential that this sandbox's rules can inject."""
         return Redactor(self.hidden)

@@ -211,8 +211,8 @@ class Client(asyncio.Protocol):
     def _judge(self, head: Head) -> None:
         """The first refusal ends the connection."""
         sandbox = self._sandbox
-        if sandbox.frozen or sandbox.violated:
-            raise HeadError(403, "witness-violated" if sandbox.violated else "sandbox-frozen")
+        if sandbox.shut:
+            raise HeadError(403, sandbox.shut)
         if sandbox.bytes_out > sandbox.rules.max_bytes_mb << 20:
             raise HeadError(403, "bytes-exhausted")
         if head.method == "CONNECT":

@@ -37,7 +37,7 @@ class Tunnel(asyncio.Protocol):
         limit = self._sandbox.rules.max_bytes_mb << 20
         self._out += len(data)
         self._sandbox.bytes_out += len(data)
-        if self._sandbox.bytes_out > limit or self._sandbox.frozen or self._sandbox.violated:
+        if self._sandbox.bytes_out > limit or self._sandbox.shut:
             self._sandbox.denied(self._target[0], self._rule.rule, "bytes-exhausted")
             self._client.abort()
             return
