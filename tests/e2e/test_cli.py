@@ -92,7 +92,7 @@ def test_changes_that_cannot_be_applied_do_not_cost_the_result(box: Box) -> None
         (["--timeout", "nan"], 2, "--timeout"),
         (["--timeout", "inf"], 2, "usage"),
         (["--max-budget-usd", "inf"], 2, "usage"),
-        (["--output", "xml"], 2, "usage"),
+        (["--output", "xml"], 2, "'xml' is not one of"),
         (["--permission-mode", "yolo"], 2, "--permission-mode"),
         (["--resume", "../../etc/passwd"], 2, "session-unknown"),
         (["--resume", "11111111-2222-4333-8444-555555555555"], 2, "session-unknown"),
@@ -106,6 +106,8 @@ def test_bad_input_is_a_line_with_a_code(
     given = [
         argument if isinstance(argument, str) else os.fsdecode(argument) for argument in arguments
     ]
+    if "--workspace" not in given:
+        given += ["--workspace", str(box.workspace)]
     _clean(box.call("run", "hi", *given), code, word)
     runs = box.state / "runs"
     assert not runs.exists() or not list(runs.iterdir())
@@ -114,8 +116,8 @@ def test_bad_input_is_a_line_with_a_code(
 @pytest.mark.parametrize(
     ("setting", "value", "code", "word"),
     [
-        ("RINGFENCE_CLAUDE", "/nowhere", 4, "claude-missing"),
-        ("RINGFENCE_CLAUDE", "/etc", 4, "claude-missing"),
+        ("RINGFENCE_CLAUDE", "/nowhere", 2, "settings-invalid"),
+        ("RINGFENCE_CLAUDE", "/etc", 2, "settings-invalid"),
         ("RINGFENCE_STATE_DIR", "/dev/null/x", 4, "state-refused"),
         ("RINGFENCE_PROVIDERS__ANTHROPIC__BASE_URL", "ftp://x", 2, "settings-invalid"),
     ],
@@ -126,7 +128,7 @@ def test_bad_settings_are_a_line_with_a_code(
     _clean(box.run("hi", **{setting: value}), code, word)
 
 
-def test_a_prompt_of_any_bytes(box: Box) -> None:
+def test_a_prompt_that_is_no_text(box: Box) -> None:
     argument = box.call("run", os.fsdecode(b"h\xff\xfei"), "--workspace", str(box.workspace))
     _clean(argument, 0 if os.geteuid() == 0 else 4, "")
     piped = subprocess.run(
@@ -140,8 +142,8 @@ def test_a_prompt_of_any_bytes(box: Box) -> None:
         capture_output=True,
         check=False,
     )
-    assert piped.returncode == 0, piped.stderr
-    assert json.loads(piped.stdout)["status"] == "succeeded"
+    assert piped.returncode == 2, piped.stderr
+    assert json.loads(piped.stdout)["error"]["code"] == "usage"
 
 
 def test_a_reader_that_leaves_ends_the_run_quietly(box: Box) -> None:
@@ -166,7 +168,7 @@ def test_a_reader_that_leaves_ends_the_run_quietly(box: Box) -> None:
 @pytest.mark.root
 def test_a_full_disk_is_said_and_not_traced(box: Box) -> None:
     """A file system of 512 KiB below the state directory, in a mount namespace of its own."""
-    box.state.mkdir(mode=0o700)
+    box.state.mkdir(mode=0o700, exist_ok=True)
     filled = (
         f"mount -t tmpfs -o size=512k,mode=0700 none {box.state} && "
         f'head -c 400k /dev/zero > {box.state}/filler; exec "$@"'

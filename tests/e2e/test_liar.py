@@ -51,10 +51,13 @@ LIES = {
     ),
     "junk-without-end": (ENDLESS.format("b'x\\n' * 100_000"), 5, "agent-protocol"),
     "requests-without-end": (
-        "for number in range(10**9): hook(number, f't{number}')",
+        "for number in range(10**9): send({'type': 'control_request', 'request_id': str(number),"
+        " 'request': {'subtype': 'can_use_tool', 'tool_name': 'Bash', 'input': {},"
+        " 'tool_use_id': 't'}})",
         5,
         "agent-protocol",
     ),
+    "a-call-that-the-model-never-made": ("hook(1, 't')", 3, "witness-violated"),
     "transcript-of-another-session": (
         "send({'type': 'transcript_mirror', 'entries': [{'type': 'user', 'uuid': 'u'}], 'filePath':"
         " '/home/agent/.claude/projects/ringfence/11111111-2222-4333-8444-555555555555.jsonl'})",
@@ -125,14 +128,16 @@ def test_a_flood_does_not_stop_the_clock(box: Box) -> None:
 
 
 def test_one_interrupt_ends_who_ignores_it(box: Box) -> None:
-    liar = install(box.workspace, box.place, "begin(); prompt()\nhook(1, 't')\ntime.sleep(600)")
+    liar = install(
+        box.workspace, box.place, "begin(); prompt(); send(text('hello'))\ntime.sleep(600)"
+    )
     process = box.spawn(
         *("run", "hi", "--workspace", str(box.workspace), "--output", "stream-json"),
         *("--policy", str(box.place / "policy.yaml")),
         RINGFENCE_CLAUDE=liar,
     )
     assert process.stdout is not None
-    assert any('"tool_started"' in line for line in process.stdout), "the turn has begun"
+    assert any('"hello"' in line for line in process.stdout), "the turn has begun"
     process.send_signal(2)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 5, err

@@ -220,3 +220,25 @@ def test_a_call_that_was_cut_off_has_an_end_in_the_record() -> None:
 )
 def test_caps_of_subagents(nested: bool, running: int, started: int, cap: str | None) -> None:
     assert refusal(ToolGrants(), nested=nested, running=running, started=started) == cap
+
+
+def test_subagents_of_one_answer_are_counted_before_any_has_started() -> None:
+    """Their hooks run side by side, and recording takes a while."""
+
+    async def many() -> tuple[list[str], list[str]]:
+        desk = Desk()
+        desk.log.append = slow(desk.log.append)  # type: ignore[method-assign]
+        first = await asyncio.gather(*(desk.before(f"a{n}", "Agent") for n in range(6)))
+        await desk.calls.succeeded({}, "a0", None)
+        return first, [await desk.before("b1", "Agent"), await desk.before("b2", "Agent")]
+
+    def slow(append: Any) -> Any:
+        async def after_a_while(*arguments: Any, **more: Any) -> Any:
+            await asyncio.sleep(0)
+            return await append(*arguments, **more)
+
+        return after_a_while
+
+    first, later = asyncio.run(many())
+    assert first == ["allow"] * 4 + ["deny"] * 2
+    assert later == ["allow", "deny"]

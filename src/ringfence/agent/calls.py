@@ -21,7 +21,7 @@ from ringfence.agent.permissions import Answer, Approver, Question, canonical_in
 from ringfence.agent.settings import ClaudeSettings
 from ringfence.agent.subagents import refusal
 from ringfence.errors import RingfenceError
-from ringfence.policy.decide import decide_tool
+from ringfence.policy.decide import ToolDecision, decide_tool
 from ringfence.policy.tools import canonical_tool
 from ringfence.record.events import ToolDecisionMade, ToolFinished
 from ringfence.record.recorder import Recorder
@@ -78,7 +78,8 @@ class ToolCalls:
         self._granted: dict[str, str] = {}
         self._approved: set[str] = set()
         self._running: dict[str, _Running] = {}
-        self._subagents = 0
+        self._subagents: set[str] = set()
+        self._subagents_started = 0
 
     async def before(
         self, data: Mapping[str, Any], tool_use_id: str | None, _: Any
@@ -120,6 +121,8 @@ class ToolCalls:
         if verdict.allowed:
             self._granted[identity] = digest
             self._watch(identity, name, input_hmac)
+        else:
+            self._subagents.discard(identity)
         return {
             "hookSpecificOutput": {
                 "hookEventName": "PreToolUse",
@@ -137,11 +140,18 @@ class ToolCalls:
         self._seen.add(identity)
         decision = decide_tool(self._settings.grants, self._settings.mode, name, tool_input)
         message = f"{decision.reason} ({decision.rule})"
-        cap = self._subagent_cap(name, nested=nested)
+        if not decision.allowed and not decision.ask:
+            return _by_policy(decision.rule, message)
+        cap = self._subagent_cap(identity, name, nested=nested)
         if cap is not None:
             return _by_policy(cap, f"no more subagents may start ({cap})")
-        if decision.allowed or not decision.ask:
-            return _by_policy(decision.rule, message, allowed=decision.allowed)
+        if decision.allowed:
+            return _by_policy(decision.rule, message, allowed=True)
+        return await self._persons_word(identity, name, tool_input, decision)
+
+    async def _persons_word(
+        self, identity: str, name: str, tool_input: dict[str, Any], decision: ToolDecision
+    ) -> _Verdict:
         if name in self._approved:
             return _Verdict(allowed=True, rule="approved for this run", by="person", message="")
         answer = await self._ask(identity, name, tool_input, decision.reason)
@@ -153,13 +163,22 @@ class ToolCalls:
             allowed=answer.allowed, rule=decision.rule, by="person", message=answer.message
         )
 
-    def _subagent_cap(self, name: str, *, nested: bool) -> str | None:
+    def _subagent_cap(self, identity: str, name: str, *, nested: bool) -> str | None:
+        """Why a subagent may not start; None when it may, and then it counts from this moment:
+        calls of one answer are decided side by side, and each would find the place still free.
+        """
         if canonical_tool(name) != "Task":
             return None
-        running = sum(canonical_tool(call.name) == "Task" for call in self._running.values())
-        return refusal(
-            self._settings.grants, nested=nested, running=running, started=self._subagents
+        cap = refusal(
+            self._settings.grants,
+            nested=nested,
+            running=len(self._subagents),
+            started=self._subagents_started,
         )
+        if cap is None:
+            self._subagents.add(identity)
+            self._subagents_started += 1
+        return cap
 
     async def _ask(
         self, identity: str, name: str, tool_input: dict[str, Any], reason: str
@@ -192,9 +211,7 @@ class ToolCalls:
 
     def _watch(self, identity: str, name: str, input_hmac: str) -> None:
         timer = None
-        if canonical_tool(name) == "Task":
-            self._subagents += 1
-        else:
+        if canonical_tool(name) != "Task":
             # a subagent is many calls; each has a clock of its own, and the run has one
             loop = asyncio.get_running_loop()
             timer = loop.call_later(self._settings.tool_seconds, self._late, identity)
@@ -226,6 +243,7 @@ class ToolCalls:
 
     async def finish(self, identity: str, outcome: Any) -> None:
         """A call is over, as `claude` or the clock says; one that is not running never was."""
+        self._subagents.discard(identity)
         call = self._running.pop(identity, None)
         if call is None:
             return

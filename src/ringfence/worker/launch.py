@@ -118,7 +118,9 @@ class Launcher:
 
         Raises:
             CallerError: `settings-invalid` for a provider that the settings do not name.
+            UnavailableError: `state-refused`.
         """
+        private_directory(self.config.state_dir)
         name = self._named(provider).credential
         if name is None or self.borrows_environment_key(provider):
             return None
