@@ -27,7 +27,7 @@ from ringfence.errors import RingfenceError, UnavailableError
 from ringfence.record.audit import AuditLog
 from ringfence.record.quota import Quota, Verdict
 from ringfence.record.shapes import fault, load_shapes, may_write, shortened
-from ringfence.record.wire import Decoder, FrameError, encode
+from ringfence.record.wire import Decoder, FrameError, encode, encode_index
 
 BEAT_SECONDS = 60.0
 _SOURCES = frozenset({"worker", "egress"})
@@ -183,7 +183,7 @@ class Recorder:
         answers: dict[int, list[bytes]] = {}
         for client, number, record in batch:
             if number:
-                frame = encode({"n": number, "i": index})
+                frame = encode_index(number, index)
                 answers.setdefault(client.socket.fileno(), []).append(frame)
             index += bool(record)
         for descriptor, frames in answers.items():

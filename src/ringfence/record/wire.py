@@ -14,6 +14,12 @@ from typing import Any
 MAX_FRAME = 1 << 20
 
 
+def encode_index(number: int, index: int) -> bytes:
+    """The frame of an answer: what `encode` makes of n and i, at a fraction of its time."""
+    body = b'{"n":%d,"i":%d}' % (number, index)
+    return struct.pack(">I", len(body)) + body
+
+
 class FrameError(ValueError):
     """The peer does not speak this protocol; the connection is closed."""
 
