@@ -1,4 +1,4 @@
-"""The nouns of the road: frozen values without I/O. Words as in docs/glossary."""
+"""The nouns of the road: frozen values without I/O."""
 
 from __future__ import annotations
 

@@ -46,6 +46,10 @@ def test_exec_takes_them_to_heart(box: Box) -> None:
     started = [r for r in box.records() if r["type"] == "run.started"]
     assert started[-1]["permission_mode"] == "plan"
     _clean(box.execute("true", "--resume", "x"), 2, '"usage"')
+    done = box.execute("echo $A $B", "--env", "A=1=2", "--env", "B=")
+    assert done.json["output"] == "1=2\n"
+    _clean(box.execute("true", "--env", "A"), 2, "NAME=VALUE")
+    _clean(box.execute("true", "--env", "1A=x"), 2, "name of a variable")
     box.policy({"preset": "review"})
     _clean(box.execute("true", "--permission-mode", "auto"), 3, "permission-mode-denied")
 

@@ -223,9 +223,7 @@ def _on_terminal(box: Box, answers: list[bytes], prompt: str) -> str:
         return process.poll() is not None
 
     for number, answer in enumerate(answers, 1):
-        assert wait_for(lambda n=number: read() or seen.count(b"allow for this") >= n, 40), bytes(
-            seen
-        )
+        assert wait_for(lambda n=number: read() or seen.count(b"allow every") >= n, 40), bytes(seen)
         os.write(main, answer + b"\n")
     assert wait_for(read, 40), bytes(seen)
     read()

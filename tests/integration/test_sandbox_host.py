@@ -9,6 +9,7 @@ import pwd
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -192,6 +193,22 @@ def test_starts_at_once_copy_claude_whole(tmp_path: Path) -> None:
     assert copy.stat().st_mode & 0o777 == 0o111
     copy.chmod(0o400)
     assert copy.read_bytes() == binary.read_bytes()
+
+
+def test_an_upgrade_removes_the_copy_of_before(tmp_path: Path) -> None:
+    """And what a kill left half made; a copy of today may be somebody's who is starting."""
+    binary, day = tmp_path / "binary", 86_400
+    binary.write_bytes(b"1")
+    first = hostfacts.execute_only(binary, tmp_path)
+    (first.parent / "x.part").write_bytes(b"half")
+    binary.write_bytes(b"22")
+    second = hostfacts.execute_only(binary, tmp_path)
+    assert {first, second, first.parent / "x.part"} == set(first.parent.iterdir())
+    for path in (first, first.parent / "x.part"):
+        os.utime(path, (time.time() - 2 * day,) * 2)
+    binary.write_bytes(b"333")
+    third = hostfacts.execute_only(binary, tmp_path)
+    assert {second, third} == set(first.parent.iterdir())
 
 
 @pytest.fixture

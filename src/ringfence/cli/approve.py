@@ -14,6 +14,7 @@ from ringfence.agent.permissions import Answer, Approver, DenyApprover, Question
 from ringfence.record.safe_text import printable
 
 EXPIRES_SECONDS = 600.0
+_SHOWN = 2000
 
 
 def approver(view: Any) -> Approver:
@@ -42,10 +43,15 @@ class TerminalApprover:
 
     def _show(self, question: Question) -> None:
         body = json.dumps(question.input, ensure_ascii=False, indent=2, default=str)
-        self._console.print(f"[bold yellow]? {escape(printable(question.name))}[/]")
-        self._console.print(escape(printable(body[:4000])))
+        if len(body) > 2 * _SHOWN:
+            # what is left out is said where it is: an end out of sight would be a place to hide
+            left = len(body) - 2 * _SHOWN
+            body = f"{body[:_SHOWN]}\n[… {left} characters are not shown …]\n{body[-_SHOWN:]}"
+        name = escape(printable(question.name))
+        self._console.print(f"[bold yellow]? {name}[/]")
+        self._console.print(escape(printable(body)))
         self._console.print(
-            "[bold]a[/]llow once · allow for this [bold]r[/]un · "
+            f"[bold]a[/]llow once · allow every {name} of this [bold]r[/]un · "
             "[bold]d[/]eny (d MESSAGE tells the agent why)"
         )
 

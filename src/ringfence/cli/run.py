@@ -143,6 +143,10 @@ def exec_(
     timeout: Timeout = None,
     resume: Resume = None,
     task: Annotated[str, typer.Option(help="TASK in its environment.")] = "",
+    env: Annotated[
+        list[str] | None,
+        typer.Option("--env", help="NAME=VALUE in its environment; repeatable, and no secret."),
+    ] = None,
     apply: Apply = False,
     include: Include = None,
     output: Output = OutputForm.TEXT,
@@ -164,12 +168,20 @@ def exec_(
             model=model,
             max_budget_usd=max_budget_usd,
             timeout_seconds=timeout,
+            environment=_variables(env or []),
         )
         result = _execute(context.obj, request, policy, preset, output)
         if output == "text":
             sys.stderr.write(printable(result.stderr))
         included = tuple(include or ())
         _finish(context.obj, result, output, apply=apply, include=included, shape=_command_json)
+
+
+def _variables(given: list[str]) -> tuple[tuple[str, str], ...]:
+    pairs = tuple(text.partition("=") for text in given)
+    if any(not equals for _, equals, _ in pairs):
+        raise CallerError("usage", "--env takes NAME=VALUE")
+    return tuple((name, value) for name, _, value in pairs)
 
 
 def _command_json(result: RunResult) -> dict[str, Any]:
@@ -250,8 +262,13 @@ async def _attempt(launcher: Any, compiled: Any, request: RunRequest, output: st
             # whoever read the output has gone, as `| head -1` does: nobody waits for the run
             control.cancel()
 
-    async with launcher.station(approver(view)) as station:
-        return await attempt(station, compiled, request, control=control, on_message=show)
+    try:
+        async with launcher.station(approver(view)) as station:
+            return await attempt(station, compiled, request, control=control, on_message=show)
+    finally:
+        # the run has ended: a second Ctrl-C that comes late must not cost its result
+        loop.remove_signal_handler(signal.SIGINT)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _view(output: str, *, command: bool) -> Any:
@@ -272,7 +289,13 @@ def _finish(
     from ringfence.worker.rundir import result_to_json
 
     applied, refused = None, None
-    if apply and result.status is RunStatus.SUCCEEDED and result.patch:
+    if apply and result.status is not RunStatus.SUCCEEDED and result.patch:
+        typer.echo(
+            "ringfence: nothing was applied, because the run did not succeed; "
+            f"to do it all the same: ringfence patch apply {result.run_id}",
+            err=True,
+        )
+    elif apply and result.patch:
         from ringfence.cli.patch import apply_run
 
         try:

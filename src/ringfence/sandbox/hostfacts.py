@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -9,6 +10,7 @@ import os
 import pwd
 import secrets
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ from ringfence.sandbox.protocol import INSIDE_WORKSPACE, SandboxSpec
 from ringfence.sandbox.workspace import Scan, scan
 
 _NOBODY = 65534
+_STALE_SECONDS = 86_400.0
 _TRIAL = (("--unshare-user", "--unshare-pid", "--ro-bind", "/", "/"), ("/bin/true",))
 
 _TRUST_STORES = (
@@ -269,6 +272,16 @@ def _trust_store(own: bytes | None) -> str:
     return text + (own.decode() if own else "")
 
 
+def _remove_stale(directory: Path) -> None:
+    """Copies of binaries that were replaced, and what a kill left half made: 381 MB each. One in
+    use stays where it is mounted; who would still start it makes it again.
+    """
+    for path in directory.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                path.unlink()
+
+
 def execute_only(binary: Path, state_dir: Path) -> Path:
     """An execute-only copy of a binary, made once (docs/decisions/0002).
 
@@ -283,6 +296,7 @@ def execute_only(binary: Path, state_dir: Path) -> Path:
     copy = directory / name
     if copy.exists() and copy.stat().st_size == status.st_size:
         return copy
+    _remove_stale(directory)
     # a name of its own: two starts at once, of one worker even, must not write one file
     temporary = directory / f"{name}.{secrets.token_hex(8)}.part"
     try:

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import codecs
-import contextlib
 import shutil
 import time
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,7 +46,6 @@ from ringfence.record.events import (
     SessionChanged,
 )
 from ringfence.record.leased import LeasedStore
-from ringfence.record.sessions import LEASE_SECONDS
 from ringfence.sandbox.hostfiles import host_files
 from ringfence.sandbox.patch import render
 from ringfence.sandbox.protocol import Changes, Control, Sandbox, SandboxSpec
@@ -56,6 +53,7 @@ from ringfence.sandbox.saved import save_changes
 from ringfence.worker.control import RunControl
 from ringfence.worker.ends import broken_off, to_the_end
 from ringfence.worker.ids import new_id
+from ringfence.worker.leases import heartbeat
 from ringfence.worker.outcome import Outcome
 from ringfence.worker.prepare import absent, check, listen, narrowed
 from ringfence.worker.rundir import RunDirectory
@@ -155,7 +153,7 @@ class Attempt:
                 self._session_id = str(uuid.uuid4())
         lease = sessions.lease(self._session_id, self.run_id)
         stack.callback(lease.release)
-        await stack.enter_async_context(_heartbeat(lease))
+        await stack.enter_async_context(heartbeat(lease))
         return lease
 
     async def _record_start(self) -> None:
@@ -197,7 +195,8 @@ class Attempt:
         """Listen before the sandbox exists: what connects early waits, and nothing fails open."""
         station = self._station
         directory = station.config.state_dir / "egress" / self._sandbox_id
-        directory.mkdir(parents=True, mode=0o755)
+        directory.mkdir(parents=True)
+        directory.chmod(0o755)  # the sandbox's uid enters it, whatever the caller's umask is
         stack.callback(shutil.rmtree, directory, ignore_errors=True)
         path = directory / "egress.sock"
         listener = listen(path)
@@ -485,23 +484,3 @@ class Attempt:
             "session_id": self._session_id,
             "sandbox_id": self._sandbox_id,
         }
-
-
-@asynccontextmanager
-async def _heartbeat(lease: LeasedStore) -> AsyncIterator[None]:
-    """Renew the lease while the block runs; a lost lease is seen by the next write."""
-
-    async def beat() -> None:
-        while True:
-            await asyncio.sleep(LEASE_SECONDS / 4)
-            with contextlib.suppress(UnavailableError):
-                # in a thread: another process may hold the file's lock for seconds
-                await asyncio.to_thread(lease.renew)
-
-    task = asyncio.get_running_loop().create_task(beat())
-    try:
-        yield
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
