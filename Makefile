@@ -22,10 +22,10 @@ demo: $(VENV)/.installed
 	$(BIN)/ringfence demo
 
 test: lint
-	$(BIN)/pytest -n $(JOBS) -m "not storm"
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not storm"
 
 test-all: lint
-	$(BIN)/pytest -n $(JOBS)
+	$(BIN)/pytest -n $(JOBS) --dist worksteal
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
