@@ -437,9 +437,10 @@ def test_a_tail_that_was_not_signed_for_long_is_a_warning(
 
 def run_copy(audit: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     copy = audit.parent / "verify.py"
+    source = str(Path(str(verifier.__file__)).parents[2])
     shutil.copy(str(verifier.__file__), copy)
     script = (
-        "import runpy, sys; sys.path = [p for p in sys.path if 'ringfence' not in p]; "
+        f"import runpy, sys; sys.path = [p for p in sys.path if p != {source!r}]; "
         "sys.modules['ringfence'] = None; "
         f"sys.argv = [{str(copy)!r}, *sys.argv[1:]]; runpy.run_path({str(copy)!r}, run_name='__main__')"
     )

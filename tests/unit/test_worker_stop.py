@@ -16,6 +16,7 @@ from ringfence.sandbox.protocol import Changes
 from ringfence.testing.fakes import MemoryRecorder
 from ringfence.worker.attempt import Attempt
 from ringfence.worker.control import RunControl
+from ringfence.worker.leases import heartbeat
 
 
 class Box:
@@ -71,3 +72,26 @@ def test_the_changes_do_not_depend_on_the_record() -> None:
 
     box: Any = Box(found)
     assert asyncio.run(run())._changes is found
+
+
+def test_a_cancellation_is_not_lost_at_the_end_of_a_lease() -> None:
+    """Ctrl-C in the moment in which the block ends must still end what surrounds it."""
+
+    class Lease:
+        def renew(self) -> None:
+            """Not reached."""
+
+    async def ends() -> None:
+        async with heartbeat(Lease()):  # type: ignore[arg-type]
+            await asyncio.sleep(0)
+        await asyncio.sleep(10)
+
+    async def cancelled() -> bool:
+        task = asyncio.ensure_future(ends())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # it has left the block, and waits for the renewing task
+        task.cancel()
+        done, _ = await asyncio.wait({task}, timeout=1)
+        return bool(done) and task.cancelled()
+
+    assert asyncio.run(cancelled())

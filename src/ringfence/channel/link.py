@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
 import json
 import os
 import socket
@@ -119,8 +118,8 @@ class Channel:
     async def close(self) -> None:
         """Shut both ways. Idempotent."""
         self._reader.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._reader
+        # waited for, and not awaited: its cancellation and our caller's would look the same
+        await asyncio.wait({self._reader})
         self._socket.close()
 
 

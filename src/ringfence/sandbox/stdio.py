@@ -123,8 +123,8 @@ class SocketProcess:
         """Close every descriptor; after the end. Idempotent."""
         await asyncio.shield(self._ended)
         self._drained.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._drained
+        # waited for, and not awaited: its cancellation and our caller's would look the same
+        await asyncio.wait({self._drained})
         self._on_release(self)
         for end in (self._stdin, self._stdout, self._stderr, self._status):
             end.close()

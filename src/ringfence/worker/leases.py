@@ -28,5 +28,5 @@ async def heartbeat(lease: LeasedStore) -> AsyncIterator[None]:
         yield
     finally:
         task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        # waited for, and not awaited: its cancellation and our caller's would look the same
+        await asyncio.wait({task})
