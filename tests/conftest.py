@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 pytest.register_assert_rewrite("ringfence.testing")
+
+# a shell has Ctrl-C ignored by what it starts in the background (POSIX, `&`), and what the tests
+# start would inherit that
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # no example database: the checkout may belong to another user than the one who runs the tests
 # a machine under load draws inputs slowly (the first draw builds a table of all characters): that
