@@ -8,6 +8,7 @@ import re
 import socket
 from collections.abc import Iterable
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 
 from ringfence.errors import CallerError, DeniedError, UnavailableError
@@ -63,6 +64,22 @@ def check(request: RunRequest, policy: CompiledPolicy, *, isolation: str, state_
             f"the policy names isolation {policy.sandbox.isolation}, and this host has {isolation}",
             hint=f"run it on a host that has it, or write isolation: {{backend: {isolation}}}",
         )
+    _check_limits(request)
+    if not Path(request.workspace).is_dir():
+        raise CallerError(
+            "workspace-missing", f"{request.workspace} is not a directory that can be read"
+        )
+    if request.fork and request.resume is None:
+        raise CallerError("usage", "only a session that is resumed can be forked")
+    mode, modes = request.permission_mode, policy.tools.permission_modes
+    _check_permitted("permission-mode-denied", mode, modes)
+    view, views = request.workspace_mode, policy.sandbox.workspace_modes
+    _check_permitted("workspace-mode-denied", view, views)
+    profile = policy.sandbox
+    refuse_exposed(state_dir, [request.workspace, *profile.readable, *profile.writable])
+
+
+def _check_limits(request: RunRequest) -> None:
     for name, limit in (
         ("timeout", request.timeout_seconds),
         ("budget", request.max_budget_usd),
@@ -70,30 +87,16 @@ def check(request: RunRequest, policy: CompiledPolicy, *, isolation: str, state_
     ):
         if limit is not None and not 0 < limit < math.inf:
             raise CallerError("usage", f"a {name} is a number above 0, not {limit}")
-    if not Path(request.workspace).is_dir():
-        raise CallerError(
-            "workspace-missing", f"{request.workspace} is not a directory that can be read"
-        )
-    if request.fork and request.resume is None:
-        raise CallerError("usage", "only a session that is resumed can be forked")
-    mode = request.permission_mode
-    if mode is not None and mode not in policy.tools.permission_modes:
-        allowed = ", ".join(m.value for m in policy.tools.permission_modes)
+
+
+def _check_permitted(code: str, asked: StrEnum | None, permitted: Iterable[StrEnum]) -> None:
+    allowed = [mode.value for mode in permitted]
+    if asked is not None and asked.value not in allowed:
         raise DeniedError(
-            "permission-mode-denied",
-            f"the policy does not permit mode {mode.value}",
-            hint=f"it permits: {allowed}",
+            code,
+            f"the policy does not permit {' '.join(code.split('-')[:2])} {asked.value}",
+            hint=f"it permits: {', '.join(allowed)}",
         )
-    view = request.workspace_mode
-    if view is not None and view not in policy.sandbox.workspace_modes:
-        allowed = ", ".join(m.value for m in policy.sandbox.workspace_modes)
-        raise DeniedError(
-            "workspace-mode-denied",
-            f"the policy does not permit workspace mode {view.value}",
-            hint=f"it permits: {allowed}",
-        )
-    profile = policy.sandbox
-    refuse_exposed(state_dir, [request.workspace, *profile.readable, *profile.writable])
 
 
 def absent(policy: CompiledPolicy) -> tuple[str, ...]:
