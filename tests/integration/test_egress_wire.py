@@ -318,8 +318,11 @@ def test_a_second_answer_reaches_nobody() -> None:
     run(test)
 
 
-def test_a_connection_kept_after_a_slow_reader_still_reads() -> None:
+def test_a_connection_kept_after_a_slow_reader_still_reads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The answer ended in the very read that filled the client's buffer."""
+    monkeypatch.setattr("ringfence.egress.upstream._READ", 1 << 20)
 
     async def test() -> None:
         big = b"HTTP/1.1 500 X\r\ncontent-length: 400000\r\n\r\n" + b"z" * 400_000
@@ -421,8 +424,9 @@ def test_any_answer_ends_once_and_frees_once(parts: list[bytes], bodyless: bool)
     upstream.connection_made(transport)  # type: ignore[arg-type]
     upstream.send(b"x", sink, freed.append, bodyless=bodyless)
     for part in parts:
-        if not transport.closed and not freed:
-            upstream.data_received(part)
+        if part and not transport.closed and not freed:
+            upstream.get_buffer(-1)[: len(part)] = part
+            upstream.buffer_updated(len(part))
     upstream.connection_lost(None)
     assert len(sink.ends) == 1
     assert len(freed) <= 1

@@ -236,15 +236,13 @@ class Exchange:
             self._head.modern and status not in {204, 304} and self._head.method != "HEAD"
         )
         lines = [b"HTTP/1.1 %d %b\r\n" % (status, responses.get(status, "").encode())]
-        lines += [b"%b: %b\r\n" % (name, self._redactor.whole(value)) for name, value in kept]
+        # a value is printable and without spaces: it lies within one line, or nowhere
+        lines.append(self._redactor.whole(b"".join([b"%b: %b\r\n" % line for line in kept])))
         if self._chunked:
             lines.append(b"transfer-encoding: chunked\r\n")
-        elif self._head.method == "HEAD" or status in {204, 304}:
-            pass
-        else:
+        elif self._head.method != "HEAD" and status not in {204, 304}:
             lines.append(b"connection: close\r\n")
-        self._out += lines
-        self._out.append(b"\r\n")
+        self._out += [*lines, b"\r\n"]
 
     def answer_body(self, data: bytes) -> None:
         """See Sink."""

@@ -40,6 +40,7 @@ from ringfence.vault.open import open_vault
 
 ENVIRONMENT_CREDENTIAL = "environment"
 _SETTLE_SECONDS = 2.0
+_LINGER_SECONDS = 0.001
 _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
 
 
@@ -96,7 +97,7 @@ class Egress:
 
     async def _configure(self, message: Configure, descriptors: list[int]) -> dict[str, Any]:
         """Read every secret, then give up the right to read more."""
-        recorder = RecorderClient(socket.socket(fileno=descriptors[0]))
+        recorder = RecorderClient(socket.socket(fileno=descriptors[0]), linger=_LINGER_SECONDS)
         secrets = _secrets(message)
         authority = Authority.load(Path(message.ca_dir)) if message.ca_dir else None
         context = upstream_context(message.upstream_ca)

@@ -41,6 +41,11 @@ class _State(Enum):
     CLOSED = "over"
 
 
+# tuples: looked through by identity, where a set would call the hash of Enum
+_WAITING = (_State.BUSY, _State.VETTING)
+_NOT_READING = (*_WAITING, _State.TUNNEL, _State.CLOSED)
+
+
 class Client(asyncio.Protocol):
     """One connection from inside. Its sandbox is known by the socket it came in on."""
 
@@ -143,15 +148,9 @@ class Client(asyncio.Protocol):
                 self._read_head()
             if self._state is _State.BODY:
                 self._read_body()
-            waiting = self._state in {_State.BUSY, _State.VETTING}
-            if waiting and len(self._buffer) > _MAX_HELD:
+            if self._state in _WAITING and len(self._buffer) > _MAX_HELD:
                 self._hold_client(True)
-            if (self._state, len(self._buffer)) == before or self._state in {
-                _State.VETTING,
-                _State.BUSY,
-                _State.TUNNEL,
-                _State.CLOSED,
-            }:
+            if self._state in _NOT_READING or (self._state, len(self._buffer)) == before:
                 return
 
     def _first(self) -> None:

@@ -24,15 +24,21 @@ _READ = 1 << 16
 
 
 class RecorderClient:
-    """`Recorder` over a socket, pipelined. Belongs to the running event loop."""
+    """`Recorder` over a socket, pipelined. Belongs to the running event loop.
 
-    def __init__(self, connection: socket.socket) -> None:
+    `linger`, in seconds, is how long a frame that nobody waits for may lie here for others to go
+    with it. Each write wakes the recorder, whose commit the next durable append has to wait for.
+    """
+
+    def __init__(self, connection: socket.socket, *, linger: float = 0.0) -> None:
         connection.settimeout(0)
         self._socket = connection
         self._loop = asyncio.get_running_loop()
         self._decoder = Decoder()
         self._unsent = bytearray()
         self._writing = self._scheduled = False
+        self._linger = linger
+        self._later: asyncio.TimerHandle | None = None
         self._room = asyncio.Event()
         self._room.set()
         self._waiting: dict[int, asyncio.Future[int]] = {}
@@ -79,7 +85,7 @@ class RecorderClient:
         """
         if self._lost:
             raise self._lost
-        self._send(encode({"n": 0, "e": fields}))
+        self._send(encode({"n": 0, "e": fields}), self._linger)
 
     def quota(self, sandbox_id: str, records: int) -> None:
         """See the protocol."""
@@ -101,6 +107,7 @@ class RecorderClient:
             return
         with contextlib.suppress(TimeoutError, OSError):
             async with asyncio.timeout(_CLOSE_SECONDS):
+                self._flush()
                 while self._unsent and not self._lost:
                     self._room.clear()
                     await self._room.wait()
@@ -109,7 +116,7 @@ class RecorderClient:
         self._lose("this connection was closed")
         self._socket.close()
 
-    def _send(self, frame: bytes) -> None:
+    def _send(self, frame: bytes, linger: float = 0.0) -> None:
         """Queue a frame behind all that came before it; what one turn of the loop queues goes
         out in one write.
         """
@@ -118,12 +125,19 @@ class RecorderClient:
         self._unsent += frame
         if len(self._unsent) > _MAX_UNSENT:
             self._room.clear()
-        if not self._writing and not self._scheduled:
-            self._scheduled = True
-            self._loop.call_soon(self._flush)
+        if self._writing or self._scheduled:
+            return
+        if linger and len(self._unsent) < _READ:
+            self._later = self._later or self._loop.call_later(linger, self._flush)
+            return
+        self._scheduled = True
+        self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
         self._scheduled = False
+        if self._later is not None:
+            self._later.cancel()
+            self._later = None
         if self._lost:
             return
         try:

@@ -32,7 +32,8 @@ from ringfence.record.wire import Decoder, FrameError, encode, encode_index
 BEAT_SECONDS = 60.0
 _SOURCES = frozenset({"worker", "egress"})
 _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
-_MAX_READ = 1 << 20
+_MAX_READ = 64 << 10
+"""Larger, and each read maps memory of its own and gives it back."""
 _MAX_UNSENT = 4 << 20
 _DRAIN_SECONDS = 5.0
 _MAX_REFUSED = 4_096
@@ -49,6 +50,7 @@ class _Client:
         self.socket = connection
         self.decoder = Decoder()
         self.unsent = bytearray()
+        self.watched = select.POLLIN
         self.ended = False
 
     def receive(self) -> list[dict[str, Any]]:
@@ -142,7 +144,9 @@ class Recorder:
             self._drop(client)
         for descriptor, client in self._clients.items():
             wanted = select.POLLIN | (select.POLLOUT if client.unsent else 0)
-            self._poll.modify(descriptor, wanted)
+            if wanted != client.watched:
+                client.watched = wanted
+                self._poll.modify(descriptor, wanted)
         return bool(batch)
 
     def _take(

@@ -8,8 +8,7 @@ another account's files. Each is refused unless the policy grants it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ringfence.egress.model.ledger import Report, report_of
 from ringfence.policy.compiled import ModelRules
@@ -56,8 +55,7 @@ class BodyError(ValueError):
     """The body is outside the rules; the message is a reason tag."""
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
+class Facts(NamedTuple):
     """What the route needs of an admitted body."""
 
     model: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ringfence.egress.model import body as rules_of_body
 from ringfence.egress.model import headers as rules_of_headers
@@ -28,8 +29,7 @@ _QUERIES = frozenset({"", "beta=true"})
 MAX_ANSWER = 32 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Admitted:
+class Admitted(NamedTuple):
     """A request that may go upstream."""
 
     headers: tuple[tuple[bytes, bytes], ...]
@@ -59,8 +59,7 @@ class Cut:
     tail: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(NamedTuple):
     """What one exchange was."""
 
     usage: Usage
@@ -69,8 +68,7 @@ class Report:
     tool_uses: tuple[ToolUseSeen, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Reservation:
+class Reservation(NamedTuple):
     """The most that one request may use."""
 
     dollars: float
@@ -117,12 +115,14 @@ class RunState:
         rules, spent, waiting = self.rules, self.spent, [*self._reserved.values(), wish]
         if rules.max_requests is not None and spent.requests + len(waiting) > rules.max_requests:
             return "max_requests"
-        tokens = spent.output_tokens + sum(each.output_tokens for each in waiting)
-        if rules.max_output_tokens is not None and tokens > rules.max_output_tokens:
-            return "max_output_tokens"
-        dollars = (spent.cost_usd or 0.0) + sum(each.dollars for each in waiting)
-        if rules.max_budget_usd is not None and dollars > rules.max_budget_usd:
-            return "max_budget_usd"
+        if rules.max_output_tokens is not None:
+            tokens = spent.output_tokens + sum(each.output_tokens for each in waiting)
+            if tokens > rules.max_output_tokens:
+                return "max_output_tokens"
+        if rules.max_budget_usd is not None:
+            dollars = (spent.cost_usd or 0.0) + sum(each.dollars for each in waiting)
+            if dollars > rules.max_budget_usd:
+                return "max_budget_usd"
         return None
 
     def reserve(self, key: int, wish: Reservation) -> None:

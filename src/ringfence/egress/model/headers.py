@@ -46,19 +46,19 @@ _RESPONSE_PREFIXES = (b"anthropic-ratelimit-",)
 
 def request_headers(headers: Headers, granted_betas: Iterable[str]) -> list[tuple[bytes, bytes]]:
     """What goes upstream of a request's headers, without host, credential and length."""
-    betas = BETAS | frozenset(granted_betas)
     kept = []
     for name, value in headers:
         if name not in REQUEST:
             continue
-        passed = _only(value, betas) if name == b"anthropic-beta" else value
+        passed = _only(value, granted_betas) if name == b"anthropic-beta" else value
         if passed:
             kept.append((name, passed))
     # nothing may pass that redaction and metering cannot read
     return [*kept, (b"accept-encoding", b"identity")]
 
 
-def _only(value: bytes, granted: frozenset[str]) -> bytes:
+def _only(value: bytes, granted_betas: Iterable[str]) -> bytes:
+    granted = BETAS | frozenset(granted_betas)
     flags = [flag.strip() for flag in value.decode("latin-1").split(",")]
     return ",".join(flag for flag in flags if flag in granted).encode("latin-1")
 

@@ -7,6 +7,7 @@ cost 1.25 times, those of an hour 2 times, reads 0.1 times the input price.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 from ringfence.model import Usage
 
@@ -30,6 +31,7 @@ _TOKENS_A_SECOND = 100
 """Faster than these models write; thinking may be written without being shown."""
 
 
+@lru_cache(maxsize=256)
 def price(model: str) -> tuple[float, float] | None:
     """(input, output) dollars per million tokens; None for a model without a known price."""
     for prefix, into, out in _PRICES:
