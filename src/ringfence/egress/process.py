@@ -97,7 +97,9 @@ class Egress:
 
     async def _configure(self, message: Configure, descriptors: list[int]) -> dict[str, Any]:
         """Read every secret, then give up the right to read more."""
-        recorder = RecorderClient(socket.socket(fileno=descriptors[0]), linger=_LINGER_SECONDS)
+        # it is the next request's durable append that gains by it
+        linger = _LINGER_SECONDS if message.wait_for_audit else 0.0
+        recorder = RecorderClient(socket.socket(fileno=descriptors[0]), linger=linger)
         secrets = _secrets(message)
         authority = Authority.load(Path(message.ca_dir)) if message.ca_dir else None
         context = upstream_context(message.upstream_ca)
