@@ -99,7 +99,7 @@ async def station(url: str) -> AsyncIterator[tuple[Station, Path]]:
             state_dir=Path(scratch) / "state",
             providers={"anthropic": Provider(base_url=url, credential=None)},
         )
-        async with launcher(config).station(DenyApprover()) as one:
+        async with launcher(config).station(DenyApprover(), "bubblewrap") as one:
             yield one, workspace
 
 

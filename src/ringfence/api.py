@@ -85,10 +85,12 @@ async def run(
         fork=fork,
         environment=tuple((environment or {}).items()),
     )
-    async with launcher(load_config()).station(approver or DenyApprover()) as station:
+    compiled = compile_policy(document)
+    made = launcher(load_config()).station(approver or DenyApprover(), compiled.sandbox.isolation)
+    async with made as station:
         return await attempt(
             station,
-            compile_policy(document),
+            compiled,
             request,
             control=RunControl(),
             on_message=on_message or (lambda _: None),

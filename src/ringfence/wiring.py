@@ -13,28 +13,32 @@ from typing import TYPE_CHECKING, Any
 from ringfence.config import Config, load_config
 
 if TYPE_CHECKING:
-    from ringfence.sandbox.protocol import Backend
+    from ringfence.sandbox.registry import Backends
     from ringfence.worker.launch import Launcher
 
 
 def launcher(config: Config) -> Launcher:
-    """What a run needs, with the bubblewrap backend."""
+    """What a run needs."""
     from ringfence.worker.launch import Launcher
 
     return Launcher(
         config=config,
-        make_backend=backend,
+        make_backends=backends,
         environment_key=os.environ.get("ANTHROPIC_API_KEY", "").strip() or None,
     )
 
 
-def backend(config: Config) -> Backend:
-    """The isolation technology."""
+def backends(config: Config) -> Backends:
+    """The isolation technologies."""
     from ringfence.sandbox.bubblewrap import BubblewrapBackend
+    from ringfence.sandbox.registry import Backends
 
-    return BubblewrapBackend(
-        state_dir=config.state_dir, uid_base=config.uid_base, uid_count=config.uid_count
-    )
+    shared: dict[str, Any] = {
+        "state_dir": config.state_dir,
+        "uid_base": config.uid_base,
+        "uid_count": config.uid_count,
+    }
+    return Backends({"bubblewrap": lambda: BubblewrapBackend(**shared)})
 
 
 def main() -> None:

@@ -20,8 +20,9 @@ from ringfence.errors import CallerError, UnavailableError
 from ringfence.model import WorkspaceMode
 from ringfence.policy.compiled import SandboxProfile
 from ringfence.sandbox import hostfacts
-from ringfence.sandbox.bubblewrap import BubblewrapBackend, BubblewrapSandbox, refuse_workspace
+from ringfence.sandbox.bubblewrap import BubblewrapBackend
 from ringfence.sandbox.protocol import Control, Sandbox, SandboxSpec
+from ringfence.sandbox.staged import StagedSandbox, refuse_workspace
 from ringfence.testing.sandbox_contract import shell
 from ringfence.worker.ids import new_id
 
@@ -326,7 +327,7 @@ def _runs(place: Path, command: str) -> tuple[int, str]:
 
 async def _start(
     place: Path, workspace: Path | None = None, mode: WorkspaceMode = WorkspaceMode.REVIEW
-) -> BubblewrapSandbox:
+) -> StagedSandbox:
     for name in ("workspace", "state"):
         (place / name).mkdir(mode=0o700, exist_ok=True)
     spec = SandboxSpec(

@@ -17,6 +17,7 @@ from ringfence.cli.main import app
 from ringfence.config import load_config
 from ringfence.errors import UnavailableError
 from ringfence.sandbox.protocol import Control, ControlState
+from ringfence.sandbox.registry import Backends
 
 
 class Host:
@@ -47,7 +48,7 @@ def doctor(place: Path, host: Host, *arguments: str, key: bool = True, claude: b
     )
     launcher = SimpleNamespace(
         config=config,
-        make_backend=lambda _: host,
+        make_backends=lambda _: Backends({"bubblewrap": lambda: host}),
         missing_credential=lambda _: None if key else "anthropic",
     )
     context = AppContext(config=config, launcher=lambda: launcher, run=lambda _: None)
@@ -87,7 +88,7 @@ def test_what_the_policy_accepts_does_not_stop_it(tmp_path: Path) -> None:
 def test_isolation_that_cannot_run(tmp_path: Path) -> None:
     result = doctor(tmp_path, Host(broken=True), "--json")
     assert result.exit_code == 4
-    assert (checks(result)["host"]["state"], checks(result)["host"]["mend"]) == (
+    assert (checks(result)["bubblewrap"]["state"], checks(result)["bubblewrap"]["mend"]) == (
         "stops",
         "sysctl x=1",
     )

@@ -10,8 +10,8 @@ import pytest
 
 from ringfence.errors import UnavailableError
 from ringfence.policy.compiled import SandboxProfile
-from ringfence.sandbox.bubblewrap import _refuse_unenforceable
 from ringfence.sandbox.protocol import Control, ControlState
+from ringfence.sandbox.staged import refuse_unenforceable
 
 DEFECT = """
 import ringfence.cli.policy as policy
@@ -92,10 +92,10 @@ def test_all_that_a_host_cannot_enforce_is_named_at_once() -> None:
         for c in (Control.MEMORY, Control.CPU, Control.PIDS, Control.DISK, Control.TMP_NOEXEC)
     ]
     with pytest.raises(UnavailableError) as caught:
-        _refuse_unenforceable(states, SandboxProfile(accept_unenforced=frozenset({"pids"})))
+        refuse_unenforceable(states, SandboxProfile(accept_unenforced=frozenset({"pids"})))
     assert "cannot enforce memory, cpu: no cgroup" in caught.value.message
     assert caught.value.hint == (
         "delegate one; or name it in the policy: accept_unenforced: [memory, cpu]"
     )
     accepted = SandboxProfile(accept_unenforced=frozenset({"memory", "cpu", "pids"}))
-    _refuse_unenforceable(states, accepted)
+    refuse_unenforceable(states, accepted)

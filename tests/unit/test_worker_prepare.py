@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ringfence.model import PermissionMode, RunRequest, WorkspaceMode
 from ringfence.policy.compile import compile_policy
 from ringfence.policy.compiled import CompiledPolicy
 from ringfence.policy.load import from_mapping, load_policy
+from ringfence.sandbox.registry import Backends
 from ringfence.worker.prepare import absent, check, narrowed
 
 
@@ -55,13 +57,11 @@ def test_a_workspace_mode_must_be_permitted(
     for mode in WorkspaceMode:
         asked = request(tmp_path, workspace_mode=mode)
         if mode.value in permitted:
-            check(asked, rules, isolation="bubblewrap", state_dir=tmp_path / "state")
+            check(asked, rules, state_dir=tmp_path / "state")
             assert narrowed(rules, asked).sandbox.workspace_mode is mode
             continue
         with pytest.raises(DeniedError) as caught:
-            check(
-                asked, narrowed(rules, asked), isolation="bubblewrap", state_dir=tmp_path / "state"
-            )
+            check(asked, narrowed(rules, asked), state_dir=tmp_path / "state")
         assert caught.value.code == "workspace-mode-denied"
         assert mode.value not in caught.value.hint
 
@@ -71,32 +71,32 @@ def test_a_permission_mode_must_be_permitted(tmp_path: Path) -> None:
     check(
         request(tmp_path, permission_mode=PermissionMode.PLAN),
         rules,
-        isolation="bubblewrap",
         state_dir=tmp_path / "state",
     )
     with pytest.raises(DeniedError) as caught:
         check(
             request(tmp_path, permission_mode=PermissionMode.AUTO),
             rules,
-            isolation="bubblewrap",
             state_dir=tmp_path / "state",
         )
     assert caught.value.code == "permission-mode-denied"
 
 
-def test_another_isolation_than_the_named_one_is_no_substitute(tmp_path: Path) -> None:
-    named = policy(isolation={"backend": "gvisor"})
+def test_another_isolation_than_the_named_one_is_no_substitute() -> None:
+    made: list[str] = []
+
+    def factory(name: str) -> Callable[[], Any]:
+        return lambda: made.append(name) or name
+
+    known = Backends({name: factory(name) for name in ("bubblewrap", "container")})
     with pytest.raises(UnavailableError) as caught:
-        check(request(tmp_path), named, isolation="bubblewrap", state_dir=tmp_path / "state")
+        known.get("gvisor")
     assert caught.value.code == "isolation-unavailable"
     assert "gvisor" in caught.value.message
-    check(request(tmp_path), named, isolation="gvisor", state_dir=tmp_path / "state")
-    check(
-        request(tmp_path),
-        policy(isolation={"backend": "auto"}),
-        isolation="bubblewrap",
-        state_dir=tmp_path / "state",
-    )
+    assert made == []
+    assert [known.get("container"), known.get("container")] == ["container", "container"]
+    assert known.get("auto") == "bubblewrap"
+    assert made == ["container", "bubblewrap"], "each is made once, and none that is not asked for"
 
 
 def test_a_path_that_the_host_lacks_is_named(tmp_path: Path) -> None:

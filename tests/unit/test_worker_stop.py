@@ -36,7 +36,9 @@ class Box:
 
 
 def attempt(recorder: MemoryRecorder) -> Attempt:
-    station: Any = SimpleNamespace(recorder=recorder)
+    station: Any = SimpleNamespace(
+        recorder=recorder, backends=SimpleNamespace(get=lambda _: SimpleNamespace(name="none"))
+    )
     policy = compile_policy(load_policy(None, preset="strict"))
     request = RunRequest(prompt="x", workspace="/")
     return Attempt(station, policy, request, control=RunControl(), on_message=lambda _: None)

@@ -84,7 +84,7 @@ async def _play(
         )
         launcher = replace(launcher, config=config, environment_key=_CANARY)
         policy = compile_policy(from_mapping(_policy()))
-        async with launcher.station(DenyApprover()) as station:
+        async with launcher.station(DenyApprover(), policy.sandbox.isolation) as station:
             console.print(_INTRODUCTION, soft_wrap=False)
             console.rule("an agent fixes a failing test, inside the fence")
             before = await _tests(console, station, policy, workspace, "before")

@@ -99,11 +99,12 @@ def _isolation(context: AppContext, policy: CompiledPolicy) -> Iterator[Line]:
     from ringfence.sandbox.protocol import stopping
 
     launcher = context.launcher()
-    backend = launcher.make_backend(launcher.config)
     try:
+        backend = launcher.make_backends(launcher.config).get(policy.sandbox.isolation)
         states = backend.probe(policy.sandbox)
     except RingfenceError as error:
-        yield Line(name=backend.name, state="stops", how=error.message, mend=error.hint)
+        name = policy.sandbox.isolation
+        yield Line(name=name, state="stops", how=error.message, mend=error.hint)
         return
     yield Line(name=backend.name, state="ok", how="it can start a sandbox")
     accepted = policy.sandbox.accept_unenforced

@@ -263,7 +263,7 @@ async def _attempt(launcher: Any, compiled: Any, request: RunRequest, output: st
             control.cancel()
 
     try:
-        async with launcher.station(approver(view)) as station:
+        async with launcher.station(approver(view), compiled.sandbox.isolation) as station:
             return await attempt(station, compiled, request, control=control, on_message=show)
     finally:
         # the run has ended: a second Ctrl-C that comes late must not cost its result

@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ringfence.errors import CallerError, UnavailableError
 from ringfence.policy.compiled import SandboxProfile
@@ -80,16 +81,19 @@ def check_user_namespaces() -> None:
         UnavailableError: `isolation-unavailable`, with the setting that forbids it.
     """
     facts = _empty_place()
-    parent = os.getpid()
-    words = rehearse(
-        bare_plan(facts), exec_plan(facts, *_TRIAL, cgroups=(), rlimits={}, parent=parent)
-    )
+    words = rehearse(bare_plan(facts), trial_plan(facts))
     if words is None:
         return
     hint = "unprivileged user namespaces are shut: sysctl user.max_user_namespaces=10000"
     if Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns").exists():
         hint = "sysctl kernel.apparmor_restrict_unprivileged_userns=0, or an AppArmor profile"
     raise UnavailableError("isolation-unavailable", f"bubblewrap cannot start: {words}", hint=hint)
+
+
+def trial_plan(facts: HostFacts, **rlimits: int) -> dict[str, Any]:
+    """A program in bubblewrap that does nothing."""
+    plan = exec_plan(facts, *_TRIAL)
+    return {**plan, "cgroups": [], "rlimits": rlimits, "parent": os.getpid()}
 
 
 def _empty_place() -> HostFacts:
@@ -153,8 +157,7 @@ def limits_processes() -> bool:
     facts = _empty_place()
 
     def works(processes: int) -> bool:
-        limit = {"RLIMIT_NPROC": processes}
-        plan = exec_plan(facts, *_TRIAL, cgroups=(), rlimits=limit, parent=os.getpid())
+        plan = trial_plan(facts, RLIMIT_NPROC=processes)
         return rehearse(bare_plan(facts), plan) is None
 
     return works(3) and not works(2)

@@ -236,23 +236,12 @@ def bare_plan(facts: HostFacts) -> dict[str, Any]:
     }
 
 
-def exec_plan(
-    facts: HostFacts,
-    options: Sequence[str],
-    command: Sequence[str],
-    *,
-    cgroups: Sequence[str],
-    rlimits: Mapping[str, int],
-    parent: int,
-) -> dict[str, Any]:
-    """The plan of launch.py's second phase; `parent` is the worker's process id."""
+def exec_plan(facts: HostFacts, options: Sequence[str], command: Sequence[str]) -> dict[str, Any]:
+    """The plan of launch.py's second phase for bubblewrap, without cgroups, rlimits and parent."""
     return {
         "phase": "exec",
         "as_root": facts.as_root,
         "uid": facts.uid,
-        "cgroups": list(cgroups),
-        "rlimits": dict(rlimits),
-        "parent": parent,
         "bwrap": str(PurePosixPath(facts.stage) / facts.tools.executable),
         "options": list(options),
         "argv": ["bwrap", "--args", str(OPTIONS_FD), "--", *command],

@@ -74,6 +74,7 @@ class Attempt:
     ) -> None:
         self._station, self._request = station, request
         self._stated, self._policy = policy, narrowed(policy, request)
+        self._backend = station.backends.get(policy.sandbox.isolation)
         self._control, self._on_message = control, on_message
         self.run_id, self._sandbox_id = new_id("run"), new_id("sb")
         self._session_id = "" if request.command else request.resume or str(uuid.uuid4())
@@ -96,12 +97,7 @@ class Attempt:
                 host that cannot.
         """
         station = self._station
-        check(
-            self._request,
-            self._stated,
-            isolation=station.backend.name,
-            state_dir=station.config.state_dir,
-        )
+        check(self._request, self._stated, state_dir=station.config.state_dir)
         directory = RunDirectory(self._station.config.state_dir, self.run_id)
         try:
             async with AsyncExitStack() as stack:
@@ -243,7 +239,7 @@ class Attempt:
             home_files=station.sessions.materialise(self._session_id) if resumed else None,
             ca_certificate=station.ca_certificate,
         )
-        sandbox = await station.backend.start(spec)
+        sandbox = await self._backend.start(spec)
         stack.push_async_callback(sandbox.close)
         self._sandbox = sandbox
         self._hidden = tuple(sandbox.hidden)
@@ -255,7 +251,7 @@ class Attempt:
         await station.recorder.append(
             SandboxStarted(
                 **self._ids(),
-                isolation=station.backend.name,
+                isolation=self._backend.name,
                 controls={state.control.value: state.enforced for state in sandbox.controls},
                 hidden_files=len(self._hidden),
             )

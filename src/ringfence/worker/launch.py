@@ -20,7 +20,7 @@ from ringfence.model import RunRequest, RunResult
 from ringfence.policy.compiled import CompiledPolicy
 from ringfence.record.client import RecorderClient, RecorderProcess
 from ringfence.record.sessions import SqliteSessionStore
-from ringfence.sandbox.protocol import Backend
+from ringfence.sandbox.registry import Backends
 from ringfence.vault.keys import VaultPaths
 from ringfence.vault.store import VaultFile, check_value
 from ringfence.worker.attempt import Attempt
@@ -35,24 +35,29 @@ class Launcher:
     """Makes stations.
 
     Attributes:
-        make_backend: the isolation technology for a configuration; named in `wiring` only.
+        make_backends: the isolation technologies for a configuration; named in `wiring` only.
         environment_key: the operator's ANTHROPIC_API_KEY, if there is one.
     """
 
     config: Config
-    make_backend: Callable[[Config], Backend]
+    make_backends: Callable[[Config], Backends]
     environment_key: str | None = None
 
     @asynccontextmanager
-    async def station(self, approver: Approver) -> AsyncIterator[Station]:
-        """Start the processes; on leaving, drain and end them in the right order."""
+    async def station(
+        self, approver: Approver, isolation: str | None = None
+    ) -> AsyncIterator[Station]:
+        """Start the processes; on leaving, drain and end them in the right order. `isolation` is
+        the technology to have ready for the first run.
+        """
         state = self.config.state_dir
         private_directory(state)
         claude = claude_binary(self.config)
         async with AsyncExitStack() as stack:
-            backend = self.make_backend(self.config)
-            stack.push_async_callback(backend.close)
-            backend.warm()
+            backends = self.make_backends(self.config)
+            stack.push_async_callback(backends.close)
+            if isolation is not None:
+                backends.get(isolation).warm()
             recorder_process = RecorderProcess.start(state / "audit")
             stack.push_async_callback(asyncio.to_thread, recorder_process.close)
             egress_process = EgressProcess.start()
@@ -73,7 +78,7 @@ class Launcher:
             stack.callback(sessions.close)
             yield Station(
                 config=self.config,
-                backend=backend,
+                backends=backends,
                 recorder=recorder,
                 egress=link,
                 notices=notices,

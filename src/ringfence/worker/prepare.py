@@ -11,7 +11,7 @@ from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 
-from ringfence.errors import CallerError, DeniedError, UnavailableError
+from ringfence.errors import CallerError, DeniedError
 from ringfence.model import RunRequest
 from ringfence.policy.compiled import CompiledPolicy
 
@@ -42,28 +42,19 @@ def narrowed(policy: CompiledPolicy, request: RunRequest) -> CompiledPolicy:
     return replace(policy, sandbox=sandbox, egress=egress, tools=tools)
 
 
-def check(request: RunRequest, policy: CompiledPolicy, *, isolation: str, state_dir: Path) -> None:
+def check(request: RunRequest, policy: CompiledPolicy, *, state_dir: Path) -> None:
     """Refuse what cannot or may not run.
 
     Args:
         request: what is asked for.
         policy: the policy, narrowed or not.
-        isolation: name of the backend that would run it.
         state_dir: where ringfence keeps its own.
 
     Raises:
         CallerError: `workspace-missing`, `usage`.
         DeniedError: `permission-mode-denied`, `workspace-mode-denied`, `state-exposed`.
-        UnavailableError: `isolation-unavailable` when the policy names another technology.
     """
     _check_words(request)
-    if policy.sandbox.isolation not in {"auto", isolation}:
-        # a weaker boundary in the place of the one that was named would be a silent hole
-        raise UnavailableError(
-            "isolation-unavailable",
-            f"the policy names isolation {policy.sandbox.isolation}, and this host has {isolation}",
-            hint=f"run it on a host that has it, or write isolation: {{backend: {isolation}}}",
-        )
     _check_limits(request)
     if not Path(request.workspace).is_dir():
         raise CallerError(

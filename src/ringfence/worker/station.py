@@ -16,7 +16,7 @@ from ringfence.config import Config
 from ringfence.errors import UnavailableError
 from ringfence.record.recorder import Recorder
 from ringfence.record.sessions import SqliteSessionStore
-from ringfence.sandbox.protocol import Backend
+from ringfence.sandbox.registry import Backends
 
 OnMessage = Callable[[AgentMessage], None]
 
@@ -48,7 +48,7 @@ class Station:
     """What an attempt works with; made by the composition root, shared by attempts."""
 
     config: Config
-    backend: Backend
+    backends: Backends
     recorder: Recorder
     egress: EgressLink
     notices: NoticeBoard
