@@ -166,8 +166,11 @@ class Recorder:
         if not why:
             verdict = self._quota.judge(event)
             if verdict is not Verdict.REFUSE:
-                record = shortened(event) if verdict is Verdict.WRITE else {}
-                batch.append((client, number, record and {**record, "source": client.label}))
+                record = {}
+                if verdict is Verdict.WRITE:
+                    record = shortened(event)
+                    record["source"] = client.label
+                batch.append((client, number, record))
                 return
             why, sandbox = "quota", event.get("sandbox_id", "")
         key = (client.label, why, sandbox if len(self._refused) < _MAX_REFUSED else "")

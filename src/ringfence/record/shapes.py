@@ -68,8 +68,11 @@ def fault(shapes: Mapping[str, Shape], event: Mapping[str, Any]) -> str:
     checks = shape.fields
     for name, value in event.items():
         check = checks.get(name)
-        # most fields are texts, and every request waits for this
-        if check is _text and type(value) is str:
+        # most fields are texts and identifiers, and every request waits for this
+        if type(value) is str and (
+            check is _text
+            or (check is _name and len(value) <= 128 and value.isascii() and value.isprintable())
+        ):
             continue
         if check is None:
             if name == "type":
@@ -82,9 +85,9 @@ def fault(shapes: Mapping[str, Shape], event: Mapping[str, Any]) -> str:
 
 def shortened(event: dict[str, Any]) -> dict[str, Any]:
     """Cut over-long texts in place, so that nobody fills the log with one field (CWE-117)."""
-    for name, value in event.items():
-        if isinstance(value, str) and len(value) > MAX_TEXT:
-            event[name] = f"{value[:MAX_TEXT]}…[{len(value)}]"
+    long = [name for name, value in event.items() if type(value) is str and len(value) > MAX_TEXT]
+    for name in long:
+        event[name] = f"{event[name][:MAX_TEXT]}…[{len(event[name])}]"
     return event
 
 

@@ -24,6 +24,9 @@ class FrameError(ValueError):
     """The peer does not speak this protocol; the connection is closed."""
 
 
+# what json.loads comes down to; it would also look for spaces, which no client of ours writes
+_scan = json.JSONDecoder().raw_decode
+
 # json.dumps with separators builds an encoder a call; this is on the path of every request
 _to_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
@@ -58,9 +61,10 @@ class Decoder:
 
 def _object(body: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(body.decode())
+        text = body.decode()
+        value, end = _scan(text)
     except (ValueError, RecursionError) as error:
         raise FrameError("not JSON") from error
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or end != len(text):
         raise FrameError("not an object")
     return value
