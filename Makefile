@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 4
 
-.PHONY: demo test test-all lint format bench bench-peers docs lock clean
+.PHONY: demo test test-all test-hosts lint format bench bench-peers docs lock clean
 
 $(VENV)/.installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "ringfence needs Python 3.11 or newer: make PYTHON=python3.11"; exit 2; }
@@ -21,10 +21,14 @@ $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/ringfence demo
 
-test: lint
+# What tests of the isolation technologies need; says what it could not get, and fails nothing.
+test-hosts:
+	@PYTHON=$(PYTHON) tools/test-hosts
+
+test: lint test-hosts
 	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not storm"
 
-test-all: lint
+test-all: lint test-hosts
 	$(BIN)/pytest -n $(JOBS) --dist worksteal
 
 lint: $(VENV)/.installed-dev

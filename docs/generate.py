@@ -115,10 +115,33 @@ def _helps(command: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, 
             yield from _helps(child, (*path, name))
 
 
+def isolation() -> str:
+    from ringfence.policy.isolation import BOUNDARIES, EMULATED_STRENGTH, THREATS
+
+    lines = ["# Isolation technologies and threat models", ""]
+    lines += ["`ringfence isolation list` prints the first table and what this host lacks."]
+    lines += ["", "| technology | strength | boundary | what a kernel bug costs | needs |"]
+    lines += ["|---|---|---|---|---|"]
+    for name, boundary in BOUNDARIES.items():
+        cells = (boundary.summary, boundary.kernel_bug, boundary.needs)
+        lines.append(f"| `{name}` | {boundary.strength} | {' | '.join(cells)} |")
+    lines += ["", f"A microVM that is emulated, without KVM, counts as {EMULATED_STRENGTH}."]
+    lines += ["`--isolation` may replace a policy's technology by one that is as strong.", ""]
+    lines += ["`isolation.threat_model` with `backend: auto` takes the first of its row that this"]
+    lines += ["host can start under the policy, and refuses the start when there is none:", ""]
+    lines += ["| `threat_model` | meaning | after the row | least strength | order |"]
+    lines += ["|---|---|---|---|---|"]
+    for model, threat in THREATS.items():
+        cells = (threat.meaning, threat.row, str(threat.floor), ", ".join(threat.order))
+        lines.append(f"| `{model}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "errors.md": errors,
     "events.md": events,
     "cli.md": command_line,
+    "isolation.md": isolation,
     "scenario.md": scenario,
     "policy.schema.json": schema,
 }

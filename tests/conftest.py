@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 pytest.register_assert_rewrite("ringfence.testing")
+# `from backends import needs`, whatever folder a test lies in
+sys.path.insert(0, str(Path(__file__).parent))
 
 # a shell has Ctrl-C ignored by what it starts in the background (POSIX, `&`), and what the tests
 # start would inherit that
@@ -34,6 +39,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs euid 0"))
         if item.get_closest_marker("user") and is_root:
             item.add_marker(pytest.mark.skip(reason="needs an ordinary user"))
+        for name in _needed(item):
+            item.user_properties.append(("isolation", name))
+
+
+def _needed(item: pytest.Item) -> list[str]:
+    return [name for mark in item.iter_markers("needs") for name in mark.args]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    from backends import available
+
+    for name in _needed(item):
+        if reason := available(name):
+            pytest.skip(f"isolation {name}: {reason}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Each isolation technology as run or skipped: a skipped one must not go unseen in CI."""
+    from backends import available, summary
+
+    counts = {outcome: Counter[str]() for outcome in ("ran", "skipped")}
+    for outcome, key in (("passed", "ran"), ("failed", "ran"), ("skipped", "skipped")):
+        for report in terminalreporter.getreports(outcome):
+            counts[key].update(v for k, v in report.user_properties if k == "isolation")
+    if any(counts.values()):
+        terminalreporter.section("isolation")
+        for line in summary(counts["ran"], counts["skipped"], available):
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

@@ -31,6 +31,7 @@ async def run(
     command: Sequence[str] = (),
     workspace_mode: WorkspaceMode | str | None = None,
     permission_mode: PermissionMode | str | None = None,
+    isolation: str | None = None,
     model: str | None = None,
     fallback_model: str | None = None,
     system_prompt: str | None = None,
@@ -49,7 +50,8 @@ async def run(
     copy-on-write view of `workspace` unless the policy or `workspace_mode` say otherwise.
     `policy` is the path of a YAML file or a mapping such as a `security_config`; with None the
     `preset` stands, `strict` by default. `timeout_seconds` and `max_budget_usd` can only narrow
-    the policy. `resume` names a session to go on with, `fork` goes on in a new one. `approver`
+    the policy. `isolation` names a technology at least as strong as its own. `resume` names
+    a session to go on with, `fork` goes on in a new one. `approver`
     (ringfence.agent.permissions) is asked about calls that need a person; by default nobody is
     there and they are denied. `on_message` is called with every `AgentMessage` as it comes.
 
@@ -75,6 +77,7 @@ async def run(
         command=tuple(command),
         workspace_mode=_word(WorkspaceMode, workspace_mode),
         permission_mode=_word(PermissionMode, permission_mode),
+        isolation=isolation,
         model=model,
         fallback_model=fallback_model,
         system_prompt=system_prompt,
@@ -86,7 +89,8 @@ async def run(
         environment=tuple((environment or {}).items()),
     )
     compiled = compile_policy(document)
-    made = launcher(load_config()).station(approver or DenyApprover(), compiled.sandbox.isolation)
+    name = isolation or compiled.sandbox.isolation
+    made = launcher(load_config()).station(approver or DenyApprover(), name)
     async with made as station:
         return await attempt(
             station,

@@ -137,6 +137,7 @@ CODES: dict[str, str] = {
     "run-timeout": "The run reached its wall-clock limit and was ended.",
     "permission-mode-denied": "The policy does not permit the permission mode that was asked for.",
     "workspace-mode-denied": "The policy does not permit the workspace mode that was asked for.",
+    "isolation-denied": "The isolation that was asked for is weaker than the policy's.",
     "state-refused": "The state directory cannot be used: it is not ours, or cannot be made.",
     "state-exposed": "A directory of the run would show the agent the state directory.",
     "claude-missing": "The claude binary is not installed.",

@@ -106,6 +106,7 @@ class RunRequest:
         resume: session to go on with; None starts a new one.
         timeout_seconds: wall clock of the run; None takes the policy's. It can only shorten.
         max_budget_usd: dollars of the run; None takes the policy's. It can only lower.
+        isolation: technology in place of the policy's; at least as strong.
     """
 
     prompt: str
@@ -122,6 +123,7 @@ class RunRequest:
     resume: str | None = None
     fork: bool = False
     environment: tuple[tuple[str, str], ...] = ()
+    isolation: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

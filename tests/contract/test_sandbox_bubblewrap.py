@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from backends import needs
 from ringfence.sandbox.bubblewrap import BubblewrapBackend
 from ringfence.testing.sandbox_contract import SandboxContract
+
+pytestmark = needs("bubblewrap")
 
 
 class TestBubblewrap(SandboxContract):

@@ -186,7 +186,7 @@ NARROWINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {"filesystem": {"blocked_paths": ["/data/a"]}},
         {"filesystem": {"blocked_paths": ["/data"]}},
     ),
-    ({"isolation": {"backend": "auto"}}, {"isolation": {"backend": "microvm"}}),
+    ({"isolation": {"threat_model": "own_code"}}, {"isolation": {"backend": "microvm"}}),
 ]
 
 
@@ -336,6 +336,7 @@ OTHERWISE: dict[str, Any] = {
     "execution.allow_subprocess": False,
     "audit.max_records": 20_001,
     "isolation.backend": "gvisor",
+    "isolation.threat_model": "hostile_multi_tenant",
     "hosting.pattern": "hybrid",
     "model.provider": "other",
     "model.models": ["m"],

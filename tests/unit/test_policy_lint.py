@@ -137,6 +137,11 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         )
         for path in ("/var/run/docker.sock", "/run/user/1000", "/var", "/data/x.sock")
     ),
+    (
+        "POL041",
+        with_("isolation", backend="container", threat_model="third_party_input"),
+        with_("isolation", backend="gvisor", threat_model="third_party_input"),
+    ),
     *(
         (
             "POL040",

@@ -96,17 +96,22 @@ def _state_directory(path: Path) -> Line:
 
 
 def _isolation(context: AppContext, policy: CompiledPolicy) -> Iterator[Line]:
-    from ringfence.sandbox.protocol import stopping
+    from ringfence.sandbox.protocol import not_held, stopping
 
     launcher = context.launcher()
     try:
-        backend = launcher.make_backends(launcher.config).get(policy.sandbox.isolation)
+        picked = launcher.make_backends(launcher.config).pick(policy.sandbox)
+        backend = picked.backend
         states = backend.probe(policy.sandbox)
     except RingfenceError as error:
         name = policy.sandbox.isolation
         yield Line(name=name, state="stops", how=error.message, mend=error.hint)
         return
-    yield Line(name=backend.name, state="ok", how="it can start a sandbox")
+    how = f"it can start a sandbox; {picked.reason}" if picked.reason else "it can start a sandbox"
+    yield Line(name=backend.name, state="ok", how=how)
+    for clause, instead in not_held(backend).items():
+        name = clause.replace("_", " ")
+        yield Line(name="not held", state="missing", how=f"{name}: {instead}")
     accepted = policy.sandbox.accept_unenforced
     stops = stopping(states, accepted)
     for state in states:

@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 import ringfence
-from ringfence.cli import audit, demo, doctor, patch, policy, run, sessions, simulator, vault
+from ringfence.cli import (
+    audit,
+    demo,
+    doctor,
+    isolation,
+    patch,
+    policy,
+    run,
+    sessions,
+    simulator,
+    vault,
+)
 
 app = typer.Typer(
     name="ringfence",
@@ -40,6 +51,7 @@ run.register(app)
 demo.register(app)
 doctor.register(app)
 app.add_typer(policy.app, name="policy")
+app.add_typer(isolation.app, name="isolation")
 app.add_typer(audit.app, name="audit")
 app.add_typer(sessions.app, name="sessions")
 app.add_typer(vault.app, name="vault")

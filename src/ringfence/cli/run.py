@@ -17,6 +17,7 @@ from ringfence.cli.live import LiveView, StreamJson, silent
 from ringfence.cli.output import clear_errors, print_json, report
 from ringfence.errors import CallerError, RingfenceError, UnavailableError
 from ringfence.model import PermissionMode, RunRequest, RunResult, RunStatus, WorkspaceMode
+from ringfence.policy.isolation import Technology
 from ringfence.record.safe_text import printable
 
 Workspace = Annotated[
@@ -46,6 +47,12 @@ Budget = Annotated[
 ]
 Timeout = Annotated[
     float | None, typer.Option("--timeout", min=1, help="Seconds; can only shorten the policy's.")
+]
+IsolationName = Annotated[
+    Technology | None,
+    typer.Option(
+        "--isolation", help="Instead of the policy's; at least as strong. See `isolation list`."
+    ),
 ]
 
 
@@ -95,6 +102,7 @@ def run(
     preset: Preset = None,
     workspace_mode: Mode = None,
     permission_mode: Permission = None,
+    isolation: IsolationName = None,
     model: Model = None,
     fallback_model: Annotated[str | None, typer.Option(help="When it is overloaded.")] = None,
     system_prompt: Annotated[str | None, typer.Option(help="Instead of the usual one.")] = None,
@@ -116,6 +124,7 @@ def run(
             workspace=_resolved(workspace),
             workspace_mode=workspace_mode,
             permission_mode=permission_mode,
+            isolation=isolation,
             model=model,
             fallback_model=fallback_model,
             system_prompt=system_prompt,
@@ -138,6 +147,7 @@ def exec_(
     preset: Preset = None,
     workspace_mode: Mode = None,
     permission_mode: Permission = None,
+    isolation: IsolationName = None,
     model: Model = None,
     max_budget_usd: Budget = None,
     timeout: Timeout = None,
@@ -165,6 +175,7 @@ def exec_(
             command=tuple(command),
             workspace_mode=workspace_mode,
             permission_mode=permission_mode,
+            isolation=isolation,
             model=model,
             max_budget_usd=max_budget_usd,
             timeout_seconds=timeout,
@@ -263,7 +274,8 @@ async def _attempt(launcher: Any, compiled: Any, request: RunRequest, output: st
             control.cancel()
 
     try:
-        async with launcher.station(approver(view), compiled.sandbox.isolation) as station:
+        isolation = request.isolation or compiled.sandbox.isolation
+        async with launcher.station(approver(view), isolation) as station:
             return await attempt(station, compiled, request, control=control, on_message=show)
     finally:
         # the run has ended: a second Ctrl-C that comes late must not cost its result

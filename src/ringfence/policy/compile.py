@@ -262,8 +262,15 @@ def _sandbox(document: PolicyDocument) -> SandboxProfile:
             open_files=execution.open_files,
         ),
         accept_unenforced=frozenset(document.accept_unenforced),
-        isolation=document.isolation.backend,
+        isolation=isolation_of(document),
+        threat_model=document.isolation.threat_model,
     )
+
+
+def isolation_of(document: PolicyDocument) -> str:
+    """The technology in force, or `auto`."""
+    isolation = document.isolation
+    return isolation.backend or ("auto" if isolation.threat_model else "bubblewrap")
 
 
 def _workspace_modes(document: PolicyDocument) -> tuple[WorkspaceMode, ...]:

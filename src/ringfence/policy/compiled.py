@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ringfence.model import PermissionMode, WorkspaceMode
+from ringfence.policy.isolation import ThreatModel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +54,7 @@ class SandboxProfile:
         accept_unenforced: names of controls (`Control` of ringfence.sandbox.protocol) that may
             go unenforced on this host.
         isolation: name of a backend, or `auto`.
+        threat_model: who could attack; always there with `auto`.
     """
 
     workspace_mode: WorkspaceMode = WorkspaceMode.REVIEW
@@ -67,6 +69,7 @@ class SandboxProfile:
     limits: Limits = Limits()
     accept_unenforced: frozenset[str] = frozenset()
     isolation: str = "bubblewrap"
+    threat_model: ThreatModel | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ringfence.policy.compile import compile_policy, role_of
+from ringfence.policy.compile import compile_policy, isolation_of, role_of
 from ringfence.policy.document import PolicyDocument
 from ringfence.policy.rights import (
     Right,
@@ -126,6 +126,8 @@ def _facts(document: PolicyDocument) -> dict[str, str]:
         "tools.role": role_of(document)[0],
         "model.fallback": document.model.fallback or "none",
         "hosting.pattern": document.hosting.pattern,
+        "isolation.backend": isolation_of(document),
+        "isolation.threat_model": document.isolation.threat_model or "none",
     }
 
 

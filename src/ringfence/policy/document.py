@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from ringfence.policy import hosts, paths, rules
+from ringfence.policy.isolation import THREAT_MODELS, ThreatModel
 from ringfence.policy.tools import canonical_tool
 
 WorkspaceName = Literal["review", "direct", "readonly"]
@@ -412,11 +413,25 @@ class Audit(Section):
 
 
 class Isolation(Section):
-    """The technology; `auto` takes the strongest that this host can run."""
+    """The technology.
 
-    backend: Literal["auto", "bubblewrap", "runtime", "container", "gvisor", "microvm"] = (
-        "bubblewrap"
+    Attributes:
+        backend: its name, or `auto`: what fits `threat_model` best of what this host can run, and
+            nothing weaker than it asks for. By default `auto` under a threat model, else
+            bubblewrap.
+        threat_model: who could attack.
+    """
+
+    backend: Literal["auto", "bubblewrap", "runtime", "container", "gvisor", "microvm"] | None = (
+        None
     )
+    threat_model: ThreatModel | None = None
+
+    @model_validator(mode="after")
+    def _auto_needs_a_threat_model(self) -> Isolation:
+        if self.backend == "auto" and self.threat_model is None:
+            raise ValueError(f"auto needs a threat_model: {', '.join(THREAT_MODELS)}")
+        return self
 
 
 class Hosting(Section):

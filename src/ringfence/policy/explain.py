@@ -40,6 +40,7 @@ def explain(document: PolicyDocument) -> dict[str, Any]:
         "digest": policy.digest,
         "role": name,
         "isolation": policy.sandbox.isolation,
+        "threat_model": policy.sandbox.threat_model,
         "permits": permits,
         "denies": [denial.text for denial in denials(policy)],
         "withheld": {tool: ceiling for tool in role.allow if (ceiling := withheld(document, tool))},

@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 
 from ringfence.policy.compile import (
     DEFAULT_HIDDEN,
+    isolation_of,
     model_route_open,
     role_of,
     used_servers,
@@ -21,6 +22,7 @@ from ringfence.policy.compile import (
 )
 from ringfence.policy.document import HostGrant, PolicyDocument, permission_mode_of
 from ringfence.policy.hosts import MODEL_HOST, matches
+from ringfence.policy.isolation import THREATS, enough
 from ringfence.policy.paths import WORKSPACE, below, listens
 from ringfence.policy.rules import SHELL_TOOLS, parse_rule
 from ringfence.policy.tools import EDIT_TOOLS, KNOWN
@@ -71,6 +73,7 @@ CATALOGUE: dict[str, tuple[Severity, str]] = {
     "POL038": (Severity.WARNING, "An MCP server of which no tool is granted is not started."),
     "POL039": (Severity.WARNING, "A place where daemons of the host listen is shown."),
     "POL040": (Severity.WARNING, "A host path that usually holds credentials is shown."),
+    "POL041": (Severity.ERROR, "The isolation named is weaker than the threat model asks for."),
 }
 """Every finding: severity and title."""
 
@@ -121,6 +124,7 @@ def lint(
         *_workspace(document),
         *_model(document),
         *_unenforced(document),
+        *_isolation(document),
         *_hosting(document),
     ]
     order = list(Severity)
@@ -430,6 +434,18 @@ def _unenforced(document: PolicyDocument) -> Iterator[Finding]:
             f"accept_unenforced[{index}]",
             control,
             "run on a host that can enforce it; `ringfence run` prints this at every start",
+        )
+
+
+def _isolation(document: PolicyDocument) -> Iterator[Finding]:
+    name, threat_model = isolation_of(document), document.isolation.threat_model
+    if threat_model and name != "auto" and not enough(name, threat_model):
+        threat = THREATS[threat_model]
+        yield _found(
+            "POL041",
+            "isolation.backend",
+            f"{name} for {threat_model} ({threat.meaning})",
+            f"write {' or '.join(threat.order)}, or auto",
         )
 
 

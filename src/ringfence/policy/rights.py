@@ -13,9 +13,11 @@ from ringfence.policy.compiled import (
     McpServer,
     ModelRules,
     PathRule,
+    SandboxProfile,
 )
 from ringfence.policy.document import MODE_WIDTH
 from ringfence.policy.hosts import matches
+from ringfence.policy.isolation import BOUNDARIES, floor
 from ringfence.policy.paths import below
 from ringfence.policy.rules import parse_rule
 
@@ -52,7 +54,7 @@ def rights(policy: CompiledPolicy, named: Named = frozenset()) -> tuple[Right, .
         *_model_rights(policy.egress.model),
         *_tool_rights(policy),
         *_file_rights(policy),
-        _isolation(policy.sandbox.isolation),
+        _isolation(policy.sandbox),
         *(
             Right(area="control", text=f"{name} may go unenforced")
             for name in sorted(policy.sandbox.accept_unenforced)
@@ -284,16 +286,18 @@ def _path_covers(wider: tuple[str, ...], narrower: tuple[str, ...]) -> bool:
 
 _COVERS = {"host": _host_covers, "file": _file_covers, "path": _path_covers}
 
-_BACKENDS = ("microvm", "gvisor", "bubblewrap", "runtime", "container", "auto")
-"""From the strongest to the weakest boundary; `auto` may turn out to be any of them."""
 
-
-def _isolation(backend: str) -> Right:
+def _isolation(sandbox: SandboxProfile) -> Right:
+    """The weaker the boundary that is enough, the wider the right."""
+    name, threat_model = sandbox.isolation, sandbox.threat_model
+    what = f"what threat model {threat_model} asks for" if name == "auto" else name
+    least = floor(name, threat_model)
+    strongest = max(boundary.strength for boundary in BOUNDARIES.values())
     return Right(
         area="isolation",
-        text=f"{backend} is boundary enough",
+        text=f"{what} is boundary enough",
         subject=("isolation",),
-        rank=_BACKENDS.index(backend),
+        rank=strongest - least,
     )
 
 

@@ -63,12 +63,19 @@ class RunLost(Event):
 
 
 class SandboxStarted(Event):
-    """A sandbox is up; `controls` is what the kernel said, not what flags asked."""
+    """A sandbox is up; `controls` is what the kernel said, not what flags asked.
+
+    `reason` is why `auto` took this technology, `threat_model` what the policy declares, and
+    `not_held` are the clauses of the sandbox contract that it says it does not hold.
+    """
 
     type: Literal["sandbox.started"] = "sandbox.started"
     isolation: str
     controls: dict[str, bool]
     hidden_files: int = 0
+    reason: str = ""
+    threat_model: str = ""
+    not_held: list[str] = Field(default_factory=list)
 
 
 class SandboxStopped(Event):

@@ -12,7 +12,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ringfence.policy.compiled import SandboxProfile
 
@@ -308,3 +308,30 @@ class Backend(Protocol):
     async def close(self) -> None:
         """End what is kept ready. Sandboxes are closed apart. Idempotent."""
         ...
+
+
+@runtime_checkable
+class Emulating(Protocol):
+    """A backend whose virtual machines may lack the processor's help."""
+
+    @property
+    def emulated(self) -> bool:
+        """Whether they do on this host. Then it is no boundary against someone hostile."""
+        ...
+
+
+@runtime_checkable
+class Subset(Protocol):
+    """A backend that holds a part of the contract only, and says which part it does not."""
+
+    @property
+    def not_held(self) -> Mapping[str, str]:
+        """Name of a clause, as the contract suite has it without `test_`, to what happens instead.
+        The suite expects exactly these to fail. Shown wherever the technology is chosen.
+        """
+        ...
+
+
+def not_held(backend: Backend) -> Mapping[str, str]:
+    """Clauses of the contract that a backend says it does not hold; empty for a whole one."""
+    return backend.not_held if isinstance(backend, Subset) else {}

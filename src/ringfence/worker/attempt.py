@@ -48,14 +48,15 @@ from ringfence.record.events import (
 from ringfence.record.leased import LeasedStore
 from ringfence.sandbox.hostfiles import host_files
 from ringfence.sandbox.patch import render
-from ringfence.sandbox.protocol import Changes, Control, Sandbox, SandboxSpec
+from ringfence.sandbox.protocol import Changes, Control, Sandbox, SandboxSpec, not_held
+from ringfence.sandbox.registry import Picked
 from ringfence.sandbox.saved import save_changes
 from ringfence.worker.control import RunControl
 from ringfence.worker.ends import broken_off, to_the_end
 from ringfence.worker.ids import new_id
 from ringfence.worker.leases import heartbeat
 from ringfence.worker.outcome import Outcome
-from ringfence.worker.prepare import absent, check, listen, narrowed
+from ringfence.worker.prepare import absent, check, listen, narrowed, start_notices
 from ringfence.worker.rundir import RunDirectory
 from ringfence.worker.station import OnMessage, Station
 
@@ -74,7 +75,6 @@ class Attempt:
     ) -> None:
         self._station, self._request = station, request
         self._stated, self._policy = policy, narrowed(policy, request)
-        self._backend = station.backends.get(policy.sandbox.isolation)
         self._control, self._on_message = control, on_message
         self.run_id, self._sandbox_id = new_id("run"), new_id("sb")
         self._session_id = "" if request.command else request.resume or str(uuid.uuid4())
@@ -98,13 +98,15 @@ class Attempt:
         """
         station = self._station
         check(self._request, self._stated, state_dir=station.config.state_dir)
+        # a probe may start a machine and wait for it
+        picked = await asyncio.to_thread(station.backends.pick, self._policy.sandbox)
         directory = RunDirectory(self._station.config.state_dir, self.run_id)
         try:
             async with AsyncExitStack() as stack:
                 lease = await self._lease(stack)
                 self._begun = True
                 await self._record_start()
-                await self._carry_out(stack, lease)
+                await self._carry_out(stack, lease, picked)
         except RingfenceError as error:
             self._outcome.fail(error)
             if not self._begun:
@@ -177,10 +179,12 @@ class Attempt:
         if request.fork and request.resume is not None:
             await asyncio.to_thread(station.sessions.fork, request.resume, new=self._session_id)
 
-    async def _carry_out(self, stack: AsyncExitStack, lease: LeasedStore | None) -> None:
+    async def _carry_out(
+        self, stack: AsyncExitStack, lease: LeasedStore | None, picked: Picked
+    ) -> None:
         stack.enter_context(self._station.notices.reading(self._sandbox_id, self._noticed))
         egress_dir = await self._open_egress(stack)
-        sandbox = await self._start_sandbox(stack, egress_dir)
+        sandbox = await self._start_sandbox(stack, egress_dir, picked)
         try:
             await self._within_time(sandbox, lease)
         finally:
@@ -226,7 +230,9 @@ class Attempt:
             return
         self._usage = Usage(**detail)
 
-    async def _start_sandbox(self, stack: AsyncExitStack, egress_dir: Path) -> Sandbox:
+    async def _start_sandbox(
+        self, stack: AsyncExitStack, egress_dir: Path, picked: Picked
+    ) -> Sandbox:
         station, request = self._station, self._request
         resumed = request.resume is not None
         spec = SandboxSpec(
@@ -239,7 +245,9 @@ class Attempt:
             home_files=station.sessions.materialise(self._session_id) if resumed else None,
             ca_certificate=station.ca_certificate,
         )
-        sandbox = await self._backend.start(spec)
+        for notice in start_notices(picked, self._policy.sandbox):
+            self._on_message(notice)
+        sandbox = await picked.backend.start(spec)
         stack.push_async_callback(sandbox.close)
         self._sandbox = sandbox
         self._hidden = tuple(sandbox.hidden)
@@ -251,7 +259,10 @@ class Attempt:
         await station.recorder.append(
             SandboxStarted(
                 **self._ids(),
-                isolation=self._backend.name,
+                isolation=picked.backend.name,
+                reason=picked.reason,
+                threat_model=self._policy.sandbox.threat_model or "",
+                not_held=sorted(not_held(picked.backend)),
                 controls={state.control.value: state.enforced for state in sandbox.controls},
                 hidden_files=len(self._hidden),
             )

@@ -56,7 +56,9 @@ class Launcher:
         async with AsyncExitStack() as stack:
             backends = self.make_backends(self.config)
             stack.push_async_callback(backends.close)
-            if isolation is not None:
+            if (
+                isolation and isolation in backends.names
+            ):  # what `auto` takes is known when it was tried
                 backends.get(isolation).warm()
             recorder_process = RecorderProcess.start(state / "audit")
             stack.push_async_callback(asyncio.to_thread, recorder_process.close)

@@ -11,9 +11,13 @@ from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 
+from ringfence.agent.messages import Notice
 from ringfence.errors import CallerError, DeniedError
 from ringfence.model import RunRequest
-from ringfence.policy.compiled import CompiledPolicy
+from ringfence.policy.compiled import CompiledPolicy, SandboxProfile
+from ringfence.policy.isolation import TECHNOLOGIES, enough, floor, strength
+from ringfence.sandbox.protocol import Emulating, not_held
+from ringfence.sandbox.registry import Picked
 
 _WORD_MAX = 128 * 1024 - 512  # MAX_ARG_STRLEN, less a name and its end
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
@@ -22,7 +26,8 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 def narrowed(policy: CompiledPolicy, request: RunRequest) -> CompiledPolicy:
     """The policy with what the request asks for: a request can only ever narrow it.
 
-    Modes are taken as asked: `check` refuses those that the policy does not permit.
+    Modes and the technology are taken as asked: `check` refuses those that the policy does not
+    permit.
     """
     limits, model, tools = policy.sandbox.limits, policy.egress.model, policy.tools
     if request.timeout_seconds is not None:
@@ -38,6 +43,8 @@ def narrowed(policy: CompiledPolicy, request: RunRequest) -> CompiledPolicy:
     sandbox = replace(policy.sandbox, limits=limits)
     if request.workspace_mode is not None:
         sandbox = replace(sandbox, workspace_mode=request.workspace_mode)
+    if request.isolation is not None:
+        sandbox = replace(sandbox, isolation=request.isolation)
     egress = replace(policy.egress, model=model)
     return replace(policy, sandbox=sandbox, egress=egress, tools=tools)
 
@@ -52,7 +59,8 @@ def check(request: RunRequest, policy: CompiledPolicy, *, state_dir: Path) -> No
 
     Raises:
         CallerError: `workspace-missing`, `usage`.
-        DeniedError: `permission-mode-denied`, `workspace-mode-denied`, `state-exposed`.
+        DeniedError: `permission-mode-denied`, `workspace-mode-denied`, `isolation-denied`,
+            `state-exposed`.
     """
     _check_words(request)
     _check_limits(request)
@@ -67,6 +75,7 @@ def check(request: RunRequest, policy: CompiledPolicy, *, state_dir: Path) -> No
     view, views = request.workspace_mode, policy.sandbox.workspace_modes
     _check_permitted("workspace-mode-denied", view, views)
     profile = policy.sandbox
+    _check_isolation(request.isolation, profile)
     refuse_exposed(state_dir, [request.workspace, *profile.readable, *profile.writable])
 
 
@@ -88,6 +97,39 @@ def _check_permitted(code: str, asked: StrEnum | None, permitted: Iterable[StrEn
             f"the policy does not permit {' '.join(code.split('-')[:2])} {asked.value}",
             hint=f"it permits: {', '.join(allowed)}",
         )
+
+
+def _check_isolation(asked: str | None, profile: SandboxProfile) -> None:
+    if asked is None:
+        return
+    if asked not in TECHNOLOGIES:
+        raise CallerError("usage", f"there is no isolation {asked!r}: {', '.join(TECHNOLOGIES)}")
+    least = floor(profile.isolation, profile.threat_model)
+    if strength(asked) < least:
+        permitted = [name for name in TECHNOLOGIES if strength(name) >= least]
+        why = profile.isolation
+        if why == "auto":
+            why = f"what threat model {profile.threat_model} asks for"
+        raise DeniedError(
+            "isolation-denied",
+            f"isolation {asked} is weaker than {why}",
+            hint=f"the policy permits: {', '.join(permitted)}",
+        )
+
+
+def start_notices(picked: Picked, profile: SandboxProfile) -> list[Notice]:
+    """What a person has to know about the technology before anything runs in it."""
+    backend, notices = picked.backend, []
+    if picked.reason:
+        notices.append(Notice(kind="isolation", text=f"isolation: {picked.reason}"))
+    emulated = isinstance(backend, Emulating) and backend.emulated
+    if profile.threat_model and not enough(backend.name, profile.threat_model, emulated=emulated):
+        text = f"isolation {backend.name} is weaker than threat model {profile.threat_model} asks"
+        notices.append(Notice(kind="isolation-weak", text=f"{text} for; the policy names it"))
+    for clause, instead in not_held(backend).items():
+        text = f"isolation {backend.name} does not hold: {clause.replace('_', ' ')} ({instead})"
+        notices.append(Notice(kind="not-held", text=text))
+    return notices
 
 
 def absent(policy: CompiledPolicy) -> tuple[str, ...]:
