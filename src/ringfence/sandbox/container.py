@@ -143,7 +143,7 @@ def check_runtime(runtime: Path, uid: int) -> None:
         seccomp=seccomp.oci(platform.machine()),
     )
     plan = {**container_plan(runtime, facts, settings), "cgroups": [], "rlimits": {}}
-    place = {**bare_plan(facts), "files": {"etc/hostname": "sandbox\n"}, "workspace_exec": True}
+    place = {**bare_plan(facts), "files": {"etc/hostname": "sandbox\n"}}
     words = rehearse(place, {**plan, "parent": os.getpid()})
     if words is not None:
         raise UnavailableError(

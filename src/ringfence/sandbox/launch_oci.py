@@ -178,7 +178,7 @@ def _until_program(pid: int, starter: int) -> int | None:
 
 def _ptrace(request: int, pid: int, data: int) -> None:
     wide = (ctypes.c_long(request), ctypes.c_long(pid), ctypes.c_void_p(0), ctypes.c_void_p(data))
-    if kernel.libc().ptrace(*wide) < 0:
+    if kernel.LIBC.ptrace(*wide) < 0:
         raise OSError(ctypes.get_errno(), "ptrace: " + os.strerror(ctypes.get_errno()))
 
 
