@@ -256,6 +256,7 @@ class Filesystem(Section):
         hidden: globs of workspace files that are masked, beside the built-in list.
         show: globs taken out of the built-in list, never out of `hidden`.
         tmp_exec: whether programs may be executed from /tmp and the home directory.
+        exec_in_workspace: whether they may from the workspace, as builds and tests need.
     """
 
     workspace: WorkspaceName | None = None
@@ -266,6 +267,7 @@ class Filesystem(Section):
     hidden: Items[Annotated[str, AfterValidator(_glob)]] = ()
     show: Items[Annotated[str, AfterValidator(_glob)]] = ()
     tmp_exec: bool = False
+    exec_in_workspace: bool = True
 
     @model_validator(mode="after")
     def _consistent(self) -> Filesystem:
@@ -420,12 +422,14 @@ class Isolation(Section):
             nothing weaker than it asks for. By default `auto` under a threat model, else
             bubblewrap.
         threat_model: who could attack.
+        engine: what makes containers, for the backend `container`; `auto` takes the first found.
     """
 
     backend: Literal["auto", "bubblewrap", "runtime", "container", "gvisor", "microvm"] | None = (
         None
     )
     threat_model: ThreatModel | None = None
+    engine: Literal["auto", "runc", "crun", "podman", "docker"] = "auto"
 
     @model_validator(mode="after")
     def _auto_needs_a_threat_model(self) -> Isolation:
