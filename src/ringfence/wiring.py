@@ -31,6 +31,7 @@ def launcher(config: Config) -> Launcher:
 def backends(config: Config) -> Backends:
     """The isolation technologies."""
     from ringfence.sandbox.bubblewrap import BubblewrapBackend
+    from ringfence.sandbox.container import ContainerBackend
     from ringfence.sandbox.registry import Backends
 
     shared: dict[str, Any] = {
@@ -38,7 +39,12 @@ def backends(config: Config) -> Backends:
         "uid_base": config.uid_base,
         "uid_count": config.uid_count,
     }
-    return Backends({"bubblewrap": lambda: BubblewrapBackend(**shared)})
+    return Backends(
+        {
+            "bubblewrap": lambda: BubblewrapBackend(**shared),
+            "container": lambda: ContainerBackend(**shared),
+        }
+    )
 
 
 def main() -> None:

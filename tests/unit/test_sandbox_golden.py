@@ -1,4 +1,5 @@
-"""What a policy becomes on the host, line by line: the plan of the mounts, bubblewrap's arguments.
+"""What a policy becomes on the host, line by line: the plan of the mounts, bubblewrap's arguments,
+the configuration of a container.
 
 After a change that is meant: `python tests/unit/test_sandbox_golden.py write`, and read the
 difference as what an attacker would: a mount that is new, a flag that is gone.
@@ -15,6 +16,7 @@ import pytest
 
 from ringfence.policy.compile import compile_policy
 from ringfence.policy.load import PRESETS, from_mapping
+from ringfence.sandbox import oci
 from ringfence.sandbox.profile import HostFacts, Tools, enclose_options, prepare_plan
 
 GOLDEN = Path(__file__).parent / "golden" / "sandbox"
@@ -57,7 +59,7 @@ def facts(*, as_root: bool) -> HostFacts:
         },
         ca_bundle="(the trust store)",
         masked={".env": False, ".ssh": True},
-        proc_entries=frozenset({"kcore", "fs", "sysrq-trigger", "keys"}),
+        proc_entries=frozenset({"kcore", "fs", "sys", "sysrq-trigger", "keys"}),
         egress_dir="/state/egress/sb",
         claude="/state/claude/digest",
     )
@@ -68,8 +70,25 @@ def render(name: str) -> str:
     profile = compile_policy(from_mapping(document)).sandbox
     where = facts(as_root=as_root)
     argv = enclose_options(profile, where, environment={"A": "b"}, cwd="/workspace")
-    value = {"prepare": prepare_plan(profile, where), "bubblewrap": _lines(argv)}
+    container = oci.config(
+        profile,
+        where,
+        argv=["true"],
+        environment={"A": "b"},
+        cwd="/workspace",
+        seccomp={"defaultAction": "(of its own golden file)"},
+    )
+    value = {
+        "prepare": prepare_plan(profile, where),
+        "bubblewrap": _lines(argv),
+        "container": {**container, "mounts": [_mount_line(one) for one in container["mounts"]]},
+    }
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
+def _mount_line(mount: dict[str, Any]) -> str:
+    words = ",".join(mount["options"])
+    return f"{mount['type']} {mount['source']} {mount['destination']} {words}"
 
 
 def _lines(argv: list[str]) -> list[str]:
@@ -98,6 +117,49 @@ def test_what_no_profile_may_lack(name: str) -> None:
     ):
         assert wanted in lines, wanted
     assert not any("docker.sock" in line or "--share-net" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_what_no_container_may_lack(name: str) -> None:
+    """The flags of a hardened container, each asked for and each expected of the kernel."""
+    document, as_root = CASES[name]
+    profile = compile_policy(from_mapping(document)).sandbox
+    config = oci.config(
+        profile, facts(as_root=as_root), argv=["true"], environment={}, cwd="/", seccomp={}
+    )
+    process, linux = config["process"], config["linux"]
+    assert process["capabilities"] == {key: [] for key in oci.CAPABILITY_SETS}
+    assert process["noNewPrivileges"] is True
+    assert (process["user"]["uid"], process["user"]["gid"]) == (1000, 1000)
+    assert config["root"]["readonly"] is True
+    assert {"mount", "ipc", "uts", "cgroup"} == {one["type"] for one in linux["namespaces"]}
+    assert "/proc/sys" in linux["readonlyPaths"]
+    assert "/proc/kcore" in linux["maskedPaths"]
+    places = {one["destination"]: set(one["options"]) for one in config["mounts"]}
+    assert places["/tmp"] >= {"nosuid", "nodev", "noexec"}
+    assert places["/usr"] >= {"ro", "nosuid", "nodev"}
+    assert places["/run/ringfence"] >= {"ro", "nosuid", "nodev", "noexec"}
+    assert not any("docker.sock" in one["source"] for one in config["mounts"])
+    expected = oci.expectations(config)
+    assert set(expected["mounts"]) >= {*places, "/"}
+    assert expected["status"] == {
+        "Uid": "1000 1000 1000 1000",
+        "Gid": "1000 1000 1000 1000",
+        "NoNewPrivs": "1",
+        "Seccomp": "2",
+        **{f"Cap{name}": "0" * 16 for name in ("Inh", "Prm", "Eff", "Bnd", "Amb")},
+    }
+
+
+def test_what_no_program_may_run_from() -> None:
+    """`exec_in_workspace` lifts what its absence sets, in the plan and in the container."""
+    where = facts(as_root=True)
+    for allowed in (True, False):
+        document = {"preset": "strict", "filesystem": {"exec_in_workspace": allowed}}
+        profile = compile_policy(from_mapping(document)).sandbox
+        mounts = {one["destination"]: one["options"] for one in oci.mounts(profile, where)}
+        assert ("noexec" in mounts["/workspace"]) is not allowed
+        assert prepare_plan(profile, where)["workspace_exec"] is allowed
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["write"]:

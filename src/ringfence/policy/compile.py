@@ -251,6 +251,7 @@ def _sandbox(document: PolicyDocument) -> SandboxProfile:
         shown=tuple(dict.fromkeys([*DEFAULT_SHOWN, *filesystem.show])),
         masked=tuple(dict.fromkeys(filesystem.hidden)),
         tmp_exec=filesystem.tmp_exec,
+        workspace_exec=filesystem.exec_in_workspace,
         limits=Limits(
             wall_seconds=execution.max_duration_seconds,
             tool_seconds=min(execution.max_tool_seconds, execution.max_duration_seconds),
@@ -263,6 +264,7 @@ def _sandbox(document: PolicyDocument) -> SandboxProfile:
         ),
         accept_unenforced=frozenset(document.accept_unenforced),
         isolation=document.isolation.backend,
+        engine=document.isolation.engine,
     )
 
 

@@ -50,9 +50,10 @@ class SandboxProfile:
         shown: globs of the same kind taken out of the hidden ones.
         masked: globs of the same kind that are masked whatever `shown` says: deny wins.
         tmp_exec: whether programs may be executed from /tmp, /var/tmp, /dev/shm and the home.
+        workspace_exec: whether programs may be executed from the workspace.
         accept_unenforced: names of controls (`Control` of ringfence.sandbox.protocol) that may
             go unenforced on this host.
-        isolation: name of a backend, or `auto`.
+        isolation: name of a backend, or `auto`. engine: what makes containers, or `auto`.
     """
 
     workspace_mode: WorkspaceMode = WorkspaceMode.REVIEW
@@ -64,9 +65,11 @@ class SandboxProfile:
     shown: tuple[str, ...] = ()
     masked: tuple[str, ...] = ()
     tmp_exec: bool = False
+    workspace_exec: bool = True
     limits: Limits = Limits()
     accept_unenforced: frozenset[str] = frozenset()
     isolation: str = "bubblewrap"
+    engine: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -255,6 +255,7 @@ class Filesystem(Section):
         hidden: globs of workspace files that are masked, beside the built-in list.
         show: globs taken out of the built-in list, never out of `hidden`.
         tmp_exec: whether programs may be executed from /tmp and the home directory.
+        exec_in_workspace: whether they may from the workspace, as builds and tests need.
     """
 
     workspace: WorkspaceName | None = None
@@ -265,6 +266,7 @@ class Filesystem(Section):
     hidden: Items[Annotated[str, AfterValidator(_glob)]] = ()
     show: Items[Annotated[str, AfterValidator(_glob)]] = ()
     tmp_exec: bool = False
+    exec_in_workspace: bool = True
 
     @model_validator(mode="after")
     def _consistent(self) -> Filesystem:
@@ -412,11 +414,16 @@ class Audit(Section):
 
 
 class Isolation(Section):
-    """The technology; `auto` takes the strongest that this host can run."""
+    """The technology; `auto` takes the strongest that this host can run.
+
+    Attributes:
+        engine: what makes containers, for the backend `container`; `auto` takes the first found.
+    """
 
     backend: Literal["auto", "bubblewrap", "runtime", "container", "gvisor", "microvm"] = (
         "bubblewrap"
     )
+    engine: Literal["auto", "runc", "crun", "podman", "docker"] = "auto"
 
 
 class Hosting(Section):

@@ -53,6 +53,7 @@ def rights(policy: CompiledPolicy, named: Named = frozenset()) -> tuple[Right, .
         *_tool_rights(policy),
         *_file_rights(policy),
         _isolation(policy.sandbox.isolation),
+        *_engine(policy.sandbox.engine),
         *(
             Right(area="control", text=f"{name} may go unenforced")
             for name in sorted(policy.sandbox.accept_unenforced)
@@ -253,6 +254,8 @@ def _file_rights(policy: CompiledPolicy) -> list[Right]:
     found += [Right(area="file", text=f"{glob} is shown") for glob in sandbox.shown]
     if sandbox.tmp_exec:
         found.append(Right(area="file", text="programs run from /tmp and the home directory"))
+    if sandbox.workspace_exec:
+        found.append(Right(area="file", text="programs run from the workspace"))
     return found
 
 
@@ -295,6 +298,12 @@ def _isolation(backend: str) -> Right:
         subject=("isolation",),
         rank=_BACKENDS.index(backend),
     )
+
+
+def _engine(name: str) -> list[Right]:
+    if name == "auto":
+        return []
+    return [Right(area="isolation", text=f"{name} makes containers", subject=("engine", name))]
 
 
 def denials(policy: CompiledPolicy) -> tuple[Right, ...]:

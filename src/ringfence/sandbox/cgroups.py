@@ -118,6 +118,7 @@ class Groups:
         """
         for path in self._paths.values():
             path.mkdir()
+            path.chmod(0o755)  # whatever the umask: who stands in a group may read of it
         states = []
         for control, parent in self._hierarchy.parents.items():
             group = self._paths[parent]

@@ -80,7 +80,7 @@ def check_user_namespaces() -> None:
     Raises:
         UnavailableError: `isolation-unavailable`, with the setting that forbids it.
     """
-    facts = _empty_place()
+    facts = empty_place()
     words = rehearse(bare_plan(facts), trial_plan(facts))
     if words is None:
         return
@@ -96,10 +96,19 @@ def trial_plan(facts: HostFacts, **rlimits: int) -> dict[str, Any]:
     return {**plan, "cgroups": [], "rlimits": rlimits, "parent": os.getpid()}
 
 
-def _empty_place() -> HostFacts:
+def empty_place(uid: int = _NOBODY) -> HostFacts:
+    """The facts of a place that holds nothing, for a trial; started by root it runs as `uid`."""
     as_root = os.geteuid() == 0
-    uid = _NOBODY if as_root else os.getuid()
-    return HostFacts(as_root=as_root, uid=uid, tools=tools(), stage=stage())
+    links, existing = _system_links()
+    return HostFacts(
+        as_root=as_root,
+        uid=uid if as_root else os.getuid(),
+        tools=tools(),
+        links=links,
+        existing=existing,
+        proc_entries=frozenset(os.listdir("/proc")),
+        stage=stage(),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +163,7 @@ def limits_processes() -> bool:
     already is met by nobody outside. bubblewrap needs three processes for a program: with two
     it must fail, and with three, which is less than a login has, it must not.
     """
-    facts = _empty_place()
+    facts = empty_place()
 
     def works(processes: int) -> bool:
         plan = trial_plan(facts, RLIMIT_NPROC=processes)

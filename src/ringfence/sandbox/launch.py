@@ -34,7 +34,7 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 32, 4096, 16384, 1 << 18
 OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC, AT_RECURSIVE, AT_EMPTY_PATH = 1, 0o2000000, 0x8000, 0x1000
 MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 0x4, 0x40
-MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC = 1, 2, 4, 8
 MOUNT_ATTR_IDMAP = 0x00100000
 SIGKILL = 9
 PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 24, 38
@@ -61,6 +61,10 @@ def _check(result: int, what: str) -> int:
 def _syscall(number: int, what: str, *arguments: object) -> int:
     wide = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
     return _check(_LIBC.syscall(ctypes.c_long(number), *wide), what)
+
+
+def libc() -> ctypes.CDLL:
+    return _LIBC
 
 
 def unshare(flags: int) -> None:
@@ -111,8 +115,8 @@ def set_attributes(tree: int, attributes: int, user_namespace: int, *, recursive
     _syscall(_NR_MOUNT_SETATTR, "mount_setattr", tree, empty, flags, value, 32)
 
 
-def idmap_namespace(inside_uid: int, inside_gid: int, host_uid: int) -> int:
-    """A user namespace that maps the owner's ids, as they are on disk, to the sandbox's uid."""
+def mapped_namespace(users: list[list[int]], groups: list[list[int]] | None = None) -> int:
+    """A user namespace with these lines of (first id inside, first id here, count)."""
     here, there = socket.socketpair()
     child = os.fork()
     if child == 0:
@@ -124,10 +128,9 @@ def idmap_namespace(inside_uid: int, inside_gid: int, host_uid: int) -> int:
             os._exit(0)
     there.close()  # else the end of a child that could not is never seen
     here.recv(1)
-    with open(f"/proc/{child}/uid_map", "w") as file:
-        file.write(f"{inside_uid} {host_uid} 1\n")
-    with open(f"/proc/{child}/gid_map", "w") as file:
-        file.write(f"{inside_gid} {host_uid} 1\n")
+    for name, lines in (("uid_map", users), ("gid_map", groups or users)):
+        with open(f"/proc/{child}/{name}", "w") as file:
+            file.write("".join(f"{inside} {outside} {count}\n" for inside, outside, count in lines))
     descriptor = os.open(f"/proc/{child}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
     here.send(b"g")
     os.waitpid(child, 0)
@@ -195,7 +198,9 @@ def prepare(plan: Plan, descriptors: list[int]) -> tuple[Plan, list[int]]:
     as_root, uid = plan["as_root"], plan["uid"]
     workspace = descriptors[0]
     owner = os.fstat(workspace)
-    idmap = idmap_namespace(owner.st_uid, owner.st_gid, uid) if as_root else -1
+    # the owner's ids, as they are on disk, become the sandbox's uid
+    owners = [[owner.st_uid, uid, 1]], [[owner.st_gid, uid, 1]]
+    idmap = mapped_namespace(*owners) if as_root else -1
     # unshare() moves root and cwd into the copied mount tree, but no other descriptor: the
     # workspace travels as the working directory.
     os.fchdir(workspace)
@@ -220,6 +225,10 @@ def prepare(plan: Plan, descriptors: list[int]) -> tuple[Plan, list[int]]:
     _write_files(stage, tools, 0o755)
     for overlay in plan["overlays"]:
         _overlay(stage, overlay)
+    if not plan["workspace_exec"]:
+        view = os.open(f"{stage}/workspace", os.O_PATH | os.O_CLOEXEC)
+        set_attributes(view, MOUNT_ATTR_NOEXEC, 0, recursive=True)
+        os.close(view)
     for place, path, kind in plan["masks"]:
         _mask(stage, place, path, kind)
     # An ordinary user's bubblewrap belongs to the uid inside, which finds it as /proc/1/exe; what
@@ -361,7 +370,7 @@ def _scratch(plan: Plan, uid: int) -> None:
         os.mkdir(target)
         mount(f"{scratch}/{name}", target, None, MS_BIND)
         mount("none", target, None, MS_REMOUNT | MS_BIND | flags)
-    for name in ("workspace", "lower", "nothing"):
+    for name in ("workspace", "lower", "nothing", "bundle"):
         os.mkdir(f"{stage}/{name}")
     os.mkdir(f"{stage}/shut", 0)
     for name, mode in (("masked", 0), ("blank", 0o444)):
@@ -410,10 +419,7 @@ def become(plan: Plan, descriptors: list[int], *, inside: bool) -> None:
     if os.geteuid() == 0 or os.getuid() == 0:
         # uid 1000 of a namespace made by root is the kernel's root: it can write /proc/sys.
         raise OSError(errno.EPERM, "refusing to start bubblewrap as euid 0")
-    _check(_LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
-    _check(_LIBC.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0), "pdeathsig")
-    if os.getppid() != plan["parent"]:
-        raise OSError(errno.ESRCH, "the worker is gone")
+    die_with(plan["parent"])
     os.chdir("/")  # not the host's workspace, which was the working directory of `prepare`
     os.dup2(standard_in, 0)
     os.dup2(standard_out, 1)
@@ -432,6 +438,20 @@ def become(plan: Plan, descriptors: list[int], *, inside: bool) -> None:
     os.execve(plan["bwrap"], plan["argv"], {})
 
 
+def die_with(parent: int) -> None:
+    """Gain no privilege any more, and end when the parent does. After the last change of ids: the
+    kernel forgets the signal with them.
+    """
+    _check(_LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+    set_death_signal()
+    if os.getppid() != parent:
+        raise OSError(errno.ESRCH, "the worker is gone")
+
+
+def set_death_signal() -> None:
+    _check(_LIBC.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0), "pdeathsig")
+
+
 def _drop(uid: int) -> None:
     os.setgroups([])
     for capability in range(64):
@@ -439,6 +459,17 @@ def _drop(uid: int) -> None:
             break
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
+
+
+def _oci_phase() -> Any:
+    """In a file of its own, so that who encloses with bubblewrap does not wait for it. It finds
+    us by our own name, and nothing of our directory before the standard library.
+    """
+    sys.modules["launch"] = sys.modules[__name__]
+    sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+    import launch_oci  # type: ignore[import-not-found]
+
+    return launch_oci
 
 
 def main() -> int:
@@ -455,6 +486,8 @@ def main() -> int:
                 os.close(descriptor)
             inside = True
             plan, descriptors = receive(control)
+        if plan["phase"] == "oci":
+            _oci_phase().become(plan, descriptors, inside=inside)
         become(plan, descriptors, inside=inside)
     except OSError as error:
         try:

@@ -212,6 +212,7 @@ def prepare_plan(profile: SandboxProfile, facts: HostFacts) -> dict[str, Any]:
         "masks": _masks(profile, facts),
         "disk_mb": profile.limits.disk_mb,
         "tmp_exec": profile.tmp_exec,
+        "workspace_exec": profile.workspace_exec,
         "files": {**_ETC_FILES, "etc/ssl/certs/ca-certificates.crt": facts.ca_bundle},
         "handles": ["workspace", "lower", "scratch/upper", "home", "tmp"],
     }
@@ -231,6 +232,7 @@ def bare_plan(facts: HostFacts) -> dict[str, Any]:
         "masks": [],
         "disk_mb": 1,
         "tmp_exec": False,
+        "workspace_exec": False,
         "files": {},
         "handles": [],
     }
@@ -326,15 +328,24 @@ def _places(profile: SandboxProfile, facts: HostFacts) -> list[str]:
 
 
 def _system_covers(profile: SandboxProfile, facts: HostFacts) -> list[str]:
-    """What is blocked of the host's programs; of the rest, see `_masks`, or it is absent anyway."""
     arguments = []
-    system = ("/usr", *(f"/{name}" for name in SYSTEM if f"/{name}" in facts.existing))
-    for path in dict.fromkeys(facts.real.get(path, path) for path in profile.blocked):
-        if not any(_below(path, base) and path != base for base in system):
-            continue
-        if facts.existing.get(path):
+    for path, directory in system_covers(profile, facts):
+        if directory:
             arguments += ["--perms", "0000", "--size", "4096", "--tmpfs", path]
             arguments += ["--remount-ro", path]
-        elif path in facts.existing:
+        else:
             arguments += ["--ro-bind", f"{facts.stage}/masked", path]
     return arguments
+
+
+def system_covers(profile: SandboxProfile, facts: HostFacts) -> tuple[tuple[str, bool], ...]:
+    """(path, whether a directory) of what is blocked of the host's programs; of the rest, see
+    `_masks`, or it is absent anyway.
+    """
+    system = ("/usr", *(f"/{name}" for name in SYSTEM if f"/{name}" in facts.existing))
+    blocked = dict.fromkeys(facts.real.get(path, path) for path in profile.blocked)
+    return tuple(
+        (path, facts.existing[path])
+        for path in blocked
+        if path in facts.existing and any(_below(path, base) and path != base for base in system)
+    )

@@ -1,4 +1,4 @@
-"""The seccomp filter as classic BPF, assembled here. PURE: (architecture) -> bytes.
+"""The seccomp filter: as classic BPF, assembled here, and as an OCI profile. PURE.
 
 Default deny: what the table does not name ends with EPERM, and a number the table's kernel does
 not know yet ends with ENOSYS, so that libraries fall back as they do on an older kernel. Foreign
@@ -20,7 +20,9 @@ any privilege: sctp, dccp and tipc have been roads to root before.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ringfence.sandbox.syscalls import AARCH64, RULED, X86_64
 
@@ -218,3 +220,72 @@ def _mknod(mode_argument: int) -> _Program:
         program.returns(_ALLOW)
     program.returns(errno(_EPERM))
     return program
+
+
+_OCI_NAMES = {"x86_64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64"}
+_LOW = 0xFFFFFFFF
+
+
+def oci(machine: str) -> dict[str, Any]:
+    """The same table and rules as `linux.seccomp` of the OCI runtime specification.
+
+    Other than in the BPF, what is refused by its argument ends with EPERM like all else: libseccomp
+    takes one comparison of an argument a rule, so that there is no word for "none of these".
+
+    Raises:
+        LookupError: for a machine without a table; the caller fails closed.
+    """
+    plain = sorted(name for name in ARCHITECTURES[machine].calls if name not in RULED)
+    rules: list[tuple[str, tuple[dict[str, Any], ...]]] = [
+        ("clone", (_masked(0, _NAMESPACES, 0),)),
+        ("socket", (_equal(0, _AF_UNIX),)),
+        ("socket", (_equal(0, _AF_NETLINK), _equal(2, _NETLINK_ROUTE))),
+        *(
+            ("socket", (_equal(0, family), _equal(2, protocol)))
+            for family in _INET_FAMILIES
+            for protocol in _INET_PROTOCOLS
+        ),
+        ("socketpair", (_equal(0, _AF_UNIX),)),
+        *(("ioctl", (_masked(1, mask, value),)) for mask, value in all_but(FORBIDDEN_IOCTLS)),
+        *(("personality", (_equal(0, value),)) for value in _PERSONALITIES),
+        *(("mknod", (_masked(1, _S_IFMT, kind),)) for kind in _NODE_KINDS),
+        *(("mknodat", (_masked(2, _S_IFMT, kind),)) for kind in _NODE_KINDS),
+    ]
+    known = ARCHITECTURES[machine].calls
+    return {
+        "defaultAction": "SCMP_ACT_ERRNO",
+        "defaultErrnoRet": _EPERM,
+        "architectures": [_OCI_NAMES[machine]],
+        "syscalls": [
+            {"names": plain, "action": "SCMP_ACT_ALLOW"},
+            *(
+                {"names": [name], "action": "SCMP_ACT_ALLOW", "args": list(tests)}
+                for name, tests in rules
+                if name in known
+            ),
+            # libc falls back to clone, whose flags a filter can read
+            {"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": _ENOSYS},
+        ],
+    }
+
+
+def _equal(index: int, value: int) -> dict[str, Any]:
+    return {"index": index, "value": value, "op": "SCMP_CMP_EQ"}
+
+
+def _masked(index: int, mask: int, value: int) -> dict[str, Any]:
+    return {"index": index, "value": mask, "valueTwo": value, "op": "SCMP_CMP_MASKED_EQ"}
+
+
+def all_but(values: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(mask, value) pairs that match each 32-bit number but these, and no other: what is beside
+    the path to them in the tree of bits. The upper half of an argument is in no mask, because the
+    kernel does not look at it (CVE-2019-10063).
+    """
+    for bit in range(31, -1, -1):
+        above = _LOW & ~((1 << (bit + 1)) - 1)
+        for prefix in sorted({value & above for value in values}):
+            for value in (prefix, prefix | 1 << bit):
+                mask = above | 1 << bit
+                if all(one & mask != value for one in values):
+                    yield mask, value

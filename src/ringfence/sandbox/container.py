@@ -1,0 +1,153 @@
+"""The container backend: an OCI runtime in the prepared place, without a daemon and without root.
+
+Started by root, a sandbox has a block of 65536 host ids; inside, 1000 is one of them, and the
+runtime itself runs as another. Neither is an account of the host.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ringfence.errors import UnavailableError
+from ringfence.model import WorkspaceMode
+from ringfence.policy.compiled import SandboxProfile
+from ringfence.sandbox import hostfacts, oci, seccomp
+from ringfence.sandbox.launcher import rehearse
+from ringfence.sandbox.profile import PATH, HostFacts, bare_plan
+from ringfence.sandbox.protocol import INSIDE_UID, ControlState
+from ringfence.sandbox.staged import Program, StagedBackend
+
+RUNTIMES = ("runc", "crun")
+_PATHS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_BLOCK = 65_536
+_BLOCKS = 4_096
+_OPTIONS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
+    # its control groups are made by us; it has no right to make any, and says so once
+    "runc": ((), ("--no-new-keyring",)),
+    "crun": (("--cgroup-manager", "disabled"), ("--no-new-keyring",)),
+}
+"""Of a runtime: global options, options of `create`."""
+
+
+class ContainerBackend(StagedBackend):
+    """`Backend` of the protocol."""
+
+    def __init__(
+        self,
+        *,
+        state_dir: Path,
+        uid_base: int = 2_000_000,
+        uid_count: int = 65_536,
+        engine: str = "auto",
+    ) -> None:
+        super().__init__(state_dir=state_dir, uid_base=uid_base, uid_count=uid_count)
+        # behind the single uids of other backends, so that no two sandboxes share one
+        first = uid_base + uid_count
+        self._uids = range(first + INSIDE_UID, first + _BLOCK * _BLOCKS, _BLOCK)
+        self._engine = engine
+
+    @property
+    def name(self) -> str:
+        """See the protocol."""
+        return "container"
+
+    def check(self) -> None:
+        """See StagedBackend."""
+        find_runtime(self._engine)
+
+    def probe(self, profile: SandboxProfile) -> Sequence[ControlState]:
+        """See the protocol."""
+        check_runtime(self._runtime(profile), self._uids[0])
+        return super().probe(profile)
+
+    def enclose(self, rules: SandboxProfile, facts: HostFacts, program: Program) -> dict[str, Any]:
+        """See StagedBackend."""
+        settings = oci.config(
+            rules,
+            facts,
+            argv=program.argv,
+            environment=program.environment,
+            cwd=program.cwd,
+            seccomp=seccomp.oci(platform.machine()),
+        )
+        return container_plan(self._runtime(rules), facts, settings)
+
+    def _runtime(self, rules: SandboxProfile) -> Path:
+        return find_runtime(self._engine if rules.engine == "auto" else rules.engine)
+
+
+def container_plan(runtime: Path, facts: HostFacts, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The plan of launch.py's second phase, without cgroups, rlimits and parent."""
+    before, create = _OPTIONS[runtime.name]
+    return {
+        "phase": "oci",
+        "stage": facts.stage,
+        "as_root": facts.as_root,
+        "map": block_map(facts),
+        "runtime": [str(runtime), *before],
+        "create": list(create),
+        "hide_control_groups": runtime.name == "crun",
+        "links": dict(facts.links),
+        "config": json.dumps(settings, ensure_ascii=True),
+        "expect": oci.expectations(settings),
+    }
+
+
+def block_map(facts: HostFacts) -> list[list[int]]:
+    """Lines of the user namespace's maps: (first id inside, first id of the host, count)."""
+    if facts.as_root:
+        return [[0, facts.uid - INSIDE_UID, _BLOCK]]
+    return [[INSIDE_UID, facts.uid, 1]]
+
+
+@functools.cache
+def find_runtime(engine: str) -> Path:
+    """The program of an engine; `auto` takes the first of RUNTIMES that is there.
+
+    Raises:
+        UnavailableError: `isolation-unavailable`.
+    """
+    for name in RUNTIMES if engine == "auto" else (engine,):
+        found = shutil.which(name, path=_PATHS)
+        if found is not None and name in RUNTIMES:
+            return Path(found)
+    wanted = " or ".join(RUNTIMES) if engine == "auto" else engine
+    raise UnavailableError(
+        "isolation-unavailable",
+        f"{wanted} is not installed",
+        hint="apt-get install runc, or crun",
+    )
+
+
+@functools.cache
+def check_runtime(runtime: Path, uid: int) -> None:
+    """Try, not guess: a container that does nothing, read back like every other.
+
+    Raises:
+        UnavailableError: `isolation-unavailable`, with the runtime's own words.
+    """
+    facts = hostfacts.empty_place(uid)
+    settings = oci.config(
+        SandboxProfile(workspace_mode=WorkspaceMode.READONLY),
+        facts,
+        argv=["true"],
+        environment={"PATH": PATH},
+        cwd="/",
+        seccomp=seccomp.oci(platform.machine()),
+    )
+    plan = {**container_plan(runtime, facts, settings), "cgroups": [], "rlimits": {}}
+    place = {**bare_plan(facts), "files": {"etc/hostname": "sandbox\n"}, "workspace_exec": True}
+    words = rehearse(place, {**plan, "parent": os.getpid()})
+    if words is not None:
+        raise UnavailableError(
+            "isolation-unavailable",
+            f"{runtime.name} cannot start a container: {words}",
+            hint="it needs user namespaces: sysctl user.max_user_namespaces=10000",
+        )

@@ -1,0 +1,178 @@
+"""Rules, facts and a program → the configuration of an OCI container. PURE; golden files hold it.
+
+The place is the one that `launch.py` prepared: its limits, masks and sizes are mounts already, and
+the container only joins them. Control groups, resource limits and the user, PID and network
+namespaces are made before a runtime is started, so that none has to be trusted with them; what is
+asked of the runtime here is read back from the kernel by `launch_oci.py`, see `expectations`.
+
+Also for a runtime with a kernel of its own: `config` takes the namespaces and the seccomp profile
+that are asked for, and `system` names the directory that stands in for the host's `/usr`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ringfence.model import WorkspaceMode
+from ringfence.policy.compiled import SandboxProfile
+from ringfence.sandbox.profile import SYSTEM, HostFacts, shown_paths, system_covers
+from ringfence.sandbox.protocol import (
+    INSIDE_CLAUDE,
+    INSIDE_EGRESS_DIR,
+    INSIDE_HOME,
+    INSIDE_UID,
+    INSIDE_WORKSPACE,
+)
+
+NAMESPACES = ("mount", "ipc", "uts", "cgroup")
+"""Made by the runtime; the others are there before it is."""
+CAPABILITY_SETS = ("bounding", "effective", "inheritable", "permitted", "ambient")
+OOM_SCORE = 500
+"""Whoever must give memory back on a full host, an agent does so before a service."""
+
+_MASKED = (
+    *("acpi", "asound", "bus", "driver", "fs", "irq", "kallsyms", "kcore", "key-users", "keys"),
+    *("kmsg", "latency_stats", "sched_debug", "scsi", "timer_list", "timer_stats"),
+)
+_READ_ONLY = ("sys", "sysrq-trigger")
+
+_QUIET = ("nosuid", "nodev")
+_SHUT = (*_QUIET, "noexec")
+
+
+def config(
+    rules: SandboxProfile,
+    facts: HostFacts,
+    *,
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    cwd: str,
+    seccomp: Mapping[str, Any] | None = None,
+    namespaces: Sequence[str] = NAMESPACES,
+    system: str = "",
+    uid: int = INSIDE_UID,
+) -> dict[str, Any]:
+    """The content of config.json (OCI runtime specification 1.0.2).
+
+    `environment` is all that the program gets. `seccomp` becomes `linux.seccomp`; None leaves the
+    calls to a runtime with a kernel of its own. `namespaces` are what the runtime has to make,
+    `system` is the directory below which /usr and its like are found, empty for the host itself,
+    and `uid` the program's inside, and its group.
+    """
+    linux: dict[str, Any] = {
+        "namespaces": [{"type": name} for name in namespaces],
+        "maskedPaths": _of_proc(facts, _MASKED),
+        "readonlyPaths": _of_proc(facts, _READ_ONLY),
+    }
+    if seccomp is not None:
+        linux["seccomp"] = seccomp
+    return {
+        "ociVersion": "1.0.2",
+        "hostname": "sandbox",
+        "root": {"path": "rootfs", "readonly": True},
+        "process": {
+            "terminal": False,
+            "user": {"uid": uid, "gid": uid, "umask": 0o22},
+            "args": list(argv),
+            "env": [f"{name}={value}" for name, value in environment.items()],
+            "cwd": cwd,
+            "capabilities": {name: [] for name in CAPABILITY_SETS},
+            "noNewPrivileges": True,
+            "oomScoreAdj": OOM_SCORE,
+        },
+        "mounts": mounts(rules, facts, system),
+        "linux": linux,
+    }
+
+
+def _of_proc(facts: HostFacts, names: Sequence[str]) -> list[str]:
+    return [f"/proc/{name}" for name in names if name in facts.proc_entries]
+
+
+def mounts(rules: SandboxProfile, facts: HostFacts, system: str = "") -> list[dict[str, Any]]:
+    """Order is meaning: a later mount covers an earlier one."""
+    return [
+        *_system(facts, system),
+        _kernel("proc", "/proc", *_SHUT),
+        _kernel("tmpfs", "/dev", "nosuid", "noexec", "mode=755", "size=64k", "nr_inodes=64"),
+        _kernel("devpts", "/dev/pts", "nosuid", "noexec", "newinstance", "ptmxmode=0666"),
+        *_places(rules, facts),
+        *_covers(rules, facts),
+    ]
+
+
+def _kernel(kind: str, place: str, *options: str) -> dict[str, Any]:
+    return {"destination": place, "type": kind, "source": kind, "options": list(options)}
+
+
+def _bind(source: str, place: str, *options: str) -> dict[str, Any]:
+    # recursive: a mount that lies within one of another user namespace cannot be left out
+    words = ["rbind", "rprivate", *options]
+    return {"destination": place, "type": "bind", "source": source, "options": words}
+
+
+def _system(facts: HostFacts, system: str) -> list[dict[str, Any]]:
+    shown = ["usr", *(name for name in SYSTEM if f"/{name}" in facts.existing)]
+    return [
+        # with all that is mounted below: a host may have its /usr/local apart
+        *(_bind(f"{system}/{name}", f"/{name}", "ro", "rro", *_QUIET) for name in shown),
+        _bind(f"{facts.stage}/etc", "/etc", "ro", *_SHUT),
+    ]
+
+
+def _places(rules: SandboxProfile, facts: HostFacts) -> list[dict[str, Any]]:
+    stage = facts.stage
+    scratch = _QUIET if rules.tmp_exec else _SHUT
+    places = [
+        _bind(f"{stage}/tmp", "/tmp", "rw", *scratch),  # noqa: S108
+        _bind(f"{stage}/tmp", "/var/tmp", "rw", *scratch),  # noqa: S108
+        _bind(f"{stage}/shm", "/dev/shm", "rw", *scratch),  # noqa: S108
+        _bind(f"{stage}/home", INSIDE_HOME, "rw", *scratch),
+    ]
+    if facts.egress_dir is not None:
+        places.append(_bind(f"{stage}/egress", INSIDE_EGRESS_DIR, "ro", *_SHUT))
+    if facts.claude is not None:
+        places.append(_bind(f"{stage}/claude", INSIDE_CLAUDE, "ro", *_QUIET))
+    for index, (path, writable) in enumerate(shown_paths(rules, facts)):
+        places.append(_bind(f"{stage}/shown/{index}", path, "rw" if writable else "ro", *_QUIET))
+    read_only = rules.workspace_mode is WorkspaceMode.READONLY
+    words = ("ro" if read_only else "rw", *(_QUIET if rules.workspace_exec else _SHUT))
+    return [*places, _bind(f"{stage}/workspace", INSIDE_WORKSPACE, *words)]
+
+
+def _covers(rules: SandboxProfile, facts: HostFacts) -> list[dict[str, Any]]:
+    return [
+        _kernel("tmpfs", path, "ro", *_SHUT, "mode=000", "size=4k")
+        if directory
+        else _bind(f"{facts.stage}/masked", path, "ro", *_SHUT)
+        for path, directory in system_covers(rules, facts)
+    ]
+
+
+def expectations(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the kernel has to say of process 1 of a container with this configuration: fields of
+    /proc/PID/status, the options of each mount, and /proc/PID/oom_score_adj.
+    """
+    ids = " ".join([str(settings["process"]["user"]["uid"])] * 4)
+    status = {
+        "Uid": ids,
+        "Gid": ids,
+        "NoNewPrivs": "1",
+        **{f"Cap{name}": "0" * 16 for name in ("Inh", "Prm", "Eff", "Bnd", "Amb")},
+    }
+    if "seccomp" in settings["linux"]:
+        status["Seccomp"] = "2"
+    places = {"/": ["ro"]}
+    for one in settings["mounts"]:
+        words = [word for word in one["options"] if word in {"ro", "rw", *_SHUT}]
+        places[one["destination"]] = words if "ro" in words else ["rw", *words]
+    for path in settings["linux"]["readonlyPaths"]:
+        places[path] = ["ro"]
+    for path in settings["linux"]["maskedPaths"]:
+        places[path] = []
+    return {
+        "status": status,
+        "mounts": places,
+        "oom_score_adj": str(settings["process"]["oomScoreAdj"]),
+    }

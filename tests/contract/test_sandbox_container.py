@@ -1,0 +1,44 @@
+"""The container backend passes the sandbox contract, with each of its runtimes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ringfence.sandbox.container import RUNTIMES, ContainerBackend
+from ringfence.sandbox.protocol import Backend
+from ringfence.testing.sandbox_contract import SandboxContract
+
+
+class ContainerContract(SandboxContract):
+    engine: str
+
+    @pytest.fixture
+    def backend(self, tmp_path: Path) -> ContainerBackend:
+        if shutil.which(self.engine, path="/usr/sbin:/usr/bin") is None:
+            pytest.skip(f"{self.engine} is not installed: apt-get install {self.engine}")
+        state = tmp_path / "state"
+        state.mkdir(mode=0o700)
+        return ContainerBackend(state_dir=state, engine=self.engine)
+
+    @pytest.mark.root
+    def test_root_can_freeze(self, backend: Backend, place: Path) -> None:
+        async def work() -> None:
+            async with self.started(backend, self.spec(backend, place)) as sandbox:
+                assert await sandbox.freeze()
+
+        self.run(work)
+
+
+class TestRunc(ContainerContract):
+    engine = "runc"
+
+
+class TestCrun(ContainerContract):
+    engine = "crun"
+
+
+def test_every_runtime_has_a_class() -> None:
+    assert {one.engine for one in ContainerContract.__subclasses__()} == set(RUNTIMES)
