@@ -26,6 +26,12 @@ from ringfence.sandbox.staged import Program, StagedBackend
 
 RUNTIMES = ("runc", "crun")
 _PATHS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_OF_ONE_ID = ("crun",)
+_DAEMONS = {
+    "podman": "its monitor outlives a killed ringfence, and it puts images where we show the host",
+    "docker": "its daemon makes containers among its own mounts, where none of our masks is, and "
+    "they outlive a killed ringfence",
+}
 _BLOCK = 65_536
 _BLOCKS = 4_096
 _OPTIONS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
@@ -60,7 +66,7 @@ class ContainerBackend(StagedBackend):
 
     def check(self) -> None:
         """See StagedBackend."""
-        find_runtime(self._engine)
+        find_runtime(self._engine, as_root=os.geteuid() == 0)
 
     def probe(self, profile: SandboxProfile) -> Sequence[ControlState]:
         """See the protocol."""
@@ -69,22 +75,26 @@ class ContainerBackend(StagedBackend):
 
     def enclose(self, rules: SandboxProfile, facts: HostFacts, program: Program) -> dict[str, Any]:
         """See StagedBackend."""
-        settings = oci.config(
-            rules,
-            facts,
-            argv=program.argv,
-            environment=program.environment,
-            cwd=program.cwd,
-            seccomp=seccomp.oci(platform.machine()),
-        )
-        return container_plan(self._runtime(rules), facts, settings)
+        return container_plan(self._runtime(rules), rules, facts, program)
 
     def _runtime(self, rules: SandboxProfile) -> Path:
-        return find_runtime(self._engine if rules.engine == "auto" else rules.engine)
+        engine = self._engine if rules.engine == "auto" else rules.engine
+        return find_runtime(engine, as_root=os.geteuid() == 0)
 
 
-def container_plan(runtime: Path, facts: HostFacts, settings: Mapping[str, Any]) -> dict[str, Any]:
+def container_plan(
+    runtime: Path, rules: SandboxProfile, facts: HostFacts, program: Program
+) -> dict[str, Any]:
     """The plan of launch.py's second phase, without cgroups, rlimits and parent."""
+    settings = oci.config(
+        rules,
+        facts,
+        argv=program.argv,
+        environment=program.environment,
+        cwd=program.cwd,
+        seccomp=seccomp.oci(platform.machine()),
+        one_id=not facts.as_root,
+    )
     before, create = _OPTIONS[runtime.name]
     return {
         "phase": "oci",
@@ -104,25 +114,38 @@ def block_map(facts: HostFacts) -> list[list[int]]:
     """Lines of the user namespace's maps: (first id inside, first id of the host, count)."""
     if facts.as_root:
         return [[0, facts.uid - INSIDE_UID, _BLOCK]]
-    return [[INSIDE_UID, facts.uid, 1]]
+    return [[0, facts.uid, 1]]
 
 
 @functools.cache
-def find_runtime(engine: str) -> Path:
-    """The program of an engine; `auto` takes the first of RUNTIMES that is there.
+def find_runtime(engine: str, *, as_root: bool) -> Path:
+    """The program of an engine; `auto` takes the first that is there and can serve this user.
 
     Raises:
         UnavailableError: `isolation-unavailable`.
     """
-    for name in RUNTIMES if engine == "auto" else (engine,):
+    usable = RUNTIMES if as_root else _OF_ONE_ID
+    for name in usable if engine == "auto" else (engine,):
         found = shutil.which(name, path=_PATHS)
-        if found is not None and name in RUNTIMES:
+        if found is not None and name in usable:
             return Path(found)
-    wanted = " or ".join(RUNTIMES) if engine == "auto" else engine
+    if engine in _DAEMONS:
+        raise UnavailableError(
+            "isolation-unavailable",
+            f"{engine} cannot hold what a sandbox needs: {_DAEMONS[engine]}",
+            hint="isolation.engine: runc or crun, which need no daemon and no image",
+        )
+    if engine in RUNTIMES and engine not in usable:
+        raise UnavailableError(
+            "isolation-unavailable",
+            f"{engine} wants ids of its own, and an ordinary user has one",
+            hint="start ringfence as root, or isolation.engine: crun",
+        )
+    wanted = " or ".join(usable) if engine == "auto" else engine
     raise UnavailableError(
         "isolation-unavailable",
         f"{wanted} is not installed",
-        hint="apt-get install runc, or crun",
+        hint=f"apt-get install {usable[0] if engine == 'auto' else engine}",
     )
 
 
@@ -134,16 +157,13 @@ def check_runtime(runtime: Path, uid: int) -> None:
         UnavailableError: `isolation-unavailable`, with the runtime's own words.
     """
     facts = hostfacts.empty_place(uid)
-    settings = oci.config(
-        SandboxProfile(workspace_mode=WorkspaceMode.READONLY),
-        facts,
-        argv=["true"],
-        environment={"PATH": PATH},
-        cwd="/",
-        seccomp=seccomp.oci(platform.machine()),
-    )
-    plan = {**container_plan(runtime, facts, settings), "cgroups": [], "rlimits": {}}
-    place = {**bare_plan(facts), "files": {"etc/hostname": "sandbox\n"}, "workspace_exec": True}
+    rules = SandboxProfile(workspace_mode=WorkspaceMode.READONLY)
+    plan = {
+        **container_plan(runtime, rules, facts, Program(["true"], {"PATH": PATH}, "/")),
+        "cgroups": [],
+        "rlimits": {},
+    }
+    place = {**bare_plan(facts), "files": {"etc/hostname": "sandbox\n"}}
     words = rehearse(place, {**plan, "parent": os.getpid()})
     if words is not None:
         raise UnavailableError(

@@ -27,7 +27,7 @@ import resource
 import struct
 import sys
 
-_LIBC = ctypes.CDLL(None, use_errno=True)
+LIBC = ctypes.CDLL(None, use_errno=True)
 
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
@@ -60,23 +60,19 @@ def _check(result: int, what: str) -> int:
 
 def _syscall(number: int, what: str, *arguments: object) -> int:
     wide = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
-    return _check(_LIBC.syscall(ctypes.c_long(number), *wide), what)
-
-
-def libc() -> ctypes.CDLL:
-    return _LIBC
+    return _check(LIBC.syscall(ctypes.c_long(number), *wide), what)
 
 
 def unshare(flags: int) -> None:
-    _check(_LIBC.unshare(ctypes.c_int(flags)), "unshare")
+    _check(LIBC.unshare(ctypes.c_int(flags)), "unshare")
 
 
 def setns(descriptor: int, kind: int) -> None:
-    _check(_LIBC.setns(ctypes.c_int(descriptor), ctypes.c_int(kind)), "setns")
+    _check(LIBC.setns(ctypes.c_int(descriptor), ctypes.c_int(kind)), "setns")
 
 
 def mount(source: str, target: str, kind: str | None, flags: int, data: str = "") -> None:
-    result = _LIBC.mount(
+    result = LIBC.mount(
         source.encode(),
         target.encode(),
         kind.encode() if kind else None,
@@ -443,29 +439,27 @@ def die_with(parent: int) -> None:
     """Gain no privilege any more, and end when the parent does. After the last change of ids: the
     kernel forgets the signal with them.
     """
-    _check(_LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+    _check(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     set_death_signal()
     if os.getppid() != parent:
         raise OSError(errno.ESRCH, "the worker is gone")
 
 
 def set_death_signal() -> None:
-    _check(_LIBC.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0), "pdeathsig")
+    _check(LIBC.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0), "pdeathsig")
 
 
 def _drop(uid: int) -> None:
     os.setgroups([])
     for capability in range(64):
-        if _LIBC.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:
+        if LIBC.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:
             break
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
 
 
 def _later_phase(name: str) -> Any:
-    """In a file of its own, so that who encloses with bubblewrap does not wait for it. It finds
-    us by our own name, and nothing of our directory before the standard library.
-    """
+    """In a file of its own, so that bubblewrap does not wait for it; it finds us by our name."""
     sys.modules["launch"] = sys.modules[__name__]
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
     return __import__(name)

@@ -15,6 +15,7 @@ process 1 would outlive it, and a killed runtime would leave a running container
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import ctypes
 import errno
 import os
@@ -39,6 +40,7 @@ NOT_FOUND, NOT_EXECUTABLE = 127, 126
 PTRACE_CONT, PTRACE_DETACH, PTRACE_SEIZE = 7, 17, 0x4206
 PTRACE_O_TRACEEXEC, PTRACE_O_EXITKILL, PTRACE_EVENT_EXEC = 0x10, 0x100000, 4
 WALL = 0x40000000
+PR_SET_DUMPABLE = 4
 _NAME = "program"
 _PRIVATE = ("cgroup", "ipc", "mnt", "pid", "user", "uts")
 
@@ -106,6 +108,11 @@ def _outer_uid() -> int:
 def _be_first(plan: Plan, stdio: Stdio, tether: int, tell: int, seen: Plan, run: Run) -> NoReturn:
     code: int = 1
     try:
+        # what the interpreter ignores and handles would be ignored by the program, and handled here
+        for number in (_signal.SIGINT, _signal.SIGPIPE, _signal.SIGXFSZ):
+            _signal.signal(number, _signal.SIG_DFL)
+        # an ordinary user's sandbox has the same id outside as we have: our memory is not its
+        kernel.LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
         kernel.set_death_signal()
         if select.select([tether], [], [], 0)[0]:
             os._exit(1)  # the outer process ended before its end would have been ours
@@ -181,7 +188,7 @@ def _until_program(pid: int, starter: int) -> int | None:
 
 def _ptrace(request: int, pid: int, data: int) -> None:
     wide = (ctypes.c_long(request), ctypes.c_long(pid), ctypes.c_void_p(0), ctypes.c_void_p(data))
-    if kernel.libc().ptrace(*wide) < 0:
+    if kernel.LIBC.ptrace(*wide) < 0:
         raise OSError(ctypes.get_errno(), "ptrace: " + os.strerror(ctypes.get_errno()))
 
 

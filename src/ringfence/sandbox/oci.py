@@ -35,6 +35,8 @@ _MASKED = (
     *("acpi", "asound", "bus", "driver", "fs", "irq", "kallsyms", "kcore", "key-users", "keys"),
     *("kmsg", "latency_stats", "sched_debug", "scsi", "timer_list", "timer_stats"),
 )
+_DEVICES = ("full", "null", "random", "tty", "urandom", "zero")
+"""The specification's own, which a user namespace has as mounts of the host's."""
 _READ_ONLY = ("sys", "sysrq-trigger")
 
 _QUIET = ("nosuid", "nodev")
@@ -52,13 +54,15 @@ def config(
     namespaces: Sequence[str] = NAMESPACES,
     system: str = "",
     uid: int = INSIDE_UID,
+    one_id: bool = False,
 ) -> dict[str, Any]:
     """The content of config.json (OCI runtime specification 1.0.2).
 
     `environment` is all that the program gets. `seccomp` becomes `linux.seccomp`; None leaves the
     calls to a runtime with a kernel of its own. `namespaces` are what the runtime has to make,
     `system` is the directory below which /usr and its like are found, empty for the host itself,
-    and `uid` the program's inside, and its group.
+    and `uid` the program's inside, and its group. With `one_id` the runtime has a single id, as
+    its root: it makes a user namespace more, in which the program has that id as `uid`.
     """
     linux: dict[str, Any] = {
         "namespaces": [{"type": name} for name in namespaces],
@@ -67,6 +71,10 @@ def config(
     }
     if seccomp is not None:
         linux["seccomp"] = seccomp
+    if one_id:
+        linux["namespaces"].append({"type": "user"})
+        linux["uidMappings"] = [{"containerID": uid, "hostID": 0, "size": 1}]
+        linux["gidMappings"] = linux["uidMappings"]
     return {
         "ociVersion": "1.0.2",
         "hostname": "sandbox",
@@ -81,7 +89,7 @@ def config(
             "noNewPrivileges": True,
             "oomScoreAdj": OOM_SCORE,
         },
-        "mounts": mounts(rules, facts, system),
+        "mounts": mounts(rules, facts, system, one_id=one_id),
         "linux": linux,
     }
 
@@ -90,12 +98,16 @@ def _of_proc(facts: HostFacts, names: Sequence[str]) -> list[str]:
     return [f"/proc/{name}" for name in names if name in facts.proc_entries]
 
 
-def mounts(rules: SandboxProfile, facts: HostFacts, system: str = "") -> list[dict[str, Any]]:
+def mounts(
+    rules: SandboxProfile, facts: HostFacts, system: str = "", *, one_id: bool = False
+) -> list[dict[str, Any]]:
     """Order is meaning: a later mount covers an earlier one."""
+    # a user namespace may not mount the processes of one above it, only show what is mounted
+    proc = _bind("/proc", "/proc", *_SHUT) if one_id else _kernel("proc", "/proc", *_SHUT)
     return [
         *_system(facts, system),
-        _kernel("proc", "/proc", *_SHUT),
-        _kernel("tmpfs", "/dev", "nosuid", "noexec", "mode=755", "size=64k", "nr_inodes=64"),
+        proc,
+        _kernel("tmpfs", "/dev", "ro", "nosuid", "noexec", "mode=755", "size=64k", "nr_inodes=64"),
         _kernel("devpts", "/dev/pts", "nosuid", "noexec", "newinstance", "ptmxmode=0666"),
         *_places(rules, facts),
         *_covers(rules, facts),
@@ -152,9 +164,11 @@ def _covers(rules: SandboxProfile, facts: HostFacts) -> list[dict[str, Any]]:
 
 def expectations(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the kernel has to say of process 1 of a container with this configuration: fields of
-    /proc/PID/status, the options of each mount, and /proc/PID/oom_score_adj.
+    /proc/PID/status as who runs the runtime reads them, the options of each mount, and
+    /proc/PID/oom_score_adj.
     """
-    ids = " ".join([str(settings["process"]["user"]["uid"])] * 4)
+    user, maps = settings["process"]["user"]["uid"], settings["linux"].get("uidMappings")
+    ids = " ".join([str(maps[0]["hostID"] if maps else user)] * 4)
     status = {
         "Uid": ids,
         "Gid": ids,
@@ -169,7 +183,8 @@ def expectations(settings: Mapping[str, Any]) -> dict[str, Any]:
         places[one["destination"]] = words if "ro" in words else ["rw", *words]
     for path in settings["linux"]["readonlyPaths"]:
         places[path] = ["ro"]
-    for path in settings["linux"]["maskedPaths"]:
+    devices = [f"/dev/{name}" for name in _DEVICES]
+    for path in (*settings["linux"]["maskedPaths"], *devices):
         places[path] = []
     return {
         "status": status,

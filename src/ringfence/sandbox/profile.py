@@ -232,7 +232,7 @@ def bare_plan(facts: HostFacts) -> dict[str, Any]:
         "masks": [],
         "disk_mb": 1,
         "tmp_exec": False,
-        "workspace_exec": False,
+        "workspace_exec": True,  # there is none to take it from
         "files": {},
         "handles": [],
     }
