@@ -32,6 +32,7 @@ def backends(config: Config) -> Backends:
     """The isolation technologies."""
     from ringfence.sandbox.bubblewrap import BubblewrapBackend
     from ringfence.sandbox.container import ContainerBackend
+    from ringfence.sandbox.gvisor import GvisorBackend
     from ringfence.sandbox.registry import Backends
 
     shared: dict[str, Any] = {
@@ -43,6 +44,7 @@ def backends(config: Config) -> Backends:
         {
             "bubblewrap": lambda: BubblewrapBackend(**shared),
             "container": lambda: ContainerBackend(**shared),
+            "gvisor": lambda: GvisorBackend(**shared),
         }
     )
 

@@ -172,8 +172,10 @@ def limits_processes() -> bool:
     return works(3) and not works(2)
 
 
-def gather(spec: SandboxSpec, found: Scan, uid: int, state_dir: Path) -> HostFacts:
-    """Everything `profile.py` needs to know.
+def gather(
+    spec: SandboxSpec, found: Scan, uid: int, state_dir: Path, *, reads_programs: bool = False
+) -> HostFacts:
+    """Everything `profile.py` needs to know; `reads_programs` as in StagedBackend.
 
     Raises:
         CallerError: `profile-path-refused` for a path that is a socket, FIFO or device.
@@ -187,7 +189,9 @@ def gather(spec: SandboxSpec, found: Scan, uid: int, state_dir: Path) -> HostFac
         if os.path.exists(text):
             real[text] = os.path.realpath(text)
             existing[text] = existing[real[text]] = os.path.isdir(text)
-    claude = execute_only(spec.claude, state_dir) if spec.claude else None
+    claude = spec.claude.resolve() if spec.claude else None
+    if claude and not reads_programs:
+        claude = execute_only(claude, state_dir)
     return HostFacts(
         as_root=os.geteuid() == 0,
         uid=uid,

@@ -195,7 +195,8 @@ def prepare(plan: Plan, descriptors: list[int]) -> tuple[Plan, list[int]]:
     workspace = descriptors[0]
     owner = os.fstat(workspace)
     # the owner's ids, as they are on disk, become the sandbox's uid
-    owners = [[owner.st_uid, uid, 1]], [[owner.st_gid, uid, 1]]
+    also = [[one, one, 1] for one in plan.get("creators", [])]
+    owners = [[owner.st_uid, uid, 1], *also], [[owner.st_gid, uid, 1], *also]
     idmap = mapped_namespace(*owners) if as_root else -1
     # unshare() moves root and cwd into the copied mount tree, but no other descriptor: the
     # workspace travels as the working directory.
@@ -457,13 +458,11 @@ def _drop(uid: int) -> None:
     os.setresuid(uid, uid, uid)
 
 
-def _oci_phase() -> Any:
+def _later_phase(name: str) -> Any:
     """In a file of its own, so that bubblewrap does not wait for it; it finds us by our name."""
     sys.modules["launch"] = sys.modules[__name__]
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
-    import launch_oci  # type: ignore[import-not-found]
-
-    return launch_oci
+    return __import__(name)
 
 
 def main() -> int:
@@ -480,8 +479,8 @@ def main() -> int:
                 os.close(descriptor)
             inside = True
             plan, descriptors = receive(control)
-        if plan["phase"] == "oci":
-            _oci_phase().become(plan, descriptors, inside=inside)
+        if plan["phase"] in {"oci", "gvisor"}:
+            _later_phase(f"launch_{plan['phase']}").become(plan, descriptors, inside=inside)
         become(plan, descriptors, inside=inside)
     except OSError as error:
         try:

@@ -24,11 +24,14 @@ import select
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any, NoReturn
 
     from ringfence.sandbox import launch as kernel
 
     Plan = dict[str, Any]
+    Stdio = tuple[int, int, int]
+    Run = Callable[[Plan, Stdio, int, Plan], int]
 else:
     import launch as kernel
 
@@ -42,8 +45,10 @@ _NAME = "program"
 _PRIVATE = ("cgroup", "ipc", "mnt", "pid", "user", "uts")
 
 
-def become(plan: Plan, descriptors: list[int], *, inside: bool) -> NoReturn:
-    """Be the outer process. Ends with the program's status; raises before process 1 exists."""
+def become(plan: Plan, descriptors: list[int], *, inside: bool, run: Run | None = None) -> NoReturn:
+    """Be the outer process; `run` is what process 1 does. Ends with the program's status; raises
+    before process 1 exists.
+    """
     mnt, net, user, standard_in, standard_out, standard_error, _, status = descriptors
     stdio = (standard_in, standard_out, standard_error)
     hosts = {name: os.readlink(f"/proc/self/ns/{name}") for name in _PRIVATE}
@@ -67,13 +72,13 @@ def become(plan: Plan, descriptors: list[int], *, inside: bool) -> NoReturn:
     if child == 0:
         os.close(hold)
         os.close(ready)
-        _be_first(plan, stdio, tether, tell, {"hosts": hosts, "network": network})
+        _be_first(plan, stdio, tether, tell, {"hosts": hosts, "network": network}, run or _run)
     os.close(tell)
     for descriptor in stdio:
         os.close(descriptor)
     if os.read(ready, 1):
         os.write(status, b'{"child-pid": %d}\n' % child)
-    os._exit(_exit_code(os.waitpid(child, 0)[1]))
+    os._exit(exit_code(os.waitpid(child, 0)[1]))
 
 
 def _enter_block(plan: Plan) -> None:
@@ -100,9 +105,7 @@ def _outer_uid() -> int:
     return found[0] if found else 0
 
 
-def _be_first(
-    plan: Plan, stdio: tuple[int, int, int], tether: int, tell: int, seen: Plan
-) -> NoReturn:
+def _be_first(plan: Plan, stdio: Stdio, tether: int, tell: int, seen: Plan, run: Run) -> NoReturn:
     code: int = 1
     try:
         # what the interpreter ignores and handles would be ignored by the program, and handled here
@@ -113,7 +116,7 @@ def _be_first(
         kernel.set_death_signal()
         if select.select([tether], [], [], 0)[0]:
             os._exit(1)  # the outer process ended before its end would have been ours
-        code = _run(plan, stdio, tell, seen)
+        code = run(plan, stdio, tell, seen)
     except OSError as error:
         os.write(stdio[2], f"launch: {error}\n".encode())
     finally:
@@ -124,10 +127,10 @@ def _run(plan: Plan, stdio: tuple[int, int, int], tell: int, seen: Plan) -> int:
     kernel.mount("proc", "/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
     _put_away_control_groups(hidden=plan["hide_control_groups"])
     bundle = f"{plan['stage']}/bundle"
-    _make_bundle(plan, bundle)
+    make_bundle(plan, bundle)
     arguments = [*plan["runtime"], "--root", f"{bundle}/state", "--log", f"{bundle}/log"]
     create = ["create", *plan["create"], "--bundle", bundle, "--pid-file", f"{bundle}/pid", _NAME]
-    if _exit_code(os.waitpid(_call([*arguments, *create], stdio), 0)[1]) != 0:
+    if exit_code(os.waitpid(call([*arguments, *create], stdio), 0)[1]) != 0:
         words = _last_words(bundle)
         refused = _program_refused(words)
         if refused:
@@ -136,11 +139,11 @@ def _run(plan: Plan, stdio: tuple[int, int, int], tell: int, seen: Plan) -> int:
         raise OSError(errno.EPROTO, f"{plan['runtime'][0]}: {words}")
     with open(f"{bundle}/pid") as file:
         pid = int(file.read())
-    _limit(pid, plan["rlimits"])
+    limit(pid, plan["rlimits"])
     _insist(_place(pid, plan, seen))
     nothing = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     _ptrace(PTRACE_SEIZE, pid, PTRACE_O_TRACEEXEC | PTRACE_O_EXITKILL)
-    starter = _call([*arguments, "start", _NAME], (nothing, nothing, nothing))
+    starter = call([*arguments, "start", _NAME], (nothing, nothing, nothing))
     code = _until_program(pid, starter)
     if code is None:
         _insist(_status(pid, plan["expect"]["status"]))
@@ -150,7 +153,7 @@ def _run(plan: Plan, stdio: tuple[int, int, int], tell: int, seen: Plan) -> int:
     if code is not None:
         return code
     _ptrace(PTRACE_DETACH, pid, 0)
-    return _reap(pid)
+    return reap(pid)
 
 
 def _put_away_control_groups(*, hidden: bool) -> None:
@@ -177,7 +180,7 @@ def _until_program(pid: int, starter: int) -> int | None:
         if ended != pid:
             continue
         if not os.WIFSTOPPED(status):
-            return _exit_code(status)
+            return exit_code(status)
         if status >> 16 == PTRACE_EVENT_EXEC:
             return None
         _ptrace(PTRACE_CONT, pid, 0 if status >> 16 else os.WSTOPSIG(status))
@@ -194,7 +197,7 @@ def _insist(differences: list[str]) -> None:
         raise OSError(errno.EPROTO, "the container is not what was asked for: " + differences[0])
 
 
-def _make_bundle(plan: Plan, bundle: str) -> None:
+def make_bundle(plan: Plan, bundle: str) -> None:
     """In memory, and gone with this mount namespace whatever becomes of us."""
     flags = kernel.MS_NOSUID | kernel.MS_NODEV
     kernel.mount("bundle", bundle, "tmpfs", flags, "size=8m,nr_inodes=4096,mode=0755")
@@ -205,7 +208,7 @@ def _make_bundle(plan: Plan, bundle: str) -> None:
         file.write(plan["config"])
 
 
-def _call(argv: list[str], stdio: tuple[int, int, int]) -> int:
+def call(argv: list[str], stdio: tuple[int, int, int]) -> int:
     """Start a program; its process id."""
     pid = os.fork()
     if pid == 0:
@@ -239,7 +242,7 @@ def _program_refused(words: str) -> int:
     return NOT_EXECUTABLE if "permission denied" in words or "not permitted" in words else 0
 
 
-def _limit(pid: int, limits: dict[str, int]) -> None:
+def limit(pid: int, limits: dict[str, int]) -> None:
     """From outside, and on the stopped process: the runtime itself needs threads and memory."""
     for name, value in limits.items():
         kind = getattr(resource, name)
@@ -250,15 +253,16 @@ def _limit(pid: int, limits: dict[str, int]) -> None:
             raise OSError(errno.EPROTO, f"the kernel does not keep {name}={ceiling}")
 
 
-def _reap(pid: int) -> int:
+def reap(pid: int) -> int:
     """All orphans of the namespace are ours to bury; the program's end is the end of all."""
     while True:
         ended, status = os.wait()
         if ended == pid:
-            return _exit_code(status)
+            return exit_code(status)
 
 
-def _exit_code(status: int) -> int:
+def exit_code(status: int) -> int:
+    """As shells say it."""
     return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
@@ -268,7 +272,7 @@ def _place(pid: int, plan: Plan, seen: Plan) -> list[str]:
     return [
         *_namespaces(pid, seen),
         *_mounts(pid, expect["mounts"]),
-        *_groups(pid, plan["cgroups"]),
+        *in_groups(pid, plan["cgroups"]),
         *_one_line(pid, "oom_score_adj", expect["oom_score_adj"]),
     ]
 
@@ -325,7 +329,8 @@ def _mounts(pid: int, wanted: dict[str, list[str]]) -> list[str]:
     return wrong
 
 
-def _groups(pid: int, groups: list[str]) -> list[str]:
+def in_groups(pid: int, groups: list[str]) -> list[str]:
+    """What is wrong with the control groups of a process."""
     lines = _lines(pid, "cgroup")
     ends = {path.rsplit("/", 1)[1] for path in groups}
     count = sum(line.rsplit("/", 1)[-1] in ends for line in lines)

@@ -97,6 +97,8 @@ def rehearse(place: dict[str, Any], program: dict[str, Any]) -> str | None:
     launcher = launch()
     root = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     ours, theirs = socket.socketpair()
+    # of its own: gVisor shuts down the sockets of a program's stdio as the program ends
+    status = socket.socketpair()
     held = [root]
     try:
         launcher.control.settimeout(_PREPARE_SECONDS)
@@ -106,8 +108,8 @@ def rehearse(place: dict[str, Any], program: dict[str, Any]) -> str | None:
         held += handles
         if not answer.get("ok"):
             return str(answer.get("message", "no reason given"))
-        ends = [theirs.fileno()] * 5  # its stdio, and two descriptors that it does not use
-        send_frame(launcher.control, program, [*handles[:3], *ends])
+        ends = [theirs.fileno()] * 4  # its stdio, and a descriptor that it does not use
+        send_frame(launcher.control, program, [*handles[:3], *ends, status[1].fileno()])
         theirs.close()
         words = b"".join(iter(lambda: ours.recv(4096), b"")).decode("utf-8", "replace").strip()
         if launcher.process.wait(_PREPARE_SECONDS) == 0:
@@ -121,7 +123,7 @@ def rehearse(place: dict[str, Any], program: dict[str, Any]) -> str | None:
         launcher.control.close()
         launcher.process.kill()
         launcher.process.wait()
-        for end in (ours, theirs):
+        for end in (ours, theirs, *status):
             end.close()
         for descriptor in held:
             os.close(descriptor)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from ringfence.errors import CallerError, DeniedError, UnavailableError
 from ringfence.model import WorkspaceMode
-from ringfence.policy.compiled import SandboxProfile
+from ringfence.policy.compiled import Limits, SandboxProfile
 from ringfence.sandbox import cgroups, hostfacts, profile, seccomp
 from ringfence.sandbox.frames import send_frame
 from ringfence.sandbox.launcher import Launcher, Spare, alive, prepare
@@ -86,6 +86,21 @@ class StagedBackend(ABC):
     ) -> dict[str, Any]:
         """See `Enclose`."""
 
+    @property
+    def reads_programs(self) -> bool:
+        """Whether who encloses opens a program to run it: an execute-only file cannot be then."""
+        return False
+
+    def creators(self, facts: profile.HostFacts) -> list[int]:  # noqa: ARG002
+        """Host ids beside the sandbox's own that make files in the workspace's name: they give
+        each to its owner at once, and the mount has to know them.
+        """
+        return []
+
+    def host_limits(self, limits: Limits) -> Limits:
+        """What the control groups are set to: who encloses may need room beside the program."""
+        return limits
+
     def probe(self, profile: SandboxProfile) -> Sequence[ControlState]:
         """See the protocol."""
         self.check()
@@ -125,7 +140,7 @@ class StagedBackend(ABC):
         states = self.probe(spec.profile)
         refuse_unenforceable(states, spec.profile)
         return await StagedSandbox.start(
-            spec, states, self._uids, self._state_dir, self._spare, self.enclose
+            spec, states, self._uids, self._state_dir, self._spare, self
         )
 
     def warm(self) -> None:
@@ -201,7 +216,7 @@ class StagedSandbox:
         uids: range,
         state_dir: Path,
         spare: Spare,
-        enclose: Enclose,
+        backend: StagedBackend,
     ) -> StagedSandbox:
         """Look at the workspace, prepare the place, set the limits."""
         refuse_workspace(spec.workspace, state_dir)
@@ -217,15 +232,22 @@ class StagedSandbox:
                 always=_always_masked(spec.profile, spec.workspace),
             )
             facts = await asyncio.to_thread(
-                hostfacts.gather, spec, found, lease.uid if lease else os.getuid(), state_dir
+                hostfacts.gather,
+                spec,
+                found,
+                lease.uid if lease else os.getuid(),
+                state_dir,
+                reads_programs=backend.reads_programs,
             )
             hierarchy = cgroups.discover()
             cgroups.sweep(hierarchy)
             groups = cgroups.Groups(hierarchy, spec.sandbox_id)
-            limits = {state.control: state for state in groups.make(spec.profile.limits)}
+            made = groups.make(backend.host_limits(spec.profile.limits))
+            limits = {state.control: state for state in made}
             controls = [limits.get(state.control, state) for state in states]
             launcher = spare.take()
             plan = profile.prepare_plan(spec.profile, facts)
+            plan["creators"] = backend.creators(facts)
             handles = await prepare(launcher, plan, workspace_fd)
         except BaseException:
             if groups is not None:
@@ -235,7 +257,9 @@ class StagedSandbox:
             raise
         finally:
             os.close(workspace_fd)
-        sandbox = cls(spec, facts, found, lease, groups, controls, launcher, handles, enclose)
+        sandbox = cls(
+            spec, facts, found, lease, groups, controls, launcher, handles, backend.enclose
+        )
         try:
             files = spec.home_files or {}
             await sandbox.copy_in({f"{INSIDE_HOME}/{k}": v for k, v in files.items()})

@@ -43,7 +43,16 @@ pids of a sandbox are not for every backend to see."""
 
 
 class SandboxClauses:
-    """What all clauses stand on. Override `backend`."""
+    """What all clauses stand on. Override `backend`.
+
+    Attributes:
+        shares_a_kernel: False where programs have a kernel of their own. What they make of FIFOs
+            is in that kernel and reaches nobody, descriptors do not pass through a socket of the
+            host, and processor time is what that kernel believes: such clauses then hold it to
+            the stricter outcome, or are held by its own tests from outside.
+    """
+
+    shares_a_kernel = True
 
     @pytest.fixture
     def backend(self, tmp_path: Path) -> Backend:

@@ -1,0 +1,233 @@
+"""The gVisor backend: every program has a kernel of its own, in user space, in the prepared place.
+
+What a program asks of a kernel is answered by the sentry; this host's kernel sees the few dozen
+calls that sentry and gofer may make under their own seccomp filters, as ids that are no account of
+the host. Around them stands all that stands around a container: user, PID and network namespace,
+control groups, the same mounts.
+
+Network: the sentry uses the sockets of the namespace it is in, which is the sandbox's own and has
+a loopback alone, so that the listener for egress is where every other backend has it. gVisor's own
+network stack would hide that listener, and there is no packet for it to keep from this kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ringfence.errors import UnavailableError
+from ringfence.model import WorkspaceMode
+from ringfence.policy.compiled import Limits, SandboxProfile
+from ringfence.sandbox import hostfacts, oci, seccomp
+from ringfence.sandbox.launcher import rehearse
+from ringfence.sandbox.profile import PATH, HostFacts, bare_plan
+from ringfence.sandbox.protocol import INSIDE_UID, Control, ControlState
+from ringfence.sandbox.staged import Program, StagedBackend
+
+_PATHS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_MEND = "apt-get install runsc; on Debian bookworm: apt-get install -t bookworm-backports runsc"
+_BLOCK = 65_536
+_BLOCKS = 4_096
+
+_FLAGS = (
+    "--platform=systrap",
+    "--network=host",
+    # sockets of the host can be dialled through a mount; all but egress's are masked or veiled
+    "--host-uds=open",
+    # else what is written to /tmp or the workspace would be in the sentry's memory, out of our
+    # sizes and out of the review
+    "--overlay2=none",
+    # the sentry opens no file of the host: the gofer does, whose word it has to take
+    "--directfs=false",
+    "--oci-seccomp",
+    # joined before runsc starts, and read back: it has no part in them
+    "--ignore-cgroups",
+)
+
+SENTRY_CAPABILITIES = 1 << 19
+"""CAP_SYS_PTRACE over its own stubs, in a user namespace with no account of the host."""
+GOFER_CAPABILITIES = 0x0004001F
+"""CAP_CHOWN, DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, FSETID and SYS_CHROOT, over the same ids."""
+
+OWN_MEMORY_MB = 128
+"""Sentry and gofer take 30 MiB, and 2 for every process: the program's limit is the program's."""
+OWN_TASKS, TASKS_A_TASK = 256, 4
+"""Threads of sentry and gofer, and host processes and threads that one task inside may need."""
+
+
+class GvisorBackend(StagedBackend):
+    """`Backend` of the protocol."""
+
+    def __init__(
+        self, *, state_dir: Path, uid_base: int = 2_000_000, uid_count: int = 65_536
+    ) -> None:
+        super().__init__(state_dir=state_dir, uid_base=uid_base, uid_count=uid_count)
+        # behind the single uids of other backends; the lease of a block is shared with containers
+        first = uid_base + uid_count
+        self._uids = range(first + INSIDE_UID, first + _BLOCK * _BLOCKS, _BLOCK)
+
+    @property
+    def name(self) -> str:
+        """See the protocol."""
+        return "gvisor"
+
+    @property
+    def reads_programs(self) -> bool:
+        """See StagedBackend: the gofer opens a program to run it."""
+        return True
+
+    def check(self) -> None:
+        """See StagedBackend."""
+        check_runsc(find_runsc(), self._uids[0])
+
+    def creators(self, facts: HostFacts) -> list[int]:
+        """See StagedBackend: the gofer makes a file as who it is, and then gives it away."""
+        return [facts.uid - INSIDE_UID]
+
+    def host_limits(self, limits: Limits) -> Limits:
+        """See StagedBackend."""
+        return replace(
+            limits,
+            memory_mb=limits.memory_mb + OWN_MEMORY_MB,
+            pids=limits.pids * TASKS_A_TASK + OWN_TASKS,
+        )
+
+    def probe(self, profile: SandboxProfile) -> Sequence[ControlState]:
+        """See the protocol."""
+        return [_told(state) for state in super().probe(profile)]
+
+    def enclose(self, rules: SandboxProfile, facts: HostFacts, program: Program) -> dict[str, Any]:
+        """See StagedBackend."""
+        return gvisor_plan(find_runsc(), rules, facts, program, self.host_limits(rules.limits).pids)
+
+
+def _told(state: ControlState) -> ControlState:
+    how = {
+        Control.SECCOMP: "gVisor, its own filters outside, and ours inside",
+        Control.MEMORY: f"{state.how}, {OWN_MEMORY_MB} MiB of it for gVisor",
+        Control.PIDS: f"gVisor's own count, and {state.how}",
+        Control.CLAUDE_UNREADABLE: "gVisor's yama: a process reads its descendants only",
+    }
+    return replace(state, how=how[state.control]) if state.control in how else state
+
+
+def gvisor_plan(
+    runsc: Path, rules: SandboxProfile, facts: HostFacts, program: Program, host_tasks: int
+) -> dict[str, Any]:
+    """The plan of launch.py's second phase, without cgroups, rlimits and parent. PURE."""
+    settings = oci.config(
+        rules,
+        facts,
+        argv=[_PERL, "-e", _INIT, str(rules.limits.pids), *program.argv],
+        environment=program.environment,
+        cwd=program.cwd,
+        seccomp=seccomp.oci(platform.machine()),
+        namespaces=("pid", "mount", "ipc", "uts"),
+        uid=0,
+    )
+    settings["process"]["rlimits"] = _limits_inside(rules.limits)
+    for name in ("effective", "permitted"):
+        settings["process"]["capabilities"][name] = ["CAP_SETUID", "CAP_SETGID"]
+    settings["mounts"].append(_CONTROL_GROUPS)
+    return {
+        "phase": "gvisor",
+        "stage": facts.stage,
+        "as_root": facts.as_root,
+        "map": block_map(facts),
+        "runtime": [str(runsc), *_FLAGS],
+        "links": dict(facts.links),
+        "config": json.dumps(settings, ensure_ascii=True),
+        "capabilities": {"sentry": SENTRY_CAPABILITIES, "gofer": GOFER_CAPABILITIES},
+        "host_rlimits": {
+            "RLIMIT_CORE": 0,
+            "RLIMIT_NPROC": host_tasks,
+            "RLIMIT_MSGQUEUE": 0,
+            "RLIMIT_RTPRIO": 0,
+        },
+    }
+
+
+_PERL = "/usr/bin/perl"
+_INIT = """
+my $n = shift;
+open(F, ">", "/sys/fs/cgroup/pids/pids.max") && syswrite(F, $n) && close(F) or exit 125;
+$( = UID; $) = "UID UID"; $< = UID; $> = UID;
+exit 125 unless "$< $> $( $)" eq "UID UID UID UID UID UID";
+exec {$ARGV[0]} @ARGV;
+my $missing = $!{ENOENT};
+print STDERR "$ARGV[0]: $!\\n";
+exit($missing ? 127 : 126);
+""".replace("UID", str(INSIDE_UID))
+"""The first program inside sets gVisor's own count of tasks, which has no other door: past it fork
+fails there, long before the control group outside would end the sentry and all with it. It then
+gives up what it could do that for, and becomes the agent's program. What it is trusted with is that
+count alone: it runs in the sandbox, and the limits outside hold whatever it does."""
+
+_CONTROL_GROUPS = {
+    "destination": "/sys/fs/cgroup",
+    "type": "cgroup",
+    "source": "cgroup",
+    "options": ["ro", "nosuid", "nodev", "noexec"],
+}
+
+
+def _limits_inside(limits: Limits) -> list[dict[str, Any]]:
+    """A limit of file sizes on the sentry would be one of the memory it keeps in a file."""
+    values = {
+        "RLIMIT_CORE": 0,
+        "RLIMIT_FSIZE": limits.file_mb << 20,
+        "RLIMIT_NOFILE": limits.open_files,
+    }
+    return [{"type": name, "hard": value, "soft": value} for name, value in values.items()]
+
+
+def block_map(facts: HostFacts) -> list[list[int]]:
+    """Lines of the user namespace's maps: (first id inside, first id of the host, count)."""
+    return [[0, facts.uid - INSIDE_UID, _BLOCK]]
+
+
+@functools.cache
+def find_runsc() -> Path:
+    """The runtime of gVisor.
+
+    Raises:
+        UnavailableError: `isolation-unavailable`.
+    """
+    found = shutil.which("runsc", path=_PATHS)
+    if found is None:
+        raise UnavailableError("isolation-unavailable", "runsc is not installed", hint=_MEND)
+    return Path(found)
+
+
+@functools.cache
+def check_runsc(runsc: Path, uid: int) -> None:
+    """Try, not guess: a program that does nothing, its kernel read back like every other.
+
+    Raises:
+        UnavailableError: `isolation-unavailable`, with the runtime's own words.
+    """
+    if os.geteuid() != 0:
+        raise UnavailableError(
+            "isolation-unavailable",
+            "gVisor needs a block of user ids, which an ordinary user has not",
+            hint="start ringfence as root",
+        )
+    facts = hostfacts.empty_place(uid)
+    rules = SandboxProfile(workspace_mode=WorkspaceMode.READONLY)
+    plan = gvisor_plan(runsc, rules, facts, Program(["true"], {"PATH": PATH}, "/"), OWN_TASKS * 2)
+    place = {**bare_plan(facts), "files": {"etc/hostname": "sandbox\n"}, "workspace_exec": True}
+    words = rehearse(place, {**plan, "cgroups": [], "rlimits": {}, "parent": os.getpid()})
+    if words is not None:
+        raise UnavailableError(
+            "isolation-unavailable",
+            f"{runsc} cannot start a sandbox: {words}",
+            hint=f"it needs user namespaces (sysctl user.max_user_namespaces=10000) and a runsc "
+            f"with systrap: {_MEND}",
+        )

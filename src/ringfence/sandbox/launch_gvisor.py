@@ -1,0 +1,135 @@
+"""The second phase of `launch.py` for gVisor: standard library only, loaded when it is asked for.
+
+The processes are those of `launch_oci.py`, and `first` has three children: the sentry, which is
+the kernel that the program sees, and the gofer, which alone opens files for it; runsc itself is
+gone when the program runs. All of them are of the sandbox's own ids, in its control groups, its
+network namespace with a loopback alone, and its PID namespace.
+
+A sentry that the program has taken over is a process of this kernel: what holds it then is read
+back here, because gVisor sets it up only as the program starts.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+    from ringfence.sandbox import launch as kernel
+    from ringfence.sandbox import launch_oci as oci
+    from ringfence.sandbox.launch_oci import Plan
+else:
+    import launch as kernel
+    import launch_oci as oci
+
+_NAME = "program"
+_WORDS = 8192
+
+
+def become(plan: Plan, descriptors: list[int], *, inside: bool) -> NoReturn:
+    """Be the outer process; see launch_oci."""
+    oci.become(plan, descriptors, inside=inside, run=_run)
+
+
+def _run(plan: Plan, stdio: tuple[int, int, int], tell: int, seen: Plan) -> int:
+    kernel.mount("proc", "/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
+    bundle = f"{plan['stage']}/bundle"
+    oci.make_bundle(plan, bundle)
+    oci.limit(os.getpid(), plan["host_rlimits"])
+    runsc = [*plan["runtime"], "--root", f"{bundle}/state"]
+    pid_file = f"{bundle}/pid"
+    create = [*runsc, "create", "--bundle", bundle, "--pid-file", pid_file, _NAME]
+    # the program's stdio is the sentry's from here on; a runtime that fails says why there
+    if _finished(oci.call(create, stdio)) != 0:
+        raise OSError(errno.EPROTO, "runsc made no sandbox")
+    with open(pid_file) as file:
+        sentry = int(file.read())
+    started, words = _call_and_read([*runsc, "start", _NAME])
+    if started != 0:
+        return _refused(words, stdio[2], tell)
+    differences = [] if _ended(sentry) else _verify(sentry, seen["network"], plan)
+    if differences:
+        raise OSError(errno.EPROTO, "gVisor is not what was asked for: " + differences[0])
+    nothing = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    for descriptor in stdio:
+        os.dup2(nothing, descriptor, inheritable=False)
+    os.write(tell, b"1")
+    return oci.reap(sentry)
+
+
+def _finished(pid: int) -> int:
+    return oci.exit_code(os.waitpid(pid, 0)[1])
+
+
+def _call_and_read(argv: list[str]) -> tuple[int, str]:
+    """Exit status and what it says; it never holds the program's stdio."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    nothing = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    code = _finished(oci.call(argv, (nothing, writer, writer)))
+    os.close(writer)
+    os.close(nothing)
+    os.set_blocking(reader, False)
+    try:
+        words = os.read(reader, _WORDS)
+    except BlockingIOError:
+        words = b""
+    os.close(reader)
+    return code, words.decode("utf-8", "replace")
+
+
+def _refused(words: str, standard_error: int, tell: int) -> int:
+    """A program that is not there, or that may not run, is the caller's fault and not gVisor's."""
+    last = words.strip().rpartition("\n")[2]
+    if "failed to load" not in last and "executable" not in last:
+        raise OSError(errno.EPROTO, f"runsc started nothing: {last}")
+    os.write(standard_error, f"{last}\n".encode())
+    os.write(tell, b"1")
+    return oci.NOT_FOUND if "no such file" in last else oci.NOT_EXECUTABLE
+
+
+def _ended(sentry: int) -> bool:
+    return os.waitid(os.P_PID, sentry, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _verify(sentry: int, network: str, plan: Plan) -> list[str]:
+    """What of sentry and gofer differs from what has to hold a sentry that was taken over."""
+    wrong = []
+    processes = {"sentry": sentry, **dict.fromkeys(("gofer",), _gofer(sentry))}
+    for name, pid in processes.items():
+        if pid == 0:
+            wrong.append("there is no gofer")
+            continue
+        try:
+            wrong += [f"{name}: {one}" for one in _one(name, pid, plan)]
+            if name == "sentry" and os.readlink(f"/proc/{pid}/ns/net") != network:
+                wrong.append("sentry: network namespace is not the sandbox's")
+        except (FileNotFoundError, ProcessLookupError):
+            pass  # a short program is over by now, and its sentry with it
+    return [] if _ended(sentry) else wrong
+
+
+def _one(name: str, pid: int, plan: Plan) -> list[str]:
+    with open(f"/proc/{pid}/status") as file:
+        kept = dict(line.split(":", 1) for line in file.read().splitlines() if ":" in line)
+    wrong = [
+        f"{field} is {kept[field].strip()}, wanted {value}"
+        for field, value in (("NoNewPrivs", "1"), ("Seccomp", "2"))
+        if kept[field].strip() != value
+    ]
+    allowed = plan["capabilities"][name]
+    wrong += [
+        f"{field} is {kept[field].strip()}"
+        for field in ("CapEff", "CapPrm", "CapBnd")
+        if int(kept[field], 16) & ~allowed
+    ]
+    return wrong + oci.in_groups(pid, plan["cgroups"])
+
+
+def _gofer(sentry: int) -> int:
+    """The other child of ours."""
+    with open("/proc/self/task/1/children") as file:
+        others = [int(word) for word in file.read().split() if int(word) != sentry]
+    return others[0] if others else 0
