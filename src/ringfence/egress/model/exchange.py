@@ -22,6 +22,7 @@ from ringfence.egress.model.sse import (
 )
 from ringfence.egress.model.strictjson import NotStrictError, parse
 from ringfence.model import Usage
+from ringfence.policy.call_input import CallInput, wire_input
 from ringfence.policy.compiled import ModelRules
 
 MESSAGES, COUNT_TOKENS = "/v1/messages", "/v1/messages/count_tokens"
@@ -88,9 +89,11 @@ class RunState:
         """tool_use ids of a materialised transcript."""
         self.ledger.known(ids)
 
-    def tool_decided(self, tool_use_id: str, name: str, *, allowed: bool) -> Violation | None:
+    def tool_decided(
+        self, tool_use_id: str, name: str, told: CallInput, *, allowed: bool
+    ) -> Violation | None:
         """The worker's word about a call; a violation when the wire knows another call."""
-        return self.ledger.decided(tool_use_id, name, allowed=allowed)
+        return self.ledger.decided(tool_use_id, name, told, allowed=allowed)
 
     def exhausted(self) -> str | None:
         """Which limit is spent."""
@@ -149,6 +152,7 @@ class ModelExchange:
         self._body_bytes = self._max_tokens = 0
         self._counts_only = False
         self._admitted = False
+        self._noted = 0
 
     @property
     def holds(self) -> bool:
@@ -261,6 +265,10 @@ class ModelExchange:
     def _note_asked(self) -> None:
         for tool_use_id, name in self._answer.take_asked():
             self._run.ledger.asked(tool_use_id, name)
+        for tool in self._answer.tool_uses[self._noted :]:
+            told = wire_input(tool.name, tool.input_json) if tool.complete else None
+            self._run.ledger.asked_with(tool.id, told)
+        self._noted = len(self._answer.tool_uses)
 
     def finish(self, *, used: bool, seconds: float) -> Report:
         """Settle. `used` says that the provider will charge for it; `seconds` is how long it took.
