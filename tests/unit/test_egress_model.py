@@ -314,6 +314,23 @@ def test_a_denial_of_another_input_ends_nothing() -> None:
     assert isinstance(admit(result("t"), run=run), Refusal)
 
 
+def test_counting_tokens_is_judged_and_counted() -> None:
+    run = RunState(ModelRules(tools=RULES.tools, max_requests=3))
+    more: dict[str, Any] = {"rules": run.rules, "run": run, "path": "/v1/messages/count_tokens"}
+    assert reason(admit(result("t1"), **more)) == "tool-result-never-asked"
+    assert isinstance(admit(body(), **more), Admitted)
+    assert isinstance(admit(body(), **more), Admitted)
+    assert isinstance(admit(body(), run.rules, run=run), Admitted)
+    assert reason(admit(body(), **more)) == "budget-exhausted-max-requests"
+    spent = RunState(ModelRules(tools=RULES.tools, max_budget_usd=1.0))
+    spent.settle(0, Usage(requests=1, cost_usd=2.0))
+    assert reason(admit(body(), **more | {"rules": spent.rules, "run": spent})).endswith("usd")
+    free = RunState(RULES)
+    for _ in range(50):
+        assert isinstance(admit(body(), **more | {"rules": RULES, "run": free}), Admitted)
+    assert free.spent == Usage()
+
+
 def stream_of(*pieces: str, stop: bool = True, identity: str = "t") -> RunState:
     """A run whose model asked for one Bash call with the input that the pieces are."""
     run = RunState(RULES)

@@ -406,12 +406,10 @@ class Attempt:
             text = f"egress refused {message.target}: {message.reason}"
             self._on_message(Notice(kind="egress_denied", text=text))
             if message.reason.startswith("budget-exhausted"):
-                self._outcome.fail(
-                    AgentError(
-                        "budget-exhausted",
-                        f"the run's budget is spent ({message.reason})",
-                        hint="raise model.max_budget_usd in the policy, or --max-budget-usd",
-                    )
+                self._outcome.hindrance = AgentError(
+                    "budget-exhausted",
+                    f"the run's budget is spent ({message.reason})",
+                    hint="raise model.max_budget_usd in the policy, or --max-budget-usd",
                 )
         elif isinstance(message, WitnessViolated):
             self._outcome.fail(witness_error(message.reason))
