@@ -122,7 +122,7 @@ class Box:
         )
 
     def records(self) -> list[dict[str, Any]]:
-        done = self.call("audit", "show", "--json")
+        done = self.call("audit", "show", "--json", "--last", "1000")
         assert done.code == 0, done.err
         return [json.loads(line) for line in done.out.splitlines()]
 

@@ -17,6 +17,7 @@ from ringfence.agent.settings import ClaudeSettings
 from ringfence.agent.subagents import refusal
 from ringfence.errors import RingfenceError, UnavailableError
 from ringfence.model import PermissionMode
+from ringfence.policy.call_input import CallInput
 from ringfence.policy.compiled import ToolGrants
 from ringfence.record.events import Event
 
@@ -86,7 +87,7 @@ class Desk:
             broken=self.broken.append,
         )
 
-    async def _announce(self, identity: str, name: str, digest: str, allowed: bool) -> None:
+    async def _announce(self, identity: str, name: str, told: CallInput, allowed: bool) -> None:
         self.told.append((identity, allowed))
 
     async def before(self, identity: str, name: str = "Bash", command: str = "make") -> str:

@@ -182,7 +182,38 @@ def test_what_connection_nominates_does_not_pass() -> None:
 
 def test_no_foreign_credential_stands_beside_ours() -> None:
     for injected in (frozenset({b"x-own"}), frozenset({b"authorization"}), frozenset()):
-        assert passed(injected) == {b"x-plain", b"accept-encoding"}
+        assert passed(injected) == {b"accept-encoding"}
+
+
+def test_with_a_credential_headers_are_an_allowlist_each_way() -> None:
+    """Unknown is denied where an answer or a server's second look could undo the injection."""
+    plain = HostRule(host="api.test", credential="c")
+    rule = HostRule(
+        host="api.test", credential="c", request_headers=("x-out",), response_headers=("x-in",)
+    )
+    sent = head(
+        "GET / HTTP/1.1", "X-Out: 1", "X-In: 1", "Accept: a", "Mcp-Session-Id: s", "X-Own: f"
+    )
+    own = frozenset({b"x-own"})
+
+    def out(granted: HostRule, injected: frozenset[bytes] | None = own) -> set[bytes]:
+        lines = headers.request_headers(sent, injected=injected, rule=granted)
+        return {name for name, _ in lines} - {b"accept-encoding"}
+
+    assert out(plain) == {b"accept", b"mcp-session-id"}
+    assert out(rule) == {b"accept", b"mcp-session-id", b"x-out"}
+    assert out(HostRule(host="api.test"), None) >= {b"x-out", b"x-in", b"x-own"}
+    answered = [
+        *((b"content-type", b"a"), (b"x-in", b"1"), (b"x-out", b"1"), (b"set-cookie", b"s")),
+        *((b"x-ratelimit-left", b"1"), (b"server", b"s")),
+    ]
+
+    def back(granted: HostRule) -> set[bytes]:
+        return {name for name, _ in headers.response_headers(answered, rule=granted)}
+
+    assert back(plain) == {b"content-type", b"x-ratelimit-left"}
+    assert back(rule) == {b"content-type", b"x-ratelimit-left", b"x-in"}
+    assert back(HostRule(host="api.test")) == {name for name, _ in answered} - {b"set-cookie"}
 
 
 # bodies

@@ -14,9 +14,11 @@ from ringfence.egress.model.ledger import TABLE, Report, State, ToolLedger, Verd
 from ringfence.egress.model.pricing import cost, price, worst_case
 from ringfence.egress.model.sse import Answer
 from ringfence.model import Usage
+from ringfence.policy.call_input import call_input
 from ringfence.policy.compiled import ModelRules
 
 RULES = ModelRules(tools=("Bash", "Read"))
+LS = call_input("Bash", {"command": "ls"})
 JSON = ((b"content-type", b"application/json"),)
 
 
@@ -188,13 +190,15 @@ def test_the_two_witnesses() -> None:
         reason(admit(result("t1", "<tool_use_error>" + "x" * 9000, True), run=run))
         == "tool-result-not-allowed"
     )
-    run.tool_decided("t1", "Bash", allowed=True)
+    run.ledger.asked_with("t1", LS)
+    run.tool_decided("t1", "Bash", LS, allowed=True)
     assert isinstance(admit(result("t1"), run=run), Admitted)
     run.ledger.asked("t2", "Bash")
-    run.tool_decided("t2", "Bash", allowed=False)
+    run.ledger.asked_with("t2", LS)
+    run.tool_decided("t2", "Bash", LS, allowed=False)
     assert reason(admit(result("t2"), run=run)) == "tool-result-not-allowed"
     assert isinstance(admit(result("t2", "denied", True), run=run), Admitted)
-    run.tool_decided("t2", "Bash", allowed=True)  # a denial is never lifted
+    run.tool_decided("t2", "Bash", LS, allowed=True)  # a denial is never lifted
     assert reason(admit(result("t2"), run=run)) == "tool-result-not-allowed"
     run.known(["old"])
     assert isinstance(admit(result("old"), run=run), Admitted)
@@ -221,11 +225,12 @@ def test_no_order_of_words_lets_an_unasked_or_denied_result_pass(
         spoken.add(name)
         if word == "asked":
             ledger.asked(name, "Bash")
+            ledger.asked_with(name, LS)
         elif word == "known":
             ledger.known([name])
             denied.discard(name)
         else:
-            ledger.decided(name, "Bash", allowed=word == "allow")
+            ledger.decided(name, "Bash", LS, allowed=word == "allow")
             if word == "deny":
                 denied.add(name)
     for name in "abc":
@@ -278,6 +283,8 @@ def test_a_cache_kept_for_an_hour_costs_more() -> None:
     [
         (None, "Read", "tool-never-asked"),
         ("Bash", "Read", "tool-name-differs"),
+        ("Agent", "Task", "tool-input-differs"),
+        ("Bash", "Bash", "tool-input-differs"),
     ],
 )
 def test_the_worker_is_asked_about_what_the_model_asked(
@@ -287,13 +294,88 @@ def test_the_worker_is_asked_about_what_the_model_asked(
     run = RunState(RULES)
     if asked is not None:
         run.ledger.asked("t", asked)
-    violation = run.tool_decided("t", decided, allowed=True)
+        run.ledger.asked_with("t", call_input(asked, {"command": "rm -rf ."}))
+    violation = run.tool_decided("t", decided, LS, allowed=True)
     assert violation is not None
     assert violation.reason == tag
     assert isinstance(admit(result("t"), run=run), Refusal)
     run.ledger.asked("u", "Bash")
-    assert run.tool_decided("u", "Bash", allowed=True) is None
+    run.ledger.asked_with("u", LS)
+    assert run.tool_decided("u", "Bash", LS, allowed=True) is None
     assert isinstance(admit(result("u"), run=run), Admitted)
+
+
+def test_a_denial_of_another_input_ends_nothing() -> None:
+    """Nothing ran by it; the call itself can never be allowed any more."""
+    run = RunState(RULES)
+    run.ledger.asked("t", "Bash")
+    run.ledger.asked_with("t", call_input("Bash", {"command": "rm -rf ."}))
+    assert run.tool_decided("t", "Bash", LS, allowed=False) is None
+    assert isinstance(admit(result("t"), run=run), Refusal)
+
+
+def test_counting_tokens_is_judged_and_counted() -> None:
+    run = RunState(ModelRules(tools=RULES.tools, max_requests=3))
+    more: dict[str, Any] = {"rules": run.rules, "run": run, "path": "/v1/messages/count_tokens"}
+    assert reason(admit(result("t1"), **more)) == "tool-result-never-asked"
+    assert isinstance(admit(body(), **more), Admitted)
+    assert isinstance(admit(body(), **more), Admitted)
+    assert isinstance(admit(body(), run.rules, run=run), Admitted)
+    assert reason(admit(body(), **more)) == "budget-exhausted-max-requests"
+    spent = RunState(ModelRules(tools=RULES.tools, max_budget_usd=1.0))
+    spent.settle(0, Usage(requests=1, cost_usd=2.0))
+    assert reason(admit(body(), **more | {"rules": spent.rules, "run": spent})).endswith("usd")
+    free = RunState(RULES)
+    for _ in range(50):
+        assert isinstance(admit(body(), **more | {"rules": RULES, "run": free}), Admitted)
+    assert free.spent == Usage()
+
+
+def stream_of(*pieces: str, stop: bool = True, identity: str = "t") -> RunState:
+    """A run whose model asked for one Bash call with the input that the pieces are."""
+    run = RunState(RULES)
+    exchange = ModelExchange(RULES, run)
+    exchange.admit("POST", "/v1/messages", "", JSON, json.dumps(body()).encode())
+    exchange.answer_head(200, [(b"content-type", b"text/event-stream")])
+    block = {"type": "tool_use", "id": identity, "name": "Bash", "input": {}}
+    events: list[dict[str, Any]] = [
+        {"type": "content_block_start", "index": 0, "content_block": block}
+    ]
+    events += [
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "input_json_delta", "partial_json": piece}}
+        for piece in pieces
+    ]  # fmt: skip
+    if stop:
+        events.append({"type": "content_block_stop", "index": 0})
+    for event in events:
+        exchange.feed(f"data: {json.dumps(event)}\n\n".encode())
+    return run
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stop", "fits"),
+    [
+        (['{"comm', 'and":"ls"}'], True, True),
+        ([' {"command":"ls"}\n'], True, True),
+        (['{"command":"rm","command":"ls"}'], True, True),
+        (['{"command":"ls -l"}'], True, False),
+        (['{"command":"ls"}'], False, False),
+        (['{"command":"ls"'], True, False),
+        (["[1]"], True, False),
+    ],
+)
+def test_the_streams_own_words_are_what_is_compared(
+    pieces: list[str], stop: bool, fits: bool
+) -> None:
+    violation = stream_of(*pieces, stop=stop).tool_decided("t", "Bash", LS, allowed=True)
+    assert (violation is None) is fits
+
+
+def test_an_id_that_comes_again_with_another_input_fits_nothing() -> None:
+    run = stream_of('{"command":"ls"}')
+    run.ledger.asked_with("t", call_input("Bash", {"command": "rm"}))
+    run.ledger.asked_with("t", LS)
+    assert run.tool_decided("t", "Bash", LS, allowed=True) is not None
 
 
 def test_parallel_streams_do_not_multiply_a_budget() -> None:

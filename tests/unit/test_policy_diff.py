@@ -298,6 +298,8 @@ OTHERWISE: dict[str, Any] = {
     "network.allowed_hosts[].paths[].path": "/y",
     "network.allowed_hosts[].credential": None,
     "network.allowed_hosts[].opaque": False,
+    "network.allowed_hosts[].request_headers": ["x-b"],
+    "network.allowed_hosts[].response_headers": ["x-b"],
     "network.blocked_ports": [23],
     "network.max_connections": 65,
     "network.max_body_mb": 33,

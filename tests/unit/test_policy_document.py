@@ -590,3 +590,38 @@ def test_the_schema_refuses_what_is_unknown_and_takes_examples() -> None:
         load_policy(path)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"netwrok": {}}, schema)
+
+
+def _with_headers(**grant: Any) -> dict[str, Any]:
+    host = {"host": "api.example.com", "credential": "c", **grant}
+    return {
+        "network": {"allowed_hosts": [host]},
+        "secrets": {"c": {"hosts": ["api.example.com"]}},
+    }
+
+
+def test_headers_are_granted_by_name_beside_a_credential() -> None:
+    (grant,) = from_mapping(
+        _with_headers(request_headers=["x-github-api-version"], response_headers=["x-total"])
+    ).network.allowed_hosts
+    assert grant.request_headers == ("x-github-api-version",)
+    assert grant.response_headers == ("x-total",)
+
+
+@pytest.mark.parametrize(
+    "grant",
+    [
+        {"request_headers": ["X-Upper"]},
+        {"request_headers": ["x-*"]},
+        {"request_headers": ["cookie"]},
+        {"request_headers": ["private-token"]},
+        {"request_headers": ["x-forwarded-for"]},
+        {"request_headers": ["x-http-method-override"]},
+        {"response_headers": ["set-cookie"]},
+        {"response_headers": ["transfer-encoding"]},
+        {"request_headers": ["x-a"], "credential": None},
+    ],
+)
+def test_a_header_that_would_undo_the_injection_does_not_load(grant: dict[str, Any]) -> None:
+    with pytest.raises(CallerError):
+        from_mapping(_with_headers(**grant))

@@ -44,6 +44,17 @@ def test_one_row_each(
         assert outcome.error.code == code
 
 
+def test_a_budget_refusal_explains_a_failure_and_makes_none() -> None:
+    """Any tool inside can ask for too much; what the agent did without it stands."""
+    spent = AgentError("budget-exhausted", "x")
+    assert Outcome(ended=OK, hindrance=spent).error is None
+    assert Outcome(command=left(0), hindrance=spent).status is RunStatus.SUCCEEDED
+    failed = Outcome(ended=BAD, hindrance=spent)
+    assert (failed.error, failed.exit_code) == (spent, 5)
+    killed = Outcome(failure=DeniedError("witness-violated", "x"), hindrance=spent)
+    assert killed.exit_code == 3
+
+
 def test_the_first_failure_is_the_cause() -> None:
     outcome = Outcome()
     outcome.fail(DeniedError("witness-violated", "first"))

@@ -20,7 +20,8 @@ from ringfence.agent.messages import AgentMessage, ToolEnded, ToolStarted
 from ringfence.agent.permissions import Answer, Approver, Question, canonical_input, input_sha256
 from ringfence.agent.settings import ClaudeSettings
 from ringfence.agent.subagents import refusal
-from ringfence.errors import RingfenceError
+from ringfence.errors import AgentError, RingfenceError
+from ringfence.policy.call_input import CallInput, call_input
 from ringfence.policy.decide import ToolDecision, decide_tool
 from ringfence.policy.tools import canonical_tool
 from ringfence.record.events import ToolDecisionMade, ToolFinished
@@ -29,8 +30,9 @@ from ringfence.record.recorder import Recorder
 APPROVAL_SECONDS = 600.0
 """A question without an answer is denied then (requirement G)."""
 
-Announce = Callable[[str, str, str, bool], Awaitable[None]]
-"""(tool_use_id, name, input SHA-256, allowed) → told to egress when it returns."""
+Announce = Callable[[str, str, CallInput, bool], Awaitable[None]]
+"""(tool_use_id, name, input, allowed) → told to egress when it returns. Raises DeniedError,
+`witness-violated`, when the wire knows another call."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +96,7 @@ class ToolCalls:
     async def _before(self, data: Mapping[str, Any], identity: str) -> dict[str, Any]:
         name, tool_input = str(data.get("tool_name", "")), dict(data.get("tool_input") or {})
         # taken before anybody is asked: the answer is about this input and no other
-        digest = input_sha256(tool_input)
+        digest, told = input_sha256(tool_input), self._form(name, tool_input)
         verdict = await self._decide(identity, name, tool_input, nested="agent_id" in data)
         input_hmac = self._recorder.hmac(canonical_input(tool_input))
         await self._recorder.append(
@@ -108,7 +110,7 @@ class ToolCalls:
                 decided_by=verdict.by,
             )
         )
-        await self._announce(identity, name, digest, verdict.allowed)
+        await self._announce(identity, name, told, verdict.allowed)
         self._put(
             ToolStarted(
                 tool_use_id=identity,
@@ -130,6 +132,13 @@ class ToolCalls:
                 "permissionDecisionReason": verdict.message,
             }
         }
+
+    @staticmethod
+    def _form(name: str, tool_input: dict[str, Any]) -> CallInput:
+        try:
+            return call_input(name, tool_input)
+        except ValueError as error:
+            raise AgentError("agent-protocol", f"claude asked about no call: {error}") from None
 
     async def _decide(
         self, identity: str, name: str, tool_input: dict[str, Any], *, nested: bool

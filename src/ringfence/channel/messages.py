@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from ringfence.errors import DeniedError
+
 
 class Message(BaseModel):
     """Base of all messages."""
@@ -78,7 +80,15 @@ class AddListener(Message):
 
 
 class ToolDecided(Message):
-    """What the worker decided about a tool call, before the tool may run (requirement B)."""
+    """What the worker decided about a tool call, before the tool may run (requirement B).
+
+    Refused with `witness-violated` when the wire knows another call.
+
+    Attributes:
+        input_sha256: digest of the input that was decided about, in the form of
+            `ringfence.policy.call_input`.
+        input_place: its path or leading `cd`, of the same form.
+    """
 
     type: Literal["tool_decided"] = "tool_decided"
     id: int
@@ -86,6 +96,7 @@ class ToolDecided(Message):
     tool_use_id: str
     name: str
     input_sha256: str
+    input_place: str = Field(default="", max_length=4096)
     allowed: bool
 
 
@@ -129,6 +140,24 @@ class WitnessViolated(Message):
     sandbox_id: str
     reason: str
     tool_use_id: str
+
+
+_DISAGREED = {
+    "tool-never-asked": "a decision was asked for about a call that the model never made",
+    "tool-name-differs": "a decision was asked for about another tool than the model called",
+    "tool-input-differs": "a decision was asked for about another input than the model gave",
+    "tool-result-not-allowed": "the wire shows a result of a call that nobody allowed",
+    "tool-result-never-asked": "the wire shows a result of a call that the model never made",
+}
+
+
+def witness_error(reason: str) -> DeniedError:
+    """What ends a run whose two witnesses disagree (requirement B)."""
+    return DeniedError(
+        "witness-violated",
+        f"{_DISAGREED.get(reason, 'the wire and the worker disagree')} ({reason})",
+        hint="something inside the sandbox speaks in the agent's name",
+    )
 
 
 AnyMessage = Annotated[

@@ -38,6 +38,7 @@ class Exchange:
         self._redactor = state.redactor()
         self._out: list[bytes] = []
         self._model: ModelExchange | None = None
+        self._generic: HostRule | None = None
         self._upstream: Upstream | None = None
         self._done: asyncio.Future[None] = client.loop.create_future()
         self._reason: str | None = None
@@ -137,7 +138,8 @@ class Exchange:
             self.refuse(502, "recorder-unavailable", rule.rule)
             return
         injected = injection.header_names if injection else None
-        lines = generic_headers.request_headers(head, injected=injected)
+        self._generic = rule
+        lines = generic_headers.request_headers(head, injected=injected, rule=rule)
         if injection is not None:
             lines += injection.headers
             query = _with_query(query, injection)
@@ -230,7 +232,7 @@ class Exchange:
                 self._fail_head(kept.reason)
                 return
         else:
-            passed = generic_headers.response_headers(headers)
+            passed = generic_headers.response_headers(headers, rule=self._generic)
             kept = tuple(line for line in passed if not self._state.hidden.named(line[0]))
         self._chunked = (
             self._head.modern and status not in {204, 304} and self._head.method != "HEAD"

@@ -26,6 +26,7 @@ from ringfence.channel.messages import (
     OpenSandbox,
     Refused,
     ToolDecided,
+    witness_error,
 )
 from ringfence.egress.address import Resolver
 from ringfence.egress.credentials import Credentials, Secret
@@ -34,6 +35,7 @@ from ringfence.egress.sandboxes import SandboxState, Shared
 from ringfence.egress.server import Client
 from ringfence.egress.tls import Authority, upstream_context
 from ringfence.errors import RingfenceError, UnavailableError
+from ringfence.policy.call_input import CallInput
 from ringfence.policy.codec import egress_from_json
 from ringfence.record.client import RecorderClient
 from ringfence.vault.open import open_vault
@@ -84,11 +86,14 @@ class Egress:
         if sandbox is None:
             raise UnavailableError("egress-unavailable", "no such sandbox")
         if isinstance(message, ToolDecided):
+            told = CallInput(digest=message.input_sha256, place=message.input_place)
             violation = sandbox.run.tool_decided(
-                message.tool_use_id, message.name, allowed=message.allowed
+                message.tool_use_id, message.name, told, allowed=message.allowed
             )
             if violation is not None:
                 sandbox.violation(violation)
+                # refused, so that the hook never answers: a yes that is taken back comes too late
+                raise witness_error(violation.reason)
         elif isinstance(message, AddListener):
             await self._listen(sandbox, descriptors)
         elif isinstance(message, CloseSandbox):

@@ -8,6 +8,7 @@ from urllib.parse import unquote_plus
 from ringfence.egress.head import Head
 from ringfence.model import Decision, Outcome
 from ringfence.policy.compiled import EgressRules, HostRule
+from ringfence.policy.headers import names_key
 
 _AUTHORITY = re.compile(r"([A-Za-z0-9.-]{1,253}):([1-9][0-9]{0,4})\Z")
 _LABEL = re.compile(r"(?!-)[a-z0-9-]{1,63}(?<!-)\Z")
@@ -15,12 +16,6 @@ _PLAIN_PATH = re.compile(r"/[A-Za-z0-9/_.:@~!$&'()*+,;=-]*\Z")
 _ENCODED_PATH = re.compile(r"/(?:[A-Za-z0-9/_.:@~!$&'()*+,;=-]|%[0-9A-F]{2})*\Z", re.IGNORECASE)
 _QUERY = re.compile(r"(?:[A-Za-z0-9/_.:@~!$&'()*+,;=?\[\]-]|%[0-9A-Fa-f]{2})*\Z")
 _DANGEROUS_ESCAPES = re.compile(r"%(?:2[eEfF5]|5[cC]|0[0-9a-fA-F]|1[0-9a-fA-F]|7[fF])")
-
-_KEY_FIELD = re.compile(
-    r"(?:.*[-_.])?(?:key|apikey|token|secret|signature|sig|credential|credentials|auth"
-    r"|authorization|password|passwd|pwd|jwt|bearer|session|sessionid)\Z",
-    re.IGNORECASE,
-)
 
 DEFAULT = "default"
 
@@ -90,11 +85,6 @@ def decide_request(rule: HostRule, head: Head, *, own_field: str | None = None) 
 def query_names(query: str) -> list[str]:
     """Names of the fields of a query as a server may read them: `;` separates too."""
     return [unquote_plus(pair.partition("=")[0]) for pair in re.split("[&;]", query) if pair]
-
-
-def names_key(name: str) -> bool:
-    """Whether a query field or header is named like a credential."""
-    return _KEY_FIELD.match(name.strip("[] ")) is not None
 
 
 def _carries_key(query: str, own_field: str | None) -> bool:

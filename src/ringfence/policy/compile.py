@@ -293,6 +293,8 @@ def _egress(document: PolicyDocument, grants: ToolGrants) -> EgressRules:
             paths=tuple(PathRule(method=path.method, path=path.path) for path in grant.paths),
             credential=grant.credential,
             opaque=grant.opaque,
+            request_headers=grant.request_headers,
+            response_headers=grant.response_headers,
             rule=f"network.allowed_hosts[{index}]",
         )
         for index, grant in enumerate(network.allowed_hosts)

@@ -94,6 +94,8 @@ class HostRule:
         paths: rules on method and path; empty allows all, for hosts that are not terminated too.
         credential: name of the secret that egress injects; None injects none.
         opaque: tunnelled without TLS termination (requirement D); excludes paths and credential.
+        request_headers, response_headers: names that pass beside the usual ones; only with a
+            credential.
         rule: dotted path of the policy's line.
     """
 
@@ -102,6 +104,8 @@ class HostRule:
     paths: tuple[PathRule, ...] = ()
     credential: str | None = None
     opaque: bool = False
+    request_headers: tuple[str, ...] = ()
+    response_headers: tuple[str, ...] = ()
     rule: str = "default"
 
     @property
@@ -141,7 +145,8 @@ class ModelRules:
         mcp_servers: whether the body may carry `mcp_servers`.
         betas: beta flags granted beside those pinned for the CLI version.
         models: model names that may be asked for; empty allows all.
-        max_budget_usd, max_requests, max_output_tokens: of the run; None is unlimited.
+        max_budget_usd, max_requests, max_output_tokens: of the run; None is unlimited. A
+            request that counts tokens is one of max_requests.
     """
 
     enabled: bool = True

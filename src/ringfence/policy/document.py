@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from ringfence.policy import hosts, paths, rules
+from ringfence.policy import headers, hosts, paths, rules
 from ringfence.policy.isolation import THREAT_MODELS, ThreatModel
 from ringfence.policy.tools import canonical_tool
 
@@ -133,6 +133,11 @@ def _approval(text: str) -> str:
     return text
 
 
+def _header(name: str) -> str:
+    _refuse(headers.grant_problem(name))
+    return name
+
+
 def _url_path(path: str) -> str:
     stem = path.removesuffix("/**")
     if not path.startswith("/"):
@@ -153,6 +158,9 @@ ServerName = Annotated[
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@/-]{0,127}$")]
 Beta = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]{0,63}$")]
 Host = Annotated[str, AfterValidator(_host)]
+HeaderName = Annotated[
+    str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$"), AfterValidator(_header)
+]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Positive = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)]
 Text = Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\x00-\x08\x0a-\x1f\x7f]*$")]
@@ -189,6 +197,8 @@ class HostGrant(Section):
         host: exact name, or one leading-label wildcard under a registrable domain.
         paths: methods and paths; empty allows all. credential: a name under `secrets`.
         opaque: tunnel without looking inside; an exfiltration grant (requirement D).
+        request_headers, response_headers: names, in lower case, that pass beside the usual ones
+            where a credential is injected; without one all but a few pass already.
     """
 
     host: Host
@@ -196,6 +206,8 @@ class HostGrant(Section):
     paths: Items[PathGrant] = ()
     credential: Name | None = None
     opaque: bool = False
+    request_headers: Items[HeaderName] = ()
+    response_headers: Items[HeaderName] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -222,6 +234,10 @@ class HostGrant(Section):
             )
         if self.credential and self.host.startswith("*."):
             raise ValueError("a credential goes to named hosts only, not to a wildcard")
+        if (self.request_headers or self.response_headers) and not self.credential:
+            raise ValueError(
+                "without a credential every ordinary header passes; drop the names of headers"
+            )
         if self.host == hosts.MODEL_HOST and (
             self.port != 443 or self.paths or self.credential or self.opaque
         ):

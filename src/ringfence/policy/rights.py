@@ -165,7 +165,12 @@ def _kind(rule: HostRule, egress: EgressRules) -> str:
         for secret in egress.credentials
         if secret.name == rule.credential
     )
-    return f" (with credential {rule.credential} as {where})"
+    more = "".join(
+        f", {way} headers {' '.join(names)}"
+        for way, names in (("request", rule.request_headers), ("response", rule.response_headers))
+        if names
+    )
+    return f" (with credential {rule.credential} as {where}{more})"
 
 
 def _host_covers(wider: tuple[str, ...], narrower: tuple[str, ...]) -> bool:

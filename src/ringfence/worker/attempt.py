@@ -28,14 +28,15 @@ from ringfence.channel.messages import (
     OpenSandbox,
     ToolDecided,
     WitnessViolated,
+    witness_error,
 )
 from ringfence.errors import (
     AgentError,
-    DeniedError,
     RingfenceError,
     UnavailableError,
 )
 from ringfence.model import RunRequest, RunResult, Usage, WorkspaceMode
+from ringfence.policy.call_input import CallInput
 from ringfence.policy.codec import egress_to_json
 from ringfence.policy.compiled import CompiledPolicy
 from ringfence.record.events import (
@@ -396,13 +397,14 @@ class Attempt:
                 )
             )
 
-    async def _announce(self, tool_use_id: str, name: str, digest: str, allowed: bool) -> None:  # noqa: FBT001
+    async def _announce(self, tool_use_id: str, name: str, told: CallInput, allowed: bool) -> None:  # noqa: FBT001
         await self._station.egress.request(
             ToolDecided,
             sandbox_id=self._sandbox_id,
             tool_use_id=tool_use_id,
             name=name,
-            input_sha256=digest,
+            input_sha256=told.digest,
+            input_place=told.place,
             allowed=allowed,
         )
 
@@ -411,21 +413,13 @@ class Attempt:
             text = f"egress refused {message.target}: {message.reason}"
             self._on_message(Notice(kind="egress_denied", text=text))
             if message.reason.startswith("budget-exhausted"):
-                self._outcome.fail(
-                    AgentError(
-                        "budget-exhausted",
-                        f"the run's budget is spent ({message.reason})",
-                        hint="raise model.max_budget_usd in the policy, or --max-budget-usd",
-                    )
+                self._outcome.hindrance = AgentError(
+                    "budget-exhausted",
+                    f"the run's budget is spent ({message.reason})",
+                    hint="raise model.max_budget_usd in the policy, or --max-budget-usd",
                 )
         elif isinstance(message, WitnessViolated):
-            self._outcome.fail(
-                DeniedError(
-                    "witness-violated",
-                    f"the wire shows a result that nobody allowed ({message.reason})",
-                    hint="something inside the sandbox speaks to the model in the agent's name",
-                )
-            )
+            self._outcome.fail(witness_error(message.reason))
             self._on_message(Notice(kind="witness_violated", text=message.reason))
             self._control.cancel()
 

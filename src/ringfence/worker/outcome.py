@@ -17,6 +17,8 @@ class Outcome:
 
     Attributes:
         failure: the first thing that went wrong; later ones are its effects.
+        hindrance: what egress refused for want of budget. It explains an agent that did not
+            succeed, and takes nothing from one that did: any tool inside can ask for too much.
         expired: the wall clock ran out.
         wish: how strongly the end was asked for from outside.
         ended: how the agent's turn ended, in its own words.
@@ -24,6 +26,7 @@ class Outcome:
     """
 
     failure: RingfenceError | None = None
+    hindrance: RingfenceError | None = None
     expired: bool = False
     wish: Wish = Wish.GO_ON
     ended: TurnEnded | None = None
@@ -51,6 +54,8 @@ class Outcome:
         """What to tell the caller; None after success."""
         if self.failure is not None:
             return self.failure
+        if self.status is RunStatus.FAILED and self.hindrance is not None:
+            return self.hindrance
         if self.status is RunStatus.FAILED:
             why = self.ended.reason if self.ended else "no answer"
             if self.command is not None:

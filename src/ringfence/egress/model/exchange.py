@@ -22,6 +22,7 @@ from ringfence.egress.model.sse import (
 )
 from ringfence.egress.model.strictjson import NotStrictError, parse
 from ringfence.model import Usage
+from ringfence.policy.call_input import CallInput, wire_input
 from ringfence.policy.compiled import ModelRules
 
 MESSAGES, COUNT_TOKENS = "/v1/messages", "/v1/messages/count_tokens"
@@ -82,20 +83,24 @@ class RunState:
         self.rules = rules
         self.ledger = ToolLedger()
         self.spent = Usage()
+        self.counted = 0
         self._reserved: dict[int, Reservation] = {}
 
     def known(self, ids: Iterable[str]) -> None:
         """tool_use ids of a materialised transcript."""
         self.ledger.known(ids)
 
-    def tool_decided(self, tool_use_id: str, name: str, *, allowed: bool) -> Violation | None:
+    def tool_decided(
+        self, tool_use_id: str, name: str, told: CallInput, *, allowed: bool
+    ) -> Violation | None:
         """The worker's word about a call; a violation when the wire knows another call."""
-        return self.ledger.decided(tool_use_id, name, allowed=allowed)
+        return self.ledger.decided(tool_use_id, name, told, allowed=allowed)
 
     def exhausted(self) -> str | None:
-        """Which limit is spent."""
+        """Which limit is spent. Counting tokens costs nothing and is a request still."""
         rules, spent = self.rules, self.spent
-        if rules.max_requests is not None and spent.requests >= rules.max_requests:
+        requests = spent.requests + self.counted
+        if rules.max_requests is not None and requests >= rules.max_requests:
             return "max_requests"
         if rules.max_output_tokens is not None and spent.output_tokens >= rules.max_output_tokens:
             return "max_output_tokens"
@@ -113,7 +118,8 @@ class RunState:
         if not self._reserved:
             return None
         rules, spent, waiting = self.rules, self.spent, [*self._reserved.values(), wish]
-        if rules.max_requests is not None and spent.requests + len(waiting) > rules.max_requests:
+        requests = spent.requests + self.counted + len(waiting)
+        if rules.max_requests is not None and requests > rules.max_requests:
             return "max_requests"
         if rules.max_output_tokens is not None:
             tokens = spent.output_tokens + sum(each.output_tokens for each in waiting)
@@ -149,6 +155,7 @@ class ModelExchange:
         self._body_bytes = self._max_tokens = 0
         self._counts_only = False
         self._admitted = False
+        self._noted = 0
 
     @property
     def holds(self) -> bool:
@@ -169,13 +176,12 @@ class ModelExchange:
         except rules_of_body.BodyError as error:
             return Refusal(403, str(error))
         self._model, self._counts_only = facts.model, path == COUNT_TOKENS
-        if not self._counts_only:
-            violation = self._run.ledger.check(facts.results)
-            if violation is not None:
-                return Refusal(403, violation.reason, violation)
-            refusal = self._reserve(len(body), facts.max_tokens)
-            if refusal is not None:
-                return refusal
+        violation = self._run.ledger.check(facts.results)
+        if violation is not None:
+            return Refusal(403, violation.reason, violation)
+        refusal = self._reserve(len(body), facts.max_tokens)
+        if refusal is not None:
+            return refusal
         return Admitted(
             headers=tuple(rules_of_headers.request_headers(headers, self._rules.betas)),
             body=body,
@@ -186,12 +192,17 @@ class ModelExchange:
         )
 
     def _reserve(self, body_bytes: int, max_tokens: int) -> Refusal | None:
-        wish = Reservation(worst_case(self._model, body_bytes, max_tokens), max_tokens)
+        wish = Reservation(0.0, 0)
+        if not self._counts_only:
+            wish = Reservation(worst_case(self._model, body_bytes, max_tokens), max_tokens)
         spent, crowded = self._run.exhausted(), self._run.crowded(wish)
         limit = spent or crowded
         if limit is not None:
             tag = f"budget-exhausted-{limit.replace('_', '-')}"
             return Refusal(403, tag, later=spent is None)
+        if self._counts_only:
+            self._run.counted += 1
+            return None
         self._run.reserve(id(self), wish)
         self._body_bytes, self._max_tokens, self._admitted = body_bytes, max_tokens, True
         return None
@@ -261,6 +272,10 @@ class ModelExchange:
     def _note_asked(self) -> None:
         for tool_use_id, name in self._answer.take_asked():
             self._run.ledger.asked(tool_use_id, name)
+        for tool in self._answer.tool_uses[self._noted :]:
+            told = wire_input(tool.name, tool.input_json) if tool.complete else None
+            self._run.ledger.asked_with(tool.id, told)
+        self._noted = len(self._answer.tool_uses)
 
     def finish(self, *, used: bool, seconds: float) -> Report:
         """Settle. `used` says that the provider will charge for it; `seconds` is how long it took.

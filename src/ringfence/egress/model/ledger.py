@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from ringfence.policy.call_input import CallInput, same_call
+from ringfence.policy.tools import canonical_tool
+
 
 class State(Enum):
     """What is known of one tool_use id."""
@@ -81,6 +84,7 @@ class ToolLedger:
     def __init__(self, *, max_ids: int = 100_000) -> None:
         self._states: dict[str, State] = {}
         self._names: dict[str, str] = {}
+        self._inputs: dict[str, CallInput | None] = {}
         self._max = max_ids
 
     def known(self, ids: Iterable[str]) -> None:
@@ -94,21 +98,43 @@ class ToolLedger:
             self._states.setdefault(tool_use_id, State.ASKED)
             self._names.setdefault(tool_use_id, name)
 
-    def decided(self, tool_use_id: str, name: str, *, allowed: bool) -> Violation | None:
+    def asked_with(self, tool_use_id: str, told: CallInput | None) -> None:
+        """The input that it asked with, when all of it has come; None for one that is none. An id
+        that comes again with another input fits no decision any more.
+        """
+        if tool_use_id not in self._names:
+            return
+        known = self._inputs.setdefault(tool_use_id, told)
+        if known != told:
+            self._inputs[tool_use_id] = None
+
+    def decided(
+        self, tool_use_id: str, name: str, told: CallInput, *, allowed: bool
+    ) -> Violation | None:
         """The worker spoke. A denial is never lifted: deny wins.
 
         The worker was asked by a frame from inside. It may name a call that no answer asked for,
-        or a harmless tool in place of the one that the model called: either ends the run, or the
-        worker's yes to the one would cover the other.
+        a harmless tool in place of the one that the model called, or a harmless input: each ends
+        the run, or the worker's yes to the one would cover the other.
         """
         state, asked = self.state(tool_use_id), self._names.get(tool_use_id, name)
-        if state is State.NEVER_ASKED or asked != name:
+        reason = ""
+        if state is State.NEVER_ASKED:
+            reason = "tool-never-asked"
+        elif canonical_tool(asked) != canonical_tool(name):
+            reason = "tool-name-differs"
+        elif not self._asked_so(tool_use_id, name, told):
+            reason = "tool-input-differs"
+        if reason:
             self._states[tool_use_id] = State.DENIED
-            reason = "tool-never-asked" if state is State.NEVER_ASKED else "tool-name-differs"
             return Violation(reason, tool_use_id) if allowed else None
         if state is not State.DENIED:
             self._states[tool_use_id] = State.ALLOWED if allowed else State.DENIED
         return None
+
+    def _asked_so(self, tool_use_id: str, name: str, told: CallInput) -> bool:
+        asked = self._inputs.get(tool_use_id)
+        return asked is not None and same_call(name, asked, told)
 
     def state(self, tool_use_id: str) -> State:
         """What is known; an id that nobody spoke of was never asked."""
