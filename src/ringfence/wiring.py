@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ringfence.config import Config, load_config
@@ -37,6 +38,11 @@ def backend(config: Config) -> Backend:
     )
 
 
+def backends() -> dict[str, Callable[[Config], Backend]]:
+    """Every isolation technology, by its name in policies."""
+    return {"bubblewrap": backend}
+
+
 def main() -> None:
     """Entry of the `ringfence` command."""
     from ringfence.cli.context import AppContext
@@ -48,7 +54,9 @@ def main() -> None:
 
     try:
         config = load_config()
-        context = AppContext(config=config, launcher=lambda: launcher(config), run=again)
+        context = AppContext(
+            config=config, launcher=lambda: launcher(config), run=again, backends=backends()
+        )
         app(obj=context)
     except Exception as error:  # noqa: BLE001  no traceback reaches a user
         known = as_known(error)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import ringfence
-from ringfence.cli import audit, demo, doctor, patch, policy, run, sessions, simulator, vault
+from ringfence.cli import audit, check, demo, doctor, patch, policy, run, sessions, simulator, vault
 
 app = typer.Typer(
     name="ringfence",
@@ -39,6 +39,7 @@ def main(
 run.register(app)
 demo.register(app)
 doctor.register(app)
+app.add_typer(check.app, name="check")
 app.add_typer(policy.app, name="policy")
 app.add_typer(audit.app, name="audit")
 app.add_typer(sessions.app, name="sessions")
