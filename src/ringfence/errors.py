@@ -120,6 +120,13 @@ CODES: dict[str, str] = {
     "path-escapes": "A path leads through a link, to a special file, or out of the sandbox.",
     "file-too-large": "A file is larger than the limit for reading it.",
     "tree-too-large": "A tree has more entries or levels than may be walked.",
+    # check
+    "check-unknown": "No check has that id.",
+    "attacks-invalid": "A file of probes for `ringfence check` cannot be used.",
+    "isolation-unknown": "No isolation of that name exists.",
+    "report-refused": "The report of a check cannot be written or read.",
+    "report-invalid": "A file is not a report of `ringfence check`, or a key is not one.",
+    "report-forged": "A report was changed since it was signed, or signed with another key.",
     # simulator
     "scenario-invalid": "A simulator's scenario, or a script in a prompt, is malformed.",
     # patch

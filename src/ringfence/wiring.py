@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ringfence.config import Config, load_config
 
 if TYPE_CHECKING:
+    from ringfence.sandbox.protocol import Backend
     from ringfence.sandbox.registry import Backends
     from ringfence.worker.launch import Launcher
 
@@ -28,25 +31,32 @@ def launcher(config: Config) -> Launcher:
     )
 
 
-def backends(config: Config) -> Backends:
-    """The isolation technologies."""
+def technologies() -> dict[str, Callable[[Config], Backend]]:
+    """Every isolation technology, by its name in policies."""
     from ringfence.sandbox.bubblewrap import BubblewrapBackend
     from ringfence.sandbox.container import ContainerBackend
     from ringfence.sandbox.gvisor import GvisorBackend
-    from ringfence.sandbox.registry import Backends
 
-    shared: dict[str, Any] = {
+    return {
+        "bubblewrap": lambda config: BubblewrapBackend(**_staged(config)),
+        "container": lambda config: ContainerBackend(**_staged(config)),
+        "gvisor": lambda config: GvisorBackend(**_staged(config)),
+    }
+
+
+def _staged(config: Config) -> dict[str, Any]:
+    return {
         "state_dir": config.state_dir,
         "uid_base": config.uid_base,
         "uid_count": config.uid_count,
     }
-    return Backends(
-        {
-            "bubblewrap": lambda: BubblewrapBackend(**shared),
-            "container": lambda: ContainerBackend(**shared),
-            "gvisor": lambda: GvisorBackend(**shared),
-        }
-    )
+
+
+def backends(config: Config) -> Backends:
+    """All of them for one configuration, each made when it is asked for."""
+    from ringfence.sandbox.registry import Backends
+
+    return Backends({name: partial(make, config) for name, make in technologies().items()})
 
 
 def main() -> None:
@@ -60,7 +70,9 @@ def main() -> None:
 
     try:
         config = load_config()
-        context = AppContext(config=config, launcher=lambda: launcher(config), run=again)
+        context = AppContext(
+            config=config, launcher=lambda: launcher(config), run=again, backends=technologies()
+        )
         app(obj=context)
     except Exception as error:  # noqa: BLE001  no traceback reaches a user
         known = as_known(error)

@@ -66,7 +66,7 @@ def test_the_source_distribution_can_be_tested_and_read(
     shipped: tuple[set[str], set[str]],
 ) -> None:
     wanted = {"Makefile", "CHANGELOG.md", "LICENSE", *LOCKS, "docs/tutorial.md"}
-    wanted |= {"tests/unit/test_packaging.py", "tests/attack/probes.json", "docs/generate.py"}
+    wanted |= {"tests/unit/test_packaging.py", "docs/generate.py"}
     assert wanted - shipped[0] == set()
     assert not [name for name in shipped[0] if name.endswith(".pyc")]
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ringfence.config import Config
 
 if TYPE_CHECKING:
+    from ringfence.sandbox.protocol import Backend
     from ringfence.worker.launch import Launcher
 
 
@@ -21,12 +22,15 @@ class AppContext:
         config: settings, read once at start.
         launcher: makes what a run needs; called only by commands that start one, because it
             imports the Agent SDK.
+        backends: every isolation technology by its name in policies, strongest choice of a
+            bare host first; made for a configuration.
         run: entry for `sessions resume`: called with the argv of `ringfence run`.
     """
 
     config: Config
     launcher: Callable[[], Launcher]
     run: Callable[[list[str]], Any]
+    backends: Mapping[str, Callable[[Config], Backend]] = field(default_factory=dict)
 
     @property
     def state_dir(self) -> Path:

@@ -9,6 +9,7 @@ import typer
 import ringfence
 from ringfence.cli import (
     audit,
+    check,
     demo,
     doctor,
     isolation,
@@ -50,6 +51,7 @@ def main(
 run.register(app)
 demo.register(app)
 doctor.register(app)
+app.add_typer(check.app, name="check")
 app.add_typer(policy.app, name="policy")
 app.add_typer(isolation.app, name="isolation")
 app.add_typer(audit.app, name="audit")

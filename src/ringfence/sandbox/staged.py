@@ -322,8 +322,10 @@ class StagedSandbox:
         # the process that prepared the place stands in it already: the first program is its
         launcher, self._ready = alive(self._ready), None
         handed = [self._mnt, self._net, self._user, stdin.fileno(), stdout.fileno()]
-        handed += [errors.fileno(), self._seccomp, status.fileno()]
-        os.lseek(self._seccomp, 0, os.SEEK_SET)
+        # an open file of its own: programs that start at the same moment would move one offset
+        # under each other's reading, and get a filter with a hole or none
+        filtering = os.open(f"/proc/self/fd/{self._seccomp}", os.O_RDONLY | os.O_CLOEXEC)
+        handed += [errors.fileno(), filtering, status.fileno()]
         try:
             send_frame(launcher.control, plan, handed)
         except OSError as error:
@@ -334,6 +336,7 @@ class StagedSandbox:
             raise UnavailableError("sandbox-start-failed", f"the launcher ended: {error}") from None
         finally:
             launcher.control.close()
+            os.close(filtering)
             for end in theirs:
                 end.close()
         for end in ours:

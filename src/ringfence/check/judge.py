@@ -1,0 +1,75 @@
+"""What a probe printed and what the host saw → an outcome with its evidence. PURE.
+
+Silence is no proof: a probe that broke, or that did not come to its own verdict, is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ringfence.check.finding import Outcome
+
+_EVIDENCE_MAX = 400
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Saw:
+    """One probe as it ended.
+
+    Attributes:
+        output: standard output and error together, decoded with replacement.
+        status: exit status; None when it was out of time.
+        hits: canaries of the host that were reached while it ran.
+    """
+
+    output: str
+    status: int | None
+    hits: tuple[str, ...] = ()
+
+
+def judge(command: str, saw: Saw, secrets: Sequence[str]) -> tuple[Outcome, str]:
+    """Outcome and evidence of a probe that gives its verdict inside.
+
+    Args:
+        command: the probe; one that calls `esc(` must print a verdict.
+        saw: how it ended.
+        secrets: values that must not be in the output; never repeated in the evidence.
+    """
+    lines = saw.output.splitlines()
+    escape = _escape(lines, saw, secrets)
+    if escape:
+        return Outcome.FAIL, escape
+    broken = _broken(command, lines, saw)
+    if broken:
+        return Outcome.ERROR, f"{broken}: {_last(lines)}"
+    return Outcome.PASS, _last(lines)
+
+
+def _escape(lines: Sequence[str], saw: Saw, secrets: Sequence[str]) -> str:
+    if saw.hits:
+        return f"reached on the host: {', '.join(saw.hits)}"
+    if any(secret in saw.output for secret in secrets):
+        return "a secret that must stay outside is in what the probe printed"
+    return next((_short(line) for line in lines if line.startswith("ESCAPED")), "")
+
+
+def _broken(command: str, lines: Sequence[str], saw: Saw) -> str:
+    if saw.status is None:
+        return "no verdict in time"
+    if "Traceback (most recent call last)" in saw.output:
+        return "the probe broke"
+    if saw.status in {126, 127}:
+        return "the probe misses a program"
+    if "esc(" in command and not any(line.startswith("contained") for line in lines):
+        return f"the probe came to no verdict (status {saw.status})"
+    return ""
+
+
+def _last(lines: Sequence[str]) -> str:
+    said = [line for line in lines if line.strip()]
+    return _short(said[-1]) if said else "it printed nothing"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _EVIDENCE_MAX else text[: _EVIDENCE_MAX - 1] + "…"

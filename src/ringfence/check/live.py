@@ -1,0 +1,245 @@
+"""Attacks one isolation: few sandboxes, each a lane with canaries, probes side by side."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ringfence.check import artefacts, hostside
+from ringfence.check.finding import Finding, Outcome
+from ringfence.check.hostside import Judge, Stage, Verdict
+from ringfence.check.judge import Saw, judge
+from ringfence.check.place import Lane, MakeBackend, Place, run_inside
+from ringfence.check.probes.definition import Probe
+from ringfence.check.twins import Twins
+from ringfence.errors import RingfenceError, UnavailableError
+from ringfence.policy.compiled import Limits, SandboxProfile
+from ringfence.sandbox.protocol import ControlState
+
+LANES = 4
+_SECONDS = 45.0
+_SMALL = Limits(memory_mb=256, pids=64, disk_mb=64, cpus=0.5, open_files=256)
+"""The limits that limit probes run against."""
+
+_NO_AGENT = "probes of a live agent are not built yet; the test suite runs them"
+
+Report = Callable[[Finding], None]
+
+
+class Attack:
+    """One run of probes against one isolation; findings go out as they come."""
+
+    def __init__(
+        self,
+        name: str,
+        make_backend: MakeBackend,
+        profile: SandboxProfile,
+        probes: Iterable[Probe],
+        report: Report,
+    ) -> None:
+        self._name, self._make_backend, self._profile = name, make_backend, profile
+        self.probes = tuple(probes)
+        self._report = report
+        self._told: set[str] = set()
+        self.controls: Sequence[ControlState] = ()
+        self.start_seconds: float | None = None
+
+    async def run(self) -> None:
+        """Every probe gets a finding, whatever fails on the way: what cannot start is an error of
+        each that needed it.
+        """
+        why = "the check was ended before this probe"
+        try:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self._guard(self._main()))
+                    group.create_task(self._guard(self._without_egress()))
+            except* RingfenceError as errors:
+                error = errors.exceptions[0]
+                why = f"no verdict: {error}"
+        finally:
+            for probe in self.probes:
+                self._tell(probe, (Outcome.ERROR, why), 0.0)
+
+    async def _guard(self, work: Any) -> None:
+        """A host that refuses something in the middle is an error of what did not run."""
+        try:
+            await work
+        except (OSError, RuntimeError, TimeoutError) as error:
+            raise UnavailableError("host-failed", _words(error)) from error
+
+    def _tell(self, probe: Probe, verdict: Verdict, seconds: float) -> None:
+        if probe.check.id in self._told:
+            return
+        self._told.add(probe.check.id)
+        outcome, evidence = verdict
+        self._report(
+            Finding(
+                check=probe.check,
+                outcome=outcome,
+                evidence=evidence,
+                isolation=self._name,
+                seconds=seconds,
+            )
+        )
+
+    def _pick(self, chosen: Callable[[Probe], bool]) -> list[Probe]:
+        return [probe for probe in self.probes if chosen(probe)]
+
+    async def _main(self) -> None:
+        self._settle_unasked()
+        inside = self._pick(lambda p: not (p.host or p.residual or self._unless(p)))
+        shared = [p for p in inside if not (p.alone or p.limits or _own(p))]
+        alone = [p for p in inside if p.alone and not p.limits]
+        judged = self._pick(lambda p: p.check.id in hostside.JUDGES and not p.residual)
+        async with Place(self._make_backend, self._profile) as place:
+            began = time.monotonic()
+            lanes = [await place.lane()]
+            self.start_seconds = time.monotonic() - began
+            self.controls = lanes[0].sandbox.controls
+            wanted = min(LANES, 1 + len(shared) // 4)
+            lanes += [await place.lane() for _ in range(wanted - 1)]
+            queue = _queue(shared)
+            async with asyncio.TaskGroup() as group:
+                for lane in lanes:
+                    group.create_task(self._lane(place, lane, queue))
+                group.create_task(self._limits(place, [p for p in inside if p.limits]))
+                group.create_task(self._artefacts(place))
+                group.create_task(self._alone(place, alone))
+                group.create_task(self._judges(place, judged))
+            await self._lane_of(place, [p for p in inside if _own(p)])
+            await self._last(place)
+
+    def _unless(self, probe: Probe) -> str:
+        if probe.unless == "tmp_exec" and self._profile.tmp_exec:
+            return "the policy lets programs run from /tmp and the home"
+        if probe.unless == "guest_root" and self._name in {"gvisor", "microvm"}:
+            return "ids inside are those of a kernel of its own"
+        return ""
+
+    def _settle_unasked(self) -> None:
+        for probe in self.probes:
+            reason = probe.residual or self._unless(probe) or (_NO_AGENT if probe.agent else "")
+            if reason:
+                self._tell(probe, (Outcome.NOT_AVAILABLE, reason), 0.0)
+
+    async def _lane(self, place: Place, lane: Lane, queue: asyncio.Queue[Probe]) -> None:
+        twins = Twins(place, lane)
+        while not queue.empty():
+            await self._attack(place, lane, twins, queue.get_nowait(), beside=True)
+
+    async def _lane_of(self, place: Place, probes: Sequence[Probe]) -> None:
+        """An operator's probes, in a sandbox that no built-in probe uses after them."""
+        if probes:
+            lane = await place.lane()
+            twins = Twins(place, lane)
+            for probe in probes:
+                await self._attack(place, lane, twins, probe, beside=True)
+
+    async def _attack(
+        self, place: Place, lane: Lane, twins: Twins, probe: Probe, *, beside: bool
+    ) -> None:
+        began, before = time.monotonic(), lane.canaries.hits()
+        try:
+            saw, wrong = await self._tried(lane, twins, probe, beside=beside)
+        except Exception as error:  # noqa: BLE001  a probe that breaks costs its own verdict only
+            self._tell(probe, (Outcome.ERROR, _words(error)), time.monotonic() - began)
+            return
+        seconds = time.monotonic() - began
+        hits = lane.canaries.hits()[len(before) :]
+        verdict = judge(probe.command, replace(saw, hits=hits), (place.secret, place.key))
+        if verdict[0] is Outcome.PASS and wrong:
+            verdict = Outcome.ERROR, wrong
+        self._tell(probe, verdict, seconds)
+
+    async def _tried(
+        self, lane: Lane, twins: Twins, probe: Probe, *, beside: bool
+    ) -> tuple[Saw, str]:
+        attack = run_inside(lane.sandbox, probe.command, lane.environment(), seconds=_SECONDS)
+        if beside:
+            saw, wrong = await asyncio.gather(attack, twins.confirm(probe.twin))
+            return saw, wrong
+        return await attack, await twins.confirm(probe.twin)
+
+    async def _limits(self, place: Place, probes: Sequence[Probe]) -> None:
+        """The twin is looked for after the attack: beside it, it would meet the same limit."""
+        if not probes:
+            return
+        small = replace(self._profile, limits=_SMALL)
+        lane = await place.lane(profile=small)
+        twins = Twins(place, lane)
+        for probe in probes:
+            await self._attack(place, lane, twins, probe, beside=False)
+
+    async def _alone(self, place: Place, probes: Sequence[Probe]) -> None:
+        if probes:
+            lane = await place.lane()
+            twins = Twins(place, lane)
+            for probe in probes:
+                await self._attack(place, lane, twins, probe, beside=False)
+
+    async def _judges(self, place: Place, probes: Sequence[Probe]) -> None:
+        if probes:
+            lane = await place.lane()
+            twins, stage = Twins(place, lane), Stage(place=place, lane=lane)
+            for probe in probes:
+                await self._judge(stage, twins, probe, hostside.JUDGES[probe.check.id])
+
+    async def _judge(self, stage: Stage, twins: Twins | None, probe: Probe, look: Judge) -> None:
+        began, before = time.monotonic(), stage.lane.canaries.hits()
+        try:
+            verdict = await look(stage, probe)
+        except Exception as error:  # noqa: BLE001  a judge that breaks costs its own verdict only
+            verdict = Outcome.ERROR, _words(error)
+        seconds = time.monotonic() - began
+        hits = stage.lane.canaries.hits()[len(before) :]
+        if hits:
+            verdict = Outcome.FAIL, f"reached on the host: {', '.join(hits)}"
+        if twins is not None and verdict[0] is Outcome.PASS:
+            wrong = await twins.confirm(probe.twin)
+            verdict = (Outcome.ERROR, wrong) if wrong else verdict
+        self._tell(probe, verdict, seconds)
+
+    async def _artefacts(self, place: Place) -> None:
+        probes = self._pick(lambda p: p.check.id in artefacts.JUDGES)
+        if probes:
+            began = time.monotonic()
+            changes, why = await artefacts.collect(place)
+            seconds = time.monotonic() - began
+            for probe in probes:
+                self._tell(probe, artefacts.verdict(probe.check.id, changes, why), seconds)
+
+    async def _last(self, place: Place) -> None:
+        by_id = {probe.check.id: probe for probe in self.probes}
+        chosen = [(by_id[name], look) for name, look in hostside.LAST.items() if name in by_id]
+        if chosen:
+            stage = Stage(place=place, lane=await place.lane())
+            for probe, look in chosen:
+                await self._judge(stage, None, probe, look)
+
+    async def _without_egress(self) -> None:
+        """A place of its own, because it is broken on purpose."""
+        for probe in self._pick(lambda p: p.check.id == "DST-27"):
+            async with Place(self._make_backend, self._profile) as place:
+                stage = Stage(place=place, lane=await place.lane())
+                await self._judge(stage, None, probe, hostside.egress_dies)
+
+
+def _own(probe: Probe) -> bool:
+    return probe.check.layer == "own probes"
+
+
+def _queue(probes: Sequence[Probe]) -> asyncio.Queue[Probe]:
+    queue: asyncio.Queue[Probe] = asyncio.Queue()
+    for probe in probes:
+        queue.put_nowait(probe)
+    return queue
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, RingfenceError):
+        return str(error)
+    return " ".join(f"{type(error).__name__}: {error}".split())

