@@ -11,6 +11,7 @@ from ringfence.policy.headers import (
     REQUEST,
     RESPONSE,
     RESPONSE_PREFIXES,
+    names_credential,
 )
 
 Lines = list[tuple[bytes, bytes]]
@@ -63,8 +64,12 @@ def response_headers(headers: Lines, *, rule: HostRule | None = None) -> Lines:
     return [
         (name, value)
         for name, value in headers
-        if name not in _INWARD and (name in allowed or name.startswith(_RESPONSE_PREFIXES))
+        if name not in _INWARD and (name in allowed or _says_of_itself(name))
     ]
+
+
+def _says_of_itself(name: bytes) -> bool:
+    return name.startswith(_RESPONSE_PREFIXES) and not names_credential(name.decode("latin-1"))
 
 
 def _granted(names: tuple[str, ...]) -> frozenset[bytes]:

@@ -16,6 +16,7 @@ REQUEST = frozenset(
         *("content-type", "content-encoding", "content-language", "content-disposition"),
         *("if-match", "if-none-match", "if-modified-since", "if-unmodified-since", "if-range"),
         *("range", "user-agent", "prefer", "idempotency-key", "x-request-id"),
+        *("anthropic-version", "x-github-api-version"),
         *("mcp-session-id", "mcp-protocol-version", "last-event-id", "git-protocol"),
     }
 )
@@ -31,7 +32,9 @@ RESPONSE = frozenset(
     }
 )
 """What comes in beside framing."""
-RESPONSE_PREFIXES = ("ratelimit-", "x-ratelimit-")
+RESPONSE_PREFIXES = ("ratelimit-", "x-")
+"""Where servers put what they say about an answer: pages, totals, limits. A name like a
+credential's does not pass: it would be a new one that the server hands out."""
 
 CONNECTION = frozenset(
     {
