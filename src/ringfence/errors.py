@@ -83,6 +83,14 @@ class AgentError(RingfenceError):
 
 # Every code that may be raised, with the sentence of its entry in docs/reference/errors.md.
 # Grouped by room; a code is never renamed or reused.
+def words(error: Exception) -> str:
+    """A fault of the system in words, without its number and its Python form."""
+    if isinstance(error, OSError) and error.strerror:
+        why = error.strerror[0].lower() + error.strerror[1:]
+        return f"{why} ({error.filename})" if isinstance(error.filename, str) else why
+    return str(error)
+
+
 CODES: dict[str, str] = {
     # config
     "settings-invalid": "A setting is malformed, or its file can be written by others.",

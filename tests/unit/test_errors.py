@@ -17,6 +17,7 @@ from ringfence.errors import (
     DeniedError,
     RingfenceError,
     UnavailableError,
+    words,
 )
 
 SOURCES = sorted(Path(ringfence.__file__).parent.rglob("*.py"))
@@ -73,3 +74,9 @@ def test_codes_are_kebab_case_and_explained() -> None:
     for code, sentence in CODES.items():
         assert re.fullmatch(r"[a-z]+(-[a-z0-9]+)*", code)
         assert sentence.endswith(".")
+
+
+def test_a_fault_of_the_system_is_told_in_words() -> None:
+    assert words(OSError(13, "Permission denied", "/x")) == "permission denied (/x)"
+    assert words(OSError(28, "No space left on device")) == "no space left on device"
+    assert words(ValueError("odd")) == "odd"

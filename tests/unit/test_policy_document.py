@@ -625,3 +625,12 @@ def test_headers_are_granted_by_name_beside_a_credential() -> None:
 def test_a_header_that_would_undo_the_injection_does_not_load(grant: dict[str, Any]) -> None:
     with pytest.raises(CallerError):
         from_mapping(_with_headers(**grant))
+
+
+def test_a_preset_that_the_file_contradicts_is_an_error() -> None:
+    assert loads("preset: ci", preset="ci").preset == "ci"
+    assert loads("version: 1", preset="ci").preset == "ci"
+    assert loads("preset: ci").preset == "ci"
+    with pytest.raises(CallerError, match="--preset review was asked for") as refused:
+        loads("preset: ci", preset="review")
+    assert refused.value.code == "policy-invalid"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from ringfence.policy.hosts import MODEL_HOST, host_problem, is_host, matches, normal_form
+from ringfence.policy.hosts import MODEL_HOST, host_problem, is_host, matches, normal_form, spelled
 
 ODD = st.text(
     st.sampled_from(string.ascii_letters + string.digits + ".-*_%:@/[]\0 \tüß。"), max_size=24
@@ -143,3 +143,20 @@ def test_every_normal_host_is_taken_and_matches_itself_and_its_wildcard(host: st
     if host_problem(host) is None:
         assert matches(host, host)
         assert matches("*." + host.partition(".")[2], host)
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [("münchen", "xn--mnchen-3ya"), ("straße", "xn--strae-oqa"), ("例え", "xn--r8jz45g")],
+)
+def test_an_encoded_label_is_read_and_shown(name: str, written: str) -> None:
+    assert host_problem(f"{written}.example.com") is None
+    assert spelled(f"a.{written}.example.com") == f"a.{written}.example.com (a.{name}.example.com)"
+    assert spelled("a.example.com") == "a.example.com"
+
+
+@pytest.mark.parametrize("name", ["MÜNCHEN", "mu\u0308nchen", "ﬁsché", "a\u200db", "pay\u2024pal", "a\u202eb"])  # fmt: skip
+def test_an_encoded_label_has_one_spelling(name: str) -> None:
+    """What a resolver would fold, drop or not show is another name than it seems."""
+    label = "xn--" + name.encode("punycode").decode()
+    assert host_problem(f"{label.lower()}.example.com") is not None

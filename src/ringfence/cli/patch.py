@@ -16,6 +16,7 @@ from ringfence.cli.output import clear_errors, print_json
 from ringfence.errors import CallerError
 from ringfence.record.safe_text import one_line, printable
 from ringfence.sandbox.apply import apply_changes
+from ringfence.sandbox.applying import recover_all
 from ringfence.sandbox.hostfiles import classify
 from ringfence.sandbox.patch import render, summary
 from ringfence.sandbox.protocol import Change, Changes
@@ -34,6 +35,9 @@ Run = Annotated[str, typer.Argument(help="Run id, as `ringfence run` prints it."
 def _load(state_dir: Path, run: str) -> tuple[Changes, str]:
     if not _RUN.match(run):
         raise CallerError("run-unknown", f"{run[:64]!r} is not a run id")
+    for workspace in recover_all(state_dir / "runs"):
+        said = f"an apply to {one_line(workspace)} was cut off: taken back, the files are as before"
+        typer.echo(said, err=True)
     return load_changes(state_dir / "runs" / run / "changes.bin")
 
 
@@ -50,7 +54,10 @@ def show(
         changes, workspace = _load(state.state_dir, run)
         if json:
             print_json(_describe(changes, workspace))
-        elif sys.stdout.isatty():
+            return
+        for path, reason in changes.refused:
+            typer.echo(f"left out: {one_line(path)}: {one_line(reason)}", err=True)
+        if sys.stdout.isatty():
             _colour(render(changes))
         else:
             sys.stdout.buffer.write(render(changes))
@@ -75,6 +82,7 @@ def _describe(changes: Changes, workspace: str) -> dict[str, Any]:
         "lines_added": added,
         "lines_removed": removed,
         "changes": rows,
+        "left_out": [{"path": path, "reason": reason} for path, reason in changes.refused],
     }
 
 
@@ -118,5 +126,6 @@ def apply_run(state_dir: Path, run: str, *, include: tuple[str, ...]) -> dict[st
         host = classify(change)
         return change.path in named or host is None or not host.held
 
-    applied = apply_changes(Path(workspace), changes, include=wanted)
+    journal = state_dir / "runs" / run / "applying"
+    applied = apply_changes(Path(workspace), changes, include=wanted, journal=journal)
     return {"workspace": workspace, "written": applied.written, "held": applied.held}

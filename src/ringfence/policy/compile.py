@@ -64,8 +64,9 @@ __all__ = [
 ]
 
 DEFAULT_HIDDEN = (
-    *(".env", ".env.*", "*.env", ".envrc.local", ".netrc", "_netrc", ".npmrc", ".pypirc"),
-    *(".yarnrc.yml", ".git-credentials", ".pgpass", ".my.cnf", ".htpasswd", ".vault-token"),
+    *(".env", ".env.*", "*.env", ".envrc", ".envrc.*", ".netrc", "_netrc", ".npmrc"),
+    *(".pypirc", ".yarnrc.yml", ".git-credentials", ".pgpass", ".my.cnf", ".htpasswd"),
+    ".vault-token",
     *("*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "*.ppk", "*.asc"),
     *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*"),
     *(".ssh", ".aws", ".azure", ".gnupg", ".kube", "kubeconfig", "kubeconfig.*", "*.kubeconfig"),
@@ -75,7 +76,8 @@ DEFAULT_HIDDEN = (
     *("secrets.yml", "secrets.yaml", "**/.cargo/credentials*", "**/.gem/credentials"),
 )
 """Files of a workspace that are masked unless `filesystem.show` names them (requirement E).
-A credential-bearing `.git/config` is found by its content, by the sandbox."""
+A credential-bearing `.git/config` is found by its content, by the sandbox; `.envrc` exports what
+a shell needs, and that is tokens as often as paths, so a name decides and not its content."""
 
 DEFAULT_SHOWN = (".env.example", ".env.sample", ".env.template", ".env.dist", "*.pub", "cacert.pem")
 """Masked by a pattern above and known to hold no secret; without cacert.pem, the trust store of

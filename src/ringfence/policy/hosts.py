@@ -11,6 +11,7 @@ an address that only some readers take for one (`127.1`, `0x7f.1`; WHATWG URL §
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable
 from functools import cache
 
@@ -63,6 +64,16 @@ def normal_form(text: str) -> str | None:
             return None
     whole = star + name
     return whole if _problem(whole) is None else None
+
+
+def spelled(host: str) -> str:
+    """A host as people read it beside its normal form; the form alone when they are the same."""
+    labels = [
+        label[4:].encode("ascii").decode("punycode") if label.startswith("xn--") else label
+        for label in host.split(".")
+    ]
+    written = ".".join(labels)
+    return host if written == host else f"{host} ({written})"
 
 
 def matches(pattern: str, host: str) -> bool:
@@ -144,6 +155,11 @@ def _address_problem(text: str) -> str | None:
 def _punycode(label: str) -> bool:
     try:
         decoded = label[4:].encode("ascii").decode("punycode")
-        return not decoded.isascii() and decoded.encode("punycode").decode() == label[4:]
+        if decoded.isascii() or decoded.encode("punycode").decode() != label[4:]:
+            return False
+        # one spelling each (RFC 5891, 5.4): what a resolver would fold is another name
+        return unicodedata.normalize("NFKC", decoded).lower() == decoded and all(
+            unicodedata.category(character)[0] in "LMN" or character == "-" for character in decoded
+        )
     except (UnicodeError, ValueError, OverflowError):
         return False

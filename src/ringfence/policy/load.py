@@ -49,7 +49,8 @@ class Loaded:
 def load_policy(path: str | PathLike | None = None, *, preset: str | None = None) -> PolicyDocument:
     """The policy in the file at `path`; without one, the preset, `strict` by default.
 
-    With both, `preset` is the base of a file that names none itself.
+    With both, `preset` is the base of a file that names none itself, and an error where it names
+    another: neither may be ignored without a word.
 
     Raises:
         CallerError: `policy-unreadable`; `policy-invalid` with every problem and its place.
@@ -94,8 +95,8 @@ def from_mapping(values: Mapping[str, Any], *, preset: str | None = None) -> Pol
         CallerError: `policy-invalid` with every problem.
     """
     values = dict(values)
-    if preset is not None:
-        values.setdefault("preset", preset)
+    if preset is not None and values.setdefault("preset", preset) != preset:
+        refuse("preset", f"--preset {preset} was asked for; drop one of the two", values["preset"])
     base = values.get("preset")
     if base is None:
         return build(values)

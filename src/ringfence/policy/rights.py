@@ -16,7 +16,7 @@ from ringfence.policy.compiled import (
     SandboxProfile,
 )
 from ringfence.policy.document import MODE_WIDTH
-from ringfence.policy.hosts import matches
+from ringfence.policy.hosts import matches, spelled
 from ringfence.policy.isolation import BOUNDARIES, floor
 from ringfence.policy.paths import below
 from ringfence.policy.rules import parse_rule
@@ -142,7 +142,7 @@ def _rights_of(
     for path in rule.paths or (_ANY,):
         yield Right(
             area="host",
-            text=f"{host}:{rule.port} {_request(path)}{kind}{but}",
+            text=f"{spelled(host)}:{rule.port} {_request(path)}{kind}{but}",
             subject=(host, str(rule.port), path.method, path.path, kind),
         )
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ringfence.errors import UnavailableError
+from ringfence.errors import UnavailableError, words
 from ringfence.record.events import Event
 from ringfence.record.wire import Decoder, FrameError, encode
 
@@ -259,7 +259,7 @@ class RecorderProcess:
         except OSError as error:
             for ours, _ in pairs.values():
                 ours.close()
-            raise _unavailable(str(error)) from None
+            raise _unavailable(words(error)) from None
         finally:
             for _, end in pairs.values():
                 end.close()

@@ -4,8 +4,8 @@ Three phases. The first looks at every path and writes nothing: what is no longe
 it is a conflict, and with one conflict nothing is written at all. The second writes every new file
 into a directory of our own in the workspace, so that a full disk is met before anything is
 touched. The third moves them to their places and keeps what it replaces; a step that fails takes
-the ones before it back (`replace.py`). Only a kill in the middle of the third leaves a part, and
-then the directory, `.ringfence-…`, still holds what was replaced.
+the ones before it back (`replace.py`). A kill in the middle of the third leaves a part, and the
+journal from which the next `ringfence patch` takes it back (`applying.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ringfence.errors import CallerError, DeniedError, RingfenceError
+from ringfence.errors import CallerError, DeniedError, RingfenceError, words
+from ringfence.sandbox.applying import Journal
 from ringfence.sandbox.protocol import Change, Changes
 from ringfence.sandbox.replace import Replacement
 from ringfence.sandbox.safeopen import (
@@ -42,9 +43,14 @@ class Applied:
 
 
 def apply_changes(
-    workspace: Path, changes: Changes, *, include: Callable[[Change], bool]
+    workspace: Path,
+    changes: Changes,
+    *,
+    include: Callable[[Change], bool],
+    journal: Path | None = None,
 ) -> Applied:
-    """Write the changes that `include` takes.
+    """Write the changes that `include` takes; `journal` is where the way back is kept meanwhile,
+    outside the workspace. None keeps none.
 
     A file that is replaced keeps its owner and its mode, the execute bit apart; a directory that a
     deletion leaves empty goes too, as with git.
@@ -63,11 +69,23 @@ def apply_changes(
     try:
         chosen = [change for change in changes.items if include(change)]
         _refuse_conflicts(root, chosen)
-        _replace(root, chosen)
+        _replace(root, chosen, _journal(journal, workspace) if journal and chosen else None)
     finally:
         os.close(root)
     held = tuple(change.path for change in changes.items if change not in chosen)
     return Applied(written=tuple(change.path for change in chosen), held=held)
+
+
+def _journal(path: Path, workspace: Path) -> Journal:
+    try:
+        return Journal(path, workspace)
+    except OSError as error:
+        raise CallerError(
+            "patch-conflict",
+            f"the way back cannot be kept in {path}: {words(error)}",
+            hint="nothing was written; another apply of this run is under way, or was cut off in "
+            "a workspace that is gone: remove the file then",
+        ) from None
 
 
 def _refuse_conflicts(root: int, chosen: list[Change]) -> None:
@@ -82,13 +100,15 @@ def _refuse_conflicts(root: int, chosen: list[Change]) -> None:
         )
 
 
-def _replace(root: int, chosen: list[Change]) -> None:
+def _replace(root: int, chosen: list[Change], journal: Journal | None) -> None:
     if not chosen:
         return
     change = chosen[0]
     try:
-        replacement = Replacement(root)
+        replacement = Replacement(root, journal)
     except OSError as error:
+        if journal is not None:
+            journal.close()
         raise _unwritable(change, error) from None
     try:
         for change in chosen:

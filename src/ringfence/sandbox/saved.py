@@ -18,7 +18,9 @@ def save_changes(path: Path, changes: Changes, workspace: str) -> None:
     temporary = path.with_name(path.name + ".part")
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     with os.fdopen(os.open(temporary, flags, 0o600), "w") as file:
-        file.write(json.dumps({"version": _VERSION, "workspace": workspace}) + "\n")
+        refused = [[_name(path), reason] for path, reason in changes.refused]
+        head = {"version": _VERSION, "workspace": workspace, "refused": refused}
+        file.write(json.dumps(head) + "\n")
         for change in changes.items:
             file.write(json.dumps(_to_json(change)) + "\n")
     temporary.replace(path)
@@ -31,18 +33,20 @@ def load_changes(path: Path) -> tuple[Changes, str]:
         head = json.loads(lines[0])
         readable = head["version"] == _VERSION
         items = tuple(_from_json(json.loads(line)) for line in lines[1:]) if readable else None
+        # a run of an earlier version left the key out
+        refused = tuple((_path(path), str(reason)) for path, reason in head.get("refused", ()))
     except (OSError, ValueError, KeyError, IndexError, TypeError):
         raise CallerError(
             "run-unknown", "that run left no changes here", hint="ringfence audit show lists runs"
         ) from None
     if items is None:
         raise CallerError("run-unknown", "another version of ringfence wrote that run's changes")
-    return Changes(items=items), str(head["workspace"])
+    return Changes(items=items, refused=refused), str(head["workspace"])
 
 
 def _to_json(change: Change) -> dict[str, object]:
     return {
-        "path": base64.b64encode(os.fsencode(change.path)).decode(),
+        "path": _name(change.path),
         "kind": change.kind.value,
         "mode": change.mode,
         "old_mode": change.old_mode,
@@ -53,13 +57,21 @@ def _to_json(change: Change) -> dict[str, object]:
 
 def _from_json(value: dict[str, object]) -> Change:
     return Change(
-        path=os.fsdecode(base64.b64decode(str(value["path"]))),
+        path=_path(value["path"]),
         kind=ChangeKind(str(value["kind"])),
         mode=int(str(value["mode"])),
         old_mode=int(str(value["old_mode"])),
         before=_decode(value["before"]),
         after=_decode(value["after"]),
     )
+
+
+def _name(path: str) -> str:
+    return base64.b64encode(os.fsencode(path)).decode()
+
+
+def _path(name: object) -> str:
+    return os.fsdecode(base64.b64decode(str(name)))
 
 
 def _encode(data: bytes | None) -> str | None:

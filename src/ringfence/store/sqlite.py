@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
-from ringfence.errors import UnavailableError
+from ringfence.errors import UnavailableError, words
 
 _NETWORK_TYPES = frozenset(
     {
@@ -46,7 +46,7 @@ def open_database(path: Path, migrations: str, *, timeout: float = 10.0) -> sqli
             path, timeout=timeout, isolation_level=None, check_same_thread=False
         )
     except (OSError, sqlite3.Error) as error:
-        raise _unavailable(path, str(error)) from None
+        raise _unavailable(path, words(error)) from None
     try:
         with _alone(path.parent):
             connection.execute("PRAGMA journal_mode=WAL")
@@ -56,7 +56,7 @@ def open_database(path: Path, migrations: str, *, timeout: float = 10.0) -> sqli
             _migrate(connection, migrations)
     except (sqlite3.Error, _NewerError) as error:
         connection.close()
-        raise _unavailable(path, str(error)) from None
+        raise _unavailable(path, words(error)) from None
     return connection
 
 

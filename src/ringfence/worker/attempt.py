@@ -272,8 +272,9 @@ class Attempt:
             self._on_message(
                 Notice(kind="absent", text=f"{path} cannot be found on this host: left out")
             )
-        for name in self._unenforced:
-            self._on_message(Notice(kind="unenforced", text=f"not enforced on this host: {name}"))
+        if self._unenforced:
+            text = f"not enforced on this host: {', '.join(self._unenforced)}"
+            self._on_message(Notice(kind="unenforced", text=text))
         if sandbox.proxy_listener is not None:
             await station.egress.request(
                 AddListener, descriptors=[sandbox.proxy_listener], sandbox_id=self._sandbox_id
@@ -475,7 +476,7 @@ class Attempt:
         )
 
     def _save(self, directory: RunDirectory, result: RunResult) -> None:
-        if self._changes.items:
+        if self._changes.items or self._changes.refused:
             save_changes(directory.changes_file, self._changes, self._request.workspace)
         directory.save(result)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable
 
-from ringfence.errors import AgentError, RingfenceError, UnavailableError
+from ringfence.errors import AgentError, RingfenceError, UnavailableError, words
 
 
 async def to_the_end(work: Awaitable[object]) -> None:
@@ -29,5 +29,5 @@ def broken_off(error: BaseException) -> RingfenceError:
     if isinstance(error, asyncio.CancelledError):
         return AgentError("run-interrupted", "the run was cancelled by its caller")
     if isinstance(error, OSError):
-        return UnavailableError("host-failed", str(error))
+        return UnavailableError("host-failed", words(error))
     return UnavailableError("internal", f"{type(error).__name__} in the worker")
