@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from backends import make
+
 from ringfence.channel.link import EgressLink
 from ringfence.channel.messages import AddListener, Configure, OpenSandbox, ProviderConfig
 from ringfence.channel.spawn import EgressProcess
@@ -28,7 +30,6 @@ from ringfence.policy.compiled import (
     SandboxProfile,
 )
 from ringfence.record.client import RecorderClient, RecorderProcess
-from ringfence.sandbox.bubblewrap import BubblewrapBackend
 from ringfence.sandbox.protocol import SandboxSpec
 from ringfence.testing.upstream import Upstream, UpstreamSettings
 from ringfence.vault.keys import VaultPaths
@@ -83,7 +84,8 @@ PROFILE = SandboxProfile(
 class Fence:
     """Started once for a module; `probe` runs a command inside and returns what it printed."""
 
-    def __init__(self) -> None:
+    def __init__(self, isolation: str = "bubblewrap") -> None:
+        self.isolation = isolation
         self.place = Path(tempfile.mkdtemp(prefix="ringfence-attack-"))
         self.place.chmod(0o755)
         self._loop = asyncio.new_event_loop()
@@ -171,7 +173,7 @@ class Fence:
             drop_to_uid=1_999_999 if os.geteuid() == 0 else None,
         )
         recorder.sockets["egress"].close()
-        self.backend = BubblewrapBackend(state_dir=state)
+        self.backend = make(self.isolation, state)
         self.sandbox = await self.open(RULES)
 
     async def open(self, rules: EgressRules, profile: SandboxProfile = PROFILE) -> Any:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+from backends import BACKENDS
 from fence import CANARY, KEY, Fence
 
 PROBES = json.loads((Path(__file__).parent / "probes.json").read_text())
@@ -24,9 +25,9 @@ NO_VERDICT = {"NET-19", "DST-18", "DST-20", "HTTP-30"}
 """They always print contained; the host's side is checked in test_host_side.py."""
 
 
-@pytest.fixture(scope="module")
-def fence() -> Iterator[Fence]:
-    fence = Fence()
+@pytest.fixture(scope="module", params=BACKENDS)
+def fence(request: pytest.FixtureRequest) -> Iterator[Fence]:
+    fence = Fence(request.param)
     fence.start()
     try:
         yield fence
