@@ -8,10 +8,11 @@ import threading
 from dataclasses import replace
 from typing import Any
 
+from technologies import make
+
 from ringfence.check.canaries import Canaries
 from ringfence.check.place import HOST, RULES, Place, run_inside
 from ringfence.policy.compiled import EgressRules, Limits, SandboxProfile
-from ringfence.sandbox.bubblewrap import BubblewrapBackend
 from ringfence.sandbox.protocol import INSIDE_EGRESS_SOCKET
 
 KEY = "sk-ant-api03-sk-REAL-CANARY-0123456789abcdef"
@@ -29,13 +30,11 @@ PROFILE = SandboxProfile(
 class Fence:
     """Started once for a module; `probe` runs a command inside and returns what it printed."""
 
-    def __init__(self) -> None:
+    def __init__(self, isolation: str = "bubblewrap") -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self._held = Place(
-            lambda state: BubblewrapBackend(state_dir=state), PROFILE, key=KEY, secret=CANARY
-        )
+        self._held = Place(lambda state: make(isolation, state), PROFILE, key=KEY, secret=CANARY)
         self.place = self._held.directory
         self.upstream, self.bad = self._held.upstream, self._held.bad
         self.records = self._held.records

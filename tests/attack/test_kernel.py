@@ -10,12 +10,15 @@ import asyncio
 import json
 import os
 import platform
+import sys
 from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+from technologies import ALL, make
+
 from ringfence.policy.compiled import SandboxProfile
-from ringfence.sandbox.bubblewrap import BubblewrapBackend
 from ringfence.sandbox.protocol import SandboxSpec
 from ringfence.testing.sandbox_contract import shell
 from ringfence.worker.ids import new_id
@@ -106,19 +109,21 @@ print(json.dumps([refused, works, killed]))
 """
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
+@pytest.fixture(scope="module", params=ALL)
+def seen(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, object]]:
     """What the probe saw: of what must be refused, of what must work, of foreign entry points."""
     place = tmp_path_factory.mktemp("kernel")
     for name in ("workspace", "state"):
         (place / name).mkdir(mode=0o700)
     (place / "workspace" / "probe.py").write_text(PROBE)
     accepted = frozenset() if os.geteuid() == 0 else frozenset({"memory", "cpu", "pids"})
-    return json.loads(asyncio.run(asyncio.wait_for(_inside(place, accepted), 60)))
+    return json.loads(asyncio.run(asyncio.wait_for(_inside(request.param, place, accepted), 60)))
 
 
-async def _inside(place: Path, accepted: frozenset[str]) -> str:
-    sandbox = await BubblewrapBackend(state_dir=place / "state").start(
+async def _inside(isolation: str, place: Path, accepted: frozenset[str]) -> str:
+    sandbox = await make(isolation, place / "state").start(
         SandboxSpec(
             sandbox_id=new_id("sb"),
             profile=SandboxProfile(accept_unenforced=accepted),

@@ -13,23 +13,23 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fence import PROFILE
+from technologies import BACKENDS, make
 
 from ringfence.check.finding import Finding, Outcome
 from ringfence.check.live import Attack
 from ringfence.check.probes.definition import built_in
-from ringfence.sandbox.bubblewrap import BubblewrapBackend
 
 PROBES = {probe.check.id: probe for probe in built_in()}
 AGENT = {probe.check.id for probe in built_in() if probe.agent}
 
 
-@pytest.fixture(scope="module")
-def findings() -> dict[str, Finding]:
+@pytest.fixture(scope="module", params=BACKENDS)
+def findings(request: pytest.FixtureRequest) -> dict[str, Finding]:
     found: list[Finding] = []
     probes = [probe for probe in built_in() if not probe.agent]
     attack = Attack(
-        "bubblewrap",
-        lambda state: BubblewrapBackend(state_dir=state),
+        request.param,
+        lambda state: make(request.param, state),
         PROFILE,
         probes,
         found.append,

@@ -46,7 +46,6 @@ _FLAGS = (
     "--overlay2=none",
     # the sentry opens no file of the host: the gofer does, whose word it has to take
     "--directfs=false",
-    "--oci-seccomp",
     # joined before runsc starts, and read back: it has no part in them
     "--ignore-cgroups",
 )
@@ -125,10 +124,9 @@ def gvisor_plan(
     settings = oci.config(
         rules,
         facts,
-        argv=[_PERL, "-e", _INIT, str(rules.limits.pids), *program.argv],
+        argv=[_PERL, "-e", _INIT, *_first_arguments(rules), *program.argv],
         environment=program.environment,
         cwd=program.cwd,
-        seccomp=seccomp.oci(platform.machine()),
         namespaces=("pid", "mount", "ipc", "uts"),
         uid=0,
     )
@@ -136,6 +134,10 @@ def gvisor_plan(
     for name in ("effective", "permitted"):
         settings["process"]["capabilities"][name] = ["CAP_SETUID", "CAP_SETGID"]
     settings["mounts"].append(_CONTROL_GROUPS)
+    for mount in settings["mounts"]:
+        if mount["destination"] == "/dev":
+            # there a device on a read-only mount cannot be written to: /dev is gVisor's root's
+            mount["options"] = [word for word in mount["options"] if word != "ro"]
     return {
         "phase": "gvisor",
         "stage": facts.stage,
@@ -155,11 +157,15 @@ def gvisor_plan(
 
 
 _PERL = "/usr/bin/perl"
+_PRCTL = {"x86_64": "157", "aarch64": "167"}
 _INIT = """
-my $n = shift;
-open(F, ">", "/sys/fs/cgroup/pids/pids.max") && syswrite(F, $n) && close(F) or exit 125;
+my ($tasks, $prctl, $filter) = splice(@ARGV, 0, 3);
+open(F, ">", "/sys/fs/cgroup/pids/pids.max") && syswrite(F, $tasks) && close(F) or exit 125;
 $( = UID; $) = "UID UID"; $< = UID; $> = UID;
 exit 125 unless "$< $> $( $)" eq "UID UID UID UID UID UID";
+$filter = pack("H*", $filter);
+my $program = pack("S x6 P", length($filter) / 8, $filter);
+exit 125 if syscall($prctl, 38, 1, 0, 0, 0) != 0 || syscall($prctl, 22, 2, $program, 0, 0) != 0;
 exec {$ARGV[0]} @ARGV;
 my $missing = $!{ENOENT};
 print STDERR "$ARGV[0]: $!\\n";
@@ -167,8 +173,16 @@ exit($missing ? 127 : 126);
 """.replace("UID", str(INSIDE_UID))
 """The first program inside sets gVisor's own count of tasks, which has no other door: past it fork
 fails there, long before the control group outside would end the sentry and all with it. It then
-gives up what it could do that for, and becomes the agent's program. What it is trusted with is that
-count alone: it runs in the sandbox, and the limits outside hold whatever it does."""
+gives up what it could do that for, sets our filter (runsc's own way to one answers EPERM where a
+libc waits for ENOSYS, and claude cannot make a thread), and becomes the agent's program. It is
+trusted with these two alone: it runs in the sandbox, and what stands outside holds whatever it
+does."""
+
+
+def _first_arguments(rules: SandboxProfile) -> list[str]:
+    machine = platform.machine()
+    return [str(rules.limits.pids), _PRCTL[machine], seccomp.build(machine).hex()]
+
 
 _CONTROL_GROUPS = {
     "destination": "/sys/fs/cgroup",

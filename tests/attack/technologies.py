@@ -1,0 +1,33 @@
+"""The isolation technologies that the attacks are tried on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ringfence.sandbox.bubblewrap import BubblewrapBackend
+from ringfence.sandbox.container import ContainerBackend
+from ringfence.sandbox.protocol import Backend
+
+PATHS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin"
+
+
+def make(name: str, state: Path) -> Backend:
+    """A backend by the name that a parameter has."""
+    if name == "bubblewrap":
+        return BubblewrapBackend(state_dir=state)
+    return ContainerBackend(state_dir=state, engine=name)
+
+
+def needs(name: str) -> Any:
+    missing = name != "bubblewrap" and shutil.which(name, path=PATHS) is None
+    reason = f"{name} is not installed: apt-get install {name}"
+    return pytest.param(name, marks=pytest.mark.skipif(missing, reason=reason))
+
+
+# crun serves an ordinary user too
+BACKENDS = [needs("bubblewrap"), needs("crun")]
+ALL = [*BACKENDS, pytest.param("runc", marks=[pytest.mark.root, *needs("runc").marks])]

@@ -1,0 +1,348 @@
+"""gVisor from outside: what its processes are on the host, how they end, what they leave."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backends import needs
+from ringfence.errors import UnavailableError
+from ringfence.policy.compiled import Limits, SandboxProfile
+from ringfence.sandbox import gvisor
+from ringfence.sandbox.gvisor import GvisorBackend
+from ringfence.sandbox.protocol import SandboxSpec
+from ringfence.testing.sandbox_contract import shell
+from ringfence.worker.ids import new_id
+
+pytestmark = needs("gvisor")
+
+PROFILE = SandboxProfile(limits=Limits(memory_mb=256, pids=64, disk_mb=64, cpus=1.0, file_mb=32))
+
+
+def place(tmp_path: Path) -> Path:
+    (tmp_path / "workspace").mkdir(exist_ok=True)
+    (tmp_path / "state").mkdir(mode=0o700, exist_ok=True)
+    return tmp_path
+
+
+@asynccontextmanager
+async def sandbox_of(tmp_path: Path, **profile: Any) -> Any:
+    where = place(tmp_path)
+    spec = SandboxSpec(
+        sandbox_id=new_id("sb"),
+        profile=replace(PROFILE, **profile),
+        workspace=where / "workspace",
+        state_dir=where / "state",
+    )
+    sandbox = await GvisorBackend(state_dir=where / "state").start(spec)
+    try:
+        yield sandbox
+    finally:
+        await sandbox.close()
+
+
+def run(work: Callable[[], Awaitable[Any]]) -> Any:
+    return asyncio.run(asyncio.wait_for(work(), 90))
+
+
+def members(sandbox: Any) -> dict[int, str]:
+    """Host processes of the sandbox's control groups, by what runsc calls them."""
+    found = {}
+    for pid in sandbox._groups.members():
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        found[pid] = words[0].decode()
+    return found
+
+
+def status(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+async def standing(sandbox: Any) -> Any:
+    process = await sandbox.exec(["bash", "-c", "echo up; sleep 300"])
+    assert await process.read() == b"up\n"
+    return process
+
+
+def test_the_kernel_inside_is_not_the_hosts(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with sandbox_of(tmp_path) as sandbox:
+            look = "uname -r; cat /proc/version; ls /proc/sentry-meminfo /proc/kallsyms"
+            _, inside = await shell(sandbox, look)
+            assert os.uname().release not in inside
+            assert inside.endswith("/proc/sentry-meminfo\n")  # a file of gVisor's alone
+            assert not Path("/proc/sentry-meminfo").exists()
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            assert boot not in (await shell(sandbox, "cat /proc/sys/kernel/random/boot_id"))[1]
+
+    run(work)
+
+
+def test_what_runs_on_the_host_has_no_rights_there(tmp_path: Path) -> None:
+    """Also of a sentry that its guest has taken over: ids of no account, filters, no network."""
+
+    async def work() -> None:
+        async with sandbox_of(tmp_path) as sandbox:
+            process = await standing(sandbox)
+            found = members(sandbox)
+            network = os.stat(f"/proc/{os.getpid()}/ns/net").st_ino
+            for pid in found:
+                ids = {int(word) for word in status(pid)["Uid"].split()}
+                assert min(ids) >= 2_000_000
+                assert status(pid)["NoNewPrivs"] == "1"
+                assert os.stat(f"/proc/{pid}/ns/net").st_ino != network
+            held = {name: pid for pid, name in found.items() if name.startswith("runsc")}
+            assert {"runsc-sandbox", "runsc-gofer"} <= set(held)
+            for name, allowed in (
+                ("runsc-sandbox", gvisor.SENTRY_CAPABILITIES),
+                ("runsc-gofer", gvisor.GOFER_CAPABILITIES),
+            ):
+                kept = status(held[name])
+                assert kept["Seccomp"] == "2"
+                assert int(kept["CapEff"], 16) & ~allowed == 0
+                assert not Path(f"/proc/{held[name]}/root/etc/shadow").exists()
+            assert "runsc" not in found.values()  # it is gone when the program runs
+            await process.kill()
+
+    run(work)
+
+
+def test_the_program_cannot_get_back_what_the_first_one_gave_up(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with sandbox_of(tmp_path) as sandbox:
+            _, output = await shell(
+                sandbox,
+                "grep -E '^(Uid|Gid|Groups)' /proc/self/status; cat /sys/fs/cgroup/pids/pids.max; "
+                "for f in pids/pids.max pids/cgroup.procs memory/memory.limit_in_bytes; do "
+                "( : >> /sys/fs/cgroup/$f ) 2>/dev/null && echo OPEN; done; "
+                "python3 -c 'import os; os.setuid(0)' 2>/dev/null && echo ROOT; cat /proc/1/cmdline",
+            )
+            ids = "\t".join(["1000"] * 4)
+            assert output.startswith(f"Uid:\t{ids}\nGid:\t{ids}\nGroups:\t1000")
+            assert "\n64\n" in output
+            assert "OPEN" not in output
+            assert "ROOT" not in output
+            assert "perl" not in output
+
+    run(work)
+
+
+def test_the_hosts_loopback_is_not_there(tmp_path: Path) -> None:
+    """The sentry has sockets of a network namespace: of the sandbox's own."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        dial = f"exec 3<>/dev/tcp/127.0.0.1/{port}"
+        assert subprocess.run(["bash", "-c", dial], check=False).returncode == 0
+
+        async def work() -> None:
+            async with sandbox_of(tmp_path) as sandbox:
+                assert (await shell(sandbox, dial))[0] != 0
+                assert (await shell(sandbox, "exec 3<>/dev/tcp/127.0.0.1/3128"))[0] == 0
+
+        run(work)
+
+
+def test_processor_time_is_limited_as_the_host_counts_it(tmp_path: Path) -> None:
+    """What a guest's kernel says of it is no measure. More is used where more is allowed."""
+    spin = "timeout 9 bash -c 'while :; do :; done' & timeout 9 bash -c 'while :; do :; done'; wait"
+
+    async def used(cpus: float) -> float:
+        async with sandbox_of(tmp_path, limits=replace(PROFILE.limits, cpus=cpus)) as sandbox:
+            process = await sandbox.exec(["bash", "-c", f"read; {spin}"])
+            await process.write(b"go\n")
+            await process.close_stdin()
+            await asyncio.sleep(0.5)
+            begun, pids = time.monotonic(), sandbox._groups.members()
+            before = _processor_seconds(pids)
+            await asyncio.sleep(1.5)
+            spent, wall = _processor_seconds(pids) - before, time.monotonic() - begun
+            await process.kill()
+            return spent / wall
+
+    assert run(lambda: used(0.3)) < 0.3 * 1.3
+    assert run(lambda: used(2.0)) > 0.3 * 1.3
+
+
+def _processor_seconds(pids: set[int]) -> float:
+    """Of sentry, gofer and the processes that hold the guest's memory, ended threads included."""
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.parametrize("which", ["runsc-sandbox", "runsc-gofer", "first", "launcher"])
+def test_whoever_is_killed_takes_the_rest_along(tmp_path: Path, which: str) -> None:
+    async def work() -> None:
+        async with sandbox_of(tmp_path) as sandbox:
+            process = await standing(sandbox)
+            found = members(sandbox)
+            launcher = process._monitor.pid
+            children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+            victims = {**{name: pid for pid, name in found.items()}, "launcher": launcher}
+            victims["first"] = int(children[0])
+            os.kill(victims[which], signal.SIGKILL)
+            deadline = time.monotonic() + 1
+            while sandbox._groups.members() and time.monotonic() < deadline:
+                await asyncio.sleep(0.02)
+            assert sandbox._groups.members() == set()
+            assert await process.wait() != 0
+
+    run(work)
+
+
+def test_ringfence_killed_takes_all_along(tmp_path: Path) -> None:
+    where = place(tmp_path)
+    script = (
+        "import asyncio, sys\nfrom pathlib import Path\nfrom ringfence.sandbox.gvisor import *\n"
+        "from ringfence.sandbox.protocol import SandboxSpec\nfrom ringfence.worker.ids import new_id\n"
+        "async def main():\n place = Path(sys.argv[1])\n"
+        " spec = SandboxSpec(sandbox_id=new_id('sb'), profile=SandboxProfile(),"
+        " workspace=place / 'workspace', state_dir=place / 'state')\n"
+        " s = await GvisorBackend(state_dir=place / 'state').start(spec)\n"
+        " p = await s.exec(['bash', '-c', 'echo up; sleep 300'])\n"
+        " await p.read()\n print(*s._groups.members(), flush=True)\n await asyncio.sleep(300)\n"
+        "asyncio.run(main())"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-c", script, str(where)], stdout=subprocess.PIPE, text=True
+    )
+    with owner:
+        assert owner.stdout is not None
+        pids = [int(word) for word in owner.stdout.readline().split()]
+        assert len(pids) >= 3
+        assert all(Path(f"/proc/{pid}").exists() for pid in pids)
+        owner.kill()
+        deadline = time.monotonic() + 1
+        while any(map(_running, pids)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not any(map(_running, pids))
+
+
+def _running(pid: int) -> bool:
+    try:
+        return status(pid)["State"][0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_sentry_without_room_for_threads_is_contained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the count inside would not hold, the control group ends the sandbox, and only it."""
+    monkeypatch.setattr(gvisor, "OWN_TASKS", 60)
+    monkeypatch.setattr(gvisor, "TASKS_A_TASK", 1)
+    storm = "for i in $(seq 60); do sleep 30 & done; wait"
+
+    async def work() -> None:
+        async with sandbox_of(tmp_path) as sandbox:
+            process = await sandbox.exec(["bash", "-c", storm])
+            async with asyncio.timeout(25):
+                assert await process.wait() != 0
+            assert sandbox._groups.members() == set()
+        monkeypatch.undo()
+        async with sandbox_of(tmp_path) as sandbox:
+            assert await shell(sandbox, "echo fine") == (0, "fine\n")
+
+    run(work)
+
+
+def test_a_sentry_with_more_rights_than_planned_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read back from the kernel: here the plan allows less than runsc gives."""
+    monkeypatch.setattr(gvisor, "SENTRY_CAPABILITIES", 0)
+
+    async def work() -> None:
+        async with sandbox_of(tmp_path) as sandbox:
+            with pytest.raises(UnavailableError) as caught:
+                await sandbox.exec(["sleep", "30"])
+            assert caught.value.code == "sandbox-start-failed"
+            assert "sentry: Cap" in caught.value.message
+            assert sandbox._groups.members() == set()
+
+    run(work)
+
+
+def test_without_runsc_the_mend_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gvisor, "_PATHS", str(tmp_path))
+    gvisor.find_runsc.cache_clear()
+    try:
+        with pytest.raises(UnavailableError) as caught:
+            GvisorBackend(state_dir=tmp_path).probe(SandboxProfile())
+    finally:
+        gvisor.find_runsc.cache_clear()
+    assert caught.value.code == "isolation-unavailable"
+    assert "apt-get install" in caught.value.hint
+
+
+def _left() -> dict[str, Any]:
+    groups = [path for path in Path("/sys/fs/cgroup").glob("*/ringfence-*") if _own(path)]
+    return {
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "mounts": len(Path("/proc/self/mountinfo").read_text().splitlines()),
+        "groups": groups,
+        "children": Path(f"/proc/self/task/{os.getpid()}/children").read_text().split(),
+    }
+
+
+def _own(path: Path) -> bool:
+    """Of this process: other tests of the machine make and remove theirs."""
+    return path.name.startswith(f"ringfence-{os.getpid()}-")
+
+
+@pytest.mark.parametrize(
+    ("count", "at_once"), [(12, 4), pytest.param(500, 8, marks=pytest.mark.storm)]
+)
+@pytest.mark.timeout(1800)
+def test_many_sandboxes_leave_nothing(tmp_path: Path, count: int, at_once: int) -> None:
+    where = place(tmp_path)
+
+    async def one(backend: GvisorBackend, number: int) -> None:
+        spec = SandboxSpec(
+            sandbox_id=new_id("sb"),
+            profile=PROFILE,
+            workspace=where / "workspace",
+            state_dir=where / "state",
+        )
+        sandbox = await backend.start(spec)
+        try:
+            if number % 2:
+                await (await standing(sandbox)).kill()
+            else:
+                assert await shell(sandbox, "echo x > y; echo fine") == (0, "fine\n")
+        finally:
+            await sandbox.close()
+
+    async def work() -> None:
+        backend = GvisorBackend(state_dir=where / "state")
+        await one(backend, 0)
+        before = _left()
+        room = asyncio.Semaphore(at_once)
+
+        async def in_turn(number: int) -> None:
+            async with room:
+                await one(backend, number)
+
+        async with asyncio.TaskGroup() as group:
+            for number in range(count):
+                group.create_task(in_turn(number))
+        await backend.close()
+        assert _left() == before
+        assert list((where / "state").iterdir()) == []
+
+    asyncio.run(asyncio.wait_for(work(), 1700))
