@@ -61,6 +61,8 @@ def _broken(command: str, lines: Sequence[str], saw: Saw) -> str:
         return "the probe broke"
     if saw.status in {126, 127}:
         return "the probe misses a program"
+    if saw.status > 128:
+        return f"the probe was killed (signal {saw.status - 128})"
     if "esc(" in command and not any(line.startswith("contained") for line in lines):
         return f"the probe came to no verdict (status {saw.status})"
     return ""

@@ -279,6 +279,8 @@ async def run_inside(
             await process.close_stdin()
             while chunk := await process.read():
                 output += chunk[: max(0, (1 << 20) - len(output))]
+            # its own end, not ours: a status of a killed program says nothing
+            await process.wait()
     except TimeoutError:
         in_time = False
     finally:

@@ -1,0 +1,272 @@
+"""Deliberately weak sandboxes, one a layer: the check must fail on each, with the right id.
+
+A check that never fails proves nothing. Each is bubblewrap with one thing taken from it; the same
+ids pass on the whole one (test_probes.py), so that the weakness alone makes the difference.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import struct
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from fence import PROFILE
+
+from ringfence.check.finding import Outcome, exit_status
+from ringfence.check.live import Attack
+from ringfence.check.probes.definition import Probe, Twin, built_in
+from ringfence.sandbox import profile
+from ringfence.sandbox.bubblewrap import BubblewrapBackend
+
+Weaken = Callable[[Any, Any], None]
+
+
+class WeakBackend(BubblewrapBackend):
+    """Bubblewrap whose sandboxes are weakened after they have started."""
+
+    def __init__(self, state: Path, weaken: Weaken) -> None:
+        super().__init__(state_dir=state)
+        self._weaken = weaken
+
+    async def start(self, spec: Any) -> Any:
+        sandbox = await super().start(spec)
+        # what prepared the place stands in it already: the first program must be as weak
+        launcher, sandbox._ready = sandbox._ready, None
+        await launcher.end()
+        self._weaken(sandbox, spec)
+        return sandbox
+
+
+def attacked(weaken: Weaken, *ids: str) -> dict[str, tuple[Outcome, str]]:
+    found = []
+    probes = [probe for probe in built_in() if probe.check.id in ids]
+    assert len(probes) == len(ids)
+    attack = Attack(
+        "bubblewrap", lambda state: WeakBackend(state, weaken), PROFILE, probes, found.append
+    )
+    asyncio.run(attack.run())
+    return {finding.check.id: (finding.outcome, finding.evidence) for finding in found}
+
+
+def nothing(_sandbox: Any, _spec: Any) -> None:
+    """The sandbox as it is."""
+
+
+@pytest.fixture
+def options(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[list[Callable[[list[str], Any], list[str]]]]:
+    """What is done to bubblewrap's options before each program."""
+    changes: list[Callable[[list[str], Any], list[str]]] = []
+    real = profile.enclose_options
+
+    def changed(rules: Any, facts: Any, **more: Any) -> list[str]:
+        found = real(rules, facts, **more)
+        for change in changes:
+            found = change(found, facts)
+        return found
+
+    monkeypatch.setattr(profile, "enclose_options", changed)
+    return changes
+
+
+def before_the_end(found: list[str], *more: str) -> list[str]:
+    """Mounts go before the root is made read-only."""
+    at = len(found) - 1 - found[::-1].index("--remount-ro")
+    return [*found[:at], *more, *found[at:]]
+
+
+@pytest.fixture
+def shared() -> Iterator[str]:
+    """A directory of the host that every uid can enter and write; pytest's own are 0700 above."""
+    with tempfile.TemporaryDirectory(prefix="ringfence-weak-") as name:
+        os.chmod(name, 0o777)
+        yield name
+
+
+@pytest.mark.root
+def test_a_network_that_only_variables_deny() -> None:
+    """The PraisonAI trap: proxy variables, and the host's network behind them."""
+
+    def weaken(sandbox: Any, _: Any) -> None:
+        os.close(sandbox._net)
+        sandbox._net = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+    found = attacked(weaken, "NET-06", "NET-15")
+    assert found["NET-06"][0] is Outcome.FAIL, found
+    assert "listener" in found["NET-06"][1]
+    assert found["NET-15"][0] is Outcome.FAIL, found
+
+
+def test_an_extra_mount(options: list[Any]) -> None:
+    def show(found: list[str], facts: Any) -> list[str]:
+        place = str(Path(facts.egress_dir).parents[2])
+        return before_the_end(found, "--ro-bind", place, place)
+
+    options.append(show)
+    found = attacked(nothing, "FS-40", "FS-41")
+    assert found["FS-40"][0] is Outcome.FAIL, found
+    assert found["FS-41"][0] is Outcome.PASS, "a read-only mount is not writable"
+
+
+def test_a_writable_directory_of_the_host(options: list[Any], shared: str) -> None:
+    options.append(lambda found, _: before_the_end(found, "--bind", shared, "/srv"))
+    assert attacked(nothing, "FS-41")["FS-41"][0] is Outcome.FAIL
+
+
+def test_no_seccomp(options: list[Any]) -> None:
+    def drop(found: list[str], _: Any) -> list[str]:
+        at = found.index("--seccomp")
+        return found[:at] + found[at + 2 :]
+
+    options.append(drop)
+    found = attacked(nothing, "PROC-10", "PROC-20")
+    assert found["PROC-10"][0] is Outcome.FAIL, found
+    assert found["PROC-20"][0] is Outcome.FAIL, found
+
+
+def test_a_filter_that_allows_everything() -> None:
+    """`Seccomp: 2` alone is no proof."""
+
+    def weaken(sandbox: Any, _: Any) -> None:
+        os.ftruncate(sandbox._seccomp, 0)
+        os.pwrite(sandbox._seccomp, struct.pack("HBBI", 0x06, 0, 0, 0x7FFF0000), 0)
+
+    found = attacked(weaken, "PROC-10", "PROC-20")
+    assert found["PROC-10"][0] is Outcome.PASS, found
+    assert found["PROC-20"][0] is Outcome.FAIL, found
+
+
+def test_a_shared_tmp(options: list[Any], shared: str) -> None:
+    options.append(lambda found, _: before_the_end(found, "--bind", shared, "/tmp"))
+    assert attacked(nothing, "FS-05")["FS-05"][0] is Outcome.FAIL
+
+
+def test_an_extra_capability(options: list[Any]) -> None:
+    def add(found: list[str], _: Any) -> list[str]:
+        at = found.index("--cap-drop")
+        return [*found[:at], "--cap-add", "CAP_NET_ADMIN", *found[at + 2 :]]
+
+    options.append(add)
+    found = attacked(nothing, "PROC-40")
+    assert found["PROC-40"][0] is Outcome.FAIL, found
+    assert "CapEff" in found["PROC-40"][1]
+
+
+@pytest.mark.root
+def test_a_writable_cgroup(options: list[Any]) -> None:
+    shown: list[str] = []
+
+    def weaken(sandbox: Any, _: Any) -> None:
+        group = Path(sandbox._groups.paths[0])
+        group = group if group.is_dir() else group.parent
+        shown[:] = [str(group)]
+        for path in (group, *group.iterdir()):
+            os.chown(path, sandbox._facts.uid, sandbox._facts.uid)
+
+    options.append(lambda found, _: before_the_end(found, "--bind", shown[0], "/sys/fs/cgroup"))
+    found = attacked(weaken, "FS-43")
+    assert found["FS-43"][0] is Outcome.FAIL, found
+
+
+def test_a_key_in_the_environment() -> None:
+    def weaken(sandbox: Any, _: Any) -> None:
+        real = sandbox.exec
+
+        async def leaking(argv: Any, *, environment: Any = None, **more: Any) -> Any:
+            key = {"ANTHROPIC_API_KEY": "sk-ant-api03-of-the-operator"}
+            return await real(argv, environment={**(environment or {}), **key}, **more)
+
+        sandbox.exec = leaking
+
+    found = attacked(weaken, "SEC-14", "SEC-01")
+    assert found["SEC-14"][0] is Outcome.FAIL, found
+    assert found["SEC-01"][0] is Outcome.FAIL, found
+
+
+def test_a_daemon_that_outlives() -> None:
+    """A judge on the host's side fails, too: the command ends and its daemon is left."""
+    from ringfence.check import hostside
+    from ringfence.check.judge import Saw
+
+    class Leaves(hostside.Stage):
+        async def inside(self, command: str, *_: Any, **__: Any) -> Saw:
+            marker = command.split("exec -a ")[1].split()[0]
+            self.lane.append(
+                await asyncio.create_subprocess_exec("bash", "-c", f"exec -a {marker} sleep 60")
+            )
+            await asyncio.sleep(0.5)
+            return Saw(output="started", status=0)
+
+    async def run() -> tuple[Outcome, str]:
+        left: list[Any] = []
+        verdict = await hostside.outlives(Leaves(place=None, lane=left), built_in()[0])
+        for process in left:
+            process.kill()
+            await process.wait()
+        return verdict
+
+    assert asyncio.run(run())[0] is Outcome.FAIL
+
+
+def test_a_dead_network_is_no_block(options: list[Any]) -> None:
+    """Everything is refused where nothing works: an error, and not a pass."""
+
+    def cut(found: list[str], _: Any) -> list[str]:
+        at = next(i for i, word in enumerate(found) if word.endswith("/egress"))
+        return found[: at - 1] + found[at + 2 :]
+
+    options.append(cut)
+    found = attacked(nothing, "DST-01", "NET-02", "API-05")
+    assert {outcome for outcome, _ in found.values()} == {Outcome.ERROR}, found
+
+
+def test_a_host_that_cannot_start_one_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(BubblewrapBackend):
+        async def start(self, spec: Any) -> Any:
+            raise OSError("no more processes")
+
+    monkeypatch.setattr(sys.modules[__name__], "WeakBackend", lambda s, _: Broken(state_dir=s))
+    found = attacked(nothing, "FS-40", "DST-27")
+    assert {outcome for outcome, _ in found.values()} == {Outcome.ERROR}, found
+
+
+def test_an_own_probe_that_escapes_and_one_that_breaks() -> None:
+    """Operator's probes: the same judge, and none of them counts as passed for being silent."""
+    twin = Twin(title="works", witness="inside", command="echo ALLOWED $TWIN_NONCE")
+    model = next(probe for probe in built_in() if probe.check.id == "FS-40")
+
+    def own(name: str, command: str) -> Probe:
+        check = type(model.check)(
+            id=name, line=model.check.line, layer="own probes", title=name,
+            severity=model.check.severity, live=True,
+        )  # fmt: skip
+        return Probe(check=check, command=command, twin=twin)
+
+    probes = [
+        own("escapes", "echo ESCAPED it"),
+        own("holds", "python3 -c 'from h import *; esc(conn(\"evil.example:443\"))'"),
+        own("breaks", "python3 -c 'import nothing'"),
+        own("missing", "nosuchprogram"),
+        own("mute", "python3 -c 'import os; os._exit(0); esc(0)'"),
+        own("kills", "true; kill -9 $$"),
+    ]
+    found = []
+    attack = Attack(
+        "bubblewrap", lambda s: BubblewrapBackend(state_dir=s), PROFILE, probes, found.append
+    )
+    asyncio.run(attack.run())
+    outcomes = {finding.check.id: finding.outcome.value for finding in found}
+    assert outcomes == {
+        "escapes": "fail", "holds": "pass", "breaks": "error", "missing": "error",
+        "mute": "error", "kills": "error",
+    }  # fmt: skip
+    assert exit_status(found) == 1

@@ -1,0 +1,325 @@
+"""The parts of `ringfence check` that decide: judging, counting, versions, reports, rendering."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ringfence.check import render, report, static, versions
+from ringfence.check.canaries import Canaries
+from ringfence.check.catalogue import catalogue, precedents, select
+from ringfence.check.finding import Check, Finding, Line, Outcome, Severity, exit_status
+from ringfence.check.hostside import JUDGES, LAST
+from ringfence.check.judge import Saw, judge
+from ringfence.check.probes.definition import FAMILIES, built_in, read_attacks
+from ringfence.errors import CallerError, DeniedError
+from ringfence.policy.compile import compile_policy
+from ringfence.policy.load import from_mapping, load_policy
+from ringfence.sandbox.protocol import Control, ControlState
+
+CHECK = Check(
+    id="X-1", line=Line.NETWORK, layer="network", title="A <b>title</b>", severity=Severity.HIGH,
+    live=True, expect="nothing", mend="mend it", source="CVE-0",
+)  # fmt: skip
+
+
+def finding(outcome: Outcome, evidence: str = "", isolation: str = "bubblewrap") -> Finding:
+    return Finding(check=CHECK, outcome=outcome, evidence=evidence, isolation=isolation)
+
+
+def result(*findings: Finding) -> report.Result:
+    tried = report.Tried(name="bubblewrap", available=True, start_seconds=0.2, seconds=9)
+    return report.Result(
+        time="2026-11-26T01:00:00Z", seconds=9.0, policy="ab" * 32, policy_source="strict",
+        isolations=(tried,), findings=findings,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("command", "saw", "outcome"),
+    [
+        ("x", Saw(output="contained\n", status=0), "pass"),
+        ("x", Saw(output="fine\nESCAPED by air\n", status=0), "fail"),
+        ("x", Saw(output="not at the start ESCAPED\n", status=0), "pass"),
+        ("x", Saw(output="ESCAPED\nTraceback (most recent call last)\n", status=1), "fail"),
+        ("x", Saw(output="s3cret\n", status=0), "fail"),
+        ("x", Saw(output="contained\n", status=0, hits=("listener",)), "fail"),
+        ("x", Saw(output="Traceback (most recent call last)\n", status=1), "error"),
+        ("x", Saw(output="bash: nosuch: command not found\n", status=127), "error"),
+        ("x", Saw(output="contained\n", status=None), "error"),
+        ("x", Saw(output="contained\n", status=137), "error"),
+        ("esc(1)", Saw(output="", status=0), "error"),
+        ("esc(1)", Saw(output="contained\n", status=0), "pass"),
+    ],
+)
+def test_judging(command: str, saw: Saw, outcome: str) -> None:
+    found, evidence = judge(command, saw, ("s3cret",))
+    assert found.value == outcome
+    assert "s3cret" not in evidence
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "status"),
+    [("pass", 0), ("pass not", 0), ("pass error", 4), ("fail error pass", 1), ("not", 4), ("", 4)],
+)
+def test_exit_status(outcomes: str, status: int) -> None:
+    names = {"not": Outcome.NOT_AVAILABLE}
+    found = [finding(names.get(name) or Outcome(name)) for name in outcomes.split()]
+    assert exit_status(found) == status
+
+
+def test_ids_are_unique_and_every_probe_can_be_judged() -> None:
+    ids = [check.id for check in catalogue()]
+    assert len(ids) == len(set(ids))
+    from ringfence.check import artefacts
+
+    judged = {*JUDGES, *LAST, *artefacts.JUDGES, "DST-27"}
+    for probe in built_in():
+        assert probe.command or probe.check.id in judged
+        if probe.host and not probe.residual and not probe.agent:
+            assert probe.check.id in judged, probe.check.id
+    assert judged <= set(ids)
+
+
+def test_all_of_the_original_suite_and_the_lines_are_there() -> None:
+    assert len(built_in()) >= 144 + 15
+    assert {check.line for check in catalogue()} == set(Line)
+    assert len(FAMILIES) == 9
+
+
+def test_every_precedent_is_answered() -> None:
+    rows = precedents()
+    assert len(rows) == 32
+    ids = {check.id for check in catalogue()}
+    for row in rows:
+        assert set(row.ids) <= ids, row.attack
+        assert row.ids or row.elsewhere, row.attack
+
+
+def test_a_misspelt_id_selects_nothing_silently() -> None:
+    known = ["NET-01", "NET-02", "own.a"]
+    chosen = select(["NET-*"], known)
+    assert chosen.takes("NET-01")
+    assert not chosen.takes("own.a")
+    with pytest.raises(CallerError, match="NET-99"):
+        select(["NET-01", "NET-99"], known)
+
+
+def test_lines_without_a_feature_are_never_passed() -> None:
+    policy = compile_policy(load_policy(None))
+    outcomes = {f.check.line: f.outcome for f in static.feature_findings(policy)}
+    assert outcomes[Line.ERROR_BUDGET] is Outcome.NOT_AVAILABLE
+    assert outcomes[Line.DEGRADATION] is Outcome.NOT_AVAILABLE
+
+
+def test_policy_lint_is_a_check() -> None:
+    clean = {f.check.id: f for f in static.policy_findings(load_policy(None), exists=bool)}
+    loose = from_mapping({"preset": "strict", "accept_unenforced": ["network"]})
+    found = {f.check.id: f for f in static.policy_findings(loose, exists=bool)}
+    assert clean["POL031"].outcome is Outcome.PASS
+    assert found["POL031"].outcome is Outcome.FAIL
+    assert "accept_unenforced" in found["POL031"].evidence
+
+
+def test_a_control_that_is_accepted_does_not_hold() -> None:
+    states = [
+        ControlState(control=Control.MEMORY, enforced=False, how="no cgroup", mend="be root"),
+        ControlState(control=Control.SECCOMP, enforced=True, how="filter"),
+    ]
+    found = {f.check.id: f for f in static.control_findings("b", states, frozenset({"memory"}))}
+    assert found["HOST-memory"].outcome is Outcome.FAIL
+    assert "the policy accepts it" in found["HOST-memory"].evidence
+    assert found["HOST-seccomp"].outcome is Outcome.PASS
+    assert found["HOST-cpu"].outcome is Outcome.NOT_AVAILABLE
+
+
+HOLES = [
+    ("1.1.12", None, "pass"), ("1.1.5", None, "fail"), ("1.2.0", None, "pass"),
+    ("1.1.5+ds1-1+deb12u1", "bookworm", "pass"), ("1.1.5+ds1-1", "bookworm", "fail"),
+    ("1.1.5+ds1-1+deb12u1", "", "fail"), ("unknown", None, "error"),
+]  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("dpkg") is None, reason="needs dpkg, which orders versions")
+@pytest.mark.parametrize(("version", "release", "outcome"), HOLES)
+def test_a_version_is_judged_by_who_patched_it(
+    version: str, release: str | None, outcome: str
+) -> None:
+    there = versions.Installed(
+        version=version, package=None if release is None else "runc", release=release or ""
+    )
+    found = {f.check.id: f for f in versions.findings(["container"], lambda _: there)}
+    assert found["VER-runc-CVE-2024-21626"].outcome.value == outcome
+
+
+@pytest.mark.parametrize(
+    ("program", "hole", "version", "outcome"),
+    [
+        ("runc", "CVE-2025-31133", "1.2.7", "fail"), ("runc", "CVE-2025-31133", "1.2.8", "pass"),
+        ("runc", "CVE-2025-31133", "1.3.0", "fail"), ("runc", "CVE-2025-31133", "1.4.0", "pass"),
+        ("node", "CVE-2025-23166", "20.20.2", "pass"), ("node", "CVE-2025-23166", "22.1.0", "fail"),
+        ("runsc", "CVE-2018-16359", "0.0~20240729.0-4", "pass"),
+        ("qemu", "CVE-2024-3446", "1:8.2.0", "fail"),
+    ],
+)  # fmt: skip
+def test_a_fix_closes_its_own_branch(program: str, hole: str, version: str, outcome: str) -> None:
+    there = versions.Installed(version=version)
+    users = ["container", "gvisor", "microvm", "runtime"]
+    found = {f.check.id: f for f in versions.findings(users, lambda _: there)}
+    assert found[f"VER-{program}-{hole}"].outcome.value == outcome
+
+
+def test_a_program_that_nothing_asked_for_uses_is_not_judged() -> None:
+    found = {f.check.id: f for f in versions.findings(["bubblewrap"], lambda _: None)}
+    assert found["VER-runc-CVE-2024-21626"].outcome is Outcome.NOT_AVAILABLE
+    assert "not asked" in found["VER-runc-CVE-2024-21626"].evidence
+
+
+def test_a_report_is_signed_and_a_changed_byte_breaks_it(tmp_path: Path) -> None:
+    text, public = report.sign(result(finding(Outcome.PASS, "é")), tmp_path / "audit")
+    data = text.encode()
+    document = report.verify(data, [public])
+    assert document["findings"][0]["outcome"] == "pass"
+    assert document["host"]["name"] == os.uname().nodename
+    assert document["policy"]["sha256"] == "ab" * 32
+    for position in range(len(data)):
+        changed = bytearray(data)
+        changed[position] ^= 1
+        with pytest.raises((CallerError, DeniedError)):
+            report.verify(bytes(changed), [public])
+
+
+def test_a_report_needs_the_key_that_signed_it(tmp_path: Path) -> None:
+    text, _ = report.sign(result(finding(Outcome.PASS)), tmp_path / "a")
+    _, other = report.sign(result(finding(Outcome.PASS)), tmp_path / "b")
+    for keys in ([other], []):
+        with pytest.raises(DeniedError):
+            report.verify(text.encode(), keys)
+    for bad in (b"", b"\xff", b"ringfence/check\n{}\n\n", text.encode() + b"x", b"x" * (17 << 20)):
+        with pytest.raises(CallerError):
+            report.verify(bad, [other])
+    with pytest.raises(CallerError, match="public key"):
+        report.verify(text.encode(), ["nonsense"])
+
+
+def test_a_checkpoint_is_no_report(tmp_path: Path) -> None:
+    """One key signs both: the first line keeps them apart."""
+    from ringfence.record.audit import AuditLog
+
+    log = AuditLog(tmp_path / "audit")
+    try:
+        note, public = log.checkpoint(), log.public_key
+    finally:
+        log.close()
+    with pytest.raises(CallerError):
+        report.verify(note.encode(), [public])
+
+
+BAD = '<script>alert(1)</script>\x1b[2J\u202e" onload=x'
+
+
+def test_html_escapes_what_came_from_inside() -> None:
+    page = render.html(result(finding(Outcome.FAIL, BAD), finding(Outcome.PASS)))
+    seen: list[str] = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: Any) -> None:
+            seen.append(tag)
+            assert not any(name.startswith("on") or name in {"src", "href"} for name, _ in attrs)
+
+    Reader().feed(page)
+    assert "script" not in seen
+    assert "b" not in seen
+    assert "\x1b" not in page
+    assert "\u202e" not in page
+    assert "default-src 'none'" in page
+    assert "mend it" in page
+
+
+def test_sarif_says_what_failed_and_what_passed() -> None:
+    log = render.sarif(
+        result(
+            finding(Outcome.FAIL, BAD), finding(Outcome.PASS),
+            finding(Outcome.ERROR), finding(Outcome.NOT_AVAILABLE),
+        )
+    )  # fmt: skip
+    assert log["version"] == "2.1.0"
+    (run,) = log["runs"]
+    assert [rule["id"] for rule in run["tool"]["driver"]["rules"]] == ["X-1"]
+    kinds = [(one["kind"], one["level"]) for one in run["results"]]
+    assert kinds == [
+        ("fail", "error"),
+        ("pass", "none"),
+        ("open", "none"),
+        ("notApplicable", "none"),
+    ]
+    assert all(
+        run["tool"]["driver"]["rules"][one["ruleIndex"]]["id"] == "X-1" for one in run["results"]
+    )
+    assert "\x1b" not in json.dumps(log)
+    json.dumps(log)
+
+
+def test_the_matrix_shows_the_worst() -> None:
+    found = [finding(Outcome.PASS), finding(Outcome.FAIL), finding(Outcome.NOT_AVAILABLE)]
+    assert render.cell(found, "bubblewrap", "network") == (Outcome.FAIL, "1/2")
+    assert render.cell(found, "gvisor", "network") == (Outcome.NOT_AVAILABLE, "-")
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        "{", "{}", "[]", "[1]", '[{"id": "a"}]', '[{"id": "a", "probe": ""}]',
+        '[{"id": "../a", "probe": "x"}]', '[{"id": "a", "probe": "x", "run_on": "host"}]',
+        '[{"id": "a", "probe": "x"}, {"id": "a", "probe": "y"}]',
+        '[{"id": "a", "probe": "x", "severity": "huge"}]', "[" * 100_000,
+    ],
+)  # fmt: skip
+def test_a_bad_file_of_probes_is_refused(tmp_path: Path, entries: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(entries)
+    with pytest.raises(CallerError) as caught:
+        read_attacks(path)
+    assert caught.value.code == "attacks-invalid"
+
+
+def test_own_probes(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"id": "a", "probe": "x"}, {"id": "b", "probe": "y", "where": "host"}]')
+    first, second = read_attacks(path)
+    assert first.check.id == "own.a"
+    assert not first.residual
+    assert second.residual, "nobody judges it on the host"
+    with pytest.raises(CallerError):
+        read_attacks(tmp_path / "none.json")
+
+
+def test_canaries_sing_when_they_are_reached_and_not_for_the_host(tmp_path: Path) -> None:
+    import socket
+    import subprocess
+    import sys
+
+    canaries = Canaries(tmp_path, "secret-of-a-canary")
+    try:
+        assert canaries.alive()
+        assert canaries.hits() == ()
+        with socket.create_connection(canaries.tcp.getsockname()) as peer:
+            assert peer.recv(64) == b"secret-of-a-canary"
+        code = "import socket,sys; s=socket.socket(1); s.connect(chr(0)+sys.argv[1]); s.recv(1)"
+        subprocess.run([sys.executable, "-c", code, canaries.abstract_name], check=True)
+        assert sorted(canaries.hits()) == ["abstract socket", "listener"]
+        assert canaries.alive()
+        canaries.file.write_text("changed")
+        canaries.process.kill()
+        canaries.process.wait()
+        assert canaries.hits()[-2:] == ("process", "file")
+        assert not canaries.alive()
+    finally:
+        canaries.close()
+    assert not canaries.alive()
