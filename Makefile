@@ -4,7 +4,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 4
 
-.PHONY: demo test test-all lint format bench bench-peers docs lock clean
+# Debian packages that tests use when they are there; as root `make test` installs them.
+TEST_PACKAGES := mmdebstrap uidmap squashfs-tools podman
+
+.PHONY: demo test test-all test-packages lint format bench bench-peers docs lock clean
 
 $(VENV)/.installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "ringfence needs Python 3.11 or newer: make PYTHON=python3.11"; exit 2; }
@@ -21,10 +24,13 @@ $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/ringfence demo
 
-test: lint
+test-packages:
+	@tools/test-packages $(TEST_PACKAGES)
+
+test: lint test-packages
 	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not storm"
 
-test-all: lint
+test-all: lint test-packages
 	$(BIN)/pytest -n $(JOBS) --dist worksteal
 
 lint: $(VENV)/.installed-dev

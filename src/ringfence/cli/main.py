@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 import ringfence
-from ringfence.cli import audit, demo, doctor, patch, policy, run, sessions, simulator, vault
+from ringfence.cli import (
+    audit,
+    demo,
+    doctor,
+    image,
+    patch,
+    policy,
+    run,
+    sessions,
+    simulator,
+    vault,
+)
 
 app = typer.Typer(
     name="ringfence",
@@ -44,4 +55,5 @@ app.add_typer(audit.app, name="audit")
 app.add_typer(sessions.app, name="sessions")
 app.add_typer(vault.app, name="vault")
 app.add_typer(patch.app, name="patch")
+app.add_typer(image.app, name="image")
 app.add_typer(simulator.app, name="simulator")
