@@ -120,6 +120,13 @@ CODES: dict[str, str] = {
     "vault-refused": "The vault's file or key was changed, or can be read by others.",
     # egress
     "egress-unavailable": "The egress process is gone or not configured; nothing can leave.",
+    # images
+    "image-invalid": "An image definition says something vague, unknown or unobtainable.",
+    "image-unknown": "No image of that name or digest is in this state directory.",
+    "image-damaged": "Files of an image are not what its manifest says; it is not used.",
+    "image-in-use": "A sandbox uses the image, so that it cannot be removed now.",
+    "image-build-failed": "A program that makes or writes an image failed; no image came of it.",
+    "image-tool-missing": "A program that makes or writes images is not installed on this host.",
     # sandbox
     "control-unenforceable": "This host cannot enforce a control that the policy requires.",
     "isolation-unavailable": "The isolation technology cannot run on this host.",

@@ -17,6 +17,7 @@ import yaml
 from harness import ACCEPT, Box, script
 
 from ringfence.config import Config
+from ringfence.images.definition import loads as image_definition
 from ringfence.policy.load import from_mapping
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +82,9 @@ def test_every_policy_of_the_documents_loads() -> None:
     for page in PAGES:
         for text in _blocks(page, "yaml"):
             value = yaml.safe_load(text)
-            if isinstance(value, dict):
+            if page.name == "images.md":
+                image_definition(text)
+            elif isinstance(value, dict):
                 from_mapping({"version": 1, **value})
                 seen += 1
     assert seen >= 4

@@ -12,6 +12,7 @@ from ringfence.cli import (
     check,
     demo,
     doctor,
+    image,
     isolation,
     patch,
     policy,
@@ -58,4 +59,5 @@ app.add_typer(audit.app, name="audit")
 app.add_typer(sessions.app, name="sessions")
 app.add_typer(vault.app, name="vault")
 app.add_typer(patch.app, name="patch")
+app.add_typer(image.app, name="image")
 app.add_typer(simulator.app, name="simulator")
