@@ -90,6 +90,40 @@ def scenario() -> str:
     return "\n".join(lines)
 
 
+def checks() -> str:
+    from ringfence.check.catalogue import catalogue, precedents
+    from ringfence.check.finding import Line
+    from ringfence.check.probes.definition import built_in
+
+    twins = {probe.check.id: probe.twin.title for probe in built_in()}
+    lines = ["# Checks of `ringfence check`", ""]
+    lines += [
+        "What they are for, and what decides: [how to](../how-to/check.md). A live check runs in"
+    ]
+    lines += ["a sandbox; its twin must be allowed beside it.", ""]
+    for line in Line:
+        lines += [f"## {line.value.capitalize()}", ""]
+        lines += [
+            "| id | severity | check | holds when | twin | precedent |",
+            "|---|---|---|---|---|---|",
+        ]
+        for check in catalogue():
+            if check.line is line:
+                cells = (check.id, check.severity.value, check.title, check.expect)
+                row = [*cells, twins.get(check.id, "static"), check.source]
+                lines.append("| " + " | ".join(_cell(text) for text in row) + " |")
+        lines.append("")
+    lines += ["## What others fell to", "", "| attack | precedent | answered by |", "|---|---|---|"]
+    for row in precedents():
+        answer = "; ".join(part for part in (", ".join(row.ids), row.elsewhere) if part)
+        lines.append(f"| {_cell(row.attack)} | {_cell(row.precedent)} | {_cell(answer)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
 def command_line() -> str:
     import typer.main
 
@@ -142,6 +176,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "events.md": events,
     "cli.md": command_line,
     "isolation.md": isolation,
+    "checks.md": checks,
     "scenario.md": scenario,
     "policy.schema.json": schema,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -263,7 +264,13 @@ def test_sarif_says_what_failed_and_what_passed() -> None:
         run["tool"]["driver"]["rules"][one["ruleIndex"]]["id"] == "X-1" for one in run["results"]
     )
     assert "\x1b" not in json.dumps(log)
-    json.dumps(log)
+
+
+def test_sarif_tags_are_unique() -> None:
+    same = replace(CHECK, line=Line.AUDIT, layer="audit")
+    log = render.sarif(result(replace(finding(Outcome.PASS), check=same)))
+    (rule,) = log["runs"][0]["tool"]["driver"]["rules"]
+    assert rule["properties"]["tags"] == ["security", "audit"]
 
 
 def test_the_matrix_shows_the_worst() -> None:

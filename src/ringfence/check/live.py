@@ -11,15 +11,18 @@ from typing import Any
 from ringfence.check import artefacts, hostside
 from ringfence.check.finding import Finding, Outcome
 from ringfence.check.hostside import Judge, Stage, Verdict
-from ringfence.check.judge import Saw, judge
+from ringfence.check.judge import judge
 from ringfence.check.place import Lane, MakeBackend, Place, run_inside
 from ringfence.check.probes.definition import Probe
 from ringfence.check.twins import Twins
 from ringfence.errors import RingfenceError, UnavailableError
 from ringfence.policy.compiled import Limits, SandboxProfile
-from ringfence.sandbox.protocol import ControlState
+from ringfence.sandbox.protocol import Control, ControlState
 
 LANES = 4
+_GROUP = 4
+_LONG = frozenset({"SEC-03", "HTTP-26", "SEC-04", "SEC-15"})
+"""Searches of the whole file system, and waits."""
 _SECONDS = 45.0
 _SMALL = Limits(memory_mb=256, pids=64, disk_mb=64, cpus=0.5, open_files=256)
 """The limits that limit probes run against."""
@@ -126,10 +129,36 @@ class Attack:
             if reason:
                 self._tell(probe, (Outcome.NOT_AVAILABLE, reason), 0.0)
 
-    async def _lane(self, place: Place, lane: Lane, queue: asyncio.Queue[Probe]) -> None:
+    async def _lane(self, place: Place, lane: Lane, queue: asyncio.Queue[list[Probe]]) -> None:
         twins = Twins(place, lane)
         while not queue.empty():
-            await self._attack(place, lane, twins, queue.get_nowait(), beside=True)
+            await self._group(place, lane, twins, queue.get_nowait())
+
+    async def _group(self, place: Place, lane: Lane, twins: Twins, probes: Sequence[Probe]) -> None:
+        """Probes of one twin, one after the other; it runs beside the last of them and counts for
+        all, since it began when each had begun.
+        """
+        ended = [await self._try(place, lane, probe) for probe in probes[:-1]]
+        last, wrong = await asyncio.gather(
+            self._try(place, lane, probes[-1]), _confirmed(twins, probes[-1])
+        )
+        for probe, (verdict, seconds) in zip(probes, [*ended, last], strict=True):
+            passed = verdict[0] is Outcome.PASS
+            self._tell(probe, (Outcome.ERROR, wrong) if passed and wrong else verdict, seconds)
+
+    async def _try(self, place: Place, lane: Lane, probe: Probe) -> tuple[Verdict, float]:
+        """One probe without its twin: its verdict, and how long it took."""
+        began, before = time.monotonic(), lane.canaries.hits()
+        try:
+            saw = await run_inside(
+                lane.sandbox, probe.command, lane.environment(), seconds=_SECONDS
+            )
+        except Exception as error:  # noqa: BLE001  a probe that breaks costs its own verdict only
+            return (Outcome.ERROR, _words(error)), time.monotonic() - began
+        seconds = time.monotonic() - began
+        hits = lane.canaries.hits()[len(before) :]
+        secrets = (place.secret, place.key)
+        return judge(probe.command, replace(saw, hits=hits), secrets), seconds
 
     async def _lane_of(self, place: Place, probes: Sequence[Probe]) -> None:
         """An operator's probes, in a sandbox that no built-in probe uses after them."""
@@ -137,32 +166,15 @@ class Attack:
             lane = await place.lane()
             twins = Twins(place, lane)
             for probe in probes:
-                await self._attack(place, lane, twins, probe, beside=True)
+                await self._group(place, lane, twins, [probe])
 
-    async def _attack(
-        self, place: Place, lane: Lane, twins: Twins, probe: Probe, *, beside: bool
-    ) -> None:
-        began, before = time.monotonic(), lane.canaries.hits()
-        try:
-            saw, wrong = await self._tried(lane, twins, probe, beside=beside)
-        except Exception as error:  # noqa: BLE001  a probe that breaks costs its own verdict only
-            self._tell(probe, (Outcome.ERROR, _words(error)), time.monotonic() - began)
-            return
-        seconds = time.monotonic() - began
-        hits = lane.canaries.hits()[len(before) :]
-        verdict = judge(probe.command, replace(saw, hits=hits), (place.secret, place.key))
-        if verdict[0] is Outcome.PASS and wrong:
-            verdict = Outcome.ERROR, wrong
+    async def _attack(self, place: Place, lane: Lane, twins: Twins, probe: Probe) -> None:
+        """A probe that leaves its twin no room: the twin runs after it."""
+        verdict, seconds = await self._try(place, lane, probe)
+        if verdict[0] is Outcome.PASS:
+            wrong = await _confirmed(twins, probe)
+            verdict = (Outcome.ERROR, wrong) if wrong else _read_back(probe, lane, verdict)
         self._tell(probe, verdict, seconds)
-
-    async def _tried(
-        self, lane: Lane, twins: Twins, probe: Probe, *, beside: bool
-    ) -> tuple[Saw, str]:
-        attack = run_inside(lane.sandbox, probe.command, lane.environment(), seconds=_SECONDS)
-        if beside:
-            saw, wrong = await asyncio.gather(attack, twins.confirm(probe.twin))
-            return saw, wrong
-        return await attack, await twins.confirm(probe.twin)
 
     async def _limits(self, place: Place, probes: Sequence[Probe]) -> None:
         """The twin is looked for after the attack: beside it, it would meet the same limit."""
@@ -172,14 +184,14 @@ class Attack:
         lane = await place.lane(profile=small)
         twins = Twins(place, lane)
         for probe in probes:
-            await self._attack(place, lane, twins, probe, beside=False)
+            await self._attack(place, lane, twins, probe)
 
     async def _alone(self, place: Place, probes: Sequence[Probe]) -> None:
         if probes:
             lane = await place.lane()
             twins = Twins(place, lane)
             for probe in probes:
-                await self._attack(place, lane, twins, probe, beside=False)
+                await self._attack(place, lane, twins, probe)
 
     async def _judges(self, place: Place, probes: Sequence[Probe]) -> None:
         if probes:
@@ -232,10 +244,46 @@ def _own(probe: Probe) -> bool:
     return probe.check.layer == "own probes"
 
 
-def _queue(probes: Sequence[Probe]) -> asyncio.Queue[Probe]:
-    queue: asyncio.Queue[Probe] = asyncio.Queue()
+async def _confirmed(twins: Twins, probe: Probe) -> str:
+    try:
+        return await twins.confirm(probe.twin)
+    except Exception as error:  # noqa: BLE001  a twin that breaks confirms nothing
+        return f"what must work beside it broke: {_words(error)}"
+
+
+_ONLY_A_LIMIT = {"LIM-04": Control.CPU}
+
+
+def _read_back(probe: Probe, lane: Lane, verdict: Verdict) -> Verdict:
+    """A busy host gives a program no more than a limit would: what was not used proves a limit
+    only where the kernel says that there is one.
+    """
+    control = _ONLY_A_LIMIT.get(probe.check.id)
+    if control is None:
+        return verdict
+    if any(state.control is control and state.enforced for state in lane.sandbox.controls):
+        return verdict
+    return (
+        Outcome.NOT_AVAILABLE,
+        f"{control.value} is not limited, and the host was too busy to tell",
+    )
+
+
+def _queue(probes: Sequence[Probe]) -> asyncio.Queue[list[Probe]]:
+    """Groups of one twin each, those that take long first, so that none is waited for alone."""
+    groups: list[list[Probe]] = [[probe] for probe in probes if probe.check.id in _LONG]
+    unfilled: dict[str, list[Probe]] = {}
     for probe in probes:
-        queue.put_nowait(probe)
+        if probe.check.id in _LONG:
+            continue
+        group = unfilled.get(probe.twin.command)
+        if group is None or len(group) == _GROUP:
+            group = unfilled[probe.twin.command] = []
+            groups.append(group)
+        group.append(probe)
+    queue: asyncio.Queue[list[Probe]] = asyncio.Queue()
+    for group in groups:
+        queue.put_nowait(group)
     return queue
 
 

@@ -45,7 +45,8 @@ def sarif(result: Result) -> dict[str, Any]:
             "fullDescription": {"text": check.expect or check.title},
             "help": {"text": check.mend or check.title},
             "properties": {
-                "tags": ["security", check.line.value, check.layer],
+                # SARIF 3.8.2: each tag once, and a layer may be called as its line is
+                "tags": list(dict.fromkeys(("security", check.line.value, check.layer))),
                 "security-severity": _SECURITY[check.severity],
                 "precedent": check.source,
             },
