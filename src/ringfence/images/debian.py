@@ -150,7 +150,7 @@ def make_base(tools: Tools, root: Path, suite: str, packages: list[str], work: P
     sources_file = tools.scratch / "sources.list"
     sources_file.write_text("\n".join(host_sources(suite)) + "\n", "utf-8")
     tar = work / "base.tar"
-    tools.run(command(suite, packages, tar=tar, sources_file=sources_file))
+    tools.run(command(suite, packages, tar=tar, sources_file=sources_file), cleans_up=True)
     unpack(tools, tar, root)
     tar.unlink()
 

@@ -8,8 +8,9 @@ import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import NoReturn
 
 from ringfence.errors import UnavailableError
 
@@ -50,8 +51,12 @@ class Tools:
         *,
         environment: Mapping[str, str] | None = None,
         accepted: frozenset[int] = frozenset({0}),
+        cleans_up: bool = False,
     ) -> None:
         """Run to the end; when we are interrupted, end it first.
+
+        A program that `cleans_up` gets TERM and time for it. Any other is killed: what runs in an
+        image is the first process of a namespace, which TERM does not reach; its mounts go with it.
 
         Raises:
             UnavailableError: `image-tool-missing`, `image-build-failed` with its last words.
@@ -59,10 +64,11 @@ class Tools:
         program = [str(word) for word in argv]
         values = plain_environment() if environment is None else dict(environment)
         values.update(TMPDIR=str(self.scratch), SOURCE_DATE_EPOCH="946684800")
-        # setpriv: should we be killed, the program hears of it and cleans up as for Ctrl-C
-        dying = [require_tool("setpriv"), "--pdeathsig", "TERM", "--"]
+        ending = signal.SIGTERM if cleans_up else signal.SIGKILL
+        # should we be killed ourselves, the kernel sends the program the same signal
+        dying = [require_tool("setpriv"), "--pdeathsig", ending.name.removeprefix("SIG"), "--"]
         with (
-            self.log.open("ab") as log,
+            self.log.open("ab", buffering=0) as log,
             subprocess.Popen(
                 [*dying, require_tool(program[0]), *program[1:]],
                 stdin=subprocess.DEVNULL,
@@ -76,12 +82,12 @@ class Tools:
                 last = self._follow(process, log)
                 status = process.wait()
             except BaseException:
-                _end(process)
+                _end(process, ending)
                 raise
         if status not in accepted:
             self._failed(program[0], status, last)
 
-    def _follow(self, process: subprocess.Popen[bytes], log: IO[bytes]) -> str:
+    def _follow(self, process: subprocess.Popen[bytes], log: FileIO) -> str:
         """Pass on what the program says; its first error, or else its last line."""
         assert process.stdout is not None  # noqa: S101  a pipe, by `run`
         last = error = ""
@@ -104,9 +110,9 @@ class Tools:
         )
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """TERM to the program's session, time to clean up, then KILL."""
-    for number, grace in ((signal.SIGTERM, _GRACE), (signal.SIGKILL, 5.0)):
+def _end(process: subprocess.Popen[bytes], first: signal.Signals) -> None:
+    """A signal to the program's session, time to clean up, then KILL."""
+    for number, grace in ((first, _GRACE), (signal.SIGKILL, 5.0)):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):

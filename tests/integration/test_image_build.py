@@ -1,0 +1,368 @@
+"""Real builds. One of the whole image in a session at most, kept between sessions below
+~/.cache/ringfence-test under a name that changes with the builder's own code.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ringfence.images
+from ringfence.images import store, tree
+from ringfence.images.process import find_tool
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"version": 1, "source": "host", "claude": False, "packages": {"apt": ["python3"]}}
+MINUTES = 60
+FULL = 12 * MINUTES
+
+on_debian = pytest.mark.skipif(find_tool("dpkg-query") is None, reason="needs dpkg")
+with_mmdebstrap = pytest.mark.skipif(
+    find_tool("mmdebstrap") is None or find_tool("newuidmap") is None,
+    reason="needs mmdebstrap and uidmap (apt-get install mmdebstrap uidmap)",
+)
+
+
+def has_python3_of_debian() -> bool:
+    return Path("/var/lib/dpkg/info/python3.list").exists()
+
+
+def ringfence_image(
+    state: Path, *arguments: str | Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ringfence", "image", *arguments],
+        env={**os.environ, "RINGFENCE_STATE_DIR": str(state), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def built(state: Path, *arguments: str | Path) -> dict[str, Any]:
+    done = ringfence_image(state, "build", "--json", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+def small(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(json.dumps(SMALL))
+    return path
+
+
+def cache() -> Path:
+    """State directory of this builder's code; those of other code are taken away."""
+    code = hashlib.sha256()
+    for path in sorted(Path(ringfence.images.__file__).parent.iterdir()):
+        if path.is_file():
+            code.update(path.read_bytes())
+    place = Path.home() / ".cache" / "ringfence-test"
+    for old in place.glob("images-*"):
+        if old.name != f"images-{code.hexdigest()[:16]}":
+            shutil.rmtree(old, ignore_errors=True)
+    return place / f"images-{code.hexdigest()[:16]}"
+
+
+@pytest.fixture(scope="module")
+def whole() -> store.Image:
+    """The built-in image, from the mirrors; workers of one session wait for each other."""
+    state = cache()
+    state.mkdir(parents=True, exist_ok=True)
+    with (state / "test.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = ringfence_image(state, "build", "--json")
+    if "Could not resolve" in done.stdout or "Temporary failure" in done.stdout:
+        pytest.skip("no Debian mirror can be reached from here")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return store.require(state)
+
+
+def inside(image: store.Image, *program: str) -> str:
+    """Run in the image as uid 1000 where we are root, and as the tree's owner otherwise."""
+    words = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child"]
+    words += [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    words += ["chroot"] + (["--userspec=1000:1000"] if os.geteuid() == 0 else [])
+    done = subprocess.run(
+        [*words, image.rootfs, "/usr/bin/env", "-i", "HOME=/home/agent", "PATH=/usr/bin", *program],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@with_mmdebstrap
+@pytest.mark.timeout(FULL)
+def test_the_whole_image_is_whole_and_works(whole: store.Image) -> None:
+    assert store.differences(whole) == []
+    inside(whole, "python3", "-c", "import anthropic, mcp, pydantic")
+    assert inside(whole, "git", "--version").startswith("git version") or os.geteuid() != 0
+    assert inside(whole, "rg", "--version").startswith("ripgrep")
+    assert "Claude Code" in inside(whole, "/opt/ringfence/bin/claude", "--version")
+    assert not list(whole.rootfs.glob("etc/apt/sources.list*"))
+    packages = whole.manifest["packages"]
+    assert {"anthropic", "mcp", "pydantic"} <= packages["pip"].keys()
+    assert {"git", "ripgrep", "python3", "ca-certificates"} <= packages["apt"].keys()
+
+
+@with_mmdebstrap
+@pytest.mark.timeout(FULL)
+def test_modules_are_compiled_and_never_compiled_again(whole: store.Image) -> None:
+    code = "import anthropic, sys; print(anthropic.__cached__)"
+    cached = whole.rootfs / inside(whole, "python3", "-c", code).lstrip("/")
+    assert int.from_bytes(cached.read_bytes()[4:8], "little") == 0b01  # PEP 552: unchecked hash
+
+
+@with_mmdebstrap
+@pytest.mark.timeout(FULL)
+def test_a_second_build_does_nothing(whole: store.Image) -> None:
+    began = whole.rootfs.stat().st_ctime_ns
+    again = built(cache())
+    assert again["cached"]
+    assert again["digest"] == whole.digest
+    assert whole.rootfs.stat().st_ctime_ns == began
+
+
+DOCKERFILE = (ROOT / "deploy" / "Dockerfile").read_text()
+
+
+def docker_words(command: str) -> set[str]:
+    """Names after `command` in the Dockerfile's last stage."""
+    stage = DOCKERFILE.rsplit("\nFROM ", 1)[1].replace("\\\n", " ")
+    words: set[str] = set()
+    for found in re.findall(rf"{command} ([^&\n]*)", stage):
+        words |= {word for word in found.split() if not word.startswith("-")}
+    return words
+
+
+@with_mmdebstrap
+@pytest.mark.timeout(FULL)
+def test_the_dockerfile_gives_what_the_image_gives(whole: store.Image) -> None:
+    packages = whole.manifest["packages"]
+    asked = whole.manifest["definition"]["packages"]
+    assert docker_words("pip install") == set(asked["pip"])
+    assert docker_words("pip install") <= packages["pip"].keys()
+    python = {"python3", "python3-pip", "python3-venv"}  # the base image's own
+    assert docker_words("apt-get install") == set(asked["apt"]) - python
+    assert docker_words("apt-get install") <= packages["apt"].keys()
+    passwd = (whole.rootfs / "etc/passwd").read_text()
+    assert re.search(r"useradd -m -s /bin/bash -u 1000 agent\b", DOCKERFILE)
+    assert "\nagent:x:1000:1000::/home/agent:/bin/bash\n" in passwd
+    assert "USER agent" in DOCKERFILE
+    assert "WORKDIR /workspace" in DOCKERFILE
+    assert f"/{tree.CLAUDE}" in DOCKERFILE
+    assert (whole.rootfs / tree.CLAUDE).stat().st_mode & 0o111
+    assert (whole.rootfs / "workspace").is_dir()
+    pinned = re.search(r'"(claude-agent-sdk==[^"]+)"', (ROOT / "pyproject.toml").read_text())
+    assert pinned is not None
+    assert pinned[1] in DOCKERFILE
+
+
+@pytest.fixture
+def storage() -> Iterator[Path]:
+    """podman's own, apart from the host's; podman refuses a long path."""
+    place = Path(tempfile.mkdtemp(prefix="rf-", dir="/tmp"))
+    yield place
+    shutil.rmtree(place)
+
+
+def podman(*arguments: str | Path, storage: Path, feed: Any = None) -> str:
+    done = subprocess.run(
+        ["podman", "--root", storage / "r", "--runroot", storage / "rr", "--storage-driver", "vfs",
+         "--cgroup-manager", "cgroupfs", *arguments],
+        stdin=feed, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.root
+@on_debian
+@pytest.mark.skipif(shutil.which("podman") is None, reason="needs podman (apt-get install podman)")
+@pytest.mark.skipif(not has_python3_of_debian(), reason="needs Debian's python3 on the host")
+@pytest.mark.timeout(FULL)
+def test_podman_takes_every_form(tmp_path: Path, storage: Path) -> None:
+    state = tmp_path / "state"
+    built(state, small(tmp_path), "--name", "small")
+    for form, tag in (("docker-archive", "localhost/d:1"), ("oci", "localhost/o:1")):
+        file = tmp_path / form
+        done = ringfence_image(state, "export", "small", "--format", form, "--tag", tag, "-o", file)
+        assert done.returncode == 0, done.stderr
+        assert tag in podman("load", "-i", file, storage=storage)
+        (found,) = json.loads(podman("image", "inspect", tag, storage=storage))
+        assert found["Config"]["User"] == "1000:1000"
+        assert found["Config"]["WorkingDir"] == "/workspace"
+        file.unlink()
+    tar = tmp_path / "tar"
+    assert ringfence_image(state, "export", "small", "--format", "tar", "-o", tar).returncode == 0
+    podman("import", tar, "localhost/t:1", storage=storage)
+    place = Path(podman("image", "mount", "localhost/d:1", storage=storage).strip())
+    try:
+        image = store.require(state, "small")
+        mounted = tree.render(tree.scan(place))
+        assert tree.digest_of(mounted) == image.digest
+        assert (place / "home/agent").stat().st_uid == 1000
+    finally:
+        podman("image", "umount", "localhost/d:1", storage=storage)
+
+
+@on_debian
+@pytest.mark.skipif(not has_python3_of_debian(), reason="needs Debian's python3 on the host")
+@pytest.mark.timeout(FULL)
+def test_two_builds_of_the_same_host_have_one_digest(tmp_path: Path) -> None:
+    one = built(tmp_path / "1", small(tmp_path))
+    two = built(tmp_path / "2", small(tmp_path))
+    assert not one["cached"]
+    assert not two["cached"]
+    assert one["digest"] == two["digest"]
+    image = store.require(tmp_path / "1")
+    inside(image, "python3", "-c", "import ssl, json")
+    done = ringfence_image(tmp_path / "1", "verify")
+    assert done.returncode == 0, done.stdout
+    victim = image.rootfs / "usr/lib/os-release"
+    content = victim.read_bytes()
+    victim.write_bytes(content[:-2] + b"!" + content[-1:])
+    os.utime(victim, (tree.EPOCH, tree.EPOCH))
+    done = ringfence_image(tmp_path / "1", "verify")
+    assert done.returncode == 4
+    assert done.stdout == "/usr/lib/os-release differs in content\n"
+
+
+def left_over(state: Path, temporary: Path) -> list[str]:
+    found = [str(path) for path in (state / "images").glob("building-*")]
+    found += [str(path) for path in temporary.iterdir()]
+    return found + [
+        line
+        for line in Path("/proc/mounts").read_text().splitlines()
+        if str(state) in line or str(temporary) in line
+    ]
+
+
+def processes_of(temporary: Path) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if str(temporary).encode() in path.read_bytes():
+                found.append(path.parent.name)
+        except OSError:
+            continue
+    return found
+
+
+def interrupted(tmp_path: Path, number: int, *, until: str) -> tuple[int, Path, Path]:
+    """Start a real build, send a signal when a program has said `until`; its status."""
+    state, temporary = tmp_path / "state", tmp_path / "temporary"
+    temporary.mkdir()
+    tmp_path.chmod(0o755)
+    temporary.chmod(0o755)
+    definition = tmp_path / "d.yaml"
+    definition.write_text(json.dumps({"version": 1, "claude": False}))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ringfence", "image", "build", definition],
+        env={**os.environ, "RINGFENCE_STATE_DIR": str(state), "TMPDIR": str(temporary)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    log = state / "images" / "last-build.log"
+    end = time.monotonic() + 4 * MINUTES
+    while until not in (log.read_text() if log.exists() else ""):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    process.send_signal(number)
+    return process.wait(60), state, temporary
+
+
+@with_mmdebstrap
+@pytest.mark.timeout(FULL)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_build_leaves_nothing(tmp_path: Path, number: int) -> None:
+    status, state, temporary = interrupted(tmp_path, number, until="I: running apt-get update")
+    assert status == 130
+    assert left_over(state, temporary) == []
+    assert processes_of(temporary) == []
+    assert store.ImageStore(state).names() == {}
+
+
+@pytest.mark.storm
+@with_mmdebstrap
+@pytest.mark.timeout(FULL)
+def test_what_a_killed_build_left_the_next_one_takes_away(tmp_path: Path) -> None:
+    status, state, temporary = interrupted(
+        tmp_path, signal.SIGKILL, until="I: installing essential packages"
+    )
+    assert status == -signal.SIGKILL
+    end = time.monotonic() + MINUTES
+    while processes_of(temporary) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert processes_of(temporary) == []
+    assert not [
+        line for line in Path("/proc/mounts").read_text().splitlines() if str(temporary) in line
+    ]
+    assert left_over(state, temporary)  # it was killed: nobody could
+    built(state, small(tmp_path))
+    assert left_over(state, temporary) == []
+
+
+@pytest.mark.storm
+@with_mmdebstrap
+@pytest.mark.timeout(2 * FULL)
+def test_a_rebuild_from_the_mirrors_has_the_same_digest(whole: store.Image, tmp_path: Path) -> None:
+    assert built(tmp_path / "again")["digest"] == whole.digest
+
+
+@with_mmdebstrap
+def test_without_mmdebstrap_the_apt_line_is_named(tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("dpkg", "apt-get", "apt-config", "setpriv"):
+        (tools / name).symlink_to(find_tool(name) or name)
+    # a host with nothing else on PATH, in a name space where sbin has none either
+    code = (
+        "import ringfence.images.process as p, sys; p._SBIN = '/nonexistent';"
+        "from ringfence.wiring import main; sys.argv = ['ringfence', 'image', 'build', '--json'];"
+        "main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PATH": str(tools), "HOME": str(tmp_path), "RINGFENCE_STATE_DIR": str(tmp_path / "s")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 4
+    error = json.loads(done.stdout)["error"]
+    assert error["code"] == "image-tool-missing"
+    assert "apt-get install mmdebstrap" in error["hint"]
+    assert "--from-host" in error["hint"]
+
+
+@on_debian
+@pytest.mark.timeout(FULL)
+def test_a_package_that_no_mirror_has_fails_with_apt_s_own_words(tmp_path: Path) -> None:
+    if find_tool("mmdebstrap") is None or (os.geteuid() and find_tool("newuidmap") is None):
+        pytest.skip("needs mmdebstrap and uidmap (apt-get install mmdebstrap uidmap)")
+    definition = tmp_path / "d.yaml"
+    definition.write_text(
+        json.dumps({"version": 1, "claude": False, "packages": {"apt": ["no-such-package-here"]}})
+    )
+    done = ringfence_image(tmp_path / "s", "build", definition, "--json")
+    assert done.returncode == 4
+    error = json.loads(done.stdout)["error"]
+    assert error["code"] == "image-build-failed"
+    assert "no-such-package-here" in error["message"]
+    assert list((tmp_path / "s" / "images").glob("building-*")) == []
