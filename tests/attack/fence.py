@@ -56,6 +56,12 @@ RULES = EgressRules(
                 PathRule(method="GET", path="/big"),
             ),
             credential="platform",
+            # what the upstream says of itself, for the probes to see
+            response_headers=(
+                *("x-upstream", "x-injected", "x-leak", "x-seen-host", "x-seen-path"),
+                *("x-seen-method", "x-seen-foreign-key", "x-seen-authorization", "x-seen-cookie"),
+                "x-seen-anthropic-beta",
+            ),
             rule="network.allowed_hosts[0]",
         ),
         HostRule(host="badcert.test", port=443, rule="network.allowed_hosts[1]"),
