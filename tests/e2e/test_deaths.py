@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import os
 import secrets
+import socket
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -72,6 +76,74 @@ def test_a_helper_that_is_killed_ends_the_run_at_once(
     assert not list((box.state / "egress").iterdir())
     assert len(list((box.state / "runs").glob("*/run.patch"))) == 1
     assert box.call("audit", "verify").code == 0
+
+
+KNOCK = r"""
+import os, socket, ssl, sys, time
+context = ssl.create_default_context()
+context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+while True:
+    for way in ("proxy", "direct"):
+        try:
+            to = ("127.0.0.1", int(os.environ["HTTPS_PROXY"].rsplit(":", 1)[1]))
+            s = socket.create_connection(to if way == "proxy" else ("127.0.0.1", CANARY), 1)
+            if way == "proxy":
+                s.sendall(b"CONNECT a.example.com:443 HTTP/1.1\r\nHost: a.example.com:443\r\n\r\n")
+                s.recv(4096)
+            context.wrap_socket(s, server_hostname="a.example.com")
+        except OSError as error:
+            pass
+    time.sleep(0.02)
+"""
+
+
+def test_without_egress_nothing_goes_out_and_the_run_is_unavailable(box: Box, marker: str) -> None:
+    """The worker is stopped meanwhile, so that the sandbox lives on and it is the missing way out
+    that holds, not the end of the run.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as canary:
+        port, knocks, over = canary.getsockname()[1], [], threading.Event()
+        canary.settimeout(0.1)
+
+        def listen() -> None:
+            while not over.is_set():
+                with contextlib.suppress(TimeoutError):
+                    canary.accept()[0].close()
+                    knocks.append(time.monotonic())
+
+        listener = threading.Thread(target=listen)
+        listener.start()
+        try:
+            _knocked(box, marker, port, knocks)
+        finally:
+            over.set()
+            listener.join()
+
+
+def _knocked(box: Box, marker: str, port: int, knocks: list[float]) -> None:
+    (box.workspace / "knock.py").write_text(KNOCK.replace("CANARY", str(port)))
+    host = {"host": "a.example.com", "opaque": True}
+    box.policy({"preset": "ci", "network": {"allowed_hosts": ["api.anthropic.com", host]}})
+    process = box.spawn(
+        *("run", script(bash(f"exec -a {marker} python3 knock.py"), {"text": "never"})),
+        *("--workspace", str(box.workspace), "--output", "json"),
+        *("--policy", str(box.place / "policy.yaml")),
+        RINGFENCE_EGRESS__CONNECT=json.dumps({"a.example.com:443": f"127.0.0.1:{port}"}),
+    )
+    assert wait_for(lambda: len(knocks) > 3, 60), "the allowed twin: it goes out through egress"
+    egress = _child(process.pid, "ringfence.egress")
+    process.send_signal(signal.SIGSTOP)
+    os.kill(egress, signal.SIGKILL)
+    time.sleep(0.5)  # what was under way when it died
+    before = len(knocks)
+    time.sleep(2)
+    assert processes_with(f"{marker}\0"), "the sandbox lives, and knocks"
+    assert len(knocks) == before, "nothing fell back to a direct way"
+    process.send_signal(signal.SIGCONT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 4, err
+    assert '"code":"egress-unavailable"' in out
+    assert wait_for(lambda: not processes_with(f"{marker}\0"), 1)
 
 
 def test_a_caller_that_cancels_leaves_a_record_and_nobody(

@@ -24,6 +24,7 @@ from ringfence.egress.redact import MARK, Needles, Redactor, spellings
 from ringfence.egress.sandboxes import provider_target
 from ringfence.egress.sni import HelloError, server_name
 from ringfence.policy.compiled import HostRule, PathRule
+from ringfence.policy.decide import decide_request
 
 GOOD = b"POST /v1/messages HTTP/1.1\r\nHost: api.test\r\nContent-Length: 2\r\n\r\n"
 
@@ -270,7 +271,8 @@ RULE = HostRule(
 
 def _decide(method: str, target: str) -> str:
     raw = f"{method} {target} HTTP/1.1\r\nHost: api.test\r\n\r\n".encode()
-    decision = rules.decide_request(RULE, parse(raw))
+    request = parse(raw)
+    decision = decide_request(RULE, request.method, request.target)
     return "" if decision.allowed else decision.reason
 
 

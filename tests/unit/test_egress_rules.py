@@ -22,7 +22,7 @@ from ringfence.policy.compiled import (
     PathRule,
 )
 
-MODEL = "api.anthropic.com"
+MODEL = "other.example"
 
 
 def head(target: str, *lines: str, host: str = MODEL, method: str = "GET") -> Head:

@@ -93,15 +93,15 @@ def test_a_path_rule_permits_its_method_and_path(method: str, path: str) -> None
 @pytest.mark.parametrize(
     ("method", "path", "reason"),
     [
-        ("POST", "/v1/items", "path-not-allowed"),
-        ("HEAD", "/v1/items", "path-not-allowed"),
-        ("GET", "/v1/itemsx", "path-not-allowed"),
-        ("GET", "/x", "path-not-allowed"),
+        ("POST", "/v1/items", "method-not-granted"),
+        ("HEAD", "/v1/items", "method-not-granted"),
+        ("GET", "/v1/itemsx", "path-not-granted"),
+        ("GET", "/x", "method-not-granted"),
         ("GET", "/v1/items/../admin", "path-not-normal"),
         ("GET", "/v1/items/%2e%2e/admin", "path-not-normal"),
         ("GET", "/v1/items//admin", "path-not-normal"),
         ("GET", "/v1/items/.", "path-not-normal"),
-        ("GET", "/v1/items?x=1", "path-not-normal"),
+        ("GET", "/v1/items?x=\n", "query-not-normal"),
         ("GET", "/v1/items\n", "path-not-normal"),
         ("GET", "/v1/items\\..", "path-not-normal"),
         ("GET", "https://b.example.com/v1/items", "path-not-normal"),
@@ -116,7 +116,9 @@ def test_a_path_rule_permits_nothing_else(method: str, path: str, reason: str) -
 
 
 def test_without_path_rules_every_request_fits_and_an_opaque_host_has_none() -> None:
-    assert decide_request(HostRule(host="a.example.com"), "DELETE", "/a%2fb//c").allowed
+    assert decide_request(HostRule(host="a.example.com"), "DELETE", "/a%20b/c?x=1").allowed
+    assert not decide_request(HostRule(host="a.example.com"), "DELETE", "/a%2fb/c").allowed
+    assert not decide_request(HostRule(host="a.example.com"), "DELETE", "/a//c").allowed
     assert not decide_request(HostRule(host="a.example.com", opaque=True), "GET", "/").allowed
 
 

@@ -516,7 +516,6 @@ def test_a_role_beside_the_presets_is_chosen_by_name() -> None:
 
 def test_an_argument_names_the_base_of_a_policy_that_names_none() -> None:
     assert from_mapping({}, preset="review").execution.allow_subprocess is False
-    assert from_mapping({"preset": "ci"}, preset="review").preset == "ci"
 
 
 def test_a_spelled_out_preset_is_the_same_policy() -> None:

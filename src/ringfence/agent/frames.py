@@ -17,6 +17,8 @@ from ringfence.errors import AgentError, DeniedError
 
 MAX_FRAME = 32 << 20
 """Bytes of one line: a Read of a large file comes in one."""
+MAX_DEPTH = 256
+"""Objects and lists within one another: the SDK and the store walk a frame by recursion."""
 FRAMES_AT_ONCE, FRAMES_PER_SECOND = 20_000, 500.0
 BYTES_AT_ONCE, BYTES_PER_SECOND = 128 << 20, float(8 << 20)
 MAX_OPEN = 512
@@ -61,6 +63,8 @@ class FrameGate:
             if self._junk > MAX_JUNK:
                 _refuse("most of its output is no frame")
             return None
+        if _deeper_than(frame, MAX_DEPTH):
+            _refuse("a frame is nested too deeply")
         self._check(frame)
         return frame
 
@@ -129,6 +133,22 @@ class _Bucket:
         grown = self._left + (now - self._at) * self._rate
         self._left, self._at = min(self._size, grown) - amount, now
         return self._left >= 0
+
+
+def _deeper_than(value: object, limit: int) -> bool:
+    """Level by level, and not by recursion."""
+    level = [value]
+    for _ in range(limit):
+        level = [
+            inner
+            for item in level
+            if isinstance(item, (dict, list))
+            for inner in (item.values() if isinstance(item, dict) else item)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _refuse(why: str) -> Never:

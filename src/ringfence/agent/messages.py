@@ -59,6 +59,14 @@ class Notice(AgentMessage):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Progress(AgentMessage):
+    """What a run waits for before the agent's first word: `sandbox`, then `agent`, then `ready`."""
+
+    type: ClassVar[str] = "progress"
+    waits_for: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TurnEnded(AgentMessage):
     """The turn is over. Everything here is `claude`'s own claim; usage is metered by egress."""
 

@@ -7,14 +7,17 @@ import sys
 from typing import Any
 
 from rich.console import Console
+from rich.control import Control
 from rich.markup import escape
+from rich.segment import ControlType
 from rich.text import Text as RichText
 
-from ringfence.agent.messages import AgentMessage, Notice, Text, ToolEnded, ToolStarted
+from ringfence.agent.messages import AgentMessage, Notice, Progress, Text, ToolEnded, ToolStarted
 from ringfence.cli.output import print_json
 from ringfence.record.safe_text import one_line, printable
 
 _WIDTH = 100
+_STARTING = {"sandbox": "starting the sandbox…", "agent": "starting claude…"}
 
 
 class LiveView:
@@ -24,11 +27,13 @@ class LiveView:
     """
 
     def __init__(self, *, command: bool) -> None:
-        self._command = command
+        self._command, self._passing = command, False
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def show(self, message: AgentMessage) -> None:
         """Print one message."""
+        if self._passing and not isinstance(message, Progress):
+            self._progress("")
         if self._command and isinstance(message, Text):
             sys.stdout.write(printable(message.text))
             sys.stdout.flush()
@@ -41,8 +46,17 @@ class LiveView:
             self.console.print(
                 f"  {mark}[/] [dim]{escape(message.outcome)}, {message.duration_ms / 1000:.2f} s[/]"
             )
+        elif isinstance(message, Progress):
+            self._progress(_STARTING.get(message.waits_for, ""))
         elif isinstance(message, Notice):
             self.console.print(f"[yellow]! {escape(one_line(message.text))}[/]")
+
+    def _progress(self, words: str) -> None:
+        """One line that the next overwrites: on a terminal only, a log is not for what passes."""
+        if self.console.is_terminal and not self._command:
+            self.console.control(Control.move_to_column(0), Control((ControlType.ERASE_IN_LINE, 2)))
+            self.console.print(f"[dim]{words}[/]", end="")
+            self._passing = bool(words)
 
     def _tool(self, message: ToolStarted) -> None:
         shown = one_line(brief(message.input))

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 from ringfence.egress.redact import spellings
-from ringfence.egress.rules import matches
 from ringfence.policy.compiled import CredentialRule
+from ringfence.policy.hosts import matches
 
 
 class Secret:

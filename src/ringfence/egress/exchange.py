@@ -12,11 +12,11 @@ from ringfence.egress.address import AddressError
 from ringfence.egress.credentials import CredentialError, Injection
 from ringfence.egress.head import Head
 from ringfence.egress.model import Admitted, Cut, ModelExchange, Refusal
-from ringfence.egress.rules import query_names
 from ringfence.egress.sandboxes import SandboxState, Target
 from ringfence.egress.upstream import Upstream
 from ringfence.errors import UnavailableError
 from ringfence.policy.compiled import HostRule
+from ringfence.policy.decide import query_names
 
 if TYPE_CHECKING:
     from ringfence.egress.server import Client

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ringfence.egress import rules
 from ringfence.egress.head import Head, HeadError
 from ringfence.egress.model.exchange import COUNT_TOKENS, MESSAGES
 from ringfence.egress.sandboxes import MODEL_HOST, PUBLIC_MODEL_HOST, SandboxState
 from ringfence.policy.compiled import HostRule
+from ringfence.policy.decide import decide_host, decide_request, host_rule
 
 
 class Gate:
@@ -25,7 +25,8 @@ class Gate:
     def admit(self, host: str, port: int) -> None:
         """Take a target, or raise HeadError."""
         sandbox = self._sandbox
-        decision, rule = rules.decide_host(sandbox.rules, host, port)
+        decision = decide_host(sandbox.rules, host, port)
+        rule = host_rule(sandbox.rules, host, port) if decision.allowed else None
         if rule is None:
             blocked = decision.reason == "port-blocked"
             if blocked or not (sandbox.rules.model.enabled and self._is_model(host, port)):
@@ -84,15 +85,15 @@ class Gate:
             raise HeadError(403, "path-not-granted")
         if self._is_model(host, port):
             _keep_off_the_route(head.target.partition("?")[0], self.rule)
-        decision = rules.decide_request(self.rule, head, own_field=self._own_field())
+        decision = decide_request(self.rule, head.method, head.target, own_field=self._own_field())
         if not decision.allowed:
             raise HeadError(403, decision.reason)
 
-    def _own_field(self) -> str | None:
+    def _own_field(self) -> str:
         """The query field that a credential will be set in, whatever the request says there."""
         name = self.rule.credential if self.rule is not None else None
         credentials = self._sandbox.rules.credentials
-        return next((each.query for each in credentials if each.name == name), None)
+        return next((each.query or "" for each in credentials if each.name == name), "")
 
     def _is_model(self, host: str, port: int) -> bool:
         if (host, port) == (PUBLIC_MODEL_HOST, 443):

@@ -1,10 +1,8 @@
 """Questions to a compiled policy, and total answers. PURE.
 
 Unknown is denied, deny wins, and adding a deny never allows more. `decide_tool` is what the
-worker's hooks enforce. `decide_host` and `decide_request` are the meaning that egress must not
-exceed: it has a reader of its own on its hot path, which refuses more (a foreign key in a query),
-and a test holds that it never allows what these deny. What a Bash command's text says is advice
-(`ringfence.policy.shell`); the sandbox is the boundary.
+worker's hooks enforce, `decide_host` and `decide_request` what egress does. What a Bash
+command's text says is advice (`ringfence.policy.shell`); the sandbox is the boundary.
 """
 
 from __future__ import annotations
@@ -13,10 +11,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote_plus
 
 from ringfence.model import Decision, Outcome, PermissionMode
 from ringfence.policy import shell
 from ringfence.policy.compiled import EgressRules, HostRule, ToolGrants
+from ringfence.policy.headers import names_key
 from ringfence.policy.hosts import MODEL_HOST, is_host, matches
 from ringfence.policy.paths import WORKSPACE, WRITABLE_INSIDE, below, glob_matches, normal
 from ringfence.policy.rules import SHELL_TOOLS, Rule, parse_rule, tool_facts
@@ -24,7 +24,11 @@ from ringfence.policy.tools import EDIT_TOOLS, PLAN_TOOLS, canonical_tool, mcp_p
 
 _TOKEN = re.compile(r"[A-Z]{1,16}")
 _PATH_MAX = 4096  # Linux refuses longer ones
-_PLAIN_PATH = re.compile(r"/[A-Za-z0-9/._~!$&'()+,;=:@*-]*")
+_PLAIN_PATH = re.compile(r"/[A-Za-z0-9/_.:@~!$&'()*+,;=-]*")
+_ENCODED_PATH = re.compile(r"/(?:[A-Za-z0-9/_.:@~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*")
+_QUERY = re.compile(r"(?:[A-Za-z0-9/_.:@~!$&'()*+,;=?\[\]-]|%[0-9A-Fa-f]{2})*")
+_DANGEROUS = re.compile(r"%(?:2[eEfF5]|5[cC]|0[0-9a-fA-F]|1[0-9a-fA-F]|7[fF])")
+"""Escapes that some server decodes to a separator, a dot, an escape or a control character."""
 
 
 def host_rule(rules: EgressRules, host: str, port: int) -> HostRule | None:
@@ -36,16 +40,16 @@ def host_rule(rules: EgressRules, host: str, port: int) -> HostRule | None:
 def decide_host(rules: EgressRules, host: str, port: int) -> Decision:
     """Whether tools may reach `host` at `port`. The host must be in normal form already.
 
-    The model's own host is never reached this way, whatever a wildcard says: past the model
-    route it is an upload service for anybody's key.
+    The model's own host is never reached through a wildcard: past the model route it is an upload
+    service for anybody's key.
     """
     if port in rules.blocked_ports:
         return _deny("network.blocked_ports", "port-blocked")
     if not is_host(host):
         return _deny("default", "host-not-normal")
-    if host == MODEL_HOST:
-        return _deny("default", "model-route-only")
     rule = host_rule(rules, host, port)
+    if host == MODEL_HOST and (rule is None or rule.host != host):
+        return _deny("default", "model-route-only")
     if rule is not None:
         return Decision(outcome=Outcome.ALLOW, rule=rule.rule, reason="host-allowed")
     other_port = any(matches(rule.host, host) for rule in rules.hosts)
@@ -53,33 +57,48 @@ def decide_host(rules: EgressRules, host: str, port: int) -> Decision:
 
 
 def decide_request(  # noqa: PLR0911  a ladder of refusals reads in order
-    rule: HostRule, method: str, path: str
+    rule: HostRule, method: str, target: str, *, own_field: str = ""
 ) -> Decision:
     """Whether a request of a terminated connection fits the host's rule.
 
-    `path` is the request target without its query, as it came. With path rules, one that is
-    encoded or not normal is refused: an upstream may read it as another path.
+    `target` is path and query as they came, in origin form; `own_field` the query field that
+    egress will set itself. With path rules, a path that is encoded is refused, and one that is not
+    normal always: an upstream may read it as another.
     """
     if rule.opaque:
         return _deny(rule.rule, "opaque-host")
     if not _TOKEN.fullmatch(method) or method in {"CONNECT", "TRACE"}:
         return _deny(rule.rule, "method-not-allowed")
-    if not path.startswith("/"):
+    path, _, query = target.partition("?")
+    form = _PLAIN_PATH if rule.paths else _ENCODED_PATH
+    if not form.fullmatch(path) or "//" in path or "/." in path or _DANGEROUS.search(path):
         return _deny(rule.rule, "path-not-normal")
+    if not _QUERY.fullmatch(query):
+        return _deny(rule.rule, "query-not-normal")
+    if rule.credential is not None and _carries_key(query, own_field):
+        # a key of the agent's own beside ours would act for another account
+        return _deny(rule.rule, "foreign-credential")
     if not rule.paths:
         return Decision(outcome=Outcome.ALLOW, rule=rule.rule, reason="host-allowed")
-    if not _PLAIN_PATH.fullmatch(path) or "//" in path or _has_dots(path):
-        return _deny(rule.rule, "path-not-normal")
-    for index, grant in enumerate(rule.paths):
-        if grant.method == method and _path_fits(grant.path, path):
-            return Decision(
-                outcome=Outcome.ALLOW, rule=f"{rule.rule}.paths[{index}]", reason="path-allowed"
-            )
-    return _deny(rule.rule, "path-not-allowed")
+    return _by_path(rule, method, path)
 
 
-def _has_dots(path: str) -> bool:
-    return any(part in {".", ".."} for part in path.split("/"))
+def query_names(query: str) -> list[str]:
+    """Names of the fields of a query as a server may read them: `;` separates too."""
+    return [unquote_plus(pair.partition("=")[0]) for pair in re.split("[&;]", query) if pair]
+
+
+def _by_path(rule: HostRule, method: str, path: str) -> Decision:
+    fitting = [at for at, grant in enumerate(rule.paths) if _path_fits(grant.path, path)]
+    for index in fitting:
+        if rule.paths[index].method == method:
+            name = f"{rule.rule}.paths[{index}]"
+            return Decision(outcome=Outcome.ALLOW, rule=name, reason="path-allowed")
+    return _deny(rule.rule, "method-not-granted" if fitting else "path-not-granted")
+
+
+def _carries_key(query: str, own_field: str) -> bool:
+    return any(names_key(name) for name in query_names(query) if name != own_field)
 
 
 def _path_fits(pattern: str, path: str) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ringfence.agent.claude import GRACE_SECONDS, ClaudeDriver
 from ringfence.agent.command import run_command
-from ringfence.agent.messages import Notice, Text, TurnEnded
+from ringfence.agent.messages import Notice, Progress, Text, TurnEnded
 from ringfence.agent.settings import ClaudeSettings
 from ringfence.channel.messages import (
     AddListener,
@@ -235,6 +235,7 @@ class Attempt:
         self, stack: AsyncExitStack, egress_dir: Path, picked: Picked
     ) -> Sandbox:
         station, request = self._station, self._request
+        self._on_message(Progress(waits_for="sandbox"))
         resumed = request.resume is not None
         spec = SandboxSpec(
             sandbox_id=self._sandbox_id,
@@ -381,7 +382,9 @@ class Attempt:
         )
         self._driver = driver
         try:
+            self._on_message(Progress(waits_for="agent"))
             await driver.start()
+            self._on_message(Progress(waits_for="ready"))
             async for message in driver.turn(request.prompt):
                 if isinstance(message, TurnEnded):
                     self._outcome.ended = message
