@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from backends import make
+from attacked import make
 
 from ringfence.channel.link import EgressLink
 from ringfence.channel.messages import AddListener, Configure, OpenSandbox, ProviderConfig
