@@ -8,7 +8,7 @@ import threading
 from dataclasses import replace
 from typing import Any
 
-from technologies import make
+from attacked import make
 
 from ringfence.check.canaries import Canaries
 from ringfence.check.place import HOST, RULES, Place, run_inside

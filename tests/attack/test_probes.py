@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+from attacked import BACKENDS, make
 from fence import PROFILE
-from technologies import BACKENDS, make
 
 from ringfence.check.finding import Finding, Outcome
 from ringfence.check.live import Attack

@@ -140,6 +140,15 @@ def test_the_program_cannot_get_back_what_the_first_one_gave_up(tmp_path: Path) 
     run(work)
 
 
+def test_gvisors_own_fuse_device_is_covered(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with sandbox_of(tmp_path) as sandbox:
+            assert (await shell(sandbox, "cat < /dev/fuse || cat <> /dev/fuse"))[0] != 0
+            assert (await shell(sandbox, "head -c1 /dev/zero > /dev/null"))[0] == 0
+
+    run(work)
+
+
 def test_the_hosts_loopback_is_not_there(tmp_path: Path) -> None:
     """The sentry has sockets of a network namespace: of the sandbox's own."""
     with socket.create_server(("127.0.0.1", 0)) as listener:

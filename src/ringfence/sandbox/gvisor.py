@@ -133,7 +133,8 @@ def gvisor_plan(
     settings["process"]["rlimits"] = _limits_inside(rules.limits)
     for name in ("effective", "permitted"):
         settings["process"]["capabilities"][name] = ["CAP_SETUID", "CAP_SETGID"]
-    settings["mounts"].append(_CONTROL_GROUPS)
+    masked = f"{facts.stage}/masked"
+    settings["mounts"] += [_CONTROL_GROUPS, {**_NO_FUSE, "source": masked}]
     for mount in settings["mounts"]:
         if mount["destination"] == "/dev":
             # there a device on a read-only mount cannot be written to: /dev is gVisor's root's
@@ -183,6 +184,9 @@ def _first_arguments(rules: SandboxProfile) -> list[str]:
     machine = platform.machine()
     return [str(rules.limits.pids), _PRCTL[machine], seccomp.build(machine).hex()]
 
+
+_NO_FUSE = {"destination": "/dev/fuse", "type": "bind", "options": ["rbind", "ro", "noexec"]}
+"""gVisor has the device in every sandbox; none of ours may mount anything."""
 
 _CONTROL_GROUPS = {
     "destination": "/sys/fs/cgroup",

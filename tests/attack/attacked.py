@@ -10,6 +10,7 @@ import pytest
 
 from ringfence.sandbox.bubblewrap import BubblewrapBackend
 from ringfence.sandbox.container import ContainerBackend
+from ringfence.sandbox.gvisor import GvisorBackend
 from ringfence.sandbox.protocol import Backend
 
 PATHS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin"
@@ -19,6 +20,8 @@ def make(name: str, state: Path) -> Backend:
     """A backend by the name that a parameter has."""
     if name == "bubblewrap":
         return BubblewrapBackend(state_dir=state)
+    if name == "gvisor":
+        return GvisorBackend(state_dir=state)
     return ContainerBackend(state_dir=state, engine=name)
 
 
@@ -29,5 +32,9 @@ def needs(name: str) -> Any:
 
 
 # crun serves an ordinary user too
-BACKENDS = [needs("bubblewrap"), needs("crun")]
+BACKENDS = [
+    needs("bubblewrap"),
+    needs("crun"),
+    pytest.param("gvisor", marks=[pytest.mark.root, pytest.mark.needs("gvisor")]),
+]
 ALL = [*BACKENDS, pytest.param("runc", marks=[pytest.mark.root, *needs("runc").marks])]
