@@ -32,13 +32,19 @@ def backends(config: Config) -> Backends:
     """The isolation technologies."""
     from ringfence.sandbox.bubblewrap import BubblewrapBackend
     from ringfence.sandbox.registry import Backends
+    from ringfence.sandbox.runtime import RuntimeBackend
 
     shared: dict[str, Any] = {
         "state_dir": config.state_dir,
         "uid_base": config.uid_base,
         "uid_count": config.uid_count,
     }
-    return Backends({"bubblewrap": lambda: BubblewrapBackend(**shared)})
+    return Backends(
+        {
+            "bubblewrap": lambda: BubblewrapBackend(**shared),
+            "runtime": lambda: RuntimeBackend(prefix=config.runtime, **shared),
+        }
+    )
 
 
 def main() -> None:

@@ -59,6 +59,10 @@ Enclose = Callable[[SandboxProfile, profile.HostFacts, Program], dict[str, Any]]
 """Rules, facts, program → plan of launch.py's second phase, without cgroups, rlimits and parent."""
 
 
+Place = Callable[[SandboxProfile, profile.HostFacts], dict[str, Any]]
+"""Rules, facts → plan of launch.py's first phase."""
+
+
 class StagedBackend(ABC):
     """`Backend` of the protocol, less what encloses."""
 
@@ -79,6 +83,10 @@ class StagedBackend(ABC):
         """Raise UnavailableError `isolation-unavailable` where it cannot run, tried and not
         guessed.
         """
+
+    def place(self, rules: SandboxProfile, facts: profile.HostFacts) -> dict[str, Any]:
+        """See `Place`; what a technology needs beside it is added here."""
+        return profile.prepare_plan(rules, facts)
 
     @abstractmethod
     def enclose(
@@ -125,7 +133,7 @@ class StagedBackend(ABC):
         states = self.probe(spec.profile)
         refuse_unenforceable(states, spec.profile)
         return await StagedSandbox.start(
-            spec, states, self._uids, self._state_dir, self._spare, self.enclose
+            spec, states, self._uids, self._state_dir, self._spare, self.place, self.enclose
         )
 
     def warm(self) -> None:
@@ -201,6 +209,7 @@ class StagedSandbox:
         uids: range,
         state_dir: Path,
         spare: Spare,
+        place: Place,
         enclose: Enclose,
     ) -> StagedSandbox:
         """Look at the workspace, prepare the place, set the limits."""
@@ -225,7 +234,7 @@ class StagedSandbox:
             limits = {state.control: state for state in groups.make(spec.profile.limits)}
             controls = [limits.get(state.control, state) for state in states]
             launcher = spare.take()
-            plan = profile.prepare_plan(spec.profile, facts)
+            plan = place(spec.profile, facts)
             handles = await prepare(launcher, plan, workspace_fd)
         except BaseException:
             if groups is not None:
