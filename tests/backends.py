@@ -43,7 +43,10 @@ def config(state_dir: Path) -> Config:
 
 def settings(state_dir: Path) -> dict[str, str]:
     """The same as an environment for a `ringfence` process."""
-    return {"RINGFENCE_STATE_DIR": str(state_dir)}
+    found = {"RINGFENCE_STATE_DIR": str(state_dir)}
+    if (CACHE / "runtime" / "node_modules").is_dir():
+        found["RINGFENCE_RUNTIME"] = str(CACHE / "runtime")
+    return found
 
 
 @functools.cache

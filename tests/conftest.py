@@ -60,7 +60,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     from backends import available, summary
 
     counts = {outcome: Counter[str]() for outcome in ("ran", "skipped")}
-    for outcome, key in (("passed", "ran"), ("failed", "ran"), ("skipped", "skipped")):
+    for outcome, key in (
+        ("passed", "ran"),
+        ("failed", "ran"),
+        ("xfailed", "ran"),
+        ("skipped", "skipped"),
+    ):
         for report in terminalreporter.getreports(outcome):
             counts[key].update(v for k, v in report.user_properties if k == "isolation")
     if any(counts.values()):

@@ -112,12 +112,14 @@ class Config(_Frozen):
     egress_uid: int = Field(default=1_999_999, ge=1)
     claude: Path | None = None
     """The claude binary; by default the one inside the claude-agent-sdk wheel."""
+    runtime: Path | None = None
+    """Directory with node_modules/@anthropic-ai/sandbox-runtime; by default npm's global one."""
 
-    @field_validator("state_dir")
+    @field_validator("state_dir", "runtime")
     @classmethod
-    def _absolute(cls, value: Path) -> Path:
+    def _absolute(cls, value: Path | None) -> Path | None:
         # it is handed to processes that stand in another directory
-        return value.absolute()
+        return value and value.absolute()
 
     @field_validator("claude")
     @classmethod

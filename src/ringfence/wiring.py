@@ -36,9 +36,11 @@ def technologies() -> dict[str, Callable[[Config], Backend]]:
     from ringfence.sandbox.bubblewrap import BubblewrapBackend
     from ringfence.sandbox.container import ContainerBackend
     from ringfence.sandbox.gvisor import GvisorBackend
+    from ringfence.sandbox.runtime import RuntimeBackend
 
     return {
         "bubblewrap": lambda config: BubblewrapBackend(**_staged(config)),
+        "runtime": lambda config: RuntimeBackend(prefix=config.runtime, **_staged(config)),
         "container": lambda config: ContainerBackend(**_staged(config)),
         "gvisor": lambda config: GvisorBackend(**_staged(config)),
     }

@@ -7,18 +7,28 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import yaml
 
 from ringfence.cli.output import clear_errors, print_json
 from ringfence.errors import CallerError
 from ringfence.policy.diff import diff as difference
 from ringfence.policy.explain import explain as meaning
 from ringfence.policy.explain import explain_text
+from ringfence.policy.import_srt import import_srt as srt_policy
 from ringfence.policy.lint import Finding, Severity
 from ringfence.policy.lint import lint as findings_of
-from ringfence.policy.load import PRESETS, Loaded, load_policy, preset_text, read, read_file
+from ringfence.policy.load import (
+    PRESETS,
+    Loaded,
+    from_mapping,
+    load_policy,
+    preset_text,
+    read,
+    read_file,
+)
 from ringfence.policy.problems import Place, PolicyInvalidError, place_of
 from ringfence.policy.rights import printable
 from ringfence.policy.schema import policy_schema
@@ -125,6 +135,40 @@ def presets(
             print_json({"presets": list(map(_named, lines))})
         else:
             sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
+@app.command("import-srt", epilog="Example: ringfence policy import-srt ~/.srt-settings.json")
+def import_srt(
+    settings: Annotated[str, typer.Argument(metavar="FILE", help="Its settings file, or -.")],
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a settings file of Anthropic's sandbox runtime into a policy, on standard output.
+
+    What cannot be said as strictly is left out and named on standard error, never widened.
+    """
+    with _clear_problems(as_json=as_json):
+        found = srt_policy(_settings(settings))
+        from_mapping(found.policy)  # it loads, or it is not printed
+        notes = [{"setting": name, "note": text} for name, text in found.notes]
+        if as_json:
+            print_json({"policy": found.policy, "notes": notes})
+        else:
+            for name, text in found.notes:
+                sys.stderr.write(printable(f"{name}: {text}") + "\n")
+            sys.stdout.write(yaml.safe_dump(found.policy, sort_keys=False))
+
+
+def _settings(source: str) -> Any:
+    try:
+        if source == "-":
+            return json.loads(sys.stdin.buffer.read(MAX_BYTES + 1))
+        with open(source, "rb") as file:  # noqa: PTH123
+            return json.loads(file.read(MAX_BYTES + 1))
+    except OSError as error:
+        raise CallerError("policy-unreadable", f"{source}: {error.strerror}") from None
+    except ValueError as error:
+        raise CallerError("usage", f"{source} is not JSON: {error}") from None
 
 
 def _named(line: str) -> dict[str, str]:

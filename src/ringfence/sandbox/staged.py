@@ -80,6 +80,10 @@ class StagedBackend(ABC):
         guessed.
         """
 
+    def place(self, rules: SandboxProfile, facts: profile.HostFacts) -> dict[str, Any]:
+        """The plan of launch.py's first phase; what a technology needs beside it is added here."""
+        return profile.prepare_plan(rules, facts)
+
     @abstractmethod
     def enclose(
         self, rules: SandboxProfile, facts: profile.HostFacts, program: Program
@@ -246,7 +250,7 @@ class StagedSandbox:
             limits = {state.control: state for state in made}
             controls = [limits.get(state.control, state) for state in states]
             launcher = spare.take()
-            plan = profile.prepare_plan(spec.profile, facts)
+            plan = backend.place(spec.profile, facts)
             plan["creators"] = backend.creators(facts)
             handles = await prepare(launcher, plan, workspace_fd)
         except BaseException:

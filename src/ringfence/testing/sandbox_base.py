@@ -22,6 +22,7 @@ from ringfence.sandbox.protocol import (
     Control,
     Sandbox,
     SandboxSpec,
+    not_held,
 )
 
 _ID = "sb_" + "0" * 25
@@ -58,6 +59,17 @@ class SandboxClauses:
     def backend(self, tmp_path: Path) -> Backend:
         """The technology under test."""
         raise NotImplementedError("a subclass names the backend")
+
+    @pytest.fixture(autouse=True)
+    def _declared(self, request: pytest.FixtureRequest, backend: Backend) -> None:
+        """A clause that the backend declares it does not hold must fail: one that holds after all
+        makes the declaration a lie, just as one that fails undeclared.
+        """
+        clause = request.node.name.partition("[")[0].removeprefix("test_")
+        instead = not_held(backend).get(clause)
+        if instead is not None:
+            reason = f"{backend.name} declares: {instead}"
+            request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
 
     @pytest.fixture
     def place(self, tmp_path: Path) -> Path:

@@ -126,8 +126,9 @@ def start_notices(picked: Picked, profile: SandboxProfile) -> list[Notice]:
     if profile.threat_model and not enough(backend.name, profile.threat_model, emulated=emulated):
         text = f"isolation {backend.name} is weaker than threat model {profile.threat_model} asks"
         notices.append(Notice(kind="isolation-weak", text=f"{text} for; the policy names it"))
-    for clause, instead in not_held(backend).items():
-        text = f"isolation {backend.name} does not hold: {clause.replace('_', ' ')} ({instead})"
+    if missing := not_held(backend):
+        clauses = "; ".join(f"{name.replace('_', ' ')} ({what})" for name, what in missing.items())
+        text = f"isolation {backend.name} holds a part of the sandbox contract only, not: {clauses}"
         notices.append(Notice(kind="not-held", text=text))
     return notices
 

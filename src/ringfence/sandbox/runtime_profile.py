@@ -1,0 +1,179 @@
+"""Compiled rules → Anthropic's sandbox runtime in a place of its own. PURE.
+
+The runtime binds the root that it is started in into every sandbox, readable. So reads are denied
+before it is there: it is started in a root that holds nothing of the host but what the profile
+shows. bubblewrap lays that out, and in it the runtime encloses each program once more with
+namespaces, mounts and a filter of its own.
+
+Its proxies are not used. Inside, unix sockets cannot be opened, so that the way out is TCP: the
+runtime relays its port 3128 to the same port of the place's network namespace, where egress itself
+accepts (`network.httpProxyPort`). Its `mitmProxy` setting would lead to a socket of ours too, with
+its own proxy and list of hosts in between: this way no code of the runtime decides on a request.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ringfence.model import WorkspaceMode
+from ringfence.policy.compiled import SandboxProfile
+from ringfence.sandbox.profile import (
+    SECCOMP_FD,
+    STATUS_FD,
+    HostFacts,
+    cover_options,
+    place_mounts,
+    prepare_plan,
+    shown_paths,
+    source,
+    system_mounts,
+)
+from ringfence.sandbox.protocol import (
+    INSIDE_EGRESS_SOCKET,
+    INSIDE_HOME,
+    INSIDE_PROXY_PORT,
+    INSIDE_UID,
+    INSIDE_WORKSPACE,
+)
+
+HERE = "/opt/ringfence/runtime"
+"""Where the place has Node, the package and its settings."""
+_SCRATCH = "/run/runtime"
+"""The runtime's own: its socket, which nobody inside can open, and its home."""
+_PATH = "/usr/local/bin:/usr/bin:/bin"
+_PACKAGE = "@anthropic-ai/sandbox-runtime"
+_VARIABLE = "RINGFENCE_EXPORT_"
+
+_ENTER = f"""\
+f=; n=; c=
+while read -r k v; do
+  case "$k" in Seccomp:) f=$v ;; NoNewPrivs:) n=$v ;; CapEff:) c=$v ;; esac
+done </proc/self/status
+if [ "$f $n $c" != "2 1 0000000000000000" ]; then
+  echo "ringfence: the sandbox runtime has not enclosed this program" >&2
+  exit 125
+fi
+i=0
+while eval "e=\\${{{_VARIABLE}$i-}}"; [ -n "$e" ]; do
+  eval "$e"; unset "{_VARIABLE}$i"; i=$((i + 1))
+done
+unset f n c k v i e
+cd "$0" && exec "$@"
+"""
+"""Runs inside, before anything of the agent: the runtime goes on without its filter when it cannot
+find it, so that what the kernel says is looked at each time, with no program but the shell. The
+variables come in wrapped, because those of a program would reach the runtime itself first: a PATH
+with a folder of the workspace, a NODE_OPTIONS."""
+
+
+class RuntimePaths(NamedTuple):
+    """Absolute host paths: the `node` binary, and the node_modules that holds the package."""
+
+    node: str
+    modules: str
+
+
+def settings(rules: SandboxProfile, facts: HostFacts) -> dict[str, Any]:
+    """The runtime's settings file. What may be read is what the place has."""
+    writable = [path for path, may_write in shown_paths(rules, facts) if may_write]
+    places = ["/tmp", "/var/tmp", INSIDE_HOME]  # noqa: S108  the sandbox's own
+    if rules.workspace_mode is not WorkspaceMode.READONLY:
+        places.append(INSIDE_WORKSPACE)
+    return {
+        "network": {
+            # an empty list would mean no way out at all; who decides is egress, and no name is here
+            "allowedDomains": ["egress.invalid"],
+            "deniedDomains": [],
+            "httpProxyPort": INSIDE_PROXY_PORT,
+            "socksProxyPort": INSIDE_PROXY_PORT,
+        },
+        "filesystem": {
+            # what is not shown is absent already. To deny the root here too has the runtime put a
+            # file system in its place that the agent can write, past the disk limit (measured)
+            "denyRead": [],
+            "allowWrite": [*places, *writable],
+            "denyWrite": [],
+        },
+        "bwrapPath": _bwrap(facts),
+    }
+
+
+def runtime_plan(rules: SandboxProfile, facts: HostFacts, paths: RuntimePaths) -> dict[str, Any]:
+    """The plan of launch.py's first phase: bubblewrap's, and what the runtime is made of."""
+    plan = prepare_plan(rules, facts)
+    plan["sources"] += [
+        source(paths.node, "runtime/node", read_only=True, directory=False),
+        source(paths.modules, "runtime/node_modules", read_only=True),
+    ]
+    plan["files"] |= {
+        "runtime/settings.json": json.dumps(settings(rules, facts)),
+        # socat tries the first address only, and egress accepts on this one
+        "etc/hosts": "127.0.0.1 localhost\n",
+    }
+    return plan
+
+
+def runtime_options(rules: SandboxProfile, facts: HostFacts) -> list[str]:
+    """Bubblewrap's options for the place that the runtime is started in. No filter and no limit on
+    user namespaces: the runtime makes its own, and its /proc needs one here that nothing covers.
+    """
+    arguments = [
+        *("--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup"),
+        *("--uid", str(INSIDE_UID), "--gid", str(INSIDE_UID), "--hostname", "sandbox"),
+        *("--cap-drop", "ALL", "--clearenv", "--die-with-parent", "--new-session"),
+        *("--json-status-fd", str(STATUS_FD)),
+        *("--perms", "0755", "--size", str(1 << 20), "--tmpfs", "/"),
+        *system_mounts(facts),
+        *("--proc", "/proc", "--dev", "/dev"),
+        *place_mounts(rules, facts),
+        *cover_options(rules, facts),
+        *("--ro-bind", f"{facts.stage}/runtime", HERE),
+        # bubblewrap reads it and closes it: the descriptor must not be there for the runtime
+        *("--ro-bind-data", str(SECCOMP_FD), "/run/.unused"),
+        *("--perms", "0700", "--size", str(16 << 20), "--tmpfs", _SCRATCH),
+    ]
+    if facts.tools.copied:
+        arguments += ["--ro-bind", f"{facts.stage}/tools", "/opt/ringfence/tools"]
+    return [*arguments, "--remount-ro", "/"]
+
+
+def environment_options(environment: Mapping[str, str]) -> list[str]:
+    """The runtime's own environment, and the program's wrapped in it."""
+    own = {
+        "PATH": _PATH,
+        "HOME": _SCRATCH,
+        "TMPDIR": _SCRATCH,
+        "LANG": "C.UTF-8",
+        # what the runtime gives to programs as TMPDIR; its default is one folder for all sandboxes
+        "CLAUDE_CODE_TMPDIR": "/tmp",  # noqa: S108
+    }
+    wrapped = {
+        f"{_VARIABLE}{index}": f"export {name}={shlex.quote(value)}"
+        for index, (name, value) in enumerate(by_proxy(environment).items())
+    }
+    return [word for pair in (own | wrapped).items() for word in ("--setenv", *pair)]
+
+
+def by_proxy(environment: Mapping[str, str]) -> dict[str, str]:
+    """A program's environment without the socket that it cannot open here: claude asks for the
+    model as any client would, through the proxy, where egress knows the host and ends the TLS.
+    """
+    found = dict(environment)
+    if found.get("ANTHROPIC_UNIX_SOCKET") == INSIDE_EGRESS_SOCKET:
+        del found["ANTHROPIC_UNIX_SOCKET"]
+        found["ANTHROPIC_BASE_URL"] = "https://api.anthropic.com"
+    return found
+
+
+def command(argv: Sequence[str], cwd: str) -> list[str]:
+    """The runtime, and in it a shell that becomes the program."""
+    client = f"{HERE}/node_modules/{_PACKAGE}/dist/cli.js"
+    start = [f"{HERE}/node", client, "--settings", f"{HERE}/settings.json", "--"]
+    return [*start, "/bin/sh", "-c", _ENTER, cwd, *argv]
+
+
+def _bwrap(facts: HostFacts) -> str:
+    return f"/opt/ringfence/{facts.tools.executable}" if facts.tools.copied else "/usr/bin/bwrap"
