@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.check import render, report, static, versions
+from ringfence.check import agent, render, report, static, versions
 from ringfence.check.canaries import Canaries
 from ringfence.check.catalogue import catalogue, precedents, select
 from ringfence.check.finding import Check, Finding, Line, Outcome, Severity, exit_status
@@ -305,6 +305,33 @@ def test_own_probes(tmp_path: Path) -> None:
     assert second.residual, "nobody judges it on the host"
     with pytest.raises(CallerError):
         read_attacks(tmp_path / "none.json")
+
+
+def _played(**changed: Any) -> agent.Played:
+    good = {
+        "sent": "a-line", "headers": "{}", "left": frozenset(),
+        "decided": {"Read": "allow", "Write": "deny", "Bash": "deny"},
+    }  # fmt: skip
+    return agent.Played(**{**good, **changed})
+
+
+@pytest.mark.parametrize(
+    ("probe", "changed"),
+    [
+        ("AGT-01", {"decided": {"Write": "allow", "Bash": "deny"}}),
+        ("AGT-01", {"left": frozenset({"PWN-hook"})}),
+        ("AGT-03", {"sent": ""}),
+        ("AGT-04", {"headers": '{"x-api-key": "attacker"}'}),
+        ("AGT-05", {"left": frozenset({"PWN-node"})}),
+        ("AGT-06", {"left": frozenset({"PWN-mcp"})}),
+        ("AGT-07", {"sent": "EVIL-MEMORY"}),
+        ("AGT-08", {"sent": "EVIL-SKILL"}),
+        ("AGT-09", {"left": frozenset({"PWN-helper"})}),
+    ],
+)
+def test_a_workspace_that_configures_an_agent_is_seen(probe: str, changed: dict[str, Any]) -> None:
+    assert agent.JUDGES[probe](_played())[0] is Outcome.PASS
+    assert agent.JUDGES[probe](_played(**changed))[0] is Outcome.FAIL
 
 
 def test_canaries_sing_when_they_are_reached_and_not_for_the_host(tmp_path: Path) -> None:

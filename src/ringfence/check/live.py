@@ -6,9 +6,10 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from ringfence.check import artefacts, hostside
+from ringfence.check import agent, artefacts, hostside
 from ringfence.check.finding import Finding, Outcome
 from ringfence.check.hostside import Judge, Stage, Verdict
 from ringfence.check.judge import judge
@@ -27,8 +28,6 @@ _SECONDS = 45.0
 _SMALL = Limits(memory_mb=256, pids=64, disk_mb=64, cpus=0.5, open_files=256)
 """The limits that limit probes run against."""
 
-_NO_AGENT = "probes of a live agent are not built yet; the test suite runs them"
-
 Report = Callable[[Finding], None]
 
 
@@ -42,10 +41,12 @@ class Attack:
         profile: SandboxProfile,
         probes: Iterable[Probe],
         report: Report,
+        *,
+        claude: Path | None = None,
     ) -> None:
         self._name, self._make_backend, self._profile = name, make_backend, profile
         self.probes = tuple(probes)
-        self._report = report
+        self._report, self._claude = report, claude
         self._told: set[str] = set()
         self.controls: Sequence[ControlState] = ()
         self.start_seconds: float | None = None
@@ -60,6 +61,7 @@ class Attack:
                 async with asyncio.TaskGroup() as group:
                     group.create_task(self._guard(self._main()))
                     group.create_task(self._guard(self._without_egress()))
+                    group.create_task(self._guard(self._agent()))
             except* RingfenceError as errors:
                 error = errors.exceptions[0]
                 why = f"no verdict: {error}"
@@ -125,7 +127,7 @@ class Attack:
 
     def _settle_unasked(self) -> None:
         for probe in self.probes:
-            reason = probe.residual or self._unless(probe) or (_NO_AGENT if probe.agent else "")
+            reason = probe.residual or self._unless(probe) or _no_agent(probe)
             if reason:
                 self._tell(probe, (Outcome.NOT_AVAILABLE, reason), 0.0)
 
@@ -150,8 +152,9 @@ class Attack:
         """One probe without its twin: its verdict, and how long it took."""
         began, before = time.monotonic(), lane.canaries.hits()
         try:
+            patience = _SECONDS * (4 if probe.check.id in _LONG else 1)
             saw = await run_inside(
-                lane.sandbox, probe.command, lane.environment(), seconds=_SECONDS
+                lane.sandbox, probe.command, lane.environment(), seconds=patience
             )
         except Exception as error:  # noqa: BLE001  a probe that breaks costs its own verdict only
             return (Outcome.ERROR, _words(error)), time.monotonic() - began
@@ -232,12 +235,36 @@ class Attack:
             for probe, look in chosen:
                 await self._judge(stage, None, probe, look)
 
+    async def _agent(self) -> None:
+        """A host without claude has no agent to attack: nobody looked."""
+        probes = self._pick(lambda p: p.agent and p.check.id in agent.JUDGES)
+        if not probes:
+            return
+        began, verdicts = time.monotonic(), {}
+        try:
+            played, why = await agent.play(self._make_backend, self._profile, self._claude)
+        except RingfenceError as error:
+            missing = error.code == "claude-missing"
+            verdict = (Outcome.NOT_AVAILABLE if missing else Outcome.ERROR), _words(error)
+        else:
+            verdict = Outcome.ERROR, why
+            if played is not None:
+                verdicts = {name: look(played) for name, look in agent.JUDGES.items()}
+        for probe in probes:
+            self._tell(probe, verdicts.get(probe.check.id, verdict), time.monotonic() - began)
+
     async def _without_egress(self) -> None:
         """A place of its own, because it is broken on purpose."""
         for probe in self._pick(lambda p: p.check.id == "DST-27"):
             async with Place(self._make_backend, self._profile) as place:
                 stage = Stage(place=place, lane=await place.lane())
                 await self._judge(stage, None, probe, hostside.egress_dies)
+
+
+def _no_agent(probe: Probe) -> str:
+    if not probe.agent or probe.check.id in agent.JUDGES:
+        return ""
+    return "nobody plays this one yet: it needs a second agent inside the first"
 
 
 def _own(probe: Probe) -> bool:

@@ -140,4 +140,5 @@ def _attack(question: Question, policy: CompiledPolicy, name: str, tell: Tell) -
         policy.sandbox,
         probes,
         tell,
+        claude=question.config.claude,
     )
