@@ -122,11 +122,12 @@ def test_the_key_is_that_of_the_inputs_in_any_order() -> None:
     others = [
         of.key_of(more, **KEY),
         of.key_of(one, **{**KEY, "claude": "1"}),
+        of.key_of(one, **KEY, installed="1"),
         of.key_of(one, **{**KEY, "suite": "trixie"}),
         of.key_of(one, **{**KEY, "architecture": "arm64"}),
         of.key_of(one.model_copy(update={"source": "host"}), **KEY),
     ]
-    assert len({of.key_of(one, **KEY), *others}) == 6
+    assert len({of.key_of(one, **KEY), *others}) == 7
 
 
 def test_lint_names_what_an_author_may_not_have_meant() -> None:

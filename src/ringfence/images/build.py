@@ -68,6 +68,7 @@ def build(
         suite=suite,
         architecture=debian.architecture(),
         claude=tree.file_digest(claude.resolve()) if definition.claude else "",
+        installed=host.fingerprint(definition.apt_names()) if definition.source == "host" else "",
     )
     with _only_builder(store.root, watcher):
         _clear_left_overs(store.root)

@@ -170,10 +170,13 @@ def schema() -> dict[str, Any]:
     }
 
 
-def key_of(definition: ImageDefinition, *, suite: str, architecture: str, claude: str) -> str:
+def key_of(
+    definition: ImageDefinition, *, suite: str, architecture: str, claude: str, installed: str = ""
+) -> str:
     """Hex name of a build's inputs: equal inputs are built once.
 
-    What an unpinned name stands for on a given day is not among them: that is what a rebuild asks.
+    `installed` stands for the packages of the host, where they are the source. What an unpinned
+    name stands for at a mirror on a given day is not among them: that is what a rebuild asks.
     """
     inputs = {
         "recipe": RECIPE,
@@ -181,6 +184,7 @@ def key_of(definition: ImageDefinition, *, suite: str, architecture: str, claude
         "suite": suite,
         "architecture": architecture,
         "claude": claude,
+        "installed": installed,
         "apt": definition.apt_names(),
         "pip": sorted(definition.packages.pip),
         "npm": sorted(definition.packages.npm),

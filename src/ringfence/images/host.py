@@ -120,6 +120,16 @@ def closure(installed: Mapping[str, Installed], wanted: Iterable[str]) -> list[I
     return [chosen[name] for name in sorted(chosen)]
 
 
+def fingerprint(packages: Iterable[str]) -> str:
+    """Hex digest of dpkg's records of what `make_base` copies: an upgrade of the host changes it.
+
+    Raises as `make_base` does.
+    """
+    require_tool("dpkg-query")
+    chosen = closure(read_status(_STATUS.read_text("utf-8", "replace")), packages)
+    return hashlib.sha256("\0".join(each.stanza for each in chosen).encode()).hexdigest()
+
+
 def make_base(root: Path, packages: Iterable[str]) -> None:
     """Fill the empty directory `root`.
 

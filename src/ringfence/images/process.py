@@ -156,6 +156,7 @@ _HINTS = {
     "--from-host",
     "npm": "apt-get install npm, or take the npm packages out of the definition",
     "apt-get": "images of Debian packages are made on Debian and Ubuntu hosts",
+    "dpkg": "images are made on Debian and Ubuntu hosts",
     "dpkg-query": "--from-host takes what dpkg has installed: it needs a Debian or Ubuntu host",
 }
 
