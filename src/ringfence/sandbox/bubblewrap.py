@@ -29,6 +29,7 @@ from ringfence.sandbox.protocol import (
     Changes,
     Control,
     ControlState,
+    Enforcement,
     SandboxSpec,
     stopping,
 )
@@ -58,34 +59,17 @@ class BubblewrapBackend:
         """See the protocol."""
         hostfacts.check_user_namespaces()
         hierarchy = cgroups.discover()
-        states = [_limit_state(control, hierarchy) for control in _LIMITS]
-        machine = platform.machine()
-        direct = profile.workspace_mode is WorkspaceMode.DIRECT
+        held = {
+            **{control: control in hierarchy.parents for control in _LIMITS},
+            Control.WORKSPACE_DISK: profile.workspace_mode is not WorkspaceMode.DIRECT,
+            Control.SECCOMP: platform.machine() in seccomp.ARCHITECTURES,
+            Control.TMP_NOEXEC: not profile.tmp_exec,
+            Control.UID_PER_SANDBOX: os.geteuid() == 0,
+        }
+        if not held[Control.PIDS]:
+            held[Control.PIDS] = hostfacts.limits_processes()
         return [
-            *states,
-            _state(Control.DISK, True, "tmpfs with a size"),
-            _state(
-                Control.WORKSPACE_DISK,
-                not direct,
-                "nothing is written to the host's disk" if not direct else "your own file system",
-                "use review mode, or accept it by name",
-            ),
-            _state(
-                Control.SECCOMP,
-                machine in seccomp.ARCHITECTURES,
-                f"filter for {machine}",
-                "run on x86_64 or aarch64",
-            ),
-            _state(Control.NETWORK, True, "network namespace with a loopback alone"),
-            _state(Control.USER_NAMESPACE, True, "user namespace, no further ones inside"),
-            _state(Control.TMP_NOEXEC, not profile.tmp_exec, "mount flag", "the policy lifts it"),
-            _state(
-                Control.UID_PER_SANDBOX,
-                os.geteuid() == 0,
-                "a host uid of its own" if os.geteuid() == 0 else "your own uid",
-                "start ringfence as root",
-            ),
-            _state(Control.CLAUDE_UNREADABLE, True, "execute-only binary"),
+            words.state(control, enforced=held.get(control, True)) for control, words in HOW.items()
         ]
 
     async def start(self, spec: SandboxSpec) -> BubblewrapSandbox:
@@ -106,16 +90,37 @@ class BubblewrapBackend:
 _LIMITS = (Control.MEMORY, Control.CPU, Control.PIDS)
 
 
-def _state(control: Control, enforced: bool, how: str, mend: str = "") -> ControlState:  # noqa: FBT001
-    return ControlState(control=control, enforced=enforced, how=how, mend="" if enforced else mend)
-
-
-def _limit_state(control: Control, hierarchy: cgroups.Hierarchy) -> ControlState:
-    there = control in hierarchy.parents
-    if control is Control.PIDS and not there and hostfacts.limits_processes():
-        return _state(control, True, "RLIMIT_NPROC in a user namespace of its own")
-    mend = "start as root, or delegate a cgroup v2 subtree to this user (systemd: Delegate=yes)"
-    return _state(control, there, "cgroup" if there else "no cgroup that we may write", mend)
+_CGROUP = Enforcement(
+    how="cgroup",
+    otherwise="no cgroup that we may write",
+    mend="start as root, or delegate a cgroup v2 subtree to this user (systemd: Delegate=yes)",
+)
+HOW = {
+    Control.MEMORY: _CGROUP,
+    Control.CPU: _CGROUP,
+    Control.PIDS: replace(_CGROUP, how="cgroup, or RLIMIT_NPROC in a user namespace of its own"),
+    Control.DISK: Enforcement(how="tmpfs with a size"),
+    Control.WORKSPACE_DISK: Enforcement(
+        how="nothing is written to the host's disk",
+        otherwise="your own file system",
+        mend="use review mode, or accept it by name",
+    ),
+    Control.SECCOMP: Enforcement(
+        how="filter for this machine",
+        otherwise="no filter for this machine",
+        mend="run on x86_64 or aarch64",
+    ),
+    Control.NETWORK: Enforcement(how="network namespace with a loopback alone"),
+    Control.USER_NAMESPACE: Enforcement(how="user namespace, no further ones inside"),
+    Control.TMP_NOEXEC: Enforcement(
+        how="mount flag", otherwise="lifted by the policy", mend="the policy lifts it"
+    ),
+    Control.UID_PER_SANDBOX: Enforcement(
+        how="a host uid of its own", otherwise="your own uid", mend="start ringfence as root"
+    ),
+    Control.CLAUDE_UNREADABLE: Enforcement(how="execute-only binary"),
+}
+"""What this backend does for each control."""
 
 
 def _refuse_unenforceable(states: Sequence[ControlState], profile: SandboxProfile) -> None:
