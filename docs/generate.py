@@ -62,6 +62,41 @@ def events() -> str:
     return "\n".join(lines)
 
 
+def controls() -> str:
+    import importlib
+    import pkgutil
+
+    from ringfence import sandbox
+    from ringfence.sandbox.protocol import REQUIRED, Control
+
+    modules = [
+        importlib.import_module(f"ringfence.sandbox.{module.name}")
+        for module in pkgutil.iter_modules(sandbox.__path__)
+    ]
+    lines = ["# Controls, and what holds them", ""]
+    lines += ["What each isolation does for each control, in the words of its own probe.", ""]
+    lines += ["| control | isolation | how it is enforced | when it cannot be | and then |"]
+    lines += ["|---|---|---|---|---|"]
+    for control in Control:
+        stops = "nothing starts (`control-unenforceable`, exit 4) unless the policy accepts it"
+        then = f"{stops} by name" if control in REQUIRED else "it is recorded at the start"
+        for module in modules:
+            words = getattr(module, "HOW", {}).get(control)
+            if words is None:
+                continue
+            name = module.__name__.rpartition(".")[2]
+            why = f"{words.otherwise}; to mend: {words.mend}" if words.otherwise else "always holds"
+            end = then if words.otherwise else ""
+            lines.append(f"| `{control}` | {name} | {words.how} | {why} | {end} |")
+    lines += [
+        "",
+        "What is accepted by name is printed at every start and recorded. When the egress",
+    ]
+    lines += ["process ends during a run, the sandbox has no way out from that moment, and the run"]
+    lines += ["ends with `egress-unavailable` (exit 4); nothing falls back to a direct way."]
+    return "\n".join(lines) + "\n"
+
+
 def schema() -> str:
     from ringfence.policy.schema import policy_schema
 
@@ -174,6 +209,7 @@ def isolation() -> str:
 PAGES: dict[str, Callable[[], str]] = {
     "errors.md": errors,
     "events.md": events,
+    "controls.md": controls,
     "cli.md": command_line,
     "isolation.md": isolation,
     "checks.md": checks,

@@ -135,7 +135,7 @@ for line in sys.stdin:
 def test_the_mcp_server_of_the_how_to_runs(box: Box) -> None:
     (box.workspace / "tools").mkdir()
     (box.workspace / "tools" / "docs_server.py").write_text(MCP_SERVER)
-    policy = _policy_with("mcp_servers")
+    policy = _policy_with("docs_server")
     assert "mcp__docs__search" in policy["tools"]["roles"]["helper"]["allow"]
     box.policy(policy)
     call = {"tool": "mcp__docs__search", "input": {"query": "fence"}}

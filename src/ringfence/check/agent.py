@@ -24,6 +24,7 @@ from ringfence.policy.compile import compile_policy
 from ringfence.policy.compiled import CompiledPolicy, SandboxProfile
 from ringfence.policy.load import from_mapping
 from ringfence.record.read import AuditReader
+from ringfence.sandbox.registry import Backends
 from ringfence.simulator.script import Scenario
 from ringfence.simulator.server import Simulator
 from ringfence.worker.control import RunControl
@@ -142,7 +143,9 @@ async def play(
             )
             launcher = Launcher(
                 config=config,
-                make_backend=lambda found: make_backend(found.state_dir),
+                make_backends=lambda found: Backends(
+                    {profile.isolation: lambda: make_backend(found.state_dir)}
+                ),
                 environment_key="sk-ant-check-of-a-host",
             )
             result = await _run(launcher, _policy(profile), workspace)

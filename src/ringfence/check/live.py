@@ -242,7 +242,8 @@ class Attack:
             return
         began, verdicts = time.monotonic(), {}
         try:
-            played, why = await agent.play(self._make_backend, self._profile, self._claude)
+            profile = replace(self._profile, isolation=self._name, threat_model=None)
+            played, why = await agent.play(self._make_backend, profile, self._claude)
         except RingfenceError as error:
             missing = error.code == "claude-missing"
             verdict = (Outcome.NOT_AVAILABLE if missing else Outcome.ERROR), _words(error)

@@ -6,12 +6,18 @@ from typing import Any
 
 from ringfence.policy.compiled import SandboxProfile
 from ringfence.sandbox import hostfacts
+from ringfence.sandbox.enforce import STAGED
 from ringfence.sandbox.profile import HostFacts, enclose_options, exec_plan
 from ringfence.sandbox.staged import Program, StagedBackend
+
+HOW = STAGED
+"""What this backend does for each control."""
 
 
 class BubblewrapBackend(StagedBackend):
     """`Backend` of the protocol."""
+
+    words = HOW
 
     @property
     def name(self) -> str:

@@ -19,6 +19,7 @@ from ringfence.errors import UnavailableError
 from ringfence.model import WorkspaceMode
 from ringfence.policy.compiled import SandboxProfile
 from ringfence.sandbox import hostfacts, oci, seccomp
+from ringfence.sandbox.enforce import STAGED
 from ringfence.sandbox.launcher import rehearse
 from ringfence.sandbox.profile import PATH, HostFacts, bare_plan
 from ringfence.sandbox.protocol import INSIDE_UID, ControlState
@@ -42,6 +43,10 @@ _OPTIONS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
 """Of a runtime: global options, options of `create`."""
 
 
+HOW = STAGED
+"""What this backend does for each control."""
+
+
 class ContainerBackend(StagedBackend):
     """`Backend` of the protocol."""
 
@@ -58,6 +63,8 @@ class ContainerBackend(StagedBackend):
         first = uid_base + uid_count
         self._uids = range(first + INSIDE_UID, first + _BLOCK * _BLOCKS, _BLOCK)
         self._engine = engine
+
+    words = HOW
 
     @property
     def name(self) -> str:

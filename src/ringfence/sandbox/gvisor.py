@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,10 @@ from ringfence.errors import UnavailableError
 from ringfence.model import WorkspaceMode
 from ringfence.policy.compiled import Limits, SandboxProfile
 from ringfence.sandbox import hostfacts, oci, seccomp
+from ringfence.sandbox.enforce import STAGED
 from ringfence.sandbox.launcher import rehearse
 from ringfence.sandbox.profile import PATH, HostFacts, bare_plan
-from ringfence.sandbox.protocol import INSIDE_UID, Control, ControlState
+from ringfence.sandbox.protocol import INSIDE_UID, Control
 from ringfence.sandbox.staged import Program, StagedBackend
 
 _PATHS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -61,6 +61,18 @@ OWN_TASKS, TASKS_A_TASK = 256, 4
 """Threads of sentry and gofer, and host processes and threads that one task inside may need."""
 
 
+_WORDS = {
+    Control.SECCOMP: "gVisor, its own filters outside, and ours inside",
+    Control.MEMORY: f"cgroup, {OWN_MEMORY_MB} MiB of it for gVisor",
+    Control.PIDS: "gVisor's own count, and a cgroup",
+    Control.CLAUDE_UNREADABLE: "gVisor's yama: a process reads its descendants only",
+}
+HOW = {
+    control: replace(said, how=_WORDS.get(control, said.how)) for control, said in STAGED.items()
+}
+"""What this backend does for each control."""
+
+
 class GvisorBackend(StagedBackend):
     """`Backend` of the protocol."""
 
@@ -71,6 +83,8 @@ class GvisorBackend(StagedBackend):
         # behind the single uids of other backends; the lease of a block is shared with containers
         first = uid_base + uid_count
         self._uids = range(first + INSIDE_UID, first + _BLOCK * _BLOCKS, _BLOCK)
+
+    words = HOW
 
     @property
     def name(self) -> str:
@@ -98,23 +112,9 @@ class GvisorBackend(StagedBackend):
             pids=limits.pids * TASKS_A_TASK + OWN_TASKS,
         )
 
-    def probe(self, profile: SandboxProfile) -> Sequence[ControlState]:
-        """See the protocol."""
-        return [_told(state) for state in super().probe(profile)]
-
     def enclose(self, rules: SandboxProfile, facts: HostFacts, program: Program) -> dict[str, Any]:
         """See StagedBackend."""
         return gvisor_plan(find_runsc(), rules, facts, program, self.host_limits(rules.limits).pids)
-
-
-def _told(state: ControlState) -> ControlState:
-    how = {
-        Control.SECCOMP: "gVisor, its own filters outside, and ours inside",
-        Control.MEMORY: f"{state.how}, {OWN_MEMORY_MB} MiB of it for gVisor",
-        Control.PIDS: f"gVisor's own count, and {state.how}",
-        Control.CLAUDE_UNREADABLE: "gVisor's yama: a process reads its descendants only",
-    }
-    return replace(state, how=how[state.control]) if state.control in how else state
 
 
 def gvisor_plan(

@@ -55,6 +55,27 @@ class ControlState:
     mend: str = ""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Enforcement:
+    """The words of a backend about a control: `probe` and the table of the docs say the same.
+
+    Attributes:
+        how: when it holds. otherwise: what there is when it does not, empty when it always holds.
+        mend: what would make it hold.
+    """
+
+    how: str
+    otherwise: str = ""
+    mend: str = ""
+
+    def state(self, control: Control, *, enforced: bool) -> ControlState:
+        """As `probe` reports it."""
+        how = self.how if enforced else self.otherwise
+        return ControlState(
+            control=control, enforced=enforced, how=how, mend="" if enforced else self.mend
+        )
+
+
 REQUIRED = frozenset(
     {
         *(Control.MEMORY, Control.CPU, Control.PIDS, Control.DISK, Control.WORKSPACE_DISK),

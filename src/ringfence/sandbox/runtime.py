@@ -22,9 +22,9 @@ from typing import Any
 
 from ringfence.errors import UnavailableError
 from ringfence.policy.compiled import SandboxProfile
-from ringfence.sandbox import hostfacts
+from ringfence.sandbox import enforce, hostfacts
 from ringfence.sandbox.profile import HostFacts, exec_plan
-from ringfence.sandbox.protocol import Control, ControlState
+from ringfence.sandbox.protocol import Control, ControlState, Enforcement
 from ringfence.sandbox.runtime_profile import (
     RuntimePaths,
     command,
@@ -57,12 +57,28 @@ NOT_HELD: dict[str, str] = {
 """Clauses of the sandbox contract; see `Subset`."""
 
 
+HOW = {
+    **enforce.STAGED,
+    Control.SECCOMP: replace(
+        enforce.STAGED[Control.SECCOMP], how="the runtime's own filter, which denies few calls"
+    ),
+    Control.TMP_NOEXEC: Enforcement(
+        how="mount flag",
+        otherwise="the runtime makes a /dev that can be written and executed from",
+        mend="another isolation",
+    ),
+}
+"""What this backend does for each control."""
+
+
 class RuntimeBackend(StagedBackend):
     """`Backend` of the protocol, and `Subset`: a part of the contract."""
 
     def __init__(self, *, prefix: Path | None = None, **shared: Any) -> None:
         super().__init__(**shared)
         self._prefix = prefix
+
+    words = HOW
 
     @property
     def name(self) -> str:
@@ -81,7 +97,8 @@ class RuntimeBackend(StagedBackend):
 
     def probe(self, profile: SandboxProfile) -> Sequence[ControlState]:
         """See the protocol."""
-        return [_weaker(state) for state in super().probe(profile)]
+        self.check()
+        return enforce.states(HOW, profile, Control.TMP_NOEXEC)
 
     def place(self, rules: SandboxProfile, facts: HostFacts) -> dict[str, Any]:
         """See StagedBackend."""
@@ -98,19 +115,6 @@ class RuntimeBackend(StagedBackend):
 def _without_socket(facts: HostFacts) -> HostFacts:
     """Nobody inside could open it, so that it is not there to be found."""
     return replace(facts, egress_dir=None)
-
-
-def _weaker(state: ControlState) -> ControlState:
-    if state.control is Control.TMP_NOEXEC:
-        return ControlState(
-            control=state.control,
-            enforced=False,
-            how="the runtime makes a /dev that can be written and executed from",
-            mend="another isolation",
-        )
-    if state.control is Control.SECCOMP:
-        return replace(state, how="the runtime's own filter, which denies few calls")
-    return state
 
 
 @functools.cache

@@ -19,12 +19,12 @@ import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from ringfence.errors import CallerError, DeniedError, UnavailableError
 from ringfence.model import WorkspaceMode
 from ringfence.policy.compiled import Limits, SandboxProfile
-from ringfence.sandbox import cgroups, hostfacts, profile, seccomp
+from ringfence.sandbox import cgroups, enforce, hostfacts, profile, seccomp
 from ringfence.sandbox.frames import send_frame
 from ringfence.sandbox.launcher import Launcher, Spare, alive, prepare
 from ringfence.sandbox.overlay import read_changes
@@ -34,8 +34,8 @@ from ringfence.sandbox.protocol import (
     Changes,
     Control,
     ControlState,
+    Enforcement,
     SandboxSpec,
-    stopping,
 )
 from ringfence.sandbox.safeopen import (
     create_regular,
@@ -61,6 +61,9 @@ Enclose = Callable[[SandboxProfile, profile.HostFacts, Program], dict[str, Any]]
 
 class StagedBackend(ABC):
     """`Backend` of the protocol, less what encloses."""
+
+    words: ClassVar[Mapping[Control, Enforcement]] = enforce.STAGED
+    """What it does for each control; `HOW` of its module, which the docs are made of."""
 
     def __init__(
         self, *, state_dir: Path, uid_base: int = 2_000_000, uid_count: int = 65_536
@@ -108,41 +111,12 @@ class StagedBackend(ABC):
     def probe(self, profile: SandboxProfile) -> Sequence[ControlState]:
         """See the protocol."""
         self.check()
-        hierarchy = cgroups.discover()
-        states = [_limit_state(control, hierarchy) for control in _LIMITS]
-        machine = platform.machine()
-        direct = profile.workspace_mode is WorkspaceMode.DIRECT
-        return [
-            *states,
-            _state(Control.DISK, True, "tmpfs with a size"),
-            _state(
-                Control.WORKSPACE_DISK,
-                not direct,
-                "nothing is written to the host's disk" if not direct else "your own file system",
-                "use review mode, or accept it by name",
-            ),
-            _state(
-                Control.SECCOMP,
-                machine in seccomp.ARCHITECTURES,
-                f"filter for {machine}",
-                "run on x86_64 or aarch64",
-            ),
-            _state(Control.NETWORK, True, "network namespace with a loopback alone"),
-            _state(Control.USER_NAMESPACE, True, "user namespace, no further ones inside"),
-            _state(Control.TMP_NOEXEC, not profile.tmp_exec, "mount flag", "the policy lifts it"),
-            _state(
-                Control.UID_PER_SANDBOX,
-                os.geteuid() == 0,
-                "a host uid of its own" if os.geteuid() == 0 else "your own uid",
-                "start ringfence as root",
-            ),
-            _state(Control.CLAUDE_UNREADABLE, True, "execute-only binary"),
-        ]
+        return enforce.states(self.words, profile)
 
     async def start(self, spec: SandboxSpec) -> StagedSandbox:
         """See the protocol."""
         states = self.probe(spec.profile)
-        refuse_unenforceable(states, spec.profile)
+        enforce.refuse(states, spec.profile)
         return await StagedSandbox.start(
             spec, states, self._uids, self._state_dir, self._spare, self
         )
@@ -154,34 +128,6 @@ class StagedBackend(ABC):
     async def close(self) -> None:
         """See the protocol."""
         await self._spare.close()
-
-
-_LIMITS = (Control.MEMORY, Control.CPU, Control.PIDS)
-
-
-def _state(control: Control, enforced: bool, how: str, mend: str = "") -> ControlState:  # noqa: FBT001
-    return ControlState(control=control, enforced=enforced, how=how, mend="" if enforced else mend)
-
-
-def _limit_state(control: Control, hierarchy: cgroups.Hierarchy) -> ControlState:
-    there = control in hierarchy.parents
-    if control is Control.PIDS and not there and hostfacts.limits_processes():
-        return _state(control, True, "RLIMIT_NPROC in a user namespace of its own")
-    mend = "start as root, or delegate a cgroup v2 subtree to this user (systemd: Delegate=yes)"
-    return _state(control, there, "cgroup" if there else "no cgroup that we may write", mend)
-
-
-def refuse_unenforceable(states: Sequence[ControlState], profile: SandboxProfile) -> None:
-    """All of them in one error: the mend of one may be the mend of all."""
-    refused = stopping(states, profile.accept_unenforced)
-    if refused:
-        names = ", ".join(state.control.value for state in refused)
-        mends = "; ".join(dict.fromkeys(state.mend for state in refused))
-        raise UnavailableError(
-            "control-unenforceable",
-            f"this host cannot enforce {names}: {refused[0].how}",
-            hint=f"{mends}; or name it in the policy: accept_unenforced: [{names}]",
-        )
 
 
 class StagedSandbox:
@@ -307,7 +253,7 @@ class StagedSandbox:
         plan = {
             **self._enclose(self._spec.profile, self._facts, program),
             "cgroups": list(self._groups.paths),
-            "rlimits": _rlimits(self._spec.profile),
+            "rlimits": enforce.rlimits(self._spec.profile),
             "parent": os.getpid(),
         }
         process = self._spawn(plan, merge_stderr=merge_stderr)
@@ -468,20 +414,6 @@ def _always_masked(rules: SandboxProfile, workspace: Path) -> tuple[str, ...]:
         if (real := os.path.realpath(path)).startswith(top + "/")
     ]
     return (*rules.masked, *blocked)
-
-
-def _rlimits(rules: SandboxProfile) -> dict[str, int]:
-    limits = rules.limits
-    return {
-        "RLIMIT_CORE": 0,
-        "RLIMIT_FSIZE": limits.file_mb << 20,
-        "RLIMIT_NOFILE": limits.open_files,
-        # counted by uid and user namespace, so of this sandbox alone; beside the control group
-        "RLIMIT_NPROC": limits.pids,
-        "RLIMIT_MEMLOCK": 8 << 20,
-        "RLIMIT_MSGQUEUE": 0,
-        "RLIMIT_RTPRIO": 0,
-    }
 
 
 _HOSTS_OWN = ("/proc", "/sys", "/dev", "/run", "/etc", "/usr", "/boot")
