@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import os
 import shutil
@@ -161,6 +162,8 @@ def lying(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None
 
     yield lie
     shutil.rmtree(place)
+    with contextlib.suppress(OSError):
+        place.parent.rmdir()  # unless a test beside this one has its own there
 
 
 @pytest.mark.root
