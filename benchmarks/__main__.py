@@ -1,17 +1,18 @@
-"""`python -m benchmarks [audit|egress|spawn|isolation|memory] …`: all of them by default."""
+"""`python -m benchmarks [audit|egress|spawn|memory|isolation|container] …`: all by default."""
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks import audit, egress, isolation, memory, spawn
+from benchmarks import audit, container, egress, isolation, memory, spawn
 
 ALL = {
     "audit": audit.main,
     "egress": lambda: egress.main([]),
     "spawn": lambda: spawn.main([]),
-    "isolation": lambda: isolation.main([]),
     "memory": lambda: memory.main([]),
+    "isolation": lambda: isolation.main([]),
+    "container": lambda: container.main([]),
 }
 
 

@@ -81,14 +81,22 @@ def door() -> Iterator[Door]:
         one.close()
 
 
-def policy() -> CompiledPolicy:
+def policy(isolation: str = "bubblewrap") -> CompiledPolicy:
     """The strict preset, with what an ordinary user cannot enforce accepted."""
     accepted = [] if os.geteuid() == 0 else ["memory", "cpu", "pids"]
-    return compile_policy(from_mapping({"preset": "strict", "accept_unenforced": accepted}))
+    return compile_policy(
+        from_mapping(
+            {
+                "preset": "strict",
+                "accept_unenforced": accepted,
+                "isolation": {"backend": isolation},
+            }
+        )
+    )
 
 
 @asynccontextmanager
-async def station(url: str) -> AsyncIterator[tuple[Station, Path]]:
+async def station(url: str, isolation: str = "bubblewrap") -> AsyncIterator[tuple[Station, Path]]:
     """A worker's station in a scratch directory, and a workspace of a few files."""
     with tempfile.TemporaryDirectory(prefix="ringfence-bench-") as scratch:
         workspace = Path(scratch) / "workspace"
@@ -98,15 +106,18 @@ async def station(url: str) -> AsyncIterator[tuple[Station, Path]]:
         config = Config(
             state_dir=Path(scratch) / "state",
             providers={"anthropic": Provider(base_url=url, credential=None)},
+            runtime=Path(prefix) if (prefix := os.environ.get("RINGFENCE_RUNTIME")) else None,
         )
-        async with launcher(config).station(DenyApprover(), "bubblewrap") as one:
+        async with launcher(config).station(DenyApprover(), isolation) as one:
             yield one, workspace
 
 
-async def fenced(one: Station, workspace: Path, control: RunControl) -> None:
+async def fenced(
+    one: Station, workspace: Path, control: RunControl, isolation: str = "bubblewrap"
+) -> None:
     """One run whose model never answers; ends when `control` says so."""
     request = RunRequest(prompt="Say hi.", workspace=str(workspace))
-    await attempt(one, policy(), request, control=control, on_message=lambda _: None)
+    await attempt(one, policy(isolation), request, control=control, on_message=lambda _: None)
 
 
 async def bare(url: str, workspace: Path, config_dir: Path, came: threading.Event) -> None:

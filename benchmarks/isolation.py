@@ -1,8 +1,8 @@
-"""A program's start in each isolation technology, beside the raw tool with the same rules.
+"""Start-up per isolation technology: `true`, and claude to its first model request, beside raw tools.
 
-`python -m benchmarks.isolation [rounds]`. The raw side of a container is `RUNTIME run` with the
-very configuration that ringfence gave its own, run by root; ours makes the place, joins the
-control groups, reads everything back and throws it all away.
+`python -m benchmarks isolation [rounds]`. Ours and the raw tool alternate in one process. Ours makes
+the sandbox anew each time: workspace view, masks, limits, egress listener; the raw tool gets a bare
+root and the same program. RINGFENCE_RUNTIME names the sandbox runtime, as it does for ringfence.
 """
 
 from __future__ import annotations
@@ -10,9 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import platform
-import resource
-import shutil
 import statistics
 import subprocess
 import sys
@@ -20,153 +17,126 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from benchmarks.agents import Door, bare, door, fenced, station
+from ringfence.config import Config
+from ringfence.errors import RingfenceError
 from ringfence.policy.compiled import SandboxProfile
-from ringfence.sandbox import hostfacts, oci, seccomp
-from ringfence.sandbox.container import RUNTIMES, ContainerBackend
-from ringfence.sandbox.profile import PATH
-from ringfence.sandbox.protocol import Backend, SandboxSpec
-from ringfence.worker.ids import new_id
+from ringfence.policy.isolation import TECHNOLOGIES
+from ringfence.sandbox.measure import once
+from ringfence.sandbox.protocol import Backend
+from ringfence.wiring import backends
+from ringfence.worker.control import RunControl
 
-PATHS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin"
-BLOCK = 3_000_000_000
-
-
-def spent() -> float:
-    """Processor seconds of this process and of all that it has waited for."""
-    own, others = (resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return own.ru_utime + own.ru_stime + others.ru_utime + others.ru_stime
+_NOBODY = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
+_AS_USER = _NOBODY if os.geteuid() == 0 else ()
+"""Never as root, as ours: bubblewrap and the runtime would map the kernel's root."""
 
 
-def bundle(place: Path) -> Path:
-    """A bundle for the raw tool: the same mounts, namespaces and filter over plain directories."""
-    stage = place / "stage"
-    for name in ("etc", "tmp", "shm", "home", "workspace"):
-        (stage / name).mkdir(parents=True)
-    for path in (place, stage, *stage.iterdir()):
-        path.chmod(0o755)
-    facts = hostfacts.empty_place()
-    settings: dict[str, Any] = json.loads(
-        json.dumps(
-            oci.config(
-                SandboxProfile(),
-                facts,
-                argv=["true"],
-                environment={"PATH": PATH},
-                cwd="/",
-                seccomp=seccomp.oci(platform.machine()),
-                namespaces=(*oci.NAMESPACES, "pid", "network", "user"),
-            )
-        ).replace(facts.stage + "/", f"{stage}/")
-    )
-    lines = [{"containerID": 0, "hostID": BLOCK, "size": 65536}]
-    settings["linux"] |= {"uidMappings": lines, "gidMappings": lines}
-    root = place / "bundle" / "rootfs"
-    root.mkdir(parents=True)
-    for path in (root, root.parent):
-        path.chmod(0o755)
-        os.chown(path, BLOCK, BLOCK)
-    for name, target in facts.links.items():
-        (root / name).symlink_to(target)
-    (root.parent / "config.json").write_text(json.dumps(settings))
-    return root.parent
+def _raw_bwrap(_: Path) -> list[str]:
+    return [
+        *(*_AS_USER, "bwrap", "--unshare-all", "--cap-drop", "ALL", "--die-with-parent"),
+        *("--new-session", "--ro-bind", "/usr", "/usr", "--symlink", "usr/bin", "/bin"),
+        *("--symlink", "usr/lib", "/lib", "--symlink", "usr/lib64", "/lib64", "--proc", "/proc"),
+        *("--dev", "/dev", "--tmpfs", "/tmp", "true"),
+    ]
 
 
-def raw(runtime: str, place: Path, number: int) -> tuple[float, float]:
-    """Seconds of one `run`, and processor seconds."""
-    words = [runtime, "--root", str(place / "state"), "run", "--no-new-keyring"]
-    # crun stops at a mix of control group versions; ringfence hides them from it
-    hide = "umount /sys/fs/cgroup/unified 2>/dev/null; " if runtime.endswith("crun") else ""
-    words = [*words, "--bundle", str(place / "bundle"), f"bench-{os.getpid()}-{number}"]
-    if hide:
-        words = [
-            "unshare",
-            "-m",
-            "--propagation",
-            "private",
-            "sh",
-            "-c",
-            hide + 'exec "$@"',
-            "sh",
-            *words,
-        ]
-    start, before = time.perf_counter(), spent()
-    subprocess.run(words, check=True, stdin=subprocess.DEVNULL)
-    return time.perf_counter() - start, spent() - before
+def _raw_runtime(place: Path) -> list[str]:
+    prefix = Path(os.environ["RINGFENCE_RUNTIME"])
+    settings = place / "settings.json"
+    network = {"allowedDomains": ["example.com"], "deniedDomains": []}
+    files = {"denyRead": [], "allowWrite": ["/tmp"], "denyWrite": []}
+    settings.write_text(json.dumps({"network": network, "filesystem": files}))
+    client = prefix / "node_modules/@anthropic-ai/sandbox-runtime/dist/cli.js"
+    node = str(prefix / "node" / "bin" / "node")
+    return [*_AS_USER, node, str(client), "--settings", str(settings), "--", "true"]
 
 
-async def ours(backend: Backend, place: Path) -> tuple[float, float, float]:
-    """Seconds of a whole sandbox, and processor seconds; seconds of one more program in it."""
-    spec = SandboxSpec(
-        sandbox_id=new_id("sb"),
-        profile=SandboxProfile(),
-        workspace=place / "workspace",
-        state_dir=place / "state",
-    )
-    start, before = time.perf_counter(), spent()
-    sandbox = await backend.start(spec)
-    try:
-        code = await (await sandbox.exec(["true"])).wait()
-        whole, processor = time.perf_counter() - start, spent() - before
-        start = time.perf_counter()
-        code += await (await sandbox.exec(["true"])).wait()
-        more = time.perf_counter() - start
-    finally:
-        await sandbox.close()
-    if code:
-        raise RuntimeError("the program failed")
-    return whole, processor, more
+RAW: dict[str, Callable[[Path], list[str]]] = {"bubblewrap": _raw_bwrap, "runtime": _raw_runtime}
+"""Command line of the raw tool; a technology without one is measured alone."""
 
 
-async def compare(runtime: str, rounds: int) -> dict[str, list[float]]:
-    """Times of both, alternating."""
-    kinds = ("raw", "ours", "one more", "raw cpu", "ours cpu")
-    times: dict[str, list[float]] = {name: [] for name in kinds}
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
-        place = Path(name)
-        for one in ("workspace", "state"):
-            (place / one).mkdir(mode=0o700)
-        bundle(place)
-        backend = ContainerBackend(state_dir=place / "state", engine=runtime)
-        backend.warm()
-        program = str(shutil.which(runtime, path=PATHS))
-        try:
-            for number in range(rounds + 1):
-                await asyncio.sleep(0.8)  # a worker's spare launcher is ready again
-                whole, processor, more = await ours(backend, place)
-                plain, cpu = await asyncio.to_thread(raw, program, place, number)
-                if number:  # the first round warms the page cache
-                    times["ours"].append(whole)
-                    times["one more"].append(more)
-                    times["raw"].append(plain)
-                    times["ours cpu"].append(processor)
-                    times["raw cpu"].append(cpu)
-        finally:
-            await backend.close()
-    return times
+def raw_seconds(argv: list[str], place: Path) -> float:
+    start = time.perf_counter()
+    subprocess.run(argv, check=True, capture_output=True, cwd=place, env={"PATH": os.defpath})
+    return time.perf_counter() - start
+
+
+def _show(name: str, what: str, times: dict[str, list[float]]) -> None:
+    medians = {side: statistics.median(values) for side, values in times.items() if values}
+    line = "   ".join(f"{side} {value * 1000:6.0f} ms" for side, value in medians.items())
+    if len(medians) == 2:
+        ours, beside = medians.values()
+        line += f"   ratio {ours / beside:.2f}"
+    print(f"{name:<11} {what:<7} {line}", flush=True)
+
+
+async def trues(name: str, backend: Backend, place: Path, rounds: int) -> None:
+    """`true`, ours and raw in turn."""
+    accepted = {s.control.value for s in backend.probe(SandboxProfile()) if not s.enforced}
+    profile = SandboxProfile(accept_unenforced=frozenset(accepted))
+    (workspace := place / f"workspace-{name}").mkdir()
+    argv = RAW[name](place) if name in RAW else None
+    times: dict[str, list[float]] = {"ours": [], "raw": []}
+    for number in range(rounds + 1):
+        seconds = await once(backend, profile, workspace, place / "state")
+        beside = raw_seconds(argv, place) if argv else None
+        if number:  # the first round fills caches
+            times["ours"].append(seconds)
+            times["raw"] += [beside] if beside is not None else []
+    _show(name, "true", times)
+
+
+async def claudes(name: str, entry: Door, rounds: int) -> None:
+    """claude to its first model request, fenced and bare in turn."""
+    times: dict[str, list[float]] = {"ours": [], "bare": []}
+    async with station(entry.url, isolation=name) as (one, workspace):
+        for number in range(rounds + 1):
+            for side, values in times.items():
+                entry.came.clear()
+                entry.asked.clear()
+                start = time.perf_counter()
+                if side == "ours":
+                    control = RunControl()
+                    work = fenced(one, workspace, control, isolation=name)
+                    run = asyncio.get_running_loop().create_task(work)
+                    await asyncio.to_thread(entry.came.wait, 60)
+                    control.cancel()
+                    await run
+                else:
+                    with tempfile.TemporaryDirectory() as config_dir:
+                        await bare(entry.url, workspace, Path(config_dir), entry.came)
+                if number and entry.asked:
+                    values.append(entry.asked[0] - start)
+    _show(name, "claude", times)
+
+
+async def run(rounds: int) -> None:
+    """All that this machine can start; the others by name, with the reason."""
+    with tempfile.TemporaryDirectory(prefix="ringfence-bench-") as scratch, door() as entry:
+        place = Path(scratch)
+        place.chmod(0o755)  # the raw tools run as another user
+        (place / "state").mkdir(mode=0o700)
+        prefix = os.environ.get("RINGFENCE_RUNTIME")
+        runtime = Path(prefix) if prefix else None
+        known = backends(Config(state_dir=place / "state", runtime=runtime))
+        for name in TECHNOLOGIES:
+            state = known.availability(name, SandboxProfile())
+            if state.problem and "enforce" not in state.problem:
+                print(f"{name:<11} skipped: {state.problem}")
+                continue
+            try:
+                await trues(name, known.get(name), place, rounds)
+                await claudes(name, entry, max(1, rounds // 2))
+            except RingfenceError as error:
+                print(f"{name:<11} failed: {error.message}")
+        await known.close()
 
 
 def main(arguments: list[str]) -> None:
     """Entry."""
-    if os.geteuid() != 0:
-        print("the raw tools need root for the same rules: left out")
-        return
-    rounds = int(arguments[0]) if arguments else 15
-    summary: Callable[[list[float]], float] = statistics.median
-    for runtime in RUNTIMES:
-        if shutil.which(runtime, path=PATHS) is None:
-            print(f"{runtime}: apt-get install {runtime}")
-            continue
-        times = asyncio.run(compare(runtime, rounds))
-        for name, values in times.items():
-            beside = times["raw cpu" if name.endswith("cpu") else "raw"]
-            base = summary(beside)
-            print(
-                f"{runtime} {name:9} median {summary(values) * 1000:5.0f} ms   best "
-                f"{min(values) * 1000:5.0f} ms   {summary(values) / base:.2f}x of raw, best to "
-                f"best {min(values) / min(beside):.2f}x (target 1.20)"
-            )
+    asyncio.run(run(int(arguments[0]) if arguments else 10))
 
 
 if __name__ == "__main__":

@@ -64,15 +64,11 @@ def events() -> str:
 
 def controls() -> str:
     import importlib
-    import pkgutil
 
-    from ringfence import sandbox
     from ringfence.sandbox.protocol import REQUIRED, Control
+    from ringfence.wiring import technologies
 
-    modules = [
-        importlib.import_module(f"ringfence.sandbox.{module.name}")
-        for module in pkgutil.iter_modules(sandbox.__path__)
-    ]
+    modules = [importlib.import_module(f"ringfence.sandbox.{name}") for name in technologies()]
     lines = ["# Controls, and what holds them", ""]
     lines += ["What each isolation does for each control, in the words of its own probe.", ""]
     lines += ["| control | isolation | how it is enforced | when it cannot be | and then |"]

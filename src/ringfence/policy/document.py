@@ -431,14 +431,9 @@ class Audit(Section):
 
 
 class Isolation(Section):
-    """The technology.
-
-    Attributes:
-        backend: its name, or `auto`: what fits `threat_model` best of what this host can run, and
-            nothing weaker than it asks for. By default `auto` under a threat model, else
-            bubblewrap.
-        threat_model: who could attack.
-        engine: what makes containers, for the backend `container`; `auto` takes the first found.
+    """The technology by name; `auto`, the default under a `threat_model`, takes what fits that best
+    of what this host can run, and nothing weaker. Without either it is bubblewrap.
+    `engine` is what makes containers; `auto` takes the first found.
     """
 
     backend: Literal["auto", "bubblewrap", "runtime", "container", "gvisor", "microvm"] | None = (

@@ -48,7 +48,7 @@ async def measure(backend: Backend, state_dir: Path) -> StartUp:
     times: list[float] = []
     with tempfile.TemporaryDirectory(prefix="ringfence-measure-") as workspace:
         for turn in range(RUNS + 1):
-            seconds = await _once(backend, profile, Path(workspace), state_dir)
+            seconds = await once(backend, profile, Path(workspace), state_dir)
             if turn or seconds > LONG_SECONDS:
                 times.append(seconds)
             if seconds > LONG_SECONDS:
@@ -61,9 +61,10 @@ async def measure(backend: Backend, state_dir: Path) -> StartUp:
     )
 
 
-async def _once(
+async def once(
     backend: Backend, profile: SandboxProfile, workspace: Path, state_dir: Path
 ) -> float:
+    """Seconds from the wish to the end of `true`."""
     name = "sb_" + "".join(secrets.choice(_ALPHABET) for _ in range(26))
     began = time.perf_counter()
     sandbox = await backend.start(
