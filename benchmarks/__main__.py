@@ -1,15 +1,16 @@
-"""`python -m benchmarks [audit|egress|spawn|memory] …`: all of them by default."""
+"""`python -m benchmarks [audit|egress|spawn|isolation|memory] …`: all of them by default."""
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks import audit, egress, memory, spawn
+from benchmarks import audit, egress, isolation, memory, spawn
 
 ALL = {
     "audit": audit.main,
     "egress": lambda: egress.main([]),
     "spawn": lambda: spawn.main([]),
+    "isolation": lambda: isolation.main([]),
     "memory": lambda: memory.main([]),
 }
 

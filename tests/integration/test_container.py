@@ -19,9 +19,12 @@ import pytest
 from ringfence.errors import UnavailableError
 from ringfence.model import WorkspaceMode
 from ringfence.policy.compiled import Limits, SandboxProfile
-from ringfence.sandbox import cgroups, container
+from ringfence.sandbox import cgroups, container, hostfacts
 from ringfence.sandbox.container import ContainerBackend
+from ringfence.sandbox.launcher import rehearse
+from ringfence.sandbox.profile import PATH, bare_plan
 from ringfence.sandbox.protocol import Control, Sandbox, SandboxSpec
+from ringfence.sandbox.staged import Program
 from ringfence.testing.sandbox_contract import shell
 from ringfence.worker.ids import new_id
 
@@ -204,6 +207,24 @@ def test_a_group_that_was_not_joined_is_seen(monkeypatch: pytest.MonkeyPatch) ->
     own = [line.rpartition("/")[2] for line in Path("/proc/self/cgroup").read_text().splitlines()]
     assert phase._groups(os.getpid(), [f"/x/{name}" for name in own]) == []
     assert phase._groups(os.getpid(), ["/x/elsewhere"]) == ["it is in 0 of its 1 control groups"]
+
+
+@pytest.mark.root
+def test_the_hosts_root_never_runs_a_container(engine: str) -> None:
+    """Whatever a plan says; the same plan with a block of its own ids works."""
+    facts = hostfacts.empty_place(3_001_000)
+    runtime = container.find_runtime(engine, as_root=True)
+    rules = SandboxProfile(workspace_mode=WorkspaceMode.READONLY)
+    program = Program(["true"], {"PATH": PATH}, "/")
+    plan = {
+        **container.container_plan(runtime, rules, facts, program),
+        "cgroups": [],
+        "rlimits": {},
+        "parent": os.getpid(),
+    }
+    place = {**bare_plan(facts), "files": {"etc/hostname": "sandbox\n"}}
+    assert rehearse(place, plan) is None
+    assert "host's root" in str(rehearse(place, {**plan, "map": [[0, 0, 65536]]}))
 
 
 # --- engines

@@ -74,6 +74,24 @@ def test_a_uid_is_lent_once_a_host(tmp_path: Path) -> None:
         hostfacts.lease_uid(range(1), tmp_path)
 
 
+def test_blocks_of_ids_are_nobodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those that a user may become by /etc/subuid; what it does not list is lent."""
+    file = tmp_path / "subuid"
+    file.write_text("# none\nsomebody:3005000:10\nbroken\n")
+    real = hostfacts.subordinate_ids
+    assert real(file) == [range(3_005_000, 3_005_010)]
+    assert real(tmp_path / "absent") == []
+    monkeypatch.setattr(hostfacts, "subordinate_ids", lambda _: real(file))
+    lease = hostfacts.lease_uid(range(3_001_000, 4_000_000, 65_536), tmp_path / "leases")
+    # where in a block the uid stands is not known here: neither of the two that may hold it
+    assert lease.uid == 3_001_000 + 2 * 65_536
+    lease.release()
+    monkeypatch.setattr(hostfacts, "subordinate_ids", lambda _: [])
+    lease = hostfacts.lease_uid(range(3_001_000, 4_000_000, 65_536), tmp_path / "leases")
+    assert lease.uid == 3_001_000
+    lease.release()
+
+
 @pytest.mark.root
 def test_sandboxes_of_two_state_directories_have_two_uids(tmp_path: Path) -> None:
     async def work() -> set[int]:

@@ -17,7 +17,7 @@ from ringfence.sandbox import seccomp
 from ringfence.sandbox.hostfiles import classify
 from ringfence.sandbox.profile import HostFacts, Tools, enclose_options, prepare_plan, shown_paths
 from ringfence.sandbox.protocol import Change, ChangeKind
-from ringfence.sandbox.syscalls import AARCH64, X86_64
+from ringfence.sandbox.syscalls import AARCH64, RULED, X86_64
 from ringfence.sandbox.workspace import MAX_MASKS, Patterns, Scan, scan
 
 ALLOW, KILL = 0x7FFF0000, 0x80000000
@@ -353,3 +353,33 @@ def test_files_that_run_later(path: str, expected: str) -> None:
     )
     found = classify(change)
     assert ("held" if found and found.held else "advice" if found else "") == expected
+
+
+# --- the filter as an OCI profile
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=12), st.integers(0, 2**32 - 1))
+def test_all_but_a_few_numbers(values: list[int], other: int) -> None:
+    """Each number but these is matched exactly once, whatever stands in the upper half."""
+    pairs = list(seccomp.all_but(values))
+    for number in (*values, other, *(value ^ 1 for value in values)):
+        for upper in (0, 0xDEAD << 32):
+            hits = sum((number | upper) & mask == value for mask, value in pairs)
+            assert hits == (number not in values)
+
+
+@pytest.mark.parametrize("machine", seccomp.ARCHITECTURES)
+def test_the_profile_names_what_the_filter_allows(machine: str) -> None:
+    profile = seccomp.oci(machine)
+    assert profile["defaultAction"] == "SCMP_ACT_ERRNO"
+    assert len(profile["architectures"]) == 1
+    plain, *ruled = profile["syscalls"]
+    calls = seccomp.ARCHITECTURES[machine].calls
+    assert set(plain["names"]) == set(calls) - RULED
+    assert {one["names"][0] for one in ruled} == RULED & set(calls)
+    allowed = [one for one in ruled if one["action"] == "SCMP_ACT_ALLOW"]
+    assert all(one["args"] for one in allowed)
+    for one in allowed:
+        # more than one test of an argument would be taken as "or"
+        indexes = [test["index"] for test in one["args"]]
+        assert len(indexes) == len(set(indexes))

@@ -103,6 +103,7 @@ def container_plan(
         "map": block_map(facts),
         "runtime": [str(runtime), *before],
         "create": list(create),
+        "gate": "exec.fifo" if runtime.name == "runc" else "",
         "hide_control_groups": runtime.name == "crun",
         "links": dict(facts.links),
         "config": json.dumps(settings, ensure_ascii=True),

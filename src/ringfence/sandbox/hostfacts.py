@@ -129,13 +129,17 @@ UID_LEASES = Path("/run/ringfence/uids")
 
 def lease_uid(uids: range, directory: Path = UID_LEASES) -> UidLease:
     """First uid of the range that no account has and nobody holds, by flock on a file of its own.
+    A range with a step lends blocks of that many ids; none touches what /etc/subuid lends to users,
+    who could become those ids.
 
     Raises:
         UnavailableError: `sandbox-start-failed` when all are held.
     """
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    lent = subordinate_ids(Path("/etc/subuid"))
     for uid in uids:
-        if _has_account(uid):
+        block = range(uid - uids.step + 1, uid + uids.step)
+        if _has_account(uid) or any(r.start < block.stop and block.start < r.stop for r in lent):
             continue
         descriptor = os.open(directory / str(uid), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -145,6 +149,16 @@ def lease_uid(uids: range, directory: Path = UID_LEASES) -> UidLease:
             continue
         return UidLease(uid, descriptor)
     raise UnavailableError("sandbox-start-failed", "every uid of the range is in use")
+
+
+def subordinate_ids(file: Path) -> list[range]:
+    """What subuid(5) says; lines that it does not understand are skipped by its users too."""
+    found = []
+    for line in file.read_text().splitlines() if file.exists() else ():
+        _, first, count = [*line.split(":"), "", ""][:3]
+        if first.strip().isdigit() and count.strip().isdigit():
+            found.append(range(int(first), int(first) + int(count)))
+    return found
 
 
 def _has_account(uid: int) -> bool:

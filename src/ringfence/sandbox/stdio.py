@@ -63,7 +63,7 @@ class SocketProcess:
             await self._ended
             words = self._tail.decode("utf-8", "replace").strip().splitlines()
             raise UnavailableError(
-                "sandbox-start-failed", words[-1] if words else "bubblewrap ended without a word"
+                "sandbox-start-failed", words[-1] if words else "it ended without a word"
             )
         with contextlib.suppress(ProcessLookupError):
             self._init = os.pidfd_open(int(json.loads(first)["child-pid"]))
