@@ -1,6 +1,6 @@
 """A program's start in each isolation technology, beside the raw tool with the same rules.
 
-`python -m benchmarks.container [rounds]`. The raw side of a container is `RUNTIME run` with the
+`python -m benchmarks.container [rounds [runtime …]]`. The raw side of a container is `RUNTIME run` with the
 very configuration that ringfence gave its own, run by root; ours makes the place, joins the
 control groups, reads everything back and throws it all away.
 """
@@ -25,6 +25,7 @@ from typing import Any
 from ringfence.policy.compiled import SandboxProfile
 from ringfence.sandbox import hostfacts, oci, seccomp
 from ringfence.sandbox.container import RUNTIMES, ContainerBackend
+from ringfence.sandbox.gvisor import FLAGS, GvisorBackend
 from ringfence.sandbox.profile import PATH
 from ringfence.sandbox.protocol import Backend, SandboxSpec
 from ringfence.worker.ids import new_id
@@ -39,7 +40,7 @@ def spent() -> float:
     return own.ru_utime + own.ru_stime + others.ru_utime + others.ru_stime
 
 
-def bundle(place: Path) -> Path:
+def bundle(place: Path, runtime: str) -> Path:
     """A bundle for the raw tool: the same mounts, namespaces and filter over plain directories."""
     stage = place / "stage"
     for name in ("etc", "tmp", "shm", "home", "workspace"):
@@ -60,6 +61,9 @@ def bundle(place: Path) -> Path:
             )
         ).replace(facts.stage + "/", f"{stage}/")
     )
+    if runtime == "runsc":
+        # it takes no filter here, because ours is not set by it either, and no network of ours
+        del settings["linux"]["seccomp"]
     lines = [{"containerID": 0, "hostID": BLOCK, "size": 65536}]
     settings["linux"] |= {"uidMappings": lines, "gidMappings": lines}
     root = place / "bundle" / "rootfs"
@@ -75,7 +79,9 @@ def bundle(place: Path) -> Path:
 
 def raw(runtime: str, place: Path, number: int) -> tuple[float, float]:
     """Seconds of one `run`, and processor seconds."""
-    words = [runtime, "--root", str(place / "state"), "run", "--no-new-keyring"]
+    gvisor = runtime.endswith("runsc")
+    words = [runtime, "--root", str(place / "state"), *(FLAGS if gvisor else ())]
+    words += ["run"] if gvisor else ["run", "--no-new-keyring"]
     # crun stops at a mix of control group versions; ringfence hides them from it
     hide = "umount /sys/fs/cgroup/unified 2>/dev/null; " if runtime.endswith("crun") else ""
     words = [*words, "--bundle", str(place / "bundle"), f"bench-{os.getpid()}-{number}"]
@@ -127,8 +133,12 @@ async def compare(runtime: str, rounds: int) -> dict[str, list[float]]:
         place = Path(name)
         for one in ("workspace", "state"):
             (place / one).mkdir(mode=0o700)
-        bundle(place)
-        backend = ContainerBackend(state_dir=place / "state", engine=runtime)
+        bundle(place, runtime)
+        backend: Backend = (
+            GvisorBackend(state_dir=place / "state")
+            if runtime == "runsc"
+            else ContainerBackend(state_dir=place / "state", engine=runtime)
+        )
         backend.warm()
         program = str(shutil.which(runtime, path=PATHS))
         try:
@@ -154,7 +164,7 @@ def main(arguments: list[str]) -> None:
         return
     rounds = int(arguments[0]) if arguments else 15
     summary: Callable[[list[float]], float] = statistics.median
-    for runtime in RUNTIMES:
+    for runtime in arguments[1:] or (*RUNTIMES, "runsc"):
         if shutil.which(runtime, path=PATHS) is None:
             print(f"{runtime}: apt-get install {runtime}")
             continue
