@@ -131,13 +131,27 @@ class Place:
         try:
             await self._start()
         except BaseException:
-            await asyncio.shield(self.close())
+            await self._closed()
             raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """End everything, however often the person presses Ctrl-C."""
-        await asyncio.shield(self.close())
+        await self._closed()
+
+    async def _closed(self) -> None:
+        """Wait for the whole of `close`, and let a cancellation that comes meanwhile be heard
+        after it: a shield alone would leave it to run on, and to be cut off with the loop.
+        """
+        closing, cancelled = asyncio.ensure_future(self.close()), False
+        while not closing.done():
+            try:
+                await asyncio.wait({closing})
+            except asyncio.CancelledError:
+                cancelled = True
+        closing.result()
+        if cancelled:
+            raise asyncio.CancelledError
 
     async def close(self) -> None:
         """End sandboxes, processes and listeners and remove the directory. Idempotent."""
