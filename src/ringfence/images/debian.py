@@ -121,8 +121,11 @@ def command(suite: str, packages: Iterable[str], *, tar: Path, sources_file: Pat
     """Argv of mmdebstrap. As root it mounts in a namespace of its own; anyone else's run is a
     user namespace with the ids of /etc/subuid, where packages' scripts hold no right of the host.
     """
+    # a mount namespace as root: a kill leaves no mount on the host that clearing would walk into
+    apart = ["unshare", "--mount", "--propagation", "private", "--"]
     options = ['Apt::Install-Recommends "false"', *apt_options()]
     return [
+        *(apart if os.geteuid() == 0 else []),
         "mmdebstrap",
         f"--mode={'root' if os.geteuid() == 0 else 'unshare'}",
         "--variant=essential",
