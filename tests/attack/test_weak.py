@@ -23,7 +23,7 @@ from fence import PROFILE
 from ringfence.check.finding import Outcome, exit_status
 from ringfence.check.live import Attack
 from ringfence.check.probes.definition import Probe, Twin, built_in
-from ringfence.sandbox import profile
+from ringfence.sandbox import bubblewrap, profile
 from ringfence.sandbox.bubblewrap import BubblewrapBackend
 
 Weaken = Callable[[Any, Any], None]
@@ -74,7 +74,7 @@ def options(
             found = change(found, facts)
         return found
 
-    monkeypatch.setattr(profile, "enclose_options", changed)
+    monkeypatch.setattr(bubblewrap, "enclose_options", changed)
     return changes
 
 

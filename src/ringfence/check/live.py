@@ -121,8 +121,10 @@ class Attack:
     def _unless(self, probe: Probe) -> str:
         if probe.unless == "tmp_exec" and self._profile.tmp_exec:
             return "the policy lets programs run from /tmp and the home"
-        if probe.unless == "guest_root" and self._name in {"gvisor", "microvm"}:
+        if probe.unless == "guest_root" and self._name in _OWN_KERNEL:
             return "ids inside are those of a kernel of its own"
+        if probe.unless == "own_clock" and self._name in _OWN_KERNEL:
+            return "a kernel of its own counts processor time as it likes; the host limits it"
         return ""
 
     def _settle_unasked(self) -> None:
@@ -279,6 +281,7 @@ async def _confirmed(twins: Twins, probe: Probe) -> str:
         return f"what must work beside it broke: {_words(error)}"
 
 
+_OWN_KERNEL = frozenset({"gvisor", "microvm"})
 _ONLY_A_LIMIT = {"LIM-04": Control.CPU}
 
 

@@ -52,7 +52,7 @@ class _Row(BaseModel):
     alone: bool = False
     limits: bool = False
     agent: bool = False
-    unless: Literal["tmp_exec", "guest_root"] | None = None
+    unless: Literal["tmp_exec", "guest_root", "own_clock"] | None = None
 
 
 class _Family(BaseModel):
