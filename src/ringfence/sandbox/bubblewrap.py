@@ -21,7 +21,7 @@ from ringfence.model import WorkspaceMode
 from ringfence.policy.compiled import SandboxProfile
 from ringfence.sandbox import cgroups, hostfacts, profile, seccomp
 from ringfence.sandbox.frames import send_frame
-from ringfence.sandbox.launcher import Launcher, Spare, alive, prepare
+from ringfence.sandbox.launcher import Launcher, Spare, alive, attach, prepare
 from ringfence.sandbox.overlay import read_changes
 from ringfence.sandbox.protocol import (
     INSIDE_HOME,
@@ -30,6 +30,7 @@ from ringfence.sandbox.protocol import (
     Control,
     ControlState,
     SandboxSpec,
+    WaitingSpec,
     stopping,
 )
 from ringfence.sandbox.safeopen import (
@@ -38,8 +39,8 @@ from ringfence.sandbox.safeopen import (
     printable_path,
     read_regular,
 )
-from ringfence.sandbox.stdio import SocketProcess
-from ringfence.sandbox.workspace import Scan, scan
+from ringfence.sandbox.stdio import SocketProcess, hang_up
+from ringfence.sandbox.workspace import scan
 
 
 class BubblewrapBackend:
@@ -90,6 +91,14 @@ class BubblewrapBackend:
 
     async def start(self, spec: SandboxSpec) -> BubblewrapSandbox:
         """See the protocol."""
+        return await self._start(spec)
+
+    async def start_waiting(self, spec: WaitingSpec) -> BubblewrapSandbox:
+        """See the protocol."""
+        profile.refuse_waiting(spec.profile)
+        return await self._start(spec)
+
+    async def _start(self, spec: SandboxSpec | WaitingSpec) -> BubblewrapSandbox:
         states = self.probe(spec.profile)
         _refuse_unenforceable(states, spec.profile)
         return await BubblewrapSandbox.start(spec, states, self._uids, self._state_dir, self._spare)
@@ -136,60 +145,58 @@ class BubblewrapSandbox:
 
     def __init__(
         self,
-        spec: SandboxSpec,
+        spec: SandboxSpec | WaitingSpec,
         facts: profile.HostFacts,
-        found: Scan,
         lease: hostfacts.UidLease | None,
         groups: cgroups.Groups,
         controls: Sequence[ControlState],
         launcher: Launcher,
+        spare: Spare,
         handles: list[int],
     ) -> None:
-        self._spec, self._facts, self._scan = spec, facts, found
+        self._spec, self._facts, self._spare = spec, facts, spare
         self._lease, self._groups, self._controls = lease, groups, controls
         self._ready: Launcher | None = launcher
         self._mnt, self._net, self._user, self._listener = handles[:4]
-        self._workspace, self._lower, self._upper, self._home, self._tmp = handles[4:]
-        # by the kernel's own clock, which stamps the workspace's files too
-        self._begun_ns = os.fstat(self._upper).st_ctime_ns
+        # the workspace and what lies below its copy-on-write view; empty while it waits for one
+        self._views, (self._upper, self._home, self._tmp) = handles[4:-3], handles[-3:]
+        self._begun()
         self._processes: set[SocketProcess] = set()
         self._seccomp = os.memfd_create("seccomp", os.MFD_CLOEXEC)
         os.write(self._seccomp, seccomp.build(platform.machine()))
         self._stopped = self._closed = False
 
+    def _begun(self) -> None:
+        # by the kernel's own clock, which stamps the workspace's files too
+        self._begun_ns = os.fstat(self._upper).st_ctime_ns
+
     @classmethod
     async def start(
         cls,
-        spec: SandboxSpec,
+        spec: SandboxSpec | WaitingSpec,
         states: Sequence[ControlState],
         uids: range,
         state_dir: Path,
         spare: Spare,
     ) -> BubblewrapSandbox:
-        """Look at the workspace, prepare the place, set the limits."""
-        refuse_workspace(spec.workspace, state_dir)
-        workspace_fd = _open_workspace(spec.workspace)
+        """Look at the workspace if there is one, prepare the place, set the limits."""
+        path = spec.workspace if isinstance(spec, SandboxSpec) else None
+        held = [] if path is None else [_open_workspace(path, state_dir)]
         lease = hostfacts.lease_uid(uids) if os.geteuid() == 0 else None
         groups = None
         try:
-            found = await asyncio.to_thread(
-                scan,
-                workspace_fd,
-                spec.profile.hidden,
-                shown=spec.profile.shown,
-                always=_always_masked(spec.profile, spec.workspace),
-            )
             facts = await asyncio.to_thread(
-                hostfacts.gather, spec, found, lease.uid if lease else os.getuid(), state_dir
+                hostfacts.gather_waiting, spec, lease.uid if lease else os.getuid(), state_dir
             )
+            if path is not None:
+                facts = await _look_at(facts, spec.profile, path, held[0])
             hierarchy = cgroups.discover()
             cgroups.sweep(hierarchy)
             groups = cgroups.Groups(hierarchy, spec.sandbox_id)
-            limits = {state.control: state for state in groups.make(spec.profile.limits)}
-            controls = [limits.get(state.control, state) for state in states]
+            controls = _read_back(states, groups.make(spec.profile.limits))
             launcher = spare.take()
-            plan = profile.prepare_plan(spec.profile, facts)
-            handles = await prepare(launcher, plan, workspace_fd)
+            plan = profile.prepare_plan(spec.profile, facts, waiting=path is None)
+            handles = await prepare(launcher, plan, held)
         except BaseException:
             if groups is not None:
                 groups.remove()
@@ -197,15 +204,33 @@ class BubblewrapSandbox:
                 lease.release()
             raise
         finally:
-            os.close(workspace_fd)
-        sandbox = cls(spec, facts, found, lease, groups, controls, launcher, handles)
+            for descriptor in held:
+                os.close(descriptor)
+        sandbox = cls(spec, facts, lease, groups, controls, launcher, spare, handles)
         try:
-            files = spec.home_files or {}
+            files = (spec.home_files if isinstance(spec, SandboxSpec) else None) or {}
             await sandbox.copy_in({f"{INSIDE_HOME}/{k}": v for k, v in files.items()})
         except BaseException:
             await asyncio.shield(sandbox.close())
             raise
         return sandbox
+
+    async def attach(self, workspace: Path) -> None:
+        """See the protocol."""
+        if self._stopped or self._views:
+            raise UnavailableError("sandbox-start-failed", "the sandbox waits for no workspace")
+        rules = self._spec.profile
+        descriptor = _open_workspace(workspace, self._spec.state_dir)
+        try:
+            self._controls = _read_back(self._controls, self._groups.read_back(rules.limits))
+            self._facts = await _look_at(self._facts, rules, workspace, descriptor)
+            plan = profile.attach_plan(rules, self._facts)
+            handed = [descriptor, self._mnt, self._user]
+            self._views = await attach(self._spare.take(), plan, handed)
+        finally:
+            os.close(descriptor)
+        hang_up(self._listener)
+        self._begun()
 
     @property
     def sandbox_id(self) -> str:
@@ -318,7 +343,9 @@ class BubblewrapSandbox:
         return data
 
     def _place(self, path: str) -> tuple[int, str]:
-        places = {INSIDE_WORKSPACE: self._workspace, INSIDE_HOME: self._home, "/tmp": self._tmp}  # noqa: S108
+        places = {INSIDE_HOME: self._home, "/tmp": self._tmp}  # noqa: S108
+        if self._views:
+            places[INSIDE_WORKSPACE] = self._views[0]
         for prefix, descriptor in places.items():
             if path.startswith(prefix + "/"):
                 relative = path[len(prefix) + 1 :]
@@ -354,10 +381,10 @@ class BubblewrapSandbox:
         """See the protocol."""
         if not self._stopped:
             raise CallerError("internal", "changes are read only after stop()")
-        if self._spec.profile.workspace_mode is not WorkspaceMode.REVIEW:
+        if self._spec.profile.workspace_mode is not WorkspaceMode.REVIEW or not self._views:
             return Changes()
         return await asyncio.to_thread(
-            read_changes, self._lower, self._upper, begun_ns=self._begun_ns
+            read_changes, self._views[1], self._upper, begun_ns=self._begun_ns
         )
 
     async def close(self) -> None:
@@ -368,11 +395,30 @@ class BubblewrapSandbox:
         self._closed = True
         for descriptor in (
             *(self._mnt, self._net, self._user, self._listener, self._seccomp),
-            *(self._workspace, self._lower, self._upper, self._home, self._tmp),
+            *(*self._views, self._upper, self._home, self._tmp),
         ):
             os.close(descriptor)
         if self._lease is not None:
             self._lease.release()
+
+
+def _read_back(states: Sequence[ControlState], read: Sequence[ControlState]) -> list[ControlState]:
+    limits = {state.control: state for state in read}
+    return [limits.get(state.control, state) for state in states]
+
+
+async def _look_at(
+    facts: profile.HostFacts, rules: SandboxProfile, workspace: Path, descriptor: int
+) -> profile.HostFacts:
+    """The facts with what must be masked of the workspace (requirement E)."""
+    found = await asyncio.to_thread(
+        scan,
+        descriptor,
+        rules.hidden,
+        shown=rules.shown,
+        always=_always_masked(rules, workspace),
+    )
+    return hostfacts.with_workspace(facts, rules, workspace, found)
 
 
 _BASE_ENVIRONMENT = {
@@ -447,7 +493,8 @@ def refuse_workspace(path: Path, state_dir: Path) -> None:
         )
 
 
-def _open_workspace(path: Path) -> int:
+def _open_workspace(path: Path, state_dir: Path) -> int:
+    refuse_workspace(path, state_dir)
     try:
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:

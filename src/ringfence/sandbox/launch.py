@@ -1,10 +1,11 @@
 """Runs outside the sandbox, standard library only: makes the place, becomes bubblewrap.
 
 Started as `python -I -S launch.py N`, where N is the descriptor of a control socket. Frames
-with descriptors come in, one goes out. Two phases:
+with descriptors come in, one goes out. Three phases:
 
 prepare  makes the namespaces and the mounts and hands descriptors of them out: they live through
          the descriptors that the worker holds. The process then waits for the first exec.
+attach   puts the workspace into a place that was prepared without one, under programs that run.
 exec     enters them (it may stand there already), gives up every privilege and becomes
          bubblewrap, which encloses.
 
@@ -31,7 +32,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
-MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 32, 4096, 16384, 1 << 18
+MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE, MS_SHARED = 32, 4096, 16384, 1 << 18, 1 << 20
 OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC, AT_RECURSIVE, AT_EMPTY_PATH = 1, 0o2000000, 0x8000, 0x1000
 MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 0x4, 0x40
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
@@ -193,12 +194,7 @@ def send(control: socket.socket, value: Plan, descriptors: list[int] = []) -> No
 
 def prepare(plan: Plan, descriptors: list[int]) -> tuple[Plan, list[int]]:
     as_root, uid = plan["as_root"], plan["uid"]
-    workspace = descriptors[0]
-    owner = os.fstat(workspace)
-    idmap = idmap_namespace(owner.st_uid, owner.st_gid, uid) if as_root else -1
-    # unshare() moves root and cwd into the copied mount tree, but no other descriptor: the
-    # workspace travels as the working directory.
-    os.fchdir(workspace)
+    idmap = _enter_workspace(plan, descriptors[0]) if descriptors else -1
     enter_own_namespaces(as_root=as_root)
     listener = loopback_listener(plan["proxy_port"])
     # Every source is cloned, and every tool read, before the stage covers what it lies under.
@@ -207,21 +203,11 @@ def prepare(plan: Plan, descriptors: list[int]) -> tuple[Plan, list[int]]:
     stage = plan["stage"]
     mount("stage", stage, "tmpfs", MS_NOSUID | MS_NODEV, "size=16m,mode=0755")
     _scratch(plan, uid)
-    if copied:
-        try:
-            _copy_tree(f"{stage}/scratch/copy", uid)
-        except OSError as error:
-            message = f"the workspace has to be copied, under the disk limit: {error.strerror}"
-            raise OSError(error.errno, message) from None
-        mount(f"{stage}/scratch/copy", f"{stage}/lower", None, MS_BIND)
-    for tree, source in trees:
-        _attach(stage, tree, source)
+    _fill(plan, trees, copied=copied)
     _write_files(stage, {path: text.encode() for path, text in plan["files"].items()}, 0o644)
     _write_files(stage, tools, 0o755)
-    for overlay in plan["overlays"]:
-        _overlay(stage, overlay)
-    for place, path, kind in plan["masks"]:
-        _mask(stage, place, path, kind)
+    if plan["waiting"]:
+        _wait_for_workspace(stage)
     # An ordinary user's bubblewrap belongs to the uid inside, which finds it as /proc/1/exe; what
     # it could write there would run outside with the next program (CVE-2019-5736).
     mount("none", stage, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
@@ -231,9 +217,75 @@ def prepare(plan: Plan, descriptors: list[int]) -> tuple[Plan, list[int]]:
         os.open("/proc/self/ns/user", os.O_RDONLY | os.O_CLOEXEC),
         listener,
     ]
+    return {"ok": True}, out + _handles(plan)
+
+
+def attach(plan: Plan, descriptors: list[int]) -> tuple[Plan, list[int]]:
+    """The workspace is put together apart, its masks on it, and moved to its place in one step:
+    what waits inside sees nothing of it, or it whole.
+    """
+    workspace, mnt, user = descriptors
+    idmap = _enter_workspace(plan, workspace)
+    if not plan["as_root"]:
+        setns(user, CLONE_NEWUSER)
+    unshare(CLONE_NEWNS)
+    mount("none", "/", None, MS_REC | MS_PRIVATE)
+    trees, copied = _clone_all(plan, max(idmap, 0))
+    setns(mnt, CLONE_NEWNS)
+    os.fchdir(workspace)  # setns() has left it, and a copy is made of the working directory
+    stage = plan["stage"]
+    os.utime(f"{stage}/scratch/upper")  # from now on a change on the host is one during the run
+    _fill(plan, trees, copied=copied)
+    flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+    tree, place = os.open(f"{stage}/attached", flags), os.open(f"{stage}/workspace", flags)
+    move_mount(tree, place, "workspace")
+    return {"ok": True}, _handles(plan)
+
+
+def _enter_workspace(plan: Plan, workspace: int) -> int:
+    """unshare() moves root and cwd into the copied mount tree, but no other descriptor: the
+    workspace travels as the working directory. Returns the map of its owner, -1 for none.
+    """
+    owner = os.fstat(workspace)
+    as_root = plan["as_root"]
+    idmap = idmap_namespace(owner.st_uid, owner.st_gid, plan["uid"]) if as_root else -1
+    os.fchdir(workspace)
+    return idmap
+
+
+def _fill(plan: Plan, trees: list[tuple[int, Plan]], *, copied: bool) -> None:
+    stage = plan["stage"]
+    if copied:
+        try:
+            _copy_tree(f"{stage}/scratch/copy", plan["uid"])
+        except OSError as error:
+            message = f"the workspace has to be copied, under the disk limit: {error.strerror}"
+            raise OSError(error.errno, message) from None
+        mount(f"{stage}/scratch/copy", f"{stage}/lower", None, MS_BIND)
+    for tree, source in trees:
+        _attach(stage, tree, source)
+    for overlay in plan["overlays"]:
+        _overlay(stage, overlay)
+    for place, path, kind in plan["masks"]:
+        _mask(stage, place, path, kind)
+
+
+def _wait_for_workspace(stage: str) -> None:
+    """Until it is attached, an empty directory that nobody can write: what a program does in the
+    one it began in must fail, and not get lost. Shared, so that what is mounted there appears in
+    the namespaces of programs too; bubblewrap makes theirs slaves, and nothing comes back.
+    """
+    place = f"{stage}/workspace"
+    os.mkdir(f"{stage}/attached")
+    mount(f"{stage}/nothing", place, None, MS_BIND)
+    flags = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC
+    mount("none", place, None, MS_REMOUNT | MS_BIND | flags)
+    mount("none", place, None, MS_SHARED)
+
+
+def _handles(plan: Plan) -> list[int]:
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    out += [os.open(f"{stage}/{name}", flags) for name in plan["handles"]]
-    return {"ok": True}, out
+    return [os.open(f"{plan['stage']}/{name}", flags) for name in plan["handles"]]
 
 
 def _clone_all(plan: Plan, idmap: int) -> tuple[list[tuple[int, Plan]], bool]:
@@ -448,6 +500,10 @@ def main() -> int:
     os.umask(0o022)  # the caller's may shut the sandbox's uid out of the place made for it
     try:
         plan, descriptors = receive(control)
+        if plan["phase"] == "attach":
+            value, out = attach(plan, descriptors)
+            send(control, value, out)
+            return 0
         if plan["phase"] == "prepare":
             value, out = prepare(plan, descriptors)
             send(control, value, out)

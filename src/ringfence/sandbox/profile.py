@@ -1,8 +1,8 @@
 """Compiled rules and what the host has → the plan of a launch. PURE; golden files hold it.
 
-Two plans: `prepare_plan` is carried out by `launch.py` before anything of the agent runs,
-`enclose_options` are bubblewrap's. Both name paths of the stage, a file system that
-exists only in the sandbox's private mount namespace.
+`prepare_plan` is carried out by `launch.py` before anything of the agent runs, `attach_plan`
+where a sandbox waited without a workspace, and `enclose_options` are bubblewrap's. All name paths
+of the stage, a file system that exists only in the sandbox's private mount namespace.
 """
 
 from __future__ import annotations
@@ -182,12 +182,12 @@ def _masks(profile: SandboxProfile, facts: HostFacts) -> list[tuple[str, str, st
     return sorted(masks)
 
 
-def prepare_plan(profile: SandboxProfile, facts: HostFacts) -> dict[str, Any]:
-    """The plan of launch.py's first phase, JSON-shaped."""
-    direct = profile.workspace_mode is WorkspaceMode.DIRECT
-    read_only = profile.workspace_mode is WorkspaceMode.READONLY
-    sources = [_source("", "workspace" if direct else "lower", read_only=read_only, idmap=True)]
-    overlays = [] if direct else [_layer("lower", "workspace", writable=not read_only)]
+def prepare_plan(
+    profile: SandboxProfile, facts: HostFacts, *, waiting: bool = False
+) -> dict[str, Any]:
+    """The plan of launch.py's first phase, JSON-shaped; `waiting` leaves the workspace out."""
+    sources, overlays = ([], []) if waiting else _workspace(profile, "workspace")
+    handles = ["scratch/upper", "home", "tmp"]
     for index, (path, writable) in enumerate(shown_paths(profile, facts)):
         directory, target = facts.existing[path], f"shown/{index}"
         if directory and not writable:
@@ -213,8 +213,51 @@ def prepare_plan(profile: SandboxProfile, facts: HostFacts) -> dict[str, Any]:
         "disk_mb": profile.limits.disk_mb,
         "tmp_exec": profile.tmp_exec,
         "files": {**_ETC_FILES, "etc/ssl/certs/ca-certificates.crt": facts.ca_bundle},
-        "handles": ["workspace", "lower", "scratch/upper", "home", "tmp"],
+        "handles": handles if waiting else [*_WORKSPACE_HANDLES, *handles],
+        "waiting": waiting,
     }
+
+
+_WORKSPACE_HANDLES = ("workspace", "lower")
+
+
+def refuse_waiting(profile: SandboxProfile) -> None:
+    """Raise CallerError `profile-path-refused` where the place cannot be made before the workspace
+    is known: what is written to a path of the host belongs to the workspace's owner.
+    """
+    for path in profile.writable:
+        if not _is_workspace(path):
+            raise CallerError(
+                "profile-path-refused",
+                f"{path} is writable, so a sandbox cannot start before its workspace is known",
+                hint="such a run starts without the warm pool",
+            )
+
+
+def attach_plan(profile: SandboxProfile, facts: HostFacts) -> dict[str, Any]:
+    """The plan that puts the workspace, as `prepare_plan` would have, into a place without one."""
+    sources, overlays = _workspace(profile, "attached")
+    masks = _masks(profile, facts)
+    return {
+        "phase": "attach",
+        "stage": facts.stage,
+        "as_root": facts.as_root,
+        "uid": facts.uid,
+        "sources": sources,
+        "overlays": overlays,
+        "masks": [("attached", path, kind) for place, path, kind in masks if place == "workspace"],
+        "handles": list(_WORKSPACE_HANDLES),
+    }
+
+
+def _workspace(
+    profile: SandboxProfile, target: str
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Sources and overlays of the workspace; its own path is empty, see launch.py."""
+    direct = profile.workspace_mode is WorkspaceMode.DIRECT
+    read_only = profile.workspace_mode is WorkspaceMode.READONLY
+    source = _source("", target if direct else "lower", read_only=read_only, idmap=True)
+    return [source], [] if direct else [_layer("lower", target, writable=not read_only)]
 
 
 def bare_plan(facts: HostFacts) -> dict[str, Any]:
@@ -233,6 +276,7 @@ def bare_plan(facts: HostFacts) -> dict[str, Any]:
         "tmp_exec": False,
         "files": {},
         "handles": [],
+        "waiting": False,
     }
 
 

@@ -12,7 +12,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ringfence.policy.compiled import SandboxProfile
 
@@ -97,6 +97,21 @@ class SandboxSpec:
     egress_dir: Path | None = None
     claude: Path | None = None
     home_files: Mapping[str, bytes] | None = None
+    ca_certificate: bytes | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WaitingSpec:
+    """One sandbox to start before it is known for what: no workspace, no session's files.
+
+    Attributes: as those of `SandboxSpec`; `egress_dir` is empty, nothing listens there yet.
+    """
+
+    sandbox_id: str
+    profile: SandboxProfile
+    state_dir: Path
+    egress_dir: Path | None = None
+    claude: Path | None = None
     ca_certificate: bytes | None = None
 
 
@@ -229,6 +244,28 @@ class Sandbox(Protocol):
         ...
 
 
+class WaitingSandbox(Sandbox, Protocol):
+    """A started place without a workspace: /workspace is an empty directory that nobody can write.
+
+    Programs may be started in it, and then the workspace comes to them.
+    """
+
+    async def attach(self, workspace: Path) -> None:
+        """Put the workspace at /workspace, for the programs that run, too. Once.
+
+        What is masked, in which mode it is mounted and what is refused is as at `Backend.start`,
+        and `hidden` and `controls` are of this moment: every limit is read back again. What runs
+        inside sees nothing of the workspace, or it whole with its masks. A program that began in
+        /workspace still stands in the empty directory until it changes to that path again. Who
+        connected to the proxy's port before is hung up.
+
+        Raises:
+            UnavailableError: `sandbox-start-failed`; the sandbox is fit for nothing then.
+            CallerError: `workspace-missing`, `workspace-refused`.
+        """
+        ...
+
+
 class ChangeKind(StrEnum):
     """What happened to one path."""
 
@@ -307,4 +344,17 @@ class Backend(Protocol):
 
     async def close(self) -> None:
         """End what is kept ready. Sandboxes are closed apart. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class WaitingBackend(Backend, Protocol):
+    """A technology whose sandboxes can be started before their workspace is known."""
+
+    async def start_waiting(self, spec: WaitingSpec) -> WaitingSandbox:
+        """As `start`, without a workspace.
+
+        Raises:
+            CallerError: `profile-path-refused` also for a writable path beside the workspace.
+        """
         ...
