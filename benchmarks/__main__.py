@@ -1,16 +1,17 @@
-"""`python -m benchmarks [audit|egress|spawn|memory] …`: all of them by default."""
+"""`python -m benchmarks [audit|egress|spawn|memory|warm] …`: all of them by default."""
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks import audit, egress, memory, spawn
+from benchmarks import audit, egress, memory, spawn, warm
 
 ALL = {
     "audit": audit.main,
     "egress": lambda: egress.main([]),
     "spawn": lambda: spawn.main([]),
     "memory": lambda: memory.main([]),
+    "warm": lambda: warm.main([]),
 }
 
 

@@ -63,12 +63,16 @@ class RunLost(Event):
 
 
 class SandboxStarted(Event):
-    """A sandbox is up; `controls` is what the kernel said, not what flags asked."""
+    """A sandbox is up; `controls` is what the kernel said, not what flags asked. A `warm` one was
+    started before its run, which it is handed to by this record, and waited `waited_ms`.
+    """
 
     type: Literal["sandbox.started"] = "sandbox.started"
     isolation: str
     controls: dict[str, bool]
     hidden_files: int = 0
+    warm: bool = False
+    waited_ms: float = 0.0
 
 
 class SandboxStopped(Event):

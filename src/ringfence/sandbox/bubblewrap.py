@@ -158,7 +158,8 @@ class BubblewrapSandbox:
         self._lease, self._groups, self._controls = lease, groups, controls
         self._ready: Launcher | None = launcher
         self._mnt, self._net, self._user, self._listener = handles[:4]
-        # the workspace and what lies below its copy-on-write view; empty while it waits for one
+        # the workspace, what lies below its copy-on-write view, the gate of one that came late;
+        # empty while it waits for one
         self._views, (self._upper, self._home, self._tmp) = handles[4:-3], handles[-3:]
         self._begun()
         self._processes: set[SocketProcess] = set()
@@ -195,7 +196,8 @@ class BubblewrapSandbox:
             groups = cgroups.Groups(hierarchy, spec.sandbox_id)
             controls = _read_back(states, groups.make(spec.profile.limits))
             launcher = spare.take()
-            plan = profile.prepare_plan(spec.profile, facts, waiting=path is None)
+            waiting = spec.placeholders if isinstance(spec, WaitingSpec) else None
+            plan = profile.prepare_plan(spec.profile, facts, waiting=waiting)
             handles = await prepare(launcher, plan, held)
         except BaseException:
             if groups is not None:

@@ -196,6 +196,7 @@ def gather_waiting(spec: SandboxSpec | WaitingSpec, uid: int, state_dir: Path) -
         stage=stage(),
         egress_dir=str(spec.egress_dir) if spec.egress_dir else None,
         claude=str(claude) if claude else None,
+        programs=dict(spec.programs) if isinstance(spec, WaitingSpec) else {},
     )
 
 

@@ -205,9 +205,10 @@ def prepare(plan: Plan, descriptors: list[int]) -> tuple[Plan, list[int]]:
     _scratch(plan, uid)
     _fill(plan, trees, copied=copied)
     _write_files(stage, {path: text.encode() for path, text in plan["files"].items()}, 0o644)
-    _write_files(stage, tools, 0o755)
-    if plan["waiting"]:
-        _wait_for_workspace(stage)
+    programs = {path: text.encode() for path, text in plan["programs"].items()}
+    _write_files(stage, tools | programs, 0o755)
+    if plan["waiting"] is not None:
+        _wait_for_workspace(stage, plan["gate"], plan["waiting"])
     # An ordinary user's bubblewrap belongs to the uid inside, which finds it as /proc/1/exe; what
     # it could write there would run outside with the next program (CVE-2019-5736).
     mount("none", stage, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
@@ -239,7 +240,10 @@ def attach(plan: Plan, descriptors: list[int]) -> tuple[Plan, list[int]]:
     flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
     tree, place = os.open(f"{stage}/attached", flags), os.open(f"{stage}/workspace", flags)
     move_mount(tree, place, "workspace")
-    return {"ok": True}, _handles(plan)
+    # who waits is in open(2) of a FIFO, and goes on while somebody holds its other end; who was
+    # late for the old name opens it still
+    gate = os.open(f"{stage}/waiting/{plan['gate']}", os.O_RDWR | os.O_CLOEXEC)
+    return {"ok": True}, [*_handles(plan), gate]
 
 
 def _enter_workspace(plan: Plan, workspace: int) -> int:
@@ -270,14 +274,18 @@ def _fill(plan: Plan, trees: list[tuple[int, Plan]], *, copied: bool) -> None:
         _mask(stage, place, path, kind)
 
 
-def _wait_for_workspace(stage: str) -> None:
-    """Until it is attached, an empty directory that nobody can write: what a program does in the
-    one it began in must fail, and not get lost. Shared, so that what is mounted there appears in
+def _wait_for_workspace(stage: str, gate: str, files: dict[str, bytes]) -> None:
+    """Until it is attached, a directory that nobody can write, with nothing in it but the files
+    that programs look for: what one does in the directory it began in must fail, and not get lost.
+    Shared, so that what is mounted there appears in
     the namespaces of programs too; bubblewrap makes theirs slaves, and nothing comes back.
     """
     place = f"{stage}/workspace"
     os.mkdir(f"{stage}/attached")
-    mount(f"{stage}/nothing", place, None, MS_BIND)
+    os.mkdir(f"{stage}/waiting")
+    _write_files(f"{stage}/waiting", files, 0o644)
+    os.mkfifo(f"{stage}/waiting/{gate}", 0o444)
+    mount(f"{stage}/waiting", place, None, MS_BIND)
     flags = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC
     mount("none", place, None, MS_REMOUNT | MS_BIND | flags)
     mount("none", place, None, MS_SHARED)

@@ -22,6 +22,7 @@ from ringfence.sandbox.protocol import (
     INSIDE_PROXY_PORT,
     INSIDE_UID,
     INSIDE_WORKSPACE,
+    WAITING_GATE,
 )
 
 STAGES = ("/mnt", "/media", "/srv", "/opt", "/tmp")  # noqa: S108
@@ -90,6 +91,7 @@ class HostFacts:
         special: sockets, FIFOs and devices below a writable path of the profile, relative to it.
         tools: where bubblewrap is, see `Tools`.
         stage: which of STAGES is covered.
+        programs: executables of our own beside claude, name to text.
     """
 
     as_root: bool
@@ -107,6 +109,7 @@ class HostFacts:
     stage: str = STAGES[0]
     egress_dir: str | None = None
     claude: str | None = None
+    programs: Mapping[str, str] = field(default_factory=dict)
 
 
 SYSTEM = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
@@ -183,10 +186,13 @@ def _masks(profile: SandboxProfile, facts: HostFacts) -> list[tuple[str, str, st
 
 
 def prepare_plan(
-    profile: SandboxProfile, facts: HostFacts, *, waiting: bool = False
+    profile: SandboxProfile, facts: HostFacts, *, waiting: Mapping[str, bytes] | None = None
 ) -> dict[str, Any]:
-    """The plan of launch.py's first phase, JSON-shaped; `waiting` leaves the workspace out."""
-    sources, overlays = ([], []) if waiting else _workspace(profile, "workspace")
+    """The plan of launch.py's first phase, JSON-shaped. With `waiting` the workspace is left out,
+    and these files stand in its place.
+    """
+    without = waiting is not None
+    sources, overlays = ([], []) if without else _workspace(profile, "workspace")
     handles = ["scratch/upper", "home", "tmp"]
     for index, (path, writable) in enumerate(shown_paths(profile, facts)):
         directory, target = facts.existing[path], f"shown/{index}"
@@ -213,8 +219,10 @@ def prepare_plan(
         "disk_mb": profile.limits.disk_mb,
         "tmp_exec": profile.tmp_exec,
         "files": {**_ETC_FILES, "etc/ssl/certs/ca-certificates.crt": facts.ca_bundle},
-        "handles": handles if waiting else [*_WORKSPACE_HANDLES, *handles],
-        "waiting": waiting,
+        "handles": handles if without else [*_WORKSPACE_HANDLES, *handles],
+        "waiting": None if waiting is None else dict(waiting),
+        "gate": WAITING_GATE,
+        "programs": {f"programs/{name}": text for name, text in facts.programs.items()},
     }
 
 
@@ -247,6 +255,7 @@ def attach_plan(profile: SandboxProfile, facts: HostFacts) -> dict[str, Any]:
         "overlays": overlays,
         "masks": [("attached", path, kind) for place, path, kind in masks if place == "workspace"],
         "handles": list(_WORKSPACE_HANDLES),
+        "gate": WAITING_GATE,
     }
 
 
@@ -276,7 +285,9 @@ def bare_plan(facts: HostFacts) -> dict[str, Any]:
         "tmp_exec": False,
         "files": {},
         "handles": [],
-        "waiting": False,
+        "waiting": None,
+        "gate": WAITING_GATE,
+        "programs": {},
     }
 
 
@@ -375,6 +386,9 @@ def _places(profile: SandboxProfile, facts: HostFacts) -> list[str]:
         arguments += ["--ro-bind", f"{facts.stage}/egress", INSIDE_EGRESS_DIR]
     if facts.claude is not None:
         arguments += ["--ro-bind", f"{facts.stage}/claude", INSIDE_CLAUDE]
+    for name in facts.programs:
+        inside = str(PurePosixPath(INSIDE_CLAUDE).with_name(name))
+        arguments += ["--ro-bind", f"{facts.stage}/programs/{name}", inside]
     for index, (path, writable) in enumerate(shown_paths(profile, facts)):
         arguments += ["--bind" if writable else "--ro-bind", f"{facts.stage}/shown/{index}", path]
     return [*arguments, workspace, f"{facts.stage}/workspace", INSIDE_WORKSPACE]

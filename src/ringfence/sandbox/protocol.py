@@ -9,7 +9,7 @@ the host cannot enforce and the profile does not accept stops `start` with Unava
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -23,6 +23,8 @@ INSIDE_EGRESS_SOCKET = "/run/ringfence/egress.sock"
 INSIDE_PROXY_PORT = 3128
 INSIDE_CLAUDE = "/opt/ringfence/bin/claude"
 INSIDE_UID = 1000
+WAITING_GATE = ".ringfence-waits"
+"""A FIFO in /workspace while that is still to come: opening it to read takes until it is there."""
 
 
 class Control(StrEnum):
@@ -105,6 +107,9 @@ class WaitingSpec:
     """One sandbox to start before it is known for what: no workspace, no session's files.
 
     Attributes: as those of `SandboxSpec`; `egress_dir` is empty, nothing listens there yet.
+        placeholders: files that /workspace holds meanwhile, by relative path. A program may look
+            once, at its start, what kind of workspace it has.
+        programs: executables that stand beside claude, first in PATH; name to text.
     """
 
     sandbox_id: str
@@ -113,6 +118,8 @@ class WaitingSpec:
     egress_dir: Path | None = None
     claude: Path | None = None
     ca_certificate: bytes | None = None
+    placeholders: Mapping[str, bytes] = field(default_factory=dict)
+    programs: Mapping[str, str] = field(default_factory=dict)
 
 
 class Process(Protocol):
@@ -245,7 +252,8 @@ class Sandbox(Protocol):
 
 
 class WaitingSandbox(Sandbox, Protocol):
-    """A started place without a workspace: /workspace is an empty directory that nobody can write.
+    """A started place without a workspace: /workspace is a directory that nobody can write, and
+    holds nothing but the placeholders and WAITING_GATE.
 
     Programs may be started in it, and then the workspace comes to them.
     """

@@ -11,6 +11,7 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from ringfence.sandbox.protocol import (
     INSIDE_EGRESS_SOCKET,
     INSIDE_HOME,
     INSIDE_PROXY_PORT,
+    WAITING_GATE,
     ControlState,
     Process,
     Sandbox,
@@ -116,7 +118,7 @@ class WaitingClauses(SandboxClauses):
 
         async def work() -> None:
             async with self.held(waiting, spec) as sandbox:
-                seen = "ls -A /workspace; echo x > /workspace/early; "
+                seen = "ls /workspace; echo x > /workspace/early; "
                 then = "cat file.txt .env; echo y > new; echo $?; cat new; echo end"
                 process = await sandbox.exec(["bash", "-c", seen + "echo -; " + _WAIT + then])
                 assert await _until(process, b"-\n") == b"-\n"
@@ -219,6 +221,42 @@ class WaitingClauses(SandboxClauses):
 
         self.run(work)
 
+    def test_a_program_can_wait_at_the_gate(self, waiting: WaitingBackend, place: Path) -> None:
+        """It goes on when the workspace is there, and so does one that looks later."""
+        spec = self.spec(waiting, place)
+        program = f"cd /; : < /workspace/{WAITING_GATE}; cat /workspace/file.txt; echo end"
+
+        async def work() -> None:
+            async with self.held(waiting, spec) as sandbox:
+                process = await sandbox.exec(["bash", "-c", program])
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.5):
+                        await process.read()
+                await sandbox.attach(spec.workspace)
+                assert await _until(process, b"end\n") == b"content\nend\n"
+                assert (await shell(sandbox, f"[ -e {WAITING_GATE} ]"))[0] == 1
+
+        self.run(work)
+
+    def test_placeholders_and_programs(self, waiting: WaitingBackend, place: Path) -> None:
+        """Files stand in for the workspace until it is there; programs are the first in PATH."""
+        spec = waiting_spec(self.spec(waiting, place))
+        spec = replace(
+            spec, placeholders={".git/HEAD": b"x\n"}, programs={"rf": "#!/bin/sh\nid -u"}
+        )
+
+        async def work() -> None:
+            sandbox = await waiting.start_waiting(spec)
+            try:
+                assert (await shell(sandbox, "cat .git/HEAD; rf"))[1] == "x\n1000\n"
+                assert (await shell(sandbox, "echo y > .git/HEAD"))[0] != 0
+                await sandbox.attach(place / "workspace")
+                assert (await shell(sandbox, "ls -A; rf"))[1] == "file.txt\n1000\n"
+            finally:
+                await sandbox.close()
+
+        self.run(work)
+
     def test_one_workspace_and_no_second(self, waiting: WaitingBackend, place: Path) -> None:
         """A sandbox serves one run; another workspace is another sandbox."""
         other = place / "other"
@@ -246,7 +284,7 @@ class WaitingClauses(SandboxClauses):
                 for path in (Path("/etc"), Path("/"), place / "state", place / "nowhere"):
                     with pytest.raises(CallerError):
                         await sandbox.attach(path)
-                assert (await shell_at_root(sandbox, "ls -A /workspace"))[1] == ""
+                assert (await shell_at_root(sandbox, "ls /workspace"))[1] == ""
                 await sandbox.attach(spec.workspace)
                 assert (await shell(sandbox, "ls"))[1] == "file.txt\n"
 

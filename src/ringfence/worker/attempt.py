@@ -16,10 +16,9 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from ringfence.agent.claude import GRACE_SECONDS, ClaudeDriver
+from ringfence.agent.claude import GRACE_SECONDS, ClaudeDriver, Run
 from ringfence.agent.command import run_command
 from ringfence.agent.messages import Notice, Text, TurnEnded
-from ringfence.agent.settings import ClaudeSettings
 from ringfence.channel.messages import (
     AddListener,
     AnyMessage,
@@ -31,7 +30,6 @@ from ringfence.channel.messages import (
 )
 from ringfence.errors import (
     AgentError,
-    DeniedError,
     RingfenceError,
     UnavailableError,
 )
@@ -51,13 +49,15 @@ from ringfence.sandbox.patch import render
 from ringfence.sandbox.protocol import Changes, Control, Sandbox, SandboxSpec
 from ringfence.sandbox.saved import save_changes
 from ringfence.worker.control import RunControl
+from ringfence.worker.egressdir import EgressDirectory
 from ringfence.worker.ends import broken_off, to_the_end
 from ringfence.worker.ids import new_id
 from ringfence.worker.leases import heartbeat
-from ringfence.worker.outcome import Outcome
-from ringfence.worker.prepare import absent, check, listen, narrowed
+from ringfence.worker.outcome import Outcome, budget_spent, witness_violated
+from ringfence.worker.prepare import absent, check, claude_settings, narrowed
 from ringfence.worker.rundir import RunDirectory
 from ringfence.worker.station import OnMessage, Station
+from ringfence.worker.warm import Member
 
 
 class Attempt:
@@ -84,6 +84,7 @@ class Attempt:
         self._begun = False
         self._changes = Changes()
         self._sandbox: Sandbox | None = None
+        self._member: Member | None = None
         self._driver: ClaudeDriver | None = None
         self._hidden: tuple[str, ...] = ()
         self._unenforced: tuple[str, ...] = ()
@@ -105,6 +106,7 @@ class Attempt:
         directory = RunDirectory(self._station.config.state_dir, self.run_id)
         try:
             async with AsyncExitStack() as stack:
+                self._take(stack)
                 lease = await self._lease(stack)
                 self._begun = True
                 await self._record_start()
@@ -142,6 +144,16 @@ class Attempt:
         return result
 
     # the steps
+
+    def _take(self, stack: AsyncExitStack) -> None:
+        """One that waits for such a run, if there is: its session becomes this run's."""
+        pool = self._station.warm
+        recipe = pool.recipe(self._stated, self._request) if pool is not None else None
+        member = pool.take(recipe) if pool is not None and recipe is not None else None
+        if member is not None:
+            stack.push_async_callback(member.close)
+            self._member = member
+            self._session_id, self._sandbox_id = member.session_id, member.sandbox.sandbox_id
 
     async def _lease(self, stack: AsyncExitStack) -> LeasedStore | None:
         if not self._session_id:
@@ -192,16 +204,16 @@ class Attempt:
             await to_the_end(self._stop(sandbox))
 
     async def _open_egress(self, stack: AsyncExitStack) -> Path:
-        """Listen before the sandbox exists: what connects early waits, and nothing fails open."""
-        station = self._station
-        directory = station.config.state_dir / "egress" / self._sandbox_id
-        directory.mkdir(parents=True)
-        directory.chmod(0o755)  # the sandbox's uid enters it, whatever the caller's umask is
-        stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        path = directory / "egress.sock"
-        listener = listen(path)
-        # whoever can reach the directory may connect; only the sandbox has it mounted
-        path.chmod(0o666)
+        """Listen before the sandbox exists: what connects early waits, and nothing fails open. One
+        that waited has the directory, and finds the socket there when it has a run.
+        """
+        station, member = self._station, self._member
+        if member is not None:
+            directory = member.egress
+        else:
+            directory = EgressDirectory(station.config.state_dir, self._sandbox_id)
+        stack.callback(directory.remove)
+        listener = directory.listen()
         try:
             await station.egress.request(
                 OpenSandbox,
@@ -215,7 +227,7 @@ class Attempt:
         finally:
             listener.close()
         stack.push_async_callback(self._close_egress)
-        return directory
+        return directory.path
 
     def _known_tool_uses(self) -> list[str]:
         if self._request.resume is None:
@@ -230,8 +242,13 @@ class Attempt:
             return
         self._usage = Usage(**detail)
 
-    async def _start_sandbox(self, stack: AsyncExitStack, egress_dir: Path) -> Sandbox:
-        station, request = self._station, self._request
+    async def _sandbox_for(self, stack: AsyncExitStack, egress_dir: Path) -> Sandbox:
+        station, request, member = self._station, self._request, self._member
+        if member is not None:
+            # closed before egress settles, as one that starts now is
+            stack.push_async_callback(member.sandbox.close)
+            await member.sandbox.attach(Path(request.workspace))
+            return member.sandbox
         resumed = request.resume is not None
         spec = SandboxSpec(
             sandbox_id=self._sandbox_id,
@@ -245,6 +262,11 @@ class Attempt:
         )
         sandbox = await station.backend.start(spec)
         stack.push_async_callback(sandbox.close)
+        return sandbox
+
+    async def _start_sandbox(self, stack: AsyncExitStack, egress_dir: Path) -> Sandbox:
+        station, member = self._station, self._member
+        sandbox = await self._sandbox_for(stack, egress_dir)
         self._sandbox = sandbox
         self._hidden = tuple(sandbox.hidden)
         self._unenforced = tuple(
@@ -258,6 +280,8 @@ class Attempt:
                 isolation=station.backend.name,
                 controls={state.control.value: state.enforced for state in sandbox.controls},
                 hidden_files=len(self._hidden),
+                warm=member is not None,
+                waited_ms=member.waited_ms() if member is not None else 0.0,
             )
         )
         for path in absent(self._policy):
@@ -347,32 +371,21 @@ class Attempt:
         )
 
     async def _drive_claude(self, sandbox: Sandbox, lease: LeasedStore) -> None:
-        request, policy = self._request, self._policy
-        driver = ClaudeDriver(
-            sandbox,
-            ClaudeSettings(
-                session_id=self._session_id,
+        request = self._request
+        driver = self._member.driver if self._member is not None else self._new_driver(sandbox)
+        driver.serve(
+            Run(
                 run_id=self.run_id,
-                sandbox_id=self._sandbox_id,
-                grants=policy.tools,
-                mode=self._mode,
-                # a policy that names models offers its first; the CLI's own default may not be one
-                model=request.model or next(iter(policy.egress.model.models), None),
-                fallback_model=request.fallback_model or policy.tools.fallback_model,
-                system_prompt=request.system_prompt,
-                max_turns=policy.tools.max_turns,
-                max_budget_usd=policy.egress.model.max_budget_usd,
-                tool_seconds=policy.sandbox.limits.tool_seconds,
-                resume=request.resume is not None,
-            ),
-            recorder=self._station.recorder,
-            announce=self._announce,
-            approver=self._station.approver,
-            mirror=lease,
+                recorder=self._station.recorder,
+                announce=self._announce,
+                approver=self._station.approver,
+                mirror=lease,
+            )
         )
         self._driver = driver
         try:
-            await driver.start()
+            if self._member is None:
+                await driver.start()
             async for message in driver.turn(request.prompt):
                 if isinstance(message, TurnEnded):
                     self._outcome.ended = message
@@ -389,6 +402,16 @@ class Attempt:
                 )
             )
 
+    def _new_driver(self, sandbox: Sandbox) -> ClaudeDriver:
+        settings = claude_settings(
+            self._policy,
+            self._request,
+            session_id=self._session_id,
+            run_id=self.run_id,
+            sandbox_id=self._sandbox_id,
+        )
+        return ClaudeDriver(sandbox, settings)
+
     async def _announce(self, tool_use_id: str, name: str, digest: str, allowed: bool) -> None:  # noqa: FBT001
         await self._station.egress.request(
             ToolDecided,
@@ -404,21 +427,9 @@ class Attempt:
             text = f"egress refused {message.target}: {message.reason}"
             self._on_message(Notice(kind="egress_denied", text=text))
             if message.reason.startswith("budget-exhausted"):
-                self._outcome.fail(
-                    AgentError(
-                        "budget-exhausted",
-                        f"the run's budget is spent ({message.reason})",
-                        hint="raise model.max_budget_usd in the policy, or --max-budget-usd",
-                    )
-                )
+                self._outcome.fail(budget_spent(message.reason))
         elif isinstance(message, WitnessViolated):
-            self._outcome.fail(
-                DeniedError(
-                    "witness-violated",
-                    f"the wire shows a result that nobody allowed ({message.reason})",
-                    hint="something inside the sandbox speaks to the model in the agent's name",
-                )
-            )
+            self._outcome.fail(witness_violated(message.reason))
             self._on_message(Notice(kind="witness_violated", text=message.reason))
             self._control.cancel()
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ringfence.agent.command import CommandResult
 from ringfence.agent.messages import TurnEnded
-from ringfence.errors import AgentError, RingfenceError
+from ringfence.errors import AgentError, DeniedError, RingfenceError
 from ringfence.model import RunStatus
 from ringfence.worker.control import Wish
 
@@ -79,3 +79,21 @@ class Outcome:
     def stderr(self) -> str:
         """A command's standard error."""
         return self.command.errors.decode("utf-8", "replace") if self.command else ""
+
+
+def budget_spent(reason: str) -> AgentError:
+    """Egress refused a request for its price."""
+    return AgentError(
+        "budget-exhausted",
+        f"the run's budget is spent ({reason})",
+        hint="raise model.max_budget_usd in the policy, or --max-budget-usd",
+    )
+
+
+def witness_violated(reason: str) -> DeniedError:
+    """The second witness saw what the first did not allow (requirement B)."""
+    return DeniedError(
+        "witness-violated",
+        f"the wire shows a result that nobody allowed ({reason})",
+        hint="something inside the sandbox speaks to the model in the agent's name",
+    )
