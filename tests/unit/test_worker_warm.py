@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import inspect
 import os
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, cast
 import pytest
 from claude_agent_sdk import ClaudeAgentOptions, HookMatcher, SessionStore
 
+from ringfence import api
 from ringfence.agent.options import build_options
 from ringfence.agent.settings import ClaudeSettings
 from ringfence.config import WarmSettings, load_config
@@ -332,3 +334,15 @@ def test_the_lock_is_gone_with_its_directory(tmp_path: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
         os.close(descriptor)
+
+
+def test_a_worker_takes_what_a_run_takes() -> None:
+    """Both say it once more than needed; this keeps them one."""
+    explicit = {
+        name: parameter.annotation
+        for name, parameter in inspect.signature(api.run).parameters.items()
+        if name not in {"prompt", "approver", "on_message"}
+    }
+    assert explicit == {
+        name: hint.__forward_arg__ for name, hint in api.RunOptions.__annotations__.items()
+    }
