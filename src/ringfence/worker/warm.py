@@ -218,7 +218,8 @@ class WarmPool:
                     await self._changed.wait()
             self._changed.clear()
             seconds = await self._tend_once()
-            if not self._changed.is_set():
+            # a wish that was spoken meanwhile may still be on its timer
+            if not self._changed.is_set() and not self._timers:
                 self._settled.set()
 
     async def _tend_once(self) -> float | None:
