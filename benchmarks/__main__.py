@@ -1,10 +1,10 @@
-"""`python -m benchmarks [audit|egress|spawn|isolation|memory] …`: all of them by default."""
+"""`python -m benchmarks [audit|egress|spawn|isolation|memory|warm] …`: all of them by default."""
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks import audit, egress, isolation, memory, spawn
+from benchmarks import audit, egress, isolation, memory, spawn, warm
 
 ALL = {
     "audit": audit.main,
@@ -12,6 +12,7 @@ ALL = {
     "spawn": lambda: spawn.main([]),
     "isolation": lambda: isolation.main([]),
     "memory": lambda: memory.main([]),
+    "warm": lambda: warm.main([]),
 }
 
 

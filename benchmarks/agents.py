@@ -16,7 +16,7 @@ from claude_agent_sdk import ClaudeAgentOptions, ClaudeSDKClient
 
 from ringfence.agent.command_line import environment
 from ringfence.agent.permissions import DenyApprover
-from ringfence.config import Config, Provider
+from ringfence.config import Config, Provider, WarmSettings
 from ringfence.model import RunRequest
 from ringfence.policy.compile import compile_policy
 from ringfence.policy.compiled import CompiledPolicy
@@ -88,7 +88,9 @@ def policy() -> CompiledPolicy:
 
 
 @asynccontextmanager
-async def station(url: str) -> AsyncIterator[tuple[Station, Path]]:
+async def station(
+    url: str, *, warm: WarmSettings | None = None
+) -> AsyncIterator[tuple[Station, Path]]:
     """A worker's station in a scratch directory, and a workspace of a few files."""
     with tempfile.TemporaryDirectory(prefix="ringfence-bench-") as scratch:
         workspace = Path(scratch) / "workspace"
@@ -98,6 +100,7 @@ async def station(url: str) -> AsyncIterator[tuple[Station, Path]]:
         config = Config(
             state_dir=Path(scratch) / "state",
             providers={"anthropic": Provider(base_url=url, credential=None)},
+            warm=warm or WarmSettings(),
         )
         async with launcher(config).station(DenyApprover(), "bubblewrap") as one:
             yield one, workspace

@@ -10,8 +10,8 @@ import pytest
 
 from ringfence.errors import UnavailableError
 from ringfence.policy.compiled import SandboxProfile
+from ringfence.sandbox.controls import refuse_unenforceable
 from ringfence.sandbox.protocol import Control, ControlState
-from ringfence.sandbox.staged import refuse_unenforceable
 
 DEFECT = """
 import ringfence.cli.policy as policy

@@ -17,7 +17,7 @@ import os
 import platform
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,26 +25,25 @@ from ringfence.errors import CallerError, DeniedError, UnavailableError
 from ringfence.model import WorkspaceMode
 from ringfence.policy.compiled import Limits, SandboxProfile
 from ringfence.sandbox import cgroups, hostfacts, profile, seccomp
+from ringfence.sandbox.controls import host_controls, read_back, refuse_unenforceable
 from ringfence.sandbox.frames import send_frame
-from ringfence.sandbox.launcher import Launcher, Spare, alive, prepare
+from ringfence.sandbox.launcher import Launcher, Spare, alive, attach, prepare
+from ringfence.sandbox.opening import look_at, open_workspace
 from ringfence.sandbox.overlay import read_changes
 from ringfence.sandbox.protocol import (
     INSIDE_HOME,
     INSIDE_WORKSPACE,
     Changes,
-    Control,
     ControlState,
     SandboxSpec,
-    stopping,
+    WaitingSpec,
 )
 from ringfence.sandbox.safeopen import (
     create_regular,
     make_directories,
-    printable_path,
     read_regular,
 )
-from ringfence.sandbox.stdio import SocketProcess
-from ringfence.sandbox.workspace import Scan, scan
+from ringfence.sandbox.stdio import SocketProcess, hang_up
 
 
 class Program(NamedTuple):
@@ -53,10 +52,6 @@ class Program(NamedTuple):
     argv: Sequence[str]
     environment: Mapping[str, str]
     cwd: str
-
-
-Enclose = Callable[[SandboxProfile, profile.HostFacts, Program], dict[str, Any]]
-"""Rules, facts, program → plan of launch.py's second phase, without cgroups, rlimits and parent."""
 
 
 class StagedBackend(ABC):
@@ -88,7 +83,9 @@ class StagedBackend(ABC):
     def enclose(
         self, rules: SandboxProfile, facts: profile.HostFacts, program: Program
     ) -> dict[str, Any]:
-        """See `Enclose`."""
+        """Rules, facts, program → plan of launch.py's second phase, without cgroups, rlimits and
+        parent.
+        """
 
     @property
     def reads_programs(self) -> bool:
@@ -108,39 +105,13 @@ class StagedBackend(ABC):
     def probe(self, profile: SandboxProfile) -> Sequence[ControlState]:
         """See the protocol."""
         self.check()
-        hierarchy = cgroups.discover()
-        states = [_limit_state(control, hierarchy) for control in _LIMITS]
-        machine = platform.machine()
-        direct = profile.workspace_mode is WorkspaceMode.DIRECT
-        return [
-            *states,
-            _state(Control.DISK, True, "tmpfs with a size"),
-            _state(
-                Control.WORKSPACE_DISK,
-                not direct,
-                "nothing is written to the host's disk" if not direct else "your own file system",
-                "use review mode, or accept it by name",
-            ),
-            _state(
-                Control.SECCOMP,
-                machine in seccomp.ARCHITECTURES,
-                f"filter for {machine}",
-                "run on x86_64 or aarch64",
-            ),
-            _state(Control.NETWORK, True, "network namespace with a loopback alone"),
-            _state(Control.USER_NAMESPACE, True, "user namespace, no further ones inside"),
-            _state(Control.TMP_NOEXEC, not profile.tmp_exec, "mount flag", "the policy lifts it"),
-            _state(
-                Control.UID_PER_SANDBOX,
-                os.geteuid() == 0,
-                "a host uid of its own" if os.geteuid() == 0 else "your own uid",
-                "start ringfence as root",
-            ),
-            _state(Control.CLAUDE_UNREADABLE, True, "execute-only binary"),
-        ]
+        return host_controls(profile)
 
     async def start(self, spec: SandboxSpec) -> StagedSandbox:
         """See the protocol."""
+        return await self._start(spec)
+
+    async def _start(self, spec: SandboxSpec | WaitingSpec) -> StagedSandbox:
         states = self.probe(spec.profile)
         refuse_unenforceable(states, spec.profile)
         return await StagedSandbox.start(
@@ -156,103 +127,75 @@ class StagedBackend(ABC):
         await self._spare.close()
 
 
-_LIMITS = (Control.MEMORY, Control.CPU, Control.PIDS)
-
-
-def _state(control: Control, enforced: bool, how: str, mend: str = "") -> ControlState:  # noqa: FBT001
-    return ControlState(control=control, enforced=enforced, how=how, mend="" if enforced else mend)
-
-
-def _limit_state(control: Control, hierarchy: cgroups.Hierarchy) -> ControlState:
-    there = control in hierarchy.parents
-    if control is Control.PIDS and not there and hostfacts.limits_processes():
-        return _state(control, True, "RLIMIT_NPROC in a user namespace of its own")
-    mend = "start as root, or delegate a cgroup v2 subtree to this user (systemd: Delegate=yes)"
-    return _state(control, there, "cgroup" if there else "no cgroup that we may write", mend)
-
-
-def refuse_unenforceable(states: Sequence[ControlState], profile: SandboxProfile) -> None:
-    """All of them in one error: the mend of one may be the mend of all."""
-    refused = stopping(states, profile.accept_unenforced)
-    if refused:
-        names = ", ".join(state.control.value for state in refused)
-        mends = "; ".join(dict.fromkeys(state.mend for state in refused))
-        raise UnavailableError(
-            "control-unenforceable",
-            f"this host cannot enforce {names}: {refused[0].how}",
-            hint=f"{mends}; or name it in the policy: accept_unenforced: [{names}]",
-        )
-
-
 class StagedSandbox:
     """`Sandbox` of the protocol."""
 
     def __init__(
         self,
-        spec: SandboxSpec,
+        spec: SandboxSpec | WaitingSpec,
         facts: profile.HostFacts,
-        found: Scan,
         lease: hostfacts.UidLease | None,
         groups: cgroups.Groups,
         controls: Sequence[ControlState],
         launcher: Launcher,
+        spare: Spare,
         handles: list[int],
-        enclose: Enclose,
+        backend: StagedBackend,
     ) -> None:
-        self._spec, self._facts, self._scan = spec, facts, found
+        self._spec, self._facts, self._spare, self._backend = spec, facts, spare, backend
         self._lease, self._groups, self._controls = lease, groups, controls
-        self._enclose = enclose
         self._ready: Launcher | None = launcher
         self._mnt, self._net, self._user, self._listener = handles[:4]
-        self._workspace, self._lower, self._upper, self._home, self._tmp = handles[4:]
-        # by the kernel's own clock, which stamps the workspace's files too
-        self._begun_ns = os.fstat(self._upper).st_ctime_ns
+        # the workspace, what lies below its copy-on-write view, the gate of one that came late;
+        # empty while it waits for one
+        self._views, (self._upper, self._home, self._tmp) = handles[4:-3], handles[-3:]
+        self._begun()
         self._processes: set[SocketProcess] = set()
         self._seccomp = os.memfd_create("seccomp", os.MFD_CLOEXEC)
         os.write(self._seccomp, seccomp.build(platform.machine()))
         self._stopped = self._closed = False
 
+    def _begun(self) -> None:
+        # by the kernel's own clock, which stamps the workspace's files too
+        self._begun_ns = os.fstat(self._upper).st_ctime_ns
+
     @classmethod
     async def start(
         cls,
-        spec: SandboxSpec,
+        spec: SandboxSpec | WaitingSpec,
         states: Sequence[ControlState],
         uids: range,
         state_dir: Path,
         spare: Spare,
         backend: StagedBackend,
     ) -> StagedSandbox:
-        """Look at the workspace, prepare the place, set the limits."""
-        refuse_workspace(spec.workspace, state_dir)
-        workspace_fd = _open_workspace(spec.workspace)
+        """Look at the workspace if there is one, prepare the place, set the limits."""
+        path = spec.workspace if isinstance(spec, SandboxSpec) else None
+        held = [] if path is None else [open_workspace(path, state_dir)]
         lease = hostfacts.lease_uid(uids) if os.geteuid() == 0 else None
         groups = None
         try:
-            found = await asyncio.to_thread(
-                scan,
-                workspace_fd,
-                spec.profile.hidden,
-                shown=spec.profile.shown,
-                always=_always_masked(spec.profile, spec.workspace),
-            )
             facts = await asyncio.to_thread(
-                hostfacts.gather,
+                hostfacts.gather_waiting,
                 spec,
-                found,
                 lease.uid if lease else os.getuid(),
                 state_dir,
                 reads_programs=backend.reads_programs,
             )
+            if path is not None:
+                facts = await look_at(facts, spec.profile, path, held[0])
             hierarchy = cgroups.discover()
             cgroups.sweep(hierarchy)
             groups = cgroups.Groups(hierarchy, spec.sandbox_id)
             made = groups.make(backend.host_limits(spec.profile.limits))
-            limits = {state.control: state for state in made}
-            controls = [limits.get(state.control, state) for state in states]
+            controls = read_back(states, made)
             launcher = spare.take()
-            plan = backend.place(spec.profile, facts)
+            if isinstance(spec, WaitingSpec):
+                plan = profile.prepare_plan(spec.profile, facts, waiting=spec.placeholders)
+            else:
+                plan = backend.place(spec.profile, facts)
             plan["creators"] = backend.creators(facts)
-            handles = await prepare(launcher, plan, workspace_fd)
+            handles = await prepare(launcher, plan, held)
         except BaseException:
             if groups is not None:
                 groups.remove()
@@ -260,17 +203,35 @@ class StagedSandbox:
                 lease.release()
             raise
         finally:
-            os.close(workspace_fd)
-        sandbox = cls(
-            spec, facts, found, lease, groups, controls, launcher, handles, backend.enclose
-        )
+            for descriptor in held:
+                os.close(descriptor)
+        sandbox = cls(spec, facts, lease, groups, controls, launcher, spare, handles, backend)
         try:
-            files = spec.home_files or {}
+            files = (spec.home_files if isinstance(spec, SandboxSpec) else None) or {}
             await sandbox.copy_in({f"{INSIDE_HOME}/{k}": v for k, v in files.items()})
         except BaseException:
             await asyncio.shield(sandbox.close())
             raise
         return sandbox
+
+    async def attach(self, workspace: Path) -> None:
+        """See WaitingSandbox of the protocol."""
+        if self._stopped or self._views:
+            raise UnavailableError("sandbox-start-failed", "the sandbox waits for no workspace")
+        rules, backend = self._spec.profile, self._backend
+        descriptor = open_workspace(workspace, self._spec.state_dir)
+        try:
+            read = self._groups.read_back(backend.host_limits(rules.limits))
+            self._controls = read_back(self._controls, read)
+            self._facts = await look_at(self._facts, rules, workspace, descriptor)
+            plan = profile.attach_plan(rules, self._facts)
+            plan["creators"] = backend.creators(self._facts)
+            handed = [descriptor, self._mnt, self._user]
+            self._views = await attach(self._spare.take(), plan, handed)
+        finally:
+            os.close(descriptor)
+        hang_up(self._listener)
+        self._begun()
 
     @property
     def sandbox_id(self) -> str:
@@ -305,7 +266,7 @@ class StagedSandbox:
             raise UnavailableError("sandbox-start-failed", "the sandbox is stopped")
         program = Program(argv, {**_BASE_ENVIRONMENT, **(environment or {})}, cwd)
         plan = {
-            **self._enclose(self._spec.profile, self._facts, program),
+            **self._backend.enclose(self._spec.profile, self._facts, program),
             "cgroups": list(self._groups.paths),
             "rlimits": _rlimits(self._spec.profile),
             "parent": os.getpid(),
@@ -379,7 +340,9 @@ class StagedSandbox:
         return data
 
     def _place(self, path: str) -> tuple[int, str]:
-        places = {INSIDE_WORKSPACE: self._workspace, INSIDE_HOME: self._home, "/tmp": self._tmp}  # noqa: S108
+        places = {INSIDE_HOME: self._home, "/tmp": self._tmp}  # noqa: S108
+        if self._views:
+            places[INSIDE_WORKSPACE] = self._views[0]
         for prefix, descriptor in places.items():
             if path.startswith(prefix + "/"):
                 relative = path[len(prefix) + 1 :]
@@ -415,10 +378,10 @@ class StagedSandbox:
         """See the protocol."""
         if not self._stopped:
             raise CallerError("internal", "changes are read only after stop()")
-        if self._spec.profile.workspace_mode is not WorkspaceMode.REVIEW:
+        if self._spec.profile.workspace_mode is not WorkspaceMode.REVIEW or not self._views:
             return Changes()
         return await asyncio.to_thread(
-            read_changes, self._lower, self._upper, begun_ns=self._begun_ns
+            read_changes, self._views[1], self._upper, begun_ns=self._begun_ns
         )
 
     async def close(self) -> None:
@@ -429,7 +392,7 @@ class StagedSandbox:
         self._closed = True
         for descriptor in (
             *(self._mnt, self._net, self._user, self._listener, self._seccomp),
-            *(self._workspace, self._lower, self._upper, self._home, self._tmp),
+            *(*self._views, self._upper, self._home, self._tmp),
         ):
             os.close(descriptor)
         if self._lease is not None:
@@ -452,24 +415,6 @@ def _is_masked(relative: str, masked: Mapping[str, bool]) -> bool:
     return any(relative == path or relative.startswith(path + "/") for path in masked)
 
 
-def _always_masked(rules: SandboxProfile, workspace: Path) -> tuple[str, ...]:
-    """What is masked in the workspace whatever is shown there. A blocked path may be named as it
-    is seen inside, or as the host names it; a star in such a name only ever masks more.
-    """
-    top = os.path.realpath(workspace)
-    blocked = [
-        path[len(INSIDE_WORKSPACE) :]
-        for path in rules.blocked
-        if path.startswith(INSIDE_WORKSPACE + "/")
-    ]
-    blocked += [
-        real[len(top) :]
-        for path in rules.blocked
-        if (real := os.path.realpath(path)).startswith(top + "/")
-    ]
-    return (*rules.masked, *blocked)
-
-
 def _rlimits(rules: SandboxProfile) -> dict[str, int]:
     limits = rules.limits
     return {
@@ -482,36 +427,3 @@ def _rlimits(rules: SandboxProfile) -> dict[str, int]:
         "RLIMIT_MSGQUEUE": 0,
         "RLIMIT_RTPRIO": 0,
     }
-
-
-_HOSTS_OWN = ("/proc", "/sys", "/dev", "/run", "/etc", "/usr", "/boot")
-_YET_WORKED_IN = ("/dev/shm", "/run/user", "/run/media", "/usr/src", "/usr/local/src")  # noqa: S108
-"""Below the host's own, and below these people do work."""
-_HOLDS_ALL = ("/", "/var", "/home", "/opt", "/tmp")  # noqa: S108
-
-
-def refuse_workspace(path: Path, state_dir: Path) -> None:
-    """Raise CallerError `workspace-refused` for what no mask could make safe to show, and for
-    what would show ringfence's own files.
-    """
-    real, state = Path(os.path.realpath(path)), Path(os.path.realpath(state_dir))
-    exempt = any(real.is_relative_to(one) and real != Path(one) for one in _YET_WORKED_IN)
-    own = not exempt and any(real.is_relative_to(one) for one in _HOSTS_OWN)
-    system = own or str(real) in _HOLDS_ALL
-    if system or real.is_relative_to(state):
-        raise CallerError(
-            "workspace-refused",
-            f"{printable_path(str(path))} belongs to the host itself"
-            if system
-            else f"{printable_path(str(path))} lies in ringfence's own state directory",
-            hint="name the folder that the agent is to work on",
-        )
-
-
-def _open_workspace(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise CallerError(
-            "workspace-missing", f"{path} is not a directory that can be read: {error.strerror}"
-        ) from None
