@@ -1,10 +1,10 @@
-"""`python -m benchmarks [audit|egress|spawn|memory|isolation|container] …`: all by default."""
+"""`python -m benchmarks [audit|egress|spawn|memory|isolation|container|warm] …`: by default all."""
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks import audit, container, egress, isolation, memory, spawn
+from benchmarks import audit, container, egress, isolation, memory, spawn, warm
 
 ALL = {
     "audit": audit.main,
@@ -13,6 +13,7 @@ ALL = {
     "memory": lambda: memory.main([]),
     "isolation": lambda: isolation.main([]),
     "container": lambda: container.main([]),
+    "warm": lambda: warm.main([]),
 }
 
 

@@ -16,7 +16,7 @@ from claude_agent_sdk import ClaudeAgentOptions, ClaudeSDKClient
 
 from ringfence.agent.command_line import environment
 from ringfence.agent.permissions import DenyApprover
-from ringfence.config import Config, Provider
+from ringfence.config import Config, Provider, WarmSettings
 from ringfence.model import RunRequest
 from ringfence.policy.compile import compile_policy
 from ringfence.policy.compiled import CompiledPolicy
@@ -96,7 +96,9 @@ def policy(isolation: str = "bubblewrap") -> CompiledPolicy:
 
 
 @asynccontextmanager
-async def station(url: str, isolation: str = "bubblewrap") -> AsyncIterator[tuple[Station, Path]]:
+async def station(
+    url: str, isolation: str = "bubblewrap", *, warm: WarmSettings | None = None
+) -> AsyncIterator[tuple[Station, Path]]:
     """A worker's station in a scratch directory, and a workspace of a few files."""
     with tempfile.TemporaryDirectory(prefix="ringfence-bench-") as scratch:
         workspace = Path(scratch) / "workspace"
@@ -107,6 +109,7 @@ async def station(url: str, isolation: str = "bubblewrap") -> AsyncIterator[tupl
             state_dir=Path(scratch) / "state",
             providers={"anthropic": Provider(base_url=url, credential=None)},
             runtime=Path(prefix) if (prefix := os.environ.get("RINGFENCE_RUNTIME")) else None,
+            warm=warm or WarmSettings(),
         )
         async with launcher(config).station(DenyApprover(), isolation) as one:
             yield one, workspace

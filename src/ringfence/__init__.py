@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ringfence.api import run, run_agent_in_sandbox, run_sync
+    from ringfence.api import Worker, run, run_agent_in_sandbox, run_sync
     from ringfence.errors import (
         AgentError,
         CallerError,
@@ -33,6 +33,7 @@ __all__ = [
     "RunResult",
     "UnavailableError",
     "Usage",
+    "Worker",
     "run",
     "run_agent_in_sandbox",
     "run_sync",
@@ -47,6 +48,7 @@ _HOMES = {
     "RunRequest": "model",
     "RunResult": "model",
     "Usage": "model",
+    "Worker": "api",
     "run": "api",
     "run_agent_in_sandbox": "api",
     "run_sync": "api",

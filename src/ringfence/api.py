@@ -1,4 +1,4 @@
-"""The Python API: `run`, its synchronous twin, and the seed's `run_agent_in_sandbox`."""
+"""The Python API: `run`, its synchronous twin, `Worker`, and the seed's `run_agent_in_sandbox`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,19 @@ import asyncio
 import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    NamedTuple,
+    ParamSpec,
+    Self,
+    TypedDict,
+    TypeVar,
+    Unpack,
+)
 
 from ringfence.config import load_config
 from ringfence.errors import CallerError
@@ -17,6 +27,8 @@ from ringfence.model import PermissionMode, RunRequest, RunResult, WorkspaceMode
 if TYPE_CHECKING:
     from ringfence.agent.messages import AgentMessage
     from ringfence.agent.permissions import Approver
+    from ringfence.policy.compiled import CompiledPolicy
+    from ringfence.worker.station import Station
 
 _Arguments = ParamSpec("_Arguments")
 _Word = TypeVar("_Word", bound=StrEnum)
@@ -60,23 +72,16 @@ async def run(
             An agent that ran and failed is a result, with `status` and `error`.
     """
     from ringfence.agent.permissions import DenyApprover
-    from ringfence.policy.compile import compile_policy
-    from ringfence.policy.load import from_mapping, load_policy
     from ringfence.wiring import launcher
-    from ringfence.worker.control import RunControl
-    from ringfence.worker.launch import attempt
 
-    document = (
-        from_mapping(policy, preset=preset)
-        if isinstance(policy, Mapping)
-        else load_policy(policy, preset=preset)
-    )
-    request = RunRequest(
-        prompt=prompt,
-        workspace=_absolute(workspace),
-        command=tuple(command),
-        workspace_mode=_word(WorkspaceMode, workspace_mode),
-        permission_mode=_word(PermissionMode, permission_mode),
+    asked = _asked(
+        prompt,
+        workspace=workspace,
+        policy=policy,
+        preset=preset,
+        command=command,
+        workspace_mode=workspace_mode,
+        permission_mode=permission_mode,
         isolation=isolation,
         model=model,
         fallback_model=fallback_model,
@@ -86,19 +91,174 @@ async def run(
         timeout_seconds=timeout_seconds,
         resume=resume,
         fork=fork,
-        environment=tuple((environment or {}).items()),
+        environment=environment,
     )
-    compiled = compile_policy(document)
-    name = isolation or compiled.sandbox.isolation
-    made = launcher(load_config()).station(approver or DenyApprover(), name)
+    made = launcher(load_config()).station(approver or DenyApprover(), asked.isolation)
     async with made as station:
-        return await attempt(
-            station,
-            compiled,
-            request,
-            control=RunControl(),
-            on_message=on_message or (lambda _: None),
-        )
+        return await _carry_out(station, asked, on_message)
+
+
+class RunOptions(TypedDict, total=False):
+    """Arguments of `run` that say what is run; each means there what it means here."""
+
+    workspace: str | Path
+    policy: str | Path | Mapping[str, Any] | None
+    preset: str | None
+    command: Sequence[str]
+    workspace_mode: WorkspaceMode | str | None
+    permission_mode: PermissionMode | str | None
+    isolation: str | None
+    model: str | None
+    fallback_model: str | None
+    system_prompt: str | None
+    max_turns: int | None
+    max_budget_usd: float | None
+    timeout_seconds: float | None
+    resume: str | None
+    fork: bool
+    environment: Mapping[str, str] | None
+
+
+class Worker:
+    """Runs one after another, or many at once, with what they share kept up in between.
+
+    `async with Worker() as worker: await worker.run(...)`. What costs a process is started once:
+    the recorder, egress, the stores. Where the operator's settings say so (`RINGFENCE_WARM__SIZE`),
+    sandboxes with `claude` in them wait for new sessions of a kind that came before, or that `warm`
+    named. Ended when the block ends, and what waits with it. `approver` is as for `run`.
+    """
+
+    def __init__(self, *, approver: Approver | None = None) -> None:
+        self._approver = approver
+        self._stack = AsyncExitStack()
+        self._station: Station | None = None
+
+    async def __aenter__(self) -> Self:
+        """Start the processes.
+
+        Raises:
+            CallerError, UnavailableError: as `run` does before anything of the agent has run.
+        """
+        from ringfence.agent.permissions import DenyApprover
+        from ringfence.wiring import launcher
+
+        station = launcher(load_config()).station(self._approver or DenyApprover())
+        self._station = await self._stack.enter_async_context(station)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        """End them, and every sandbox that waits."""
+        self._station = None
+        await self._stack.aclose()
+
+    async def run(
+        self,
+        prompt: str,
+        *,
+        on_message: Callable[[AgentMessage], None] | None = None,
+        **options: Unpack[RunOptions],
+    ) -> RunResult:
+        """As `ringfence.run`, which see for the arguments, results and errors."""
+        asked = _asked(prompt, **options)
+        station = self._up()
+        _noted(station, asked)
+        if asked.isolation in station.backends.names:
+            station.backends.get(asked.isolation).warm()
+        return await _carry_out(station, asked, on_message)
+
+    async def warm(self, **options: Unpack[RunOptions]) -> int:
+        """Keep sandboxes waiting for runs with these options, and wait until they are ready.
+
+        Returns how many wait: 0 where the settings keep none, or where such a run cannot be served
+        by one that was started before it (a command, a resumed session, MCP servers, paths of the
+        host that are written to, an isolation other than bubblewrap). Of the workspace only counts
+        what `claude` looks at as it starts: whether it is a git working tree, and on which branch.
+
+        Raises:
+            RingfenceError: why none of them can be started.
+        """
+        from ringfence.worker.prepare import narrowed
+
+        asked = _asked("", **options)
+        station = self._up()
+        _noted(station, asked)
+        if station.warm is None:
+            return 0
+        rules = narrowed(asked.policy, asked.request).sandbox
+        picked = await asyncio.to_thread(station.backends.pick, rules)
+        recipe = station.warm.recipe(asked.policy, asked.request, picked.backend)
+        if recipe is None:
+            return 0
+        station.warm.want(recipe)
+        return await station.warm.ready(recipe)
+
+    def _up(self) -> Station:
+        if self._station is None:
+            raise CallerError("usage", "a worker is used inside its `async with` block")
+        return self._station
+
+
+class _Asked(NamedTuple):
+    """A request, and the policy with the name it was loaded by; empty for a mapping."""
+
+    source: str
+    policy: CompiledPolicy
+    request: RunRequest
+
+    @property
+    def isolation(self) -> str:
+        """As it is named, which may be `auto`."""
+        return self.request.isolation or self.policy.sandbox.isolation
+
+
+def _asked(prompt: str, **options: Unpack[RunOptions]) -> _Asked:
+    from ringfence.policy.compile import compile_policy
+    from ringfence.policy.load import from_mapping, load_policy
+
+    policy, preset = options.get("policy"), options.get("preset")
+    if isinstance(policy, Mapping):
+        source, document = "", from_mapping(policy, preset=preset)
+    else:
+        source, document = f"{policy} {preset}", load_policy(policy, preset=preset)
+    request = RunRequest(
+        prompt=prompt,
+        workspace=_absolute(options.get("workspace", ".")),
+        command=tuple(options.get("command", ())),
+        workspace_mode=_word(WorkspaceMode, options.get("workspace_mode")),
+        permission_mode=_word(PermissionMode, options.get("permission_mode")),
+        isolation=options.get("isolation"),
+        model=options.get("model"),
+        fallback_model=options.get("fallback_model"),
+        system_prompt=options.get("system_prompt"),
+        max_turns=options.get("max_turns"),
+        max_budget_usd=options.get("max_budget_usd"),
+        timeout_seconds=options.get("timeout_seconds"),
+        resume=options.get("resume"),
+        fork=options.get("fork", False),
+        environment=tuple((options.get("environment") or {}).items()),
+    )
+    return _Asked(source, compile_policy(document), request)
+
+
+async def _carry_out(
+    station: Station, asked: _Asked, on_message: Callable[[AgentMessage], None] | None
+) -> RunResult:
+    from ringfence.worker.control import RunControl
+    from ringfence.worker.launch import attempt
+
+    return await attempt(
+        station,
+        asked.policy,
+        asked.request,
+        control=RunControl(),
+        on_message=on_message or (lambda _: None),
+    )
+
+
+def _noted(station: Station, asked: _Asked) -> None:
+    """What waits under a policy that has changed since is ended."""
+    if station.warm is not None and asked.source:
+        station.warm.policy_is(asked.source, asked.policy.digest)
 
 
 def _absolute(path: str | Path) -> str:
@@ -183,4 +343,4 @@ def seed_policy() -> dict[str, Any]:
     }
 
 
-__all__ = ["run", "run_agent_in_sandbox", "run_sync", "seed_policy"]
+__all__ = ["Worker", "run", "run_agent_in_sandbox", "run_sync", "seed_policy"]

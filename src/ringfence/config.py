@@ -93,6 +93,25 @@ class EgressSettings(_Frozen):
         return _existing(value)
 
 
+class WarmSettings(_Frozen):
+    """Sandboxes with `claude` in them that a worker keeps waiting for new sessions.
+
+    Attributes:
+        size: how many wait for each kind of run; 0 keeps none.
+        keys: kinds of run that are kept in mind, the latest used; a kind is a policy with the
+            options that are fixed when `claude` starts.
+        max_age_seconds: one that has waited so long is ended, and another takes its place.
+        memory_mb: what all that wait may take together.
+        member_mb: what one is counted for; measure yours with `python -m benchmarks warm`.
+    """
+
+    size: int = Field(default=0, ge=0, le=1000)
+    keys: int = Field(default=4, ge=1, le=1000)
+    max_age_seconds: float = Field(default=900.0, gt=0, le=86_400)
+    memory_mb: int = Field(default=2048, ge=0)
+    member_mb: int = Field(default=256, ge=1)
+
+
 class Config(_Frozen):
     """Everything the operator may set.
 
@@ -107,6 +126,7 @@ class Config(_Frozen):
     state_dir: Path
     providers: dict[str, Provider] = Field(default_factory=dict)
     egress: EgressSettings = EgressSettings()
+    warm: WarmSettings = WarmSettings()
     uid_base: int = Field(default=2_000_000, ge=1000)
     uid_count: int = Field(default=65_536, ge=1)
     egress_uid: int = Field(default=1_999_999, ge=1)

@@ -21,8 +21,9 @@ from ringfence.model import WorkspaceMode
 from ringfence.policy.compiled import SandboxProfile
 from ringfence.sandbox import hostfacts
 from ringfence.sandbox.bubblewrap import BubblewrapBackend
+from ringfence.sandbox.opening import refuse_workspace
 from ringfence.sandbox.protocol import Control, Sandbox, SandboxSpec
-from ringfence.sandbox.staged import StagedSandbox, refuse_workspace
+from ringfence.sandbox.staged import StagedSandbox
 from ringfence.testing.sandbox_contract import shell
 from ringfence.worker.ids import new_id
 

@@ -36,6 +36,15 @@ async def asynchronous() -> None:
     assert_type(result.usage.cost_usd, float | None)
 
 
+async def kept_up() -> None:
+    async with ringfence.Worker(approver=Somebody()) as worker:
+        assert_type(await worker.warm(workspace=".", preset="ci", max_turns=20), int)
+        result = await worker.run("hi", workspace=".", preset="ci", on_message=watch)
+        assert_type(result, RunResult)
+        await worker.run("hi", no_such_argument=1)  # type: ignore[call-arg]
+        await worker.run("hi", max_turns="many")  # type: ignore[arg-type]
+
+
 def synchronous() -> None:
     assert_type(ringfence.run_sync("hi", workspace=".", max_budget_usd=1.0), RunResult)
     ringfence.run_sync("hi", no_such_argument=1)  # type: ignore[call-arg]

@@ -141,3 +141,28 @@ def test_any_value_behind_a_known_type_is_judged(kind: str, more: dict[str, Any]
         gate().read(line({"type": kind, **more}), 0.0)
     except RingfenceError:
         return
+
+
+def test_one_that_waits_answers_and_does_nothing_else() -> None:
+    """What acts for a session ends it, the rest is dropped; when it has a run, all is read again."""
+    answer = {"type": "control_response", "response": {"request_id": "1", "subtype": "success"}}
+    hook = {"type": "control_request", "request_id": "1", "request": {"subtype": "hook_callback"}}
+    hook["request"] |= {"callback_id": "hook_0", "input": {}}  # type: ignore[operator]
+    mirror = {"type": "transcript_mirror", "filePath": f"{OWN}.jsonl", "entries": []}
+    words = {"type": "assistant", "message": {"content": []}}
+    ended = {"type": "result", "subtype": "success", "is_error": False, "num_turns": 1}
+    status = {"type": "system", "subtype": "status"}
+    acts = (hook, mirror, words, ended, {"type": "user", "message": {}})
+
+    def line(frame: object) -> bytes:
+        return json.dumps(frame).encode()
+
+    waiting = FrameGate(OWN, 0.0, waiting=True)
+    assert waiting.read(line(answer), 0.0) == answer
+    assert waiting.read(line(status), 0.0) is None
+    for frame in acts:
+        with pytest.raises(AgentError, match="before it serves a run"):
+            FrameGate(OWN, 0.0, waiting=True).read(line(frame), 0.0)
+        assert FrameGate(OWN, 0.0).read(line(frame), 0.0) == frame
+    waiting.waiting = False
+    assert waiting.read(line(status), 0.0) == status

@@ -138,3 +138,17 @@ def test_groups_of_the_dead_are_swept_and_no_others(tmp_path: Path) -> None:
         (tmp_path / "pids" / name).mkdir()
     assert cgroups.sweep(found) == 2
     assert {path.name for path in (tmp_path / "pids").iterdir() if path.is_dir()} == {mine, other}
+
+
+def test_limits_are_read_back_later(tmp_path: Path) -> None:
+    found = cgroups.discover(_version_1(tmp_path, "memory", "cpu", "pids"))
+    groups = cgroups.Groups(found, ID)
+    groups.make(LIMITS)
+    assert {state.control for state in groups.read_back(LIMITS)} == ALL
+    (pids,) = (Path(path) / "pids.max" for path in groups.paths if "pids" in Path(path).parts)
+    pids.write_text("max\n")
+    with pytest.raises(UnavailableError, match=r"pids\.max=max instead of 64"):
+        groups.read_back(LIMITS)
+    pids.unlink()
+    with pytest.raises(UnavailableError, match="cannot be read"):
+        groups.read_back(LIMITS)

@@ -6,14 +6,12 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 from claude_agent_sdk import (
     AssistantMessage,
-    ClaudeAgentOptions,
     ClaudeSDKClient,
-    HookMatcher,
     ResultMessage,
     SessionStore,
     SystemMessage,
@@ -23,11 +21,17 @@ from claude_agent_sdk import (
 from ringfence.agent.calls import Announce, ToolCalls
 from ringfence.agent.command_line import CONFIG_DIR, argv, environment
 from ringfence.agent.messages import AgentMessage, Notice, Text, TurnEnded
+from ringfence.agent.options import build_options
 from ringfence.agent.permissions import Approver
 from ringfence.agent.settings import ClaudeSettings
 from ringfence.agent.transport import SandboxTransport
-from ringfence.errors import AgentError, DeniedError, RingfenceError, UnavailableError
-from ringfence.policy.compiled import McpServer
+from ringfence.errors import (
+    AgentError,
+    CallerError,
+    DeniedError,
+    RingfenceError,
+    UnavailableError,
+)
 from ringfence.record.recorder import Recorder
 from ringfence.record.safe_text import one_line
 from ringfence.record.transcript import PROJECT
@@ -36,7 +40,6 @@ from ringfence.sandbox.protocol import Sandbox
 # the SDK logs words of the process; without a handler the last resort would print them raw
 logging.getLogger("claude_agent_sdk").addHandler(logging.NullHandler())
 
-_FOREVER = 7 * 24 * 3600.0
 GRACE_SECONDS = 5.0
 _MIRROR_TRIES = 3  # after as many the SDK drops what it could not append, and only logs it
 _TEXT_MAX = 1 << 20
@@ -52,71 +55,79 @@ class SessionMirror(Protocol):
         """See the SDK's SessionStore."""
 
 
-class ClaudeDriver:
-    """One `claude` process, one or more turns.
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run lends the `claude` that serves it; `run_id` is the run's."""
 
-    `failure` is the first thing that ended it from out here, None when nothing did.
+    run_id: str
+    recorder: Recorder
+    announce: Announce
+    approver: Approver
+    mirror: SessionMirror
+
+
+class ClaudeDriver:
+    """One `claude` process, one or more turns of one run.
+
+    It may be started before there is a run; then it can be asked nothing, and what it asks ends
+    it, until `serve` is called. `failure` is the first thing that ended it from out here, None
+    when nothing did.
     """
 
-    def __init__(
-        self,
-        sandbox: Sandbox,
-        settings: ClaudeSettings,
-        *,
-        recorder: Recorder,
-        announce: Announce,
-        approver: Approver,
-        mirror: SessionMirror,
-    ) -> None:
+    def __init__(self, sandbox: Sandbox, settings: ClaudeSettings) -> None:
         self._sandbox, self._settings = sandbox, settings
-        self._mirror = _Mirror(mirror, self._broken)
+        self._mirror = _Mirror(self._broken)
+        self._calls: ToolCalls | None = None
         self._client: ClaudeSDKClient | None = None
+        self._transport: SandboxTransport | None = None
         self._messages: asyncio.Queue[AgentMessage | None] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._turning, self._interrupted = False, False
         self._turn_over = asyncio.Event()
         self.failure: RingfenceError | None = None
+        self.options = build_options(settings, self, cast("SessionStore", self._mirror))
+
+    def serve(self, run: Run) -> None:
+        """From now on it is this run's. Once."""
+        if self._calls is not None:
+            raise CallerError("internal", "a claude serves one run")
+        self._settings = replace(self._settings, run_id=run.run_id)
+        self._mirror.store = run.mirror
         self._calls = ToolCalls(
-            settings,
-            recorder=recorder,
-            announce=announce,
-            approver=approver,
+            self._settings,
+            recorder=run.recorder,
+            announce=run.announce,
+            approver=run.approver,
             put=self._put,
             overdue=lambda identity: self._spawn(self._overdue(identity)),
             broken=self._broken,
         )
+        if self._transport is not None:
+            self._transport.serve()
 
-    def options(self) -> ClaudeAgentOptions:
-        """The SDK's options: nothing of the workspace configures the agent."""
-        settings, grants, calls = self._settings, self._settings.grants, self._calls
-        return ClaudeAgentOptions(
-            tools=list(grants.offered),
-            allowed_tools=[],
-            disallowed_tools=list(grants.denied),
-            permission_mode=settings.mode.value,
-            can_use_tool=calls.may,
-            hooks={
-                "PreToolUse": [_matcher(calls.before)],
-                "PostToolUse": [_matcher(calls.succeeded)],
-                "PostToolUseFailure": [_matcher(calls.failed)],
-            },
-            setting_sources=[],
-            strict_mcp_config=True,
-            mcp_servers={server.name: _mcp(server) for server in grants.mcp_servers},
-            model=settings.model,
-            fallback_model=settings.fallback_model,
-            system_prompt=settings.system_prompt or {"type": "preset", "preset": "claude_code"},
-            max_turns=settings.max_turns,
-            max_budget_usd=settings.max_budget_usd,
-            session_store=cast("SessionStore", self._mirror),
-            session_store_flush="eager",
-            env={"CLAUDE_CONFIG_DIR": CONFIG_DIR},
-            permission_prompt_tool_name=None,
-            skills=[],
-            extra_args={"disable-slash-commands": None},
-            resume=settings.session_id if settings.resume else None,
-            session_id=None if settings.resume else settings.session_id,
-        )
+    @property
+    def calls(self) -> ToolCalls:
+        """Who answers its hooks.
+
+        Raises:
+            AgentError: `agent-protocol`; without a run nobody does, and it may not go on.
+        """
+        if self._calls is None:
+            error = AgentError("agent-protocol", "claude asks before it serves a run")
+            self._broken(error)
+            raise error
+        return self._calls
+
+    @property
+    def usable(self) -> bool:
+        """Whether it runs, and nothing has ended it from out here."""
+        running = self._transport is not None and self._transport.is_ready()
+        return running and self.failure is None
+
+    async def ended(self) -> None:
+        """Wait for the end of the process."""
+        if self._transport is not None:
+            await self._transport.ended()
 
     async def start(self) -> None:
         """Start `claude`; returns when it has answered its initialisation.
@@ -124,14 +135,15 @@ class ClaudeDriver:
         Raises:
             AgentError: `agent-start-failed`, `agent-protocol`.
         """
-        options = self.options()
-        transport = SandboxTransport(
+        options = self.options
+        transport = self._transport = SandboxTransport(
             self._sandbox,
             # the SDK sets this itself when can_use_tool is given, but only for its own process
             [*argv(options), "--permission-prompt-tool", "stdio"],
             environment(self._settings.grants),
             transcripts=f"{CONFIG_DIR}/projects/{PROJECT}/{self._settings.session_id}",
             on_lie=self._broken,
+            waiting=self._calls is None,
         )
         # the mode travels in argv; the client itself only warns on the user's terminal that in
         # bypassPermissions the callback may never be asked, which is what that mode means
@@ -146,8 +158,8 @@ class ClaudeDriver:
 
     async def turn(self, prompt: str) -> AsyncIterator[AgentMessage]:
         """Send a prompt; yields messages until the turn has ended."""
-        if self._client is None:
-            raise AgentError("agent-start-failed", "claude is not running")
+        if self._client is None or self._calls is None:
+            raise AgentError("agent-start-failed", "claude is not running, or serves no run")
         if self._interrupted:
             yield _not_ok("interrupted")
             return
@@ -224,12 +236,13 @@ class ClaudeDriver:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        with suppress(RingfenceError):
-            await self._calls.close()
+        if self._calls is not None:
+            with suppress(RingfenceError):
+                await self._calls.close()
 
     async def _overdue(self, identity: str) -> None:
         """A call's time is up. The clock is outside."""
-        name, seconds = self._calls.name_of(identity), self._settings.tool_seconds
+        name, seconds = self.calls.name_of(identity), self._settings.tool_seconds
         self._put(Notice(kind="tool_timeout", text=f"{name} is over its {seconds:g} s"))
         self._failed(
             AgentError(
@@ -239,7 +252,7 @@ class ClaudeDriver:
             )
         )
         with suppress(RingfenceError):  # a recorder that is gone ends the run by itself
-            await self._calls.finish(identity, "timeout")
+            await self.calls.finish(identity, "timeout")
         await self.interrupt()
 
     def _failed(self, error: RingfenceError) -> None:
@@ -261,14 +274,20 @@ class _Mirror:
     kept cannot be resumed: so its failures are counted here, and end the run (architecture 1).
     """
 
-    def __init__(self, store: SessionMirror, broken: Any) -> None:
-        self._store, self._broken = store, broken
+    def __init__(self, broken: Any) -> None:
+        self._broken = broken
         self._failures = 0
+        self.store: SessionMirror | None = None
+
+    def _lent(self) -> SessionMirror:
+        if self.store is None:
+            raise DeniedError("session-frame-refused", "a transcript frame came without a run")
+        return self.store
 
     async def append(self, key: Any, entries: Any) -> None:
         """See SessionStore."""
         try:
-            await self._store.append(key, entries)
+            await self._lent().append(key, entries)
         except DeniedError as error:
             self._broken(error)
             raise
@@ -285,22 +304,7 @@ class _Mirror:
 
     async def load(self, key: Any) -> Any:
         """See SessionStore."""
-        return await self._store.load(key)
-
-
-def _matcher(hook: Any) -> HookMatcher:
-    return HookMatcher(hooks=[hook], timeout=_FOREVER, on_failure="block")
-
-
-def _mcp(server: McpServer) -> Any:
-    if server.command:
-        return {
-            "type": "stdio",
-            "command": server.command[0],
-            "args": list(server.command[1:]),
-            "env": dict(server.environment),
-        }
-    return {"type": "http", "url": server.url}
+        return await self._lent().load(key)
 
 
 def _ended(message: ResultMessage) -> TurnEnded:

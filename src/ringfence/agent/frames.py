@@ -26,6 +26,17 @@ MAX_OPEN = 512
 MAX_JUNK = 10_000
 """Lines in all that are no frame: libraries print to stdout, too."""
 
+_ACTS = frozenset(
+    {
+        "control_request",
+        "control_cancel_request",
+        "transcript_mirror",
+        "assistant",
+        "user",
+        "result",
+    }
+)
+
 _ID = re.compile(r"[\w.:-]{1,256}", re.ASCII)
 _TRANSCRIPT = re.compile(r"\.jsonl|(?:/(?!\.{1,2}(?:/|$))[^/\x00]+){2,}")
 """Behind the session's own path: its file, or those of its subagents. The SDK drops others."""
@@ -35,11 +46,14 @@ _NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,256}")
 class FrameGate:
     """Reads the lines of one process; `transcripts` is the path all its mirror frames begin with.
 
-    Times are seconds of any clock that never goes back.
+    While it is `waiting` the process serves nobody: it may answer what it is asked, and whatever
+    else it says is dropped, or ends it where it would act for a session. Times are seconds of any
+    clock that never goes back.
     """
 
-    def __init__(self, transcripts: str, now: float) -> None:
+    def __init__(self, transcripts: str, now: float, *, waiting: bool = False) -> None:
         self._transcripts = transcripts
+        self.waiting = waiting
         self._frames = _Bucket(FRAMES_AT_ONCE, FRAMES_PER_SECOND, now)
         self._bytes = _Bucket(BYTES_AT_ONCE, BYTES_PER_SECOND, now)
         self._open: set[str] = set()
@@ -66,6 +80,10 @@ class FrameGate:
         if _deeper_than(frame, MAX_DEPTH):
             _refuse("a frame is nested too deeply")
         self._check(frame)
+        if self.waiting and frame["type"] != "control_response":
+            if frame["type"] in _ACTS:
+                _refuse("it acts before it serves a run")
+            return None
         return frame
 
     def answered(self, line: str) -> None:

@@ -25,7 +25,7 @@ class SandboxTransport(Transport):
     """Starts argv in the sandbox on `connect`, kills it on `close`.
 
     `transcripts` is where this process may say that its transcript lies; `on_lie` hears of the
-    first frame that is refused, before the SDK does.
+    first frame that is refused, before the SDK does; `waiting` is the gate's.
     """
 
     def __init__(
@@ -36,9 +36,10 @@ class SandboxTransport(Transport):
         *,
         transcripts: str,
         on_lie: Callable[[RingfenceError], None],
+        waiting: bool = False,
     ) -> None:
         self._sandbox, self._argv, self._environment = sandbox, argv, environment
-        self._gate = FrameGate(transcripts, time.monotonic())
+        self._gate = FrameGate(transcripts, time.monotonic(), waiting=waiting)
         self._on_lie = on_lie
         self._process: Process | None = None
         self._lock = anyio.Lock()
@@ -47,6 +48,15 @@ class SandboxTransport(Transport):
     async def connect(self) -> None:
         """See Transport."""
         self._process = await self._sandbox.exec(self._argv, environment=self._environment)
+
+    def serve(self) -> None:
+        """The process has a run: from now on its frames are read as one's that works."""
+        self._gate.waiting = False
+
+    async def ended(self) -> None:
+        """Wait for the end of the process."""
+        if self._process is not None:
+            await self._process.wait()
 
     async def write(self, data: str) -> None:
         """See Transport."""

@@ -63,7 +63,8 @@ class RunLost(Event):
 
 
 class SandboxStarted(Event):
-    """A sandbox is up; `controls` is what the kernel said, not what flags asked.
+    """A sandbox is up; `controls` is what the kernel said, not what flags asked. A `warm` one was
+    started before its run, which it is handed to by this record, and waited `waited_ms`.
 
     `reason` is why `auto` took this technology, `threat_model` what the policy declares, and
     `not_held` are the clauses of the sandbox contract that it says it does not hold.
@@ -76,6 +77,8 @@ class SandboxStarted(Event):
     reason: str = ""
     threat_model: str = ""
     not_held: list[str] = Field(default_factory=list)
+    warm: bool = False
+    waited_ms: float = 0.0
 
 
 class SandboxStopped(Event):

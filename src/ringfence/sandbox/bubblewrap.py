@@ -7,15 +7,18 @@ from typing import Any
 from ringfence.policy.compiled import SandboxProfile
 from ringfence.sandbox import hostfacts
 from ringfence.sandbox.enforce import STAGED
-from ringfence.sandbox.profile import HostFacts, enclose_options, exec_plan
-from ringfence.sandbox.staged import Program, StagedBackend
+from ringfence.sandbox.profile import HostFacts, enclose_options, exec_plan, refuse_waiting
+from ringfence.sandbox.protocol import WaitingSpec
+from ringfence.sandbox.staged import Program, StagedBackend, StagedSandbox
 
 HOW = STAGED
 """What this backend does for each control."""
 
 
 class BubblewrapBackend(StagedBackend):
-    """`Backend` of the protocol."""
+    """`WaitingBackend` of the protocol: what is mounted on a shared mount of the place appears in
+    bubblewrap's own namespaces, which an OCI runtime and a kernel in user space do not follow.
+    """
 
     words = HOW
 
@@ -27,6 +30,11 @@ class BubblewrapBackend(StagedBackend):
     def check(self) -> None:
         """See StagedBackend."""
         hostfacts.check_user_namespaces()
+
+    async def start_waiting(self, spec: WaitingSpec) -> StagedSandbox:
+        """See the protocol."""
+        refuse_waiting(spec.profile)
+        return await self._start(spec)
 
     def enclose(self, rules: SandboxProfile, facts: HostFacts, program: Program) -> dict[str, Any]:
         """See StagedBackend."""

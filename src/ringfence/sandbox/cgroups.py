@@ -148,6 +148,20 @@ class Groups:
             Control.PIDS: {"pids.max": str(limits.pids)},
         }[control]
 
+    def read_back(self, limits: Limits) -> tuple[ControlState, ...]:
+        """What `make` set, as the kernel keeps it now.
+
+        Raises:
+            UnavailableError: `sandbox-start-failed` when a limit is no longer what was set.
+        """
+        states = []
+        for control, parent in self._hierarchy.parents.items():
+            group = self._paths[parent]
+            for file, value in self._settings(control, limits).items():
+                _expect(group / file, value)
+            states.append(ControlState(control=control, enforced=True, how=f"cgroup {group.name}"))
+        return tuple(states)
+
     def members(self) -> set[int]:
         """Host pids of every process in any of the groups."""
         found: set[int] = set()
@@ -177,15 +191,27 @@ class Groups:
 def _set(file: Path, value: str) -> None:
     """Write a limit and believe only what the kernel says afterwards; `?` marks an optional one."""
     optional = file.name.startswith("?")
-    file = file.with_name(file.name.lstrip("?"))
     try:
-        file.write_text(value)
-        kept = file.read_text().strip()
+        file.with_name(file.name.lstrip("?")).write_text(value)
     except OSError as error:
         if optional:
             return
         raise UnavailableError(
             "sandbox-start-failed", f"limit {file.name} cannot be set: {error.strerror}"
+        ) from None
+    _expect(file, value)
+
+
+def _expect(file: Path, value: str) -> None:
+    optional = file.name.startswith("?")
+    file = file.with_name(file.name.lstrip("?"))
+    try:
+        kept = file.read_text().strip()
+    except OSError as error:
+        if optional:
+            return
+        raise UnavailableError(
+            "sandbox-start-failed", f"limit {file.name} cannot be read: {error.strerror}"
         ) from None
     if kept != value and not _same_number(kept, value):
         raise UnavailableError(

@@ -69,6 +69,12 @@ def states(
     ]
 
 
+def read_back(found: Sequence[ControlState], read: Sequence[ControlState]) -> list[ControlState]:
+    """The states with those that the kernel was asked for again."""
+    again = {state.control: state for state in read}
+    return [again.get(state.control, state) for state in found]
+
+
 def refuse(states: Sequence[ControlState], profile: SandboxProfile) -> None:
     """All of them in one error: the mend of one may be the mend of all."""
     found = stopping(states, profile.accept_unenforced)

@@ -12,7 +12,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from ringfence.sandbox.profile import (
     exec_plan,
     host_paths,
 )
-from ringfence.sandbox.protocol import INSIDE_WORKSPACE, SandboxSpec
+from ringfence.sandbox.protocol import INSIDE_WORKSPACE, SandboxSpec, WaitingSpec
 from ringfence.sandbox.workspace import Scan, scan
 
 _NOBODY = 65534
@@ -186,10 +186,11 @@ def limits_processes() -> bool:
     return works(3) and not works(2)
 
 
-def gather(
-    spec: SandboxSpec, found: Scan, uid: int, state_dir: Path, *, reads_programs: bool = False
+def gather_waiting(
+    spec: SandboxSpec | WaitingSpec, uid: int, state_dir: Path, *, reads_programs: bool = False
 ) -> HostFacts:
-    """Everything `profile.py` needs to know; `reads_programs` as in StagedBackend.
+    """All that `profile.py` needs to know but what the workspace brings; `reads_programs` as in
+    StagedBackend.
 
     Raises:
         CallerError: `profile-path-refused` for a path that is a socket, FIFO or device.
@@ -216,13 +217,11 @@ def gather(
         protected=protected,
         special=_special(spec.profile, existing),
         ca_bundle=_trust_store(spec.ca_certificate),
-        # without a configuration git works with its defaults; with one it cannot read it stops
-        blank=frozenset(found.git_configs),
-        masked={**found.masked, **_denied_inside(spec, protected, real, existing)},
         proc_entries=frozenset(os.listdir("/proc")),
         stage=stage(),
         egress_dir=str(spec.egress_dir) if spec.egress_dir else None,
         claude=str(claude) if claude else None,
+        programs=dict(spec.programs) if isinstance(spec, WaitingSpec) else {},
     )
 
 
@@ -237,20 +236,20 @@ def _system_links() -> tuple[dict[str, str], dict[str, bool]]:
     return links, existing
 
 
-def _denied_inside(
-    spec: SandboxSpec,
-    protected: tuple[str, ...],
-    real: Mapping[str, str],
-    existing: Mapping[str, bool],
-) -> dict[str, bool]:
-    """What of the workspace a policy blocks by its path on the host, ringfence's own included."""
-    workspace = os.path.realpath(spec.workspace)
-    found = {}
-    for path in (*spec.profile.blocked, *protected):
-        inside = os.path.relpath(real.get(path, path), workspace)
-        if path in existing and inside.split("/")[0] not in {".", ".."}:
-            found[inside] = existing[path]
-    return found
+def with_workspace(
+    facts: HostFacts, rules: SandboxProfile, workspace: Path, found: Scan
+) -> HostFacts:
+    """The facts with what is masked of a workspace: what the scan found, and what a policy blocks
+    there by its path on the host, ringfence's own included.
+    """
+    top = os.path.realpath(workspace)
+    masked = dict(found.masked)
+    for path in (*rules.blocked, *facts.protected):
+        inside = os.path.relpath(facts.real.get(path, path), top)
+        if path in facts.existing and inside.split("/")[0] not in {".", ".."}:
+            masked[inside] = facts.existing[path]
+    # without a configuration git works with its defaults; with one it cannot read it stops
+    return replace(facts, masked=masked, blank=frozenset(found.git_configs))
 
 
 def _special(rules: SandboxProfile, existing: Mapping[str, bool]) -> dict[str, tuple[str, ...]]:

@@ -1,10 +1,11 @@
 """Runs outside the sandbox, standard library only: makes the place, becomes bubblewrap.
 
 Started as `python -I -S launch.py N`, where N is the descriptor of a control socket. Frames
-with descriptors come in, one goes out. Two phases:
+with descriptors come in, one goes out. Three phases:
 
 prepare  makes the namespaces and the mounts and hands descriptors of them out: they live through
          the descriptors that the worker holds. The process then waits for the first exec.
+attach   puts the workspace into a place that was prepared without one, see launch_attach.py.
 exec     enters them (it may stand there already), gives up every privilege and becomes
          bubblewrap, which encloses.
 
@@ -31,7 +32,7 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
-MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 32, 4096, 16384, 1 << 18
+MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE, MS_SHARED = 32, 4096, 16384, 1 << 18, 1 << 20
 OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC, AT_RECURSIVE, AT_EMPTY_PATH = 1, 0o2000000, 0x8000, 0x1000
 MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 0x4, 0x40
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC = 1, 2, 4, 8
@@ -192,42 +193,23 @@ def send(control: socket.socket, value: Plan, descriptors: list[int] = []) -> No
 
 def prepare(plan: Plan, descriptors: list[int]) -> tuple[Plan, list[int]]:
     as_root, uid = plan["as_root"], plan["uid"]
-    workspace = descriptors[0]
-    owner = os.fstat(workspace)
-    # the owner's ids, as they are on disk, become the sandbox's uid
-    also = [[one, one, 1] for one in plan.get("creators", [])]
-    owners = [[owner.st_uid, uid, 1], *also], [[owner.st_gid, uid, 1], *also]
-    idmap = mapped_namespace(*owners) if as_root else -1
-    # unshare() moves root and cwd into the copied mount tree, but no other descriptor: the
-    # workspace travels as the working directory.
-    os.fchdir(workspace)
+    # also loaded before the stage covers what it lies under
+    waiting = _later_phase("launch_attach") if plan["waiting"] is not None else None
+    idmap = enter_workspace(plan, descriptors[0]) if descriptors else -1
     enter_own_namespaces(as_root=as_root)
     listener = loopback_listener(plan["proxy_port"])
     # Every source is cloned, and every tool read, before the stage covers what it lies under.
-    trees, copied = _clone_all(plan, max(idmap, 0))
+    trees, copying = clone_all(plan, max(idmap, 0))
     tools = {target: _content(path) for path, target in plan["tools"].items()}
     stage = plan["stage"]
     mount("stage", stage, "tmpfs", MS_NOSUID | MS_NODEV, "size=16m,mode=0755")
     _scratch(plan, uid)
-    if copied:
-        try:
-            _copy_tree(f"{stage}/scratch/copy", uid)
-        except OSError as error:
-            message = f"the workspace has to be copied, under the disk limit: {error.strerror}"
-            raise OSError(error.errno, message) from None
-        mount(f"{stage}/scratch/copy", f"{stage}/lower", None, MS_BIND)
-    for tree, source in trees:
-        _attach(stage, tree, source)
-    _write_files(stage, {path: text.encode() for path, text in plan["files"].items()}, 0o644)
-    _write_files(stage, tools, 0o755)
-    for overlay in plan["overlays"]:
-        _overlay(stage, overlay)
-    if not plan["workspace_exec"]:
-        view = os.open(f"{stage}/workspace", os.O_PATH | os.O_CLOEXEC)
-        set_attributes(view, MOUNT_ATTR_NOEXEC, 0, recursive=True)
-        os.close(view)
-    for place, path, kind in plan["masks"]:
-        _mask(stage, place, path, kind)
+    fill(plan, trees, copying, "workspace")
+    write_files(stage, {path: text.encode() for path, text in plan["files"].items()}, 0o644)
+    programs = {path: text.encode() for path, text in plan["programs"].items()}
+    write_files(stage, tools | programs, 0o755)
+    if waiting is not None:
+        waiting.wait_for_workspace(stage, plan["gate"], plan["waiting"])
     # An ordinary user's bubblewrap belongs to the uid inside, which finds it as /proc/1/exe; what
     # it could write there would run outside with the next program (CVE-2019-5736).
     mount("none", stage, None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
@@ -237,22 +219,62 @@ def prepare(plan: Plan, descriptors: list[int]) -> tuple[Plan, list[int]]:
         os.open("/proc/self/ns/user", os.O_RDONLY | os.O_CLOEXEC),
         listener,
     ]
+    return {"ok": True}, out + handles(plan)
+
+
+def enter_workspace(plan: Plan, workspace: int) -> int:
+    """unshare() moves root and cwd into the copied mount tree, but no other descriptor: the
+    workspace travels as the working directory. Returns the map of its owner, -1 for none.
+    """
+    owner, uid = os.fstat(workspace), plan["uid"]
+    # the owner's ids, as they are on disk, become the sandbox's uid
+    also = [[one, one, 1] for one in plan.get("creators", [])]
+    owners = [[owner.st_uid, uid, 1], *also], [[owner.st_gid, uid, 1], *also]
+    idmap = mapped_namespace(*owners) if plan["as_root"] else -1
+    os.fchdir(workspace)
+    return idmap
+
+
+def fill(plan: Plan, trees: list[tuple[int, Plan]], copying: Any, view: str) -> None:
+    """Mount all that is shown, and cover what is not; `view` is the workspace's place."""
+    stage = plan["stage"]
+    if copying is not None:
+        try:
+            copying.copy_tree(f"{stage}/scratch/copy", plan["uid"])
+        except OSError as error:
+            message = f"the workspace has to be copied, under the disk limit: {error.strerror}"
+            raise OSError(error.errno, message) from None
+        mount(f"{stage}/scratch/copy", f"{stage}/lower", None, MS_BIND)
+    for tree, source in trees:
+        _attach(stage, tree, source)
+    for overlay in plan["overlays"]:
+        _overlay(stage, overlay)
+    if not plan["workspace_exec"]:
+        top = os.open(f"{stage}/{view}", os.O_PATH | os.O_CLOEXEC)
+        set_attributes(top, MOUNT_ATTR_NOEXEC, 0, recursive=True)
+        os.close(top)
+    for place, path, kind in plan["masks"]:
+        _mask(stage, place, path, kind)
+
+
+def handles(plan: Plan) -> list[int]:
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    out += [os.open(f"{stage}/{name}", flags) for name in plan["handles"]]
-    return {"ok": True}, out
+    return [os.open(f"{plan['stage']}/{name}", flags) for name in plan["handles"]]
 
 
-def _clone_all(plan: Plan, idmap: int) -> tuple[list[tuple[int, Plan]], bool]:
-    """Every source with its tree; whether the workspace has to be copied in place of its own."""
-    trees, copied = [], False
+def clone_all(plan: Plan, idmap: int) -> tuple[list[tuple[int, Plan]], Any]:
+    """Every source with its tree; what copies the workspace where it has no tree of its own, loaded
+    before the stage covers what it lies under.
+    """
+    trees, copying = [], None
     for source in plan["sources"]:
         try:
             trees.append((_clone(plan, source, idmap), source))
         except UnmappableError:
             if source["path"] or source["target"] != "lower":
                 raise
-            copied = True
-    return trees, copied
+            copying = _later_phase("launch_copy")
+    return trees, copying
 
 
 def _clone(plan: Plan, source: Plan, idmap: int) -> int:
@@ -275,43 +297,6 @@ def _clone(plan: Plan, source: Plan, idmap: int) -> int:
 
 class UnmappableError(OSError):
     """Its owner cannot be made the sandbox's uid by a mount: overlayfs, nfs, fuse."""
-
-
-def _copy_tree(target: str, uid: int) -> None:
-    """The working directory, owned by the sandbox: where its owner cannot be mapped. In memory and
-    under the disk limit, so that it is gone with the sandbox whatever becomes of us. Links stay
-    links, and sockets, FIFOs and devices are left out.
-    """
-    os.mkdir(target, 0o700)
-    os.chown(target, uid, uid)
-    for path, folders, files, directory in os.fwalk("."):
-        for name in folders + files:
-            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
-            copy = f"{target}/{path}/{name}"
-            kind = status.st_mode & 0o170000
-            if kind == 0o040000:
-                os.mkdir(copy, 0o700)
-            elif kind == 0o120000:
-                os.symlink(os.readlink(name, dir_fd=directory), copy)
-            elif kind == 0o100000:
-                _copy_file(directory, name, copy)
-            else:
-                continue
-            os.chown(copy, uid, uid, follow_symlinks=False)
-            if kind != 0o120000:
-                os.chmod(copy, status.st_mode & 0o777)
-                os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
-def _copy_file(directory: int, name: str, copy: str) -> None:
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    source = os.open(name, flags, dir_fd=directory)
-    try:
-        with open(copy, "wb") as file:
-            while data := os.read(source, 1 << 20):
-                file.write(data)
-    finally:
-        os.close(source)
 
 
 def _overlay(stage: str, overlay: Plan) -> None:
@@ -387,7 +372,7 @@ def _attach(stage: str, tree: int, source: Plan) -> None:
     os.close(tree)
 
 
-def _write_files(stage: str, files: dict[str, bytes], mode: int) -> None:
+def write_files(stage: str, files: dict[str, bytes], mode: int) -> None:
     for path, data in files.items():
         target = f"{stage}/{path}"
         os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -472,6 +457,10 @@ def main() -> int:
     os.umask(0o022)  # the caller's may shut the sandbox's uid out of the place made for it
     try:
         plan, descriptors = receive(control)
+        if plan["phase"] == "attach":
+            value, out = _later_phase("launch_attach").attach(plan, descriptors)
+            send(control, value, out)
+            return 0
         if plan["phase"] == "prepare":
             value, out = prepare(plan, descriptors)
             send(control, value, out)

@@ -61,20 +61,20 @@ def alive(launcher: Launcher | None) -> Launcher:
     return launcher or launch()
 
 
-async def prepare(launcher: Launcher, plan: dict[str, Any], workspace_fd: int) -> list[int]:
+async def prepare(launcher: Launcher, plan: dict[str, Any], handed: list[int]) -> list[int]:
     """Have it make the place; returns the descriptors of it. The launcher is ended when it cannot.
 
     Raises:
         UnavailableError: `sandbox-start-failed`.
     """
 
-    def ask() -> tuple[dict[str, Any], list[int]]:
-        send_frame(launcher.control, plan, [workspace_fd])
+    def exchange() -> tuple[dict[str, Any], list[int]]:
+        send_frame(launcher.control, plan, handed)
         launcher.control.settimeout(_PREPARE_SECONDS)
         return receive_frame(launcher.control)
 
     try:
-        answer, descriptors = await asyncio.to_thread(ask)
+        answer, descriptors = await asyncio.to_thread(exchange)
     except BaseException as error:
         await asyncio.shield(launcher.end())
         if isinstance(error, OSError):
@@ -89,6 +89,13 @@ async def prepare(launcher: Launcher, plan: dict[str, Any], workspace_fd: int) -
             "system with idmapped mounts (ext4, xfs, btrfs, tmpfs); an ordinary user needs user "
             "namespaces",
         )
+    return descriptors
+
+
+async def attach(launcher: Launcher, plan: dict[str, Any], handed: list[int]) -> list[int]:
+    """Have it put a workspace into a place; as `prepare`, and the launcher is ended after it."""
+    descriptors = await prepare(launcher, plan, handed)
+    await asyncio.shield(launcher.end())
     return descriptors
 
 

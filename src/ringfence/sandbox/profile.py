@@ -1,8 +1,8 @@
 """Compiled rules and what the host has → the plan of a launch. PURE; golden files hold it.
 
-Two plans: `prepare_plan` is carried out by `launch.py` before anything of the agent runs,
-`enclose_options` are bubblewrap's. Both name paths of the stage, a file system that
-exists only in the sandbox's private mount namespace.
+`prepare_plan` is carried out by `launch.py` before anything of the agent runs, `attach_plan`
+where a sandbox waited without a workspace, and `enclose_options` are bubblewrap's. All name paths
+of the stage, a file system that exists only in the sandbox's private mount namespace.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ringfence.sandbox.protocol import (
     INSIDE_PROXY_PORT,
     INSIDE_UID,
     INSIDE_WORKSPACE,
+    WAITING_GATE,
 )
 
 STAGES = ("/mnt", "/media", "/srv", "/opt", "/tmp")  # noqa: S108
@@ -90,6 +91,7 @@ class HostFacts:
         special: sockets, FIFOs and devices below a writable path of the profile, relative to it.
         tools: where bubblewrap is, see `Tools`.
         stage: which of STAGES is covered.
+        programs: executables of our own beside claude, name to text.
     """
 
     as_root: bool
@@ -107,6 +109,7 @@ class HostFacts:
     stage: str = STAGES[0]
     egress_dir: str | None = None
     claude: str | None = None
+    programs: Mapping[str, str] = field(default_factory=dict)
 
 
 SYSTEM = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
@@ -182,12 +185,15 @@ def _masks(profile: SandboxProfile, facts: HostFacts) -> list[tuple[str, str, st
     return sorted(masks)
 
 
-def prepare_plan(profile: SandboxProfile, facts: HostFacts) -> dict[str, Any]:
-    """The plan of launch.py's first phase, JSON-shaped."""
-    direct = profile.workspace_mode is WorkspaceMode.DIRECT
-    read_only = profile.workspace_mode is WorkspaceMode.READONLY
-    sources = [source("", "workspace" if direct else "lower", read_only=read_only, idmap=True)]
-    overlays = [] if direct else [_layer("lower", "workspace", writable=not read_only)]
+def prepare_plan(
+    profile: SandboxProfile, facts: HostFacts, *, waiting: Mapping[str, bytes] | None = None
+) -> dict[str, Any]:
+    """The plan of launch.py's first phase, JSON-shaped. With `waiting` the workspace is left out,
+    and these files stand in its place.
+    """
+    without = waiting is not None
+    sources, overlays = ([], []) if without else _workspace(profile, "workspace")
+    handles = ["scratch/upper", "home", "tmp"]
     for index, (path, writable) in enumerate(shown_paths(profile, facts)):
         directory, target = facts.existing[path], f"shown/{index}"
         if directory and not writable:
@@ -212,10 +218,57 @@ def prepare_plan(profile: SandboxProfile, facts: HostFacts) -> dict[str, Any]:
         "masks": _masks(profile, facts),
         "disk_mb": profile.limits.disk_mb,
         "tmp_exec": profile.tmp_exec,
-        "workspace_exec": profile.workspace_exec,
+        "workspace_exec": without or profile.workspace_exec,
         "files": {**_ETC_FILES, "etc/ssl/certs/ca-certificates.crt": facts.ca_bundle},
-        "handles": ["workspace", "lower", "scratch/upper", "home", "tmp"],
+        "handles": handles if without else [*_WORKSPACE_HANDLES, *handles],
+        "waiting": None if waiting is None else dict(waiting),
+        "gate": WAITING_GATE,
+        "programs": {f"programs/{name}": text for name, text in facts.programs.items()},
     }
+
+
+_WORKSPACE_HANDLES = ("workspace", "lower")
+
+
+def refuse_waiting(profile: SandboxProfile) -> None:
+    """Raise CallerError `profile-path-refused` where the place cannot be made before the workspace
+    is known: what is written to a path of the host belongs to the workspace's owner.
+    """
+    for path in profile.writable:
+        if not _is_workspace(path):
+            raise CallerError(
+                "profile-path-refused",
+                f"{path} is writable, so a sandbox cannot start before its workspace is known",
+                hint="such a run starts without the warm pool",
+            )
+
+
+def attach_plan(profile: SandboxProfile, facts: HostFacts) -> dict[str, Any]:
+    """The plan that puts the workspace, as `prepare_plan` would have, into a place without one."""
+    sources, overlays = _workspace(profile, "attached")
+    masks = _masks(profile, facts)
+    return {
+        "phase": "attach",
+        "stage": facts.stage,
+        "as_root": facts.as_root,
+        "uid": facts.uid,
+        "sources": sources,
+        "overlays": overlays,
+        "masks": [("attached", path, kind) for place, path, kind in masks if place == "workspace"],
+        "workspace_exec": profile.workspace_exec,
+        "handles": list(_WORKSPACE_HANDLES),
+        "gate": WAITING_GATE,
+    }
+
+
+def _workspace(
+    profile: SandboxProfile, target: str
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Sources and overlays of the workspace; its own path is empty, see launch.py."""
+    direct = profile.workspace_mode is WorkspaceMode.DIRECT
+    read_only = profile.workspace_mode is WorkspaceMode.READONLY
+    own = source("", target if direct else "lower", read_only=read_only, idmap=True)
+    return [own], [] if direct else [_layer("lower", target, writable=not read_only)]
 
 
 def bare_plan(facts: HostFacts) -> dict[str, Any]:
@@ -235,6 +288,9 @@ def bare_plan(facts: HostFacts) -> dict[str, Any]:
         "workspace_exec": True,  # there is none to take it from
         "files": {},
         "handles": [],
+        "waiting": None,
+        "gate": WAITING_GATE,
+        "programs": {},
     }
 
 
@@ -325,6 +381,9 @@ def place_mounts(profile: SandboxProfile, facts: HostFacts) -> list[str]:
         arguments += ["--ro-bind", f"{facts.stage}/egress", INSIDE_EGRESS_DIR]
     if facts.claude is not None:
         arguments += ["--ro-bind", f"{facts.stage}/claude", INSIDE_CLAUDE]
+    for name in facts.programs:
+        inside = str(PurePosixPath(INSIDE_CLAUDE).with_name(name))
+        arguments += ["--ro-bind", f"{facts.stage}/programs/{name}", inside]
     for index, (path, writable) in enumerate(shown_paths(profile, facts)):
         arguments += ["--bind" if writable else "--ro-bind", f"{facts.stage}/shown/{index}", path]
     return [*arguments, workspace, f"{facts.stage}/workspace", INSIDE_WORKSPACE]

@@ -9,7 +9,7 @@ the host cannot enforce and the profile does not accept stops `start` with Unava
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -23,6 +23,8 @@ INSIDE_EGRESS_SOCKET = "/run/ringfence/egress.sock"
 INSIDE_PROXY_PORT = 3128
 INSIDE_CLAUDE = "/opt/ringfence/bin/claude"
 INSIDE_UID = 1000
+WAITING_GATE = ".ringfence-waits"
+"""A FIFO in /workspace while that is still to come: opening it to read takes until it is there."""
 
 
 class Control(StrEnum):
@@ -119,6 +121,26 @@ class SandboxSpec:
     claude: Path | None = None
     home_files: Mapping[str, bytes] | None = None
     ca_certificate: bytes | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WaitingSpec:
+    """One sandbox to start before it is known for what: no workspace, no session's files.
+
+    Attributes: as those of `SandboxSpec`; `egress_dir` is empty, nothing listens there yet.
+        placeholders: files that /workspace holds meanwhile, by relative path. A program may look
+            once, at its start, what kind of workspace it has.
+        programs: executables that stand beside claude, first in PATH; name to text.
+    """
+
+    sandbox_id: str
+    profile: SandboxProfile
+    state_dir: Path
+    egress_dir: Path | None = None
+    claude: Path | None = None
+    ca_certificate: bytes | None = None
+    placeholders: Mapping[str, bytes] = field(default_factory=dict)
+    programs: Mapping[str, str] = field(default_factory=dict)
 
 
 class Process(Protocol):
@@ -250,6 +272,29 @@ class Sandbox(Protocol):
         ...
 
 
+class WaitingSandbox(Sandbox, Protocol):
+    """A started place without a workspace: /workspace is a directory that nobody can write, and
+    holds nothing but the placeholders and WAITING_GATE.
+
+    Programs may be started in it, and then the workspace comes to them.
+    """
+
+    async def attach(self, workspace: Path) -> None:
+        """Put the workspace at /workspace, for the programs that run, too. Once.
+
+        What is masked, in which mode it is mounted and what is refused is as at `Backend.start`,
+        and `hidden` and `controls` are of this moment: every limit is read back again. What runs
+        inside sees nothing of the workspace, or it whole with its masks. A program that began in
+        /workspace still stands in the empty directory until it changes to that path again. Who
+        connected to the proxy's port before is hung up.
+
+        Raises:
+            UnavailableError: `sandbox-start-failed`; the sandbox is fit for nothing then.
+            CallerError: `workspace-missing`, `workspace-refused`.
+        """
+        ...
+
+
 class ChangeKind(StrEnum):
     """What happened to one path."""
 
@@ -356,3 +401,18 @@ class Subset(Protocol):
 def not_held(backend: Backend) -> Mapping[str, str]:
     """Clauses of the contract that a backend says it does not hold; empty for a whole one."""
     return backend.not_held if isinstance(backend, Subset) else {}
+
+
+@runtime_checkable
+class WaitingBackend(Backend, Protocol):
+    """A technology whose sandboxes can be started before their workspace is known. One that cannot
+    put a mount under programs that run is none, and its runs start cold.
+    """
+
+    async def start_waiting(self, spec: WaitingSpec) -> WaitingSandbox:
+        """As `start`, without a workspace.
+
+        Raises:
+            CallerError: `profile-path-refused` also for a writable path beside the workspace.
+        """
+        ...

@@ -17,7 +17,7 @@ import os
 import platform
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,7 +26,8 @@ from ringfence.model import WorkspaceMode
 from ringfence.policy.compiled import Limits, SandboxProfile
 from ringfence.sandbox import cgroups, enforce, hostfacts, profile, seccomp
 from ringfence.sandbox.frames import send_frame
-from ringfence.sandbox.launcher import Launcher, Spare, alive, prepare
+from ringfence.sandbox.launcher import Launcher, Spare, alive, attach, prepare
+from ringfence.sandbox.opening import look_at, open_workspace
 from ringfence.sandbox.overlay import read_changes
 from ringfence.sandbox.protocol import (
     INSIDE_HOME,
@@ -36,15 +37,14 @@ from ringfence.sandbox.protocol import (
     ControlState,
     Enforcement,
     SandboxSpec,
+    WaitingSpec,
 )
 from ringfence.sandbox.safeopen import (
     create_regular,
     make_directories,
-    printable_path,
     read_regular,
 )
-from ringfence.sandbox.stdio import SocketProcess
-from ringfence.sandbox.workspace import Scan, scan
+from ringfence.sandbox.stdio import SocketProcess, hang_up
 
 
 class Program(NamedTuple):
@@ -53,10 +53,6 @@ class Program(NamedTuple):
     argv: Sequence[str]
     environment: Mapping[str, str]
     cwd: str
-
-
-Enclose = Callable[[SandboxProfile, profile.HostFacts, Program], dict[str, Any]]
-"""Rules, facts, program → plan of launch.py's second phase, without cgroups, rlimits and parent."""
 
 
 class StagedBackend(ABC):
@@ -91,7 +87,9 @@ class StagedBackend(ABC):
     def enclose(
         self, rules: SandboxProfile, facts: profile.HostFacts, program: Program
     ) -> dict[str, Any]:
-        """See `Enclose`."""
+        """Rules, facts, program → plan of launch.py's second phase, without cgroups, rlimits and
+        parent.
+        """
 
     @property
     def reads_programs(self) -> bool:
@@ -115,6 +113,9 @@ class StagedBackend(ABC):
 
     async def start(self, spec: SandboxSpec) -> StagedSandbox:
         """See the protocol."""
+        return await self._start(spec)
+
+    async def _start(self, spec: SandboxSpec | WaitingSpec) -> StagedSandbox:
         states = self.probe(spec.profile)
         enforce.refuse(states, spec.profile)
         return await StagedSandbox.start(
@@ -135,70 +136,70 @@ class StagedSandbox:
 
     def __init__(
         self,
-        spec: SandboxSpec,
+        spec: SandboxSpec | WaitingSpec,
         facts: profile.HostFacts,
-        found: Scan,
         lease: hostfacts.UidLease | None,
         groups: cgroups.Groups,
         controls: Sequence[ControlState],
         launcher: Launcher,
+        spare: Spare,
         handles: list[int],
-        enclose: Enclose,
+        backend: StagedBackend,
     ) -> None:
-        self._spec, self._facts, self._scan = spec, facts, found
+        self._spec, self._facts, self._spare, self._backend = spec, facts, spare, backend
         self._lease, self._groups, self._controls = lease, groups, controls
-        self._enclose = enclose
         self._ready: Launcher | None = launcher
         self._mnt, self._net, self._user, self._listener = handles[:4]
-        self._workspace, self._lower, self._upper, self._home, self._tmp = handles[4:]
-        # by the kernel's own clock, which stamps the workspace's files too
-        self._begun_ns = os.fstat(self._upper).st_ctime_ns
+        # the workspace, what lies below its copy-on-write view, the gate of one that came late;
+        # empty while it waits for one
+        self._views, (self._upper, self._home, self._tmp) = handles[4:-3], handles[-3:]
+        self._begun()
         self._processes: set[SocketProcess] = set()
         self._seccomp = os.memfd_create("seccomp", os.MFD_CLOEXEC)
         os.write(self._seccomp, seccomp.build(platform.machine()))
         self._stopped = self._closed = False
 
+    def _begun(self) -> None:
+        # by the kernel's own clock, which stamps the workspace's files too
+        self._begun_ns = os.fstat(self._upper).st_ctime_ns
+
     @classmethod
     async def start(
         cls,
-        spec: SandboxSpec,
+        spec: SandboxSpec | WaitingSpec,
         states: Sequence[ControlState],
         uids: range,
         state_dir: Path,
         spare: Spare,
         backend: StagedBackend,
     ) -> StagedSandbox:
-        """Look at the workspace, prepare the place, set the limits."""
-        refuse_workspace(spec.workspace, state_dir)
-        workspace_fd = _open_workspace(spec.workspace)
+        """Look at the workspace if there is one, prepare the place, set the limits."""
+        path = spec.workspace if isinstance(spec, SandboxSpec) else None
+        held = [] if path is None else [open_workspace(path, state_dir)]
         lease = hostfacts.lease_uid(uids) if os.geteuid() == 0 else None
         groups = None
         try:
-            found = await asyncio.to_thread(
-                scan,
-                workspace_fd,
-                spec.profile.hidden,
-                shown=spec.profile.shown,
-                always=_always_masked(spec.profile, spec.workspace),
-            )
             facts = await asyncio.to_thread(
-                hostfacts.gather,
+                hostfacts.gather_waiting,
                 spec,
-                found,
                 lease.uid if lease else os.getuid(),
                 state_dir,
                 reads_programs=backend.reads_programs,
             )
+            if path is not None:
+                facts = await look_at(facts, spec.profile, path, held[0])
             hierarchy = cgroups.discover()
             cgroups.sweep(hierarchy)
             groups = cgroups.Groups(hierarchy, spec.sandbox_id)
             made = groups.make(backend.host_limits(spec.profile.limits))
-            limits = {state.control: state for state in made}
-            controls = [limits.get(state.control, state) for state in states]
+            controls = enforce.read_back(states, made)
             launcher = spare.take()
-            plan = backend.place(spec.profile, facts)
+            if isinstance(spec, WaitingSpec):
+                plan = profile.prepare_plan(spec.profile, facts, waiting=spec.placeholders)
+            else:
+                plan = backend.place(spec.profile, facts)
             plan["creators"] = backend.creators(facts)
-            handles = await prepare(launcher, plan, workspace_fd)
+            handles = await prepare(launcher, plan, held)
         except BaseException:
             if groups is not None:
                 groups.remove()
@@ -206,17 +207,35 @@ class StagedSandbox:
                 lease.release()
             raise
         finally:
-            os.close(workspace_fd)
-        sandbox = cls(
-            spec, facts, found, lease, groups, controls, launcher, handles, backend.enclose
-        )
+            for descriptor in held:
+                os.close(descriptor)
+        sandbox = cls(spec, facts, lease, groups, controls, launcher, spare, handles, backend)
         try:
-            files = spec.home_files or {}
+            files = (spec.home_files if isinstance(spec, SandboxSpec) else None) or {}
             await sandbox.copy_in({f"{INSIDE_HOME}/{k}": v for k, v in files.items()})
         except BaseException:
             await asyncio.shield(sandbox.close())
             raise
         return sandbox
+
+    async def attach(self, workspace: Path) -> None:
+        """See WaitingSandbox of the protocol."""
+        if self._stopped or self._views:
+            raise UnavailableError("sandbox-start-failed", "the sandbox waits for no workspace")
+        rules, backend = self._spec.profile, self._backend
+        descriptor = open_workspace(workspace, self._spec.state_dir)
+        try:
+            read = self._groups.read_back(backend.host_limits(rules.limits))
+            self._controls = enforce.read_back(self._controls, read)
+            self._facts = await look_at(self._facts, rules, workspace, descriptor)
+            plan = profile.attach_plan(rules, self._facts)
+            plan["creators"] = backend.creators(self._facts)
+            handed = [descriptor, self._mnt, self._user]
+            self._views = await attach(self._spare.take(), plan, handed)
+        finally:
+            os.close(descriptor)
+        hang_up(self._listener)
+        self._begun()
 
     @property
     def sandbox_id(self) -> str:
@@ -251,7 +270,7 @@ class StagedSandbox:
             raise UnavailableError("sandbox-start-failed", "the sandbox is stopped")
         program = Program(argv, {**_BASE_ENVIRONMENT, **(environment or {})}, cwd)
         plan = {
-            **self._enclose(self._spec.profile, self._facts, program),
+            **self._backend.enclose(self._spec.profile, self._facts, program),
             "cgroups": list(self._groups.paths),
             "rlimits": enforce.rlimits(self._spec.profile),
             "parent": os.getpid(),
@@ -325,7 +344,9 @@ class StagedSandbox:
         return data
 
     def _place(self, path: str) -> tuple[int, str]:
-        places = {INSIDE_WORKSPACE: self._workspace, INSIDE_HOME: self._home, "/tmp": self._tmp}  # noqa: S108
+        places = {INSIDE_HOME: self._home, "/tmp": self._tmp}  # noqa: S108
+        if self._views:
+            places[INSIDE_WORKSPACE] = self._views[0]
         for prefix, descriptor in places.items():
             if path.startswith(prefix + "/"):
                 relative = path[len(prefix) + 1 :]
@@ -361,10 +382,10 @@ class StagedSandbox:
         """See the protocol."""
         if not self._stopped:
             raise CallerError("internal", "changes are read only after stop()")
-        if self._spec.profile.workspace_mode is not WorkspaceMode.REVIEW:
+        if self._spec.profile.workspace_mode is not WorkspaceMode.REVIEW or not self._views:
             return Changes()
         return await asyncio.to_thread(
-            read_changes, self._lower, self._upper, begun_ns=self._begun_ns
+            read_changes, self._views[1], self._upper, begun_ns=self._begun_ns
         )
 
     async def close(self) -> None:
@@ -375,7 +396,7 @@ class StagedSandbox:
         self._closed = True
         for descriptor in (
             *(self._mnt, self._net, self._user, self._listener, self._seccomp),
-            *(self._workspace, self._lower, self._upper, self._home, self._tmp),
+            *(*self._views, self._upper, self._home, self._tmp),
         ):
             os.close(descriptor)
         if self._lease is not None:
@@ -396,54 +417,3 @@ _BASE_ENVIRONMENT = {
 
 def _is_masked(relative: str, masked: Mapping[str, bool]) -> bool:
     return any(relative == path or relative.startswith(path + "/") for path in masked)
-
-
-def _always_masked(rules: SandboxProfile, workspace: Path) -> tuple[str, ...]:
-    """What is masked in the workspace whatever is shown there. A blocked path may be named as it
-    is seen inside, or as the host names it; a star in such a name only ever masks more.
-    """
-    top = os.path.realpath(workspace)
-    blocked = [
-        path[len(INSIDE_WORKSPACE) :]
-        for path in rules.blocked
-        if path.startswith(INSIDE_WORKSPACE + "/")
-    ]
-    blocked += [
-        real[len(top) :]
-        for path in rules.blocked
-        if (real := os.path.realpath(path)).startswith(top + "/")
-    ]
-    return (*rules.masked, *blocked)
-
-
-_HOSTS_OWN = ("/proc", "/sys", "/dev", "/run", "/etc", "/usr", "/boot")
-_YET_WORKED_IN = ("/dev/shm", "/run/user", "/run/media", "/usr/src", "/usr/local/src")  # noqa: S108
-"""Below the host's own, and below these people do work."""
-_HOLDS_ALL = ("/", "/var", "/home", "/opt", "/tmp")  # noqa: S108
-
-
-def refuse_workspace(path: Path, state_dir: Path) -> None:
-    """Raise CallerError `workspace-refused` for what no mask could make safe to show, and for
-    what would show ringfence's own files.
-    """
-    real, state = Path(os.path.realpath(path)), Path(os.path.realpath(state_dir))
-    exempt = any(real.is_relative_to(one) and real != Path(one) for one in _YET_WORKED_IN)
-    own = not exempt and any(real.is_relative_to(one) for one in _HOSTS_OWN)
-    system = own or str(real) in _HOLDS_ALL
-    if system or real.is_relative_to(state):
-        raise CallerError(
-            "workspace-refused",
-            f"{printable_path(str(path))} belongs to the host itself"
-            if system
-            else f"{printable_path(str(path))} lies in ringfence's own state directory",
-            hint="name the folder that the agent is to work on",
-        )
-
-
-def _open_workspace(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise CallerError(
-            "workspace-missing", f"{path} is not a directory that can be read: {error.strerror}"
-        ) from None

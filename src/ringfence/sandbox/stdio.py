@@ -167,6 +167,19 @@ class SocketProcess:
         return code
 
 
+def hang_up(listener: int, most: int = 256) -> None:
+    """Close every connection that waits at a listening socket; at most its backlog."""
+    waiting = socket.socket(fileno=os.dup(listener))
+    try:
+        waiting.setblocking(False)
+        for _ in range(most):
+            waiting.accept()[0].close()
+    except OSError:
+        pass  # nobody waits any more
+    finally:
+        waiting.close()
+
+
 async def _readable(descriptor: int) -> None:
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()

@@ -16,10 +16,9 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from ringfence.agent.claude import GRACE_SECONDS, ClaudeDriver
+from ringfence.agent.claude import GRACE_SECONDS, ClaudeDriver, Run
 from ringfence.agent.command import run_command
 from ringfence.agent.messages import Notice, Progress, Text, TurnEnded
-from ringfence.agent.settings import ClaudeSettings
 from ringfence.channel.messages import (
     AddListener,
     AnyMessage,
@@ -30,22 +29,12 @@ from ringfence.channel.messages import (
     WitnessViolated,
     witness_error,
 )
-from ringfence.errors import (
-    AgentError,
-    RingfenceError,
-    UnavailableError,
-)
+from ringfence.errors import AgentError, RingfenceError, UnavailableError
 from ringfence.model import RunRequest, RunResult, Usage, WorkspaceMode
 from ringfence.policy.call_input import CallInput
 from ringfence.policy.codec import egress_to_json
 from ringfence.policy.compiled import CompiledPolicy
-from ringfence.record.events import (
-    RunEnded,
-    RunStarted,
-    SandboxStarted,
-    SandboxStopped,
-    SessionChanged,
-)
+from ringfence.record.events import RunStarted, SandboxStarted, SandboxStopped, SessionChanged
 from ringfence.record.leased import LeasedStore
 from ringfence.sandbox.hostfiles import host_files
 from ringfence.sandbox.patch import render
@@ -53,13 +42,15 @@ from ringfence.sandbox.protocol import Changes, Control, Sandbox, SandboxSpec, n
 from ringfence.sandbox.registry import Picked
 from ringfence.sandbox.saved import save_changes
 from ringfence.worker.control import RunControl
-from ringfence.worker.ends import broken_off, to_the_end
+from ringfence.worker.egressdir import EgressDirectory
+from ringfence.worker.ends import broken_off, ended, to_the_end
 from ringfence.worker.ids import new_id
 from ringfence.worker.leases import heartbeat
-from ringfence.worker.outcome import Outcome
-from ringfence.worker.prepare import absent, check, listen, narrowed, start_notices
+from ringfence.worker.outcome import Outcome, budget_spent
+from ringfence.worker.prepare import absent, check, claude_settings, narrowed, start_notices
 from ringfence.worker.rundir import RunDirectory
 from ringfence.worker.station import OnMessage, Station
+from ringfence.worker.warm import Member
 
 
 class Attempt:
@@ -86,6 +77,7 @@ class Attempt:
         self._begun = False
         self._changes = Changes()
         self._sandbox: Sandbox | None = None
+        self._member: Member | None = None
         self._driver: ClaudeDriver | None = None
         self._hidden: tuple[str, ...] = ()
         self._unenforced: tuple[str, ...] = ()
@@ -104,6 +96,7 @@ class Attempt:
         directory = RunDirectory(self._station.config.state_dir, self.run_id)
         try:
             async with AsyncExitStack() as stack:
+                self._take(stack, picked)
                 lease = await self._lease(stack)
                 self._begun = True
                 await self._record_start()
@@ -141,6 +134,16 @@ class Attempt:
         return result
 
     # the steps
+
+    def _take(self, stack: AsyncExitStack, picked: Picked) -> None:
+        """One that waits for such a run, if there is: its session becomes this run's."""
+        pool, backend = self._station.warm, picked.backend
+        recipe = pool.recipe(self._stated, self._request, backend) if pool is not None else None
+        member = pool.take(recipe) if pool is not None and recipe is not None else None
+        if member is not None:
+            stack.push_async_callback(member.close)
+            self._member = member
+            self._session_id, self._sandbox_id = member.session_id, member.sandbox.sandbox_id
 
     async def _lease(self, stack: AsyncExitStack) -> LeasedStore | None:
         if not self._session_id:
@@ -193,16 +196,16 @@ class Attempt:
             await to_the_end(self._stop(sandbox))
 
     async def _open_egress(self, stack: AsyncExitStack) -> Path:
-        """Listen before the sandbox exists: what connects early waits, and nothing fails open."""
-        station = self._station
-        directory = station.config.state_dir / "egress" / self._sandbox_id
-        directory.mkdir(parents=True)
-        directory.chmod(0o755)  # the sandbox's uid enters it, whatever the caller's umask is
-        stack.callback(shutil.rmtree, directory, ignore_errors=True)
-        path = directory / "egress.sock"
-        listener = listen(path)
-        # whoever can reach the directory may connect; only the sandbox has it mounted
-        path.chmod(0o666)
+        """Listen before the sandbox exists: what connects early waits, and nothing fails open. One
+        that waited has the directory, and finds the socket there when it has a run.
+        """
+        station, member = self._station, self._member
+        if member is not None:
+            directory = member.egress
+        else:
+            directory = EgressDirectory(station.config.state_dir, self._sandbox_id)
+        stack.callback(directory.remove)
+        listener = directory.listen()
         try:
             await station.egress.request(
                 OpenSandbox,
@@ -216,7 +219,7 @@ class Attempt:
         finally:
             listener.close()
         stack.push_async_callback(self._close_egress)
-        return directory
+        return directory.path
 
     def _known_tool_uses(self) -> list[str]:
         if self._request.resume is None:
@@ -231,11 +234,18 @@ class Attempt:
             return
         self._usage = Usage(**detail)
 
-    async def _start_sandbox(
+    async def _sandbox_for(
         self, stack: AsyncExitStack, egress_dir: Path, picked: Picked
     ) -> Sandbox:
-        station, request = self._station, self._request
+        station, request, member = self._station, self._request, self._member
         self._on_message(Progress(waits_for="sandbox"))
+        for notice in start_notices(picked, self._policy.sandbox):
+            self._on_message(notice)
+        if member is not None:
+            # closed before egress settles, as one that starts now is
+            stack.push_async_callback(member.sandbox.close)
+            await member.sandbox.attach(Path(request.workspace))
+            return member.sandbox
         resumed = request.resume is not None
         spec = SandboxSpec(
             sandbox_id=self._sandbox_id,
@@ -247,10 +257,15 @@ class Attempt:
             home_files=station.sessions.materialise(self._session_id) if resumed else None,
             ca_certificate=station.ca_certificate,
         )
-        for notice in start_notices(picked, self._policy.sandbox):
-            self._on_message(notice)
         sandbox = await picked.backend.start(spec)
         stack.push_async_callback(sandbox.close)
+        return sandbox
+
+    async def _start_sandbox(
+        self, stack: AsyncExitStack, egress_dir: Path, picked: Picked
+    ) -> Sandbox:
+        station, member = self._station, self._member
+        sandbox = await self._sandbox_for(stack, egress_dir, picked)
         self._sandbox = sandbox
         self._hidden = tuple(sandbox.hidden)
         self._unenforced = tuple(
@@ -267,6 +282,8 @@ class Attempt:
                 not_held=sorted(not_held(picked.backend)),
                 controls={state.control.value: state.enforced for state in sandbox.controls},
                 hidden_files=len(self._hidden),
+                warm=member is not None,
+                waited_ms=member.waited_ms() if member is not None else 0.0,
             )
         )
         for path in absent(self._policy):
@@ -357,33 +374,22 @@ class Attempt:
         )
 
     async def _drive_claude(self, sandbox: Sandbox, lease: LeasedStore) -> None:
-        request, policy = self._request, self._policy
-        driver = ClaudeDriver(
-            sandbox,
-            ClaudeSettings(
-                session_id=self._session_id,
+        request = self._request
+        driver = self._member.driver if self._member is not None else self._new_driver(sandbox)
+        driver.serve(
+            Run(
                 run_id=self.run_id,
-                sandbox_id=self._sandbox_id,
-                grants=policy.tools,
-                mode=self._mode,
-                # a policy that names models offers its first; the CLI's own default may not be one
-                model=request.model or next(iter(policy.egress.model.models), None),
-                fallback_model=request.fallback_model or policy.tools.fallback_model,
-                system_prompt=request.system_prompt,
-                max_turns=policy.tools.max_turns,
-                max_budget_usd=policy.egress.model.max_budget_usd,
-                tool_seconds=policy.sandbox.limits.tool_seconds,
-                resume=request.resume is not None,
-            ),
-            recorder=self._station.recorder,
-            announce=self._announce,
-            approver=self._station.approver,
-            mirror=lease,
+                recorder=self._station.recorder,
+                announce=self._announce,
+                approver=self._station.approver,
+                mirror=lease,
+            )
         )
         self._driver = driver
         try:
-            self._on_message(Progress(waits_for="agent"))
-            await driver.start()
+            if self._member is None:
+                self._on_message(Progress(waits_for="agent"))
+                await driver.start()
             self._on_message(Progress(waits_for="ready"))
             async for message in driver.turn(request.prompt):
                 if isinstance(message, TurnEnded):
@@ -401,6 +407,16 @@ class Attempt:
                 )
             )
 
+    def _new_driver(self, sandbox: Sandbox) -> ClaudeDriver:
+        settings = claude_settings(
+            self._policy,
+            self._request,
+            session_id=self._session_id,
+            run_id=self.run_id,
+            sandbox_id=self._sandbox_id,
+        )
+        return ClaudeDriver(sandbox, settings)
+
     async def _announce(self, tool_use_id: str, name: str, told: CallInput, allowed: bool) -> None:  # noqa: FBT001
         await self._station.egress.request(
             ToolDecided,
@@ -417,11 +433,7 @@ class Attempt:
             text = f"egress refused {message.target}: {message.reason}"
             self._on_message(Notice(kind="egress_denied", text=text))
             if message.reason.startswith("budget-exhausted"):
-                self._outcome.hindrance = AgentError(
-                    "budget-exhausted",
-                    f"the run's budget is spent ({message.reason})",
-                    hint="raise model.max_budget_usd in the policy, or --max-budget-usd",
-                )
+                self._outcome.hindrance = budget_spent(message.reason)
         elif isinstance(message, WitnessViolated):
             self._outcome.fail(witness_error(message.reason))
             self._on_message(Notice(kind="witness_violated", text=message.reason))
@@ -462,21 +474,7 @@ class Attempt:
         )
 
     async def _record_end(self, result: RunResult) -> int:
-        return await self._station.recorder.append(
-            RunEnded(
-                **self._ids(),
-                status=result.status.value,
-                exit_code=result.exit_code,
-                duration_ms=result.duration_seconds * 1000,
-                requests=result.usage.requests,
-                input_tokens=result.usage.input_tokens,
-                output_tokens=result.usage.output_tokens,
-                cache_creation_input_tokens=result.usage.cache_creation_input_tokens,
-                cache_read_input_tokens=result.usage.cache_read_input_tokens,
-                cost_usd=result.usage.cost_usd,
-                reason=result.error["code"] if result.error else "",
-            )
-        )
+        return await self._station.recorder.append(ended(result, **self._ids()))
 
     def _save(self, directory: RunDirectory, result: RunResult) -> None:
         if self._changes.items or self._changes.refused:

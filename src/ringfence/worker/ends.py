@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Awaitable
 
 from ringfence.errors import AgentError, RingfenceError, UnavailableError, words
+from ringfence.model import RunResult
+from ringfence.record.events import RunEnded
 
 
 async def to_the_end(work: Awaitable[object]) -> None:
@@ -31,3 +33,21 @@ def broken_off(error: BaseException) -> RingfenceError:
     if isinstance(error, OSError):
         return UnavailableError("host-failed", words(error))
     return UnavailableError("internal", f"{type(error).__name__} in the worker")
+
+
+def ended(result: RunResult, **ids: str) -> RunEnded:
+    """The record of a run's end."""
+    usage = result.usage
+    return RunEnded(
+        **ids,
+        status=result.status.value,
+        exit_code=result.exit_code,
+        duration_ms=result.duration_seconds * 1000,
+        requests=usage.requests,
+        input_tokens=usage.input_tokens,
+        output_tokens=usage.output_tokens,
+        cache_creation_input_tokens=usage.cache_creation_input_tokens,
+        cache_read_input_tokens=usage.cache_read_input_tokens,
+        cost_usd=usage.cost_usd,
+        reason=result.error["code"] if result.error else "",
+    )

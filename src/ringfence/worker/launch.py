@@ -25,7 +25,9 @@ from ringfence.vault.keys import VaultPaths
 from ringfence.vault.store import VaultFile, check_value
 from ringfence.worker.attempt import Attempt
 from ringfence.worker.control import RunControl
+from ringfence.worker.egressdir import sweep
 from ringfence.worker.station import NoticeBoard, OnMessage, Station
+from ringfence.worker.warm import WarmPool
 
 _ENVIRONMENT, _PLATFORM = "environment", "anthropic"
 
@@ -78,6 +80,10 @@ class Launcher:
             recorder_process.sockets["egress"].close()
             sessions = SqliteSessionStore(state / "sessions.sqlite")
             stack.callback(sessions.close)
+            await asyncio.to_thread(sweep, state)
+            ca_certificate = (state / "ca" / "ca.pem").read_bytes()
+            warm = WarmPool(self.config, claude=claude, ca_certificate=ca_certificate)
+            stack.push_async_callback(warm.close)
             yield Station(
                 config=self.config,
                 backends=backends,
@@ -87,7 +93,8 @@ class Launcher:
                 sessions=sessions,
                 approver=approver,
                 claude=claude,
-                ca_certificate=(state / "ca" / "ca.pem").read_bytes(),
+                ca_certificate=ca_certificate,
+                warm=warm,
             )
 
     def _configuration(self) -> dict[str, Any]:

@@ -84,3 +84,12 @@ class Outcome:
     def stderr(self) -> str:
         """A command's standard error."""
         return self.command.errors.decode("utf-8", "replace") if self.command else ""
+
+
+def budget_spent(reason: str) -> AgentError:
+    """Egress refused a request for its price."""
+    return AgentError(
+        "budget-exhausted",
+        f"the run's budget is spent ({reason})",
+        hint="raise model.max_budget_usd in the policy, or --max-budget-usd",
+    )

@@ -1,4 +1,6 @@
-"""Before an attempt starts: the request against the policy, and the sandbox's socket."""
+"""Before an attempt starts: the request against the policy, what `claude` is started with, and the
+sandbox's socket.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from ringfence.agent.messages import Notice
+from ringfence.agent.settings import ClaudeSettings
 from ringfence.errors import CallerError, DeniedError
 from ringfence.model import RunRequest
 from ringfence.policy.compiled import CompiledPolicy, SandboxProfile
@@ -47,6 +50,27 @@ def narrowed(policy: CompiledPolicy, request: RunRequest) -> CompiledPolicy:
         sandbox = replace(sandbox, isolation=request.isolation)
     egress = replace(policy.egress, model=model)
     return replace(policy, sandbox=sandbox, egress=egress, tools=tools)
+
+
+def claude_settings(
+    policy: CompiledPolicy, request: RunRequest, *, session_id: str, run_id: str, sandbox_id: str
+) -> ClaudeSettings:
+    """What is fixed when `claude` starts; of a narrowed policy."""
+    return ClaudeSettings(
+        session_id=session_id,
+        run_id=run_id,
+        sandbox_id=sandbox_id,
+        grants=policy.tools,
+        mode=request.permission_mode or policy.tools.permission_mode,
+        # a policy that names models offers its first; the CLI's own default may not be one
+        model=request.model or next(iter(policy.egress.model.models), None),
+        fallback_model=request.fallback_model or policy.tools.fallback_model,
+        system_prompt=request.system_prompt,
+        max_turns=policy.tools.max_turns,
+        max_budget_usd=policy.egress.model.max_budget_usd,
+        tool_seconds=policy.sandbox.limits.tool_seconds,
+        resume=request.resume is not None,
+    )
 
 
 def check(request: RunRequest, policy: CompiledPolicy, *, state_dir: Path) -> None:

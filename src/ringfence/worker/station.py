@@ -17,6 +17,7 @@ from ringfence.errors import UnavailableError
 from ringfence.record.recorder import Recorder
 from ringfence.record.sessions import SqliteSessionStore
 from ringfence.sandbox.registry import Backends
+from ringfence.worker.warm import WarmPool
 
 OnMessage = Callable[[AgentMessage], None]
 
@@ -56,6 +57,7 @@ class Station:
     approver: Approver
     claude: Path | None
     ca_certificate: bytes | None
+    warm: WarmPool | None = None
 
     async def lost(self) -> UnavailableError:
         """Wait until egress or the recorder is gone, and say which.
