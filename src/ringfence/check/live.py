@@ -163,7 +163,11 @@ class Attack:
         seconds = time.monotonic() - began
         hits = lane.canaries.hits()[len(before) :]
         secrets = (place.secret, place.key)
-        return judge(probe.command, replace(saw, hits=hits), secrets), seconds
+        verdict = judge(probe.command, replace(saw, hits=hits), secrets)
+        if probe.check.id in _MAY_DIE and saw.status == _KILLED and verdict[0] is Outcome.ERROR:
+            # gVisor's kernel is within the same limit, and dies with what it ran
+            verdict = Outcome.PASS, "the limit ended the program and all that was around it"
+        return verdict, seconds
 
     async def _lane_of(self, place: Place, probes: Sequence[Probe]) -> None:
         """An operator's probes, in a sandbox that no built-in probe uses after them."""
@@ -282,6 +286,8 @@ async def _confirmed(twins: Twins, probe: Probe) -> str:
 
 
 _OWN_KERNEL = frozenset({"gvisor", "microvm"})
+_MAY_DIE = frozenset({"LIM-01"})
+_KILLED = 128 + 9
 _ONLY_A_LIMIT = {"LIM-04": Control.CPU}
 
 
