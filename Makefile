@@ -21,10 +21,15 @@ $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/ringfence demo
 
-test: lint
+test: lint packages
 	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not storm"
 
-test-all: lint
+# What tests need of the distribution; each script says what is skipped without it.
+.PHONY: packages
+packages:
+	@tools/microvm-packages
+
+test-all: lint packages
 	$(BIN)/pytest -n $(JOBS) --dist worksteal
 
 lint: $(VENV)/.installed-dev

@@ -336,6 +336,7 @@ OTHERWISE: dict[str, Any] = {
     "execution.allow_subprocess": False,
     "audit.max_records": 20_001,
     "isolation.backend": "gvisor",
+    "isolation.emulation": "allow",
     "hosting.pattern": "hybrid",
     "model.provider": "other",
     "model.models": ["m"],

@@ -263,6 +263,7 @@ def _sandbox(document: PolicyDocument) -> SandboxProfile:
         ),
         accept_unenforced=frozenset(document.accept_unenforced),
         isolation=document.isolation.backend,
+        emulation=document.isolation.emulation == "allow",
     )
 
 

@@ -53,6 +53,7 @@ class SandboxProfile:
         accept_unenforced: names of controls (`Control` of ringfence.sandbox.protocol) that may
             go unenforced on this host.
         isolation: name of a backend, or `auto`.
+        emulation: whether a virtual machine may run on a processor emulated in software.
     """
 
     workspace_mode: WorkspaceMode = WorkspaceMode.REVIEW
@@ -67,6 +68,7 @@ class SandboxProfile:
     limits: Limits = Limits()
     accept_unenforced: frozenset[str] = frozenset()
     isolation: str = "bubblewrap"
+    emulation: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

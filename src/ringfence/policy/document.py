@@ -412,11 +412,16 @@ class Audit(Section):
 
 
 class Isolation(Section):
-    """The technology; `auto` takes the strongest that this host can run."""
+    """The technology; `auto` takes the strongest that this host can run.
+
+    Attributes:
+        emulation: whether a virtual machine may run on a processor emulated in software.
+    """
 
     backend: Literal["auto", "bubblewrap", "runtime", "container", "gvisor", "microvm"] = (
         "bubblewrap"
     )
+    emulation: Literal["allow", "deny"] = "deny"
 
 
 class Hosting(Section):

@@ -53,6 +53,7 @@ def rights(policy: CompiledPolicy, named: Named = frozenset()) -> tuple[Right, .
         *_tool_rights(policy),
         *_file_rights(policy),
         _isolation(policy.sandbox.isolation),
+        *([_EMULATION] if policy.sandbox.emulation else ()),
         *(
             Right(area="control", text=f"{name} may go unenforced")
             for name in sorted(policy.sandbox.accept_unenforced)
@@ -286,6 +287,9 @@ _COVERS = {"host": _host_covers, "file": _file_covers, "path": _path_covers}
 
 _BACKENDS = ("microvm", "gvisor", "bubblewrap", "runtime", "container", "auto")
 """From the strongest to the weakest boundary; `auto` may turn out to be any of them."""
+
+
+_EMULATION = Right(area="isolation", text="a virtual machine may be emulated in software")
 
 
 def _isolation(backend: str) -> Right:

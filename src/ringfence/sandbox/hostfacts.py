@@ -171,7 +171,7 @@ def gather(spec: SandboxSpec, found: Scan, uid: int, state_dir: Path) -> HostFac
         UnavailableError: `isolation-unavailable`.
     """
     protected = (str(state_dir),)
-    links, existing = _system_links()
+    links, existing = system_links()
     real = {}
     for text in (*host_paths(spec.profile), *spec.profile.blocked, *protected):
         # not pathlib's: what this user may not look at is absent, and no fault
@@ -199,7 +199,8 @@ def gather(spec: SandboxSpec, found: Scan, uid: int, state_dir: Path) -> HostFac
     )
 
 
-def _system_links() -> tuple[dict[str, str], dict[str, bool]]:
+def system_links() -> tuple[dict[str, str], dict[str, bool]]:
+    """Those of SYSTEM that are links, to what; and those that are directories."""
     links, existing = {}, {}
     for name in SYSTEM:
         path = Path("/") / name

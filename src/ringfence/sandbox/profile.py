@@ -186,7 +186,7 @@ def prepare_plan(profile: SandboxProfile, facts: HostFacts) -> dict[str, Any]:
     """The plan of launch.py's first phase, JSON-shaped."""
     direct = profile.workspace_mode is WorkspaceMode.DIRECT
     read_only = profile.workspace_mode is WorkspaceMode.READONLY
-    sources = [_source("", "workspace" if direct else "lower", read_only=read_only, idmap=True)]
+    sources = [source("", "workspace" if direct else "lower", read_only=read_only, idmap=True)]
     overlays = [] if direct else [_layer("lower", "workspace", writable=not read_only)]
     for index, (path, writable) in enumerate(shown_paths(profile, facts)):
         directory, target = facts.existing[path], f"shown/{index}"
@@ -194,17 +194,17 @@ def prepare_plan(profile: SandboxProfile, facts: HostFacts) -> dict[str, Any]:
             overlays.append(_layer(f"veiled/{index}", target, writable=False))
             target = f"veiled/{index}"
         sources.append(
-            _source(path, target, read_only=not writable, idmap=writable, directory=directory)
+            source(path, target, read_only=not writable, idmap=writable, directory=directory)
         )
     if facts.egress_dir is not None:
-        sources.append(_source(facts.egress_dir, "egress", read_only=True))
+        sources.append(source(facts.egress_dir, "egress", read_only=True))
     if facts.claude is not None:
-        sources.append(_source(facts.claude, "claude", read_only=True, directory=False))
+        sources.append(source(facts.claude, "claude", read_only=True, directory=False))
     for name in _ETC_FROM_HOST:
         path = f"/etc/{name}"
         if path in facts.existing:
             directory = facts.existing[path]
-            sources.append(_source(path, f"etc/{name}", read_only=True, directory=directory))
+            sources.append(source(path, f"etc/{name}", read_only=True, directory=directory))
     return {
         **bare_plan(facts),
         "sources": sources,
@@ -252,9 +252,10 @@ def _layer(lower: str, target: str, *, writable: bool) -> dict[str, Any]:
     return {"lower": lower, "target": target, "writable": writable}
 
 
-def _source(
+def source(
     path: str, target: str, *, read_only: bool, idmap: bool = False, directory: bool = True
 ) -> dict[str, Any]:
+    """One file or directory of the host, and where in the stage it is attached."""
     return {
         "path": path,
         "target": target,
@@ -275,10 +276,9 @@ def enclose_options(
         *("--die-with-parent", "--new-session"),
         *("--seccomp", str(SECCOMP_FD), "--json-status-fd", str(STATUS_FD)),
         *("--perms", "0755", "--size", str(1 << 20), "--tmpfs", "/"),
-        *_system(facts),
+        *system_options(facts),
         *_proc(facts),
-        *_places(profile, facts),
-        *_system_covers(profile, facts),
+        *view_options(profile, facts),
         *("--remount-ro", "/"),
     ]
     for name, value in environment.items():
@@ -286,14 +286,25 @@ def enclose_options(
     return [*arguments, "--chdir", cwd]
 
 
-def _system(facts: HostFacts) -> list[str]:
+def view_options(profile: SandboxProfile, facts: HostFacts) -> list[str]:
+    """What the profile shows beside the system; needs a /dev that is a mount."""
+    return [*_places(profile, facts), *_system_covers(profile, facts)]
+
+
+def system_options(facts: HostFacts) -> list[str]:
+    """Programs of the host, and the /etc that is ours."""
+    return [*programs_options(facts), "--ro-bind", f"{facts.stage}/etc", "/etc"]
+
+
+def programs_options(facts: HostFacts) -> list[str]:
+    """Programs of the host."""
     arguments = ["--ro-bind", "/usr", "/usr"]
     for name in SYSTEM:
         if name in facts.links:
             arguments += ["--symlink", facts.links[name], f"/{name}"]
         elif f"/{name}" in facts.existing:
             arguments += ["--ro-bind", f"/{name}", f"/{name}"]
-    return [*arguments, "--ro-bind", f"{facts.stage}/etc", "/etc"]
+    return arguments
 
 
 def _proc(facts: HostFacts) -> list[str]:

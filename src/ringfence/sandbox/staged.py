@@ -19,11 +19,11 @@ import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from ringfence.errors import CallerError, DeniedError, UnavailableError
 from ringfence.model import WorkspaceMode
-from ringfence.policy.compiled import SandboxProfile
+from ringfence.policy.compiled import Limits, SandboxProfile
 from ringfence.sandbox import cgroups, hostfacts, profile, seccomp
 from ringfence.sandbox.frames import send_frame
 from ringfence.sandbox.launcher import Launcher, Spare, alive, prepare
@@ -202,7 +202,7 @@ class StagedSandbox:
         state_dir: Path,
         spare: Spare,
         enclose: Enclose,
-    ) -> StagedSandbox:
+    ) -> Self:
         """Look at the workspace, prepare the place, set the limits."""
         refuse_workspace(spec.workspace, state_dir)
         workspace_fd = _open_workspace(spec.workspace)
@@ -217,15 +217,15 @@ class StagedSandbox:
                 always=_always_masked(spec.profile, spec.workspace),
             )
             facts = await asyncio.to_thread(
-                hostfacts.gather, spec, found, lease.uid if lease else os.getuid(), state_dir
+                cls.gather, spec, found, lease.uid if lease else os.getuid(), state_dir
             )
             hierarchy = cgroups.discover()
             cgroups.sweep(hierarchy)
             groups = cgroups.Groups(hierarchy, spec.sandbox_id)
-            limits = {state.control: state for state in groups.make(spec.profile.limits)}
+            limits = {state.control: state for state in groups.make(cls.limits(spec.profile))}
             controls = [limits.get(state.control, state) for state in states]
             launcher = spare.take()
-            plan = profile.prepare_plan(spec.profile, facts)
+            plan = cls.plan(spec.profile, facts)
             handles = await prepare(launcher, plan, workspace_fd)
         except BaseException:
             if groups is not None:
@@ -243,6 +243,23 @@ class StagedSandbox:
             await asyncio.shield(sandbox.close())
             raise
         return sandbox
+
+    # what a technology may do otherwise
+
+    @staticmethod
+    def gather(spec: SandboxSpec, found: Scan, uid: int, state_dir: Path) -> profile.HostFacts:
+        """Look things up on the host."""
+        return hostfacts.gather(spec, found, uid, state_dir)
+
+    @staticmethod
+    def plan(rules: SandboxProfile, facts: profile.HostFacts) -> dict[str, Any]:
+        """The plan of launch.py's first phase."""
+        return profile.prepare_plan(rules, facts)
+
+    @staticmethod
+    def limits(rules: SandboxProfile) -> Limits:
+        """Of the control groups."""
+        return rules.limits
 
     @property
     def sandbox_id(self) -> str:
@@ -275,14 +292,26 @@ class StagedSandbox:
         """See the protocol."""
         if self._stopped:
             raise UnavailableError("sandbox-start-failed", "the sandbox is stopped")
-        program = Program(argv, {**_BASE_ENVIRONMENT, **(environment or {})}, cwd)
+        program = Program(argv, {**BASE_ENVIRONMENT, **(environment or {})}, cwd)
+        plan = self._enclose(self._spec.profile, self._facts, program)
+        return await self.run(plan, rlimits(self._spec.profile), merge_stderr=merge_stderr)
+
+    async def run(
+        self,
+        plan: Mapping[str, Any],
+        rlimits: Mapping[str, int],
+        *,
+        merge_stderr: bool = False,
+        more: Sequence[int] = (),
+    ) -> SocketProcess:
+        """Carry out a plan of the second phase; `more` become descriptors 13 and up."""
         plan = {
-            **self._enclose(self._spec.profile, self._facts, program),
+            **plan,
             "cgroups": list(self._groups.paths),
-            "rlimits": _rlimits(self._spec.profile),
+            "rlimits": dict(rlimits),
             "parent": os.getpid(),
         }
-        process = self._spawn(plan, merge_stderr=merge_stderr)
+        process = self._spawn(plan, merge_stderr=merge_stderr, more=more)
         try:
             await process.started()
         except BaseException:
@@ -291,14 +320,16 @@ class StagedSandbox:
             raise
         return process
 
-    def _spawn(self, plan: dict[str, object], *, merge_stderr: bool) -> SocketProcess:
+    def _spawn(
+        self, plan: dict[str, Any], *, merge_stderr: bool, more: Sequence[int] = ()
+    ) -> SocketProcess:
         ours, theirs = zip(*(socket.socketpair() for _ in range(4)), strict=True)
         stdin, stdout, stderr, status = theirs
         errors = stdout if merge_stderr else stderr
         # the process that prepared the place stands in it already: the first program is its
         launcher, self._ready = alive(self._ready), None
         handed = [self._mnt, self._net, self._user, stdin.fileno(), stdout.fileno()]
-        handed += [errors.fileno(), self._seccomp, status.fileno()]
+        handed += [errors.fileno(), self._seccomp, status.fileno(), *more]
         os.lseek(self._seccomp, 0, os.SEEK_SET)
         try:
             send_frame(launcher.control, plan, handed)
@@ -405,7 +436,7 @@ class StagedSandbox:
             self._lease.release()
 
 
-_BASE_ENVIRONMENT = {
+BASE_ENVIRONMENT = {
     "PATH": profile.PATH,
     "HOME": INSIDE_HOME,
     "LANG": "C.UTF-8",
@@ -439,7 +470,8 @@ def _always_masked(rules: SandboxProfile, workspace: Path) -> tuple[str, ...]:
     return (*rules.masked, *blocked)
 
 
-def _rlimits(rules: SandboxProfile) -> dict[str, int]:
+def rlimits(rules: SandboxProfile) -> dict[str, int]:
+    """Of every program; RLIMIT names to values."""
     limits = rules.limits
     return {
         "RLIMIT_CORE": 0,

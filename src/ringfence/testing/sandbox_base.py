@@ -43,7 +43,14 @@ pids of a sandbox are not for every backend to see."""
 
 
 class SandboxClauses:
-    """What all clauses stand on. Override `backend`."""
+    """What all clauses stand on. Override `backend`.
+
+    Attributes:
+        patience: how many times longer a clause may take where the technology is slow by nature,
+            as an emulated processor is. It stretches time limits, and no clause asks for less.
+    """
+
+    patience = 1.0
 
     @pytest.fixture
     def backend(self, tmp_path: Path) -> Backend:
@@ -97,7 +104,7 @@ class SandboxClauses:
         """Run a clause under a time limit of its own."""
 
         async def limited() -> None:
-            async with asyncio.timeout(_SECONDS):
+            async with asyncio.timeout(_SECONDS * self.patience):
                 await work()
 
         asyncio.run(limited())

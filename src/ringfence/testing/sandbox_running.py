@@ -253,7 +253,7 @@ class RunningClauses(SandboxClauses):
             spec = replace(self.spec(backend, place), egress_dir=directory)
             async with self.started(backend, spec) as sandbox:
                 process = await sandbox.exec(["python3", "-c", send])
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(10 * self.patience):
                     assert await process.read() == b"sent\n"
                     assert await process.read() == b""
                     assert await process.wait() == 0

@@ -167,7 +167,7 @@ class WorkspaceClauses(SandboxClauses):
                 )
                 assert await reader.read() == b"up\n"
                 for path in ("/tmp/f", "/tmp/g"):
-                    async with asyncio.timeout(5):
+                    async with asyncio.timeout(5 * self.patience):
                         with pytest.raises((DeniedError, OSError)):
                             await sandbox.copy_in({path: b"x"})
                 await sandbox.copy_in({"/tmp/h": b"x"})
