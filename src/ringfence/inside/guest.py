@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from mux import (
+    CLOCK,
     EXEC,
     EXIT,
     GUEST_OPENED,
@@ -135,6 +136,8 @@ class Guest(Channel):
             self.start(number, json.loads(payload))
         elif kind == KILL:
             self.kill(number)
+        elif kind == CLOCK:
+            self.send(CLOCK, 0, struct.pack(">Q", time.monotonic_ns()))
         elif kind == LISTEN:
             (self.listen if payload == b"\1" else self.deafen)()
         else:
@@ -348,10 +351,35 @@ def shut(path: str) -> None:
         os.mkdir(f"/layer/{name}")
     directory, name = os.path.split(path)
     options = f"lowerdir={directory},upperdir=/layer/upper,workdir=/layer/work,metacopy=on"
-    mount("claude", directory, "overlay", NOSUID | NODEV, options)
+    # An overlay acts as who mounted it, and one that may opens files with O_NOATIME, which the host
+    # refuses to virtiofsd for a file of another owner: so it is mounted by one that may not.
+    pid = os.fork()
+    if pid == 0:
+        try:
+            without_fowner()
+            mount("claude", directory, "overlay", NOSUID | NODEV, options)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if os.waitpid(pid, 0)[1]:
+        raise OSError(errno.EPERM, "claude cannot be made execute-only")
     os.chown(path, 0, 0)
     os.chmod(path, 0o111)
     mount("none", directory, None, REMOUNT | BIND | RDONLY | NOSUID | NODEV)
+
+
+def without_fowner() -> None:
+    """Give up CAP_FOWNER (capset(2), version 3)."""
+    header = ctypes.create_string_buffer(struct.pack("Ii", 0x20080522, 0), 8)
+    value = ctypes.create_string_buffer(24)
+    if LIBC.capget(header, value):
+        raise OSError(ctypes.get_errno(), "capget")
+    words = list(struct.unpack("6I", value.raw))
+    words[0] &= ~(1 << 3)
+    words[1] &= ~(1 << 3)
+    value = ctypes.create_string_buffer(struct.pack("6I", *words), 24)
+    if LIBC.capset(header, value):
+        raise OSError(ctypes.get_errno(), "capset")
 
 
 def limit(rules: dict[str, Any]) -> dict[str, Any]:

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 HEADER = struct.Struct(">BII")
-SETUP, READY, EXEC, STARTED, EXIT, KILL, OPEN, DATA, EOF, CREDIT, CLOSE, LISTEN = range(1, 13)
-KINDS = frozenset(range(1, 13))
+SETUP, READY, EXEC, STARTED, EXIT, KILL, OPEN, DATA, EOF, CREDIT, CLOSE, LISTEN, CLOCK = range(
+    1, 14
+)
+KINDS = frozenset(range(1, 14))
 
 MAX_FRAME = 1 << 16
 MAX_COMMAND = 1 << 23

@@ -188,7 +188,12 @@ class MicrovmSandbox(StagedSandbox):
         else:
             handed.append(theirs[2])
         body = json.dumps(program).encode("utf-8", "surrogateescape")
-        await asyncio.to_thread(self._send, {"op": "exec", "program": body}, handed)
+        try:
+            await asyncio.to_thread(self._send, {"op": "exec", "program": body}, handed)
+        except BaseException:
+            for end in (stdin, stdout, stderr, status):
+                end.close()
+            raise
         process = GuestProcess(
             stdin=stdin,
             stdout=stdout,
@@ -214,11 +219,21 @@ class MicrovmSandbox(StagedSandbox):
             with contextlib.suppress(OSError):
                 self._control.shutdown(socket.SHUT_RDWR)
 
+    async def freeze(self) -> bool:
+        """The machine is stopped, its clock with it: a freezer would let the counter run on."""
+        if self._machine is None:
+            return False
+        await self._machine.monitor.command("stop")
+        return True
+
+    async def thaw(self) -> None:
+        """See the protocol."""
+        if self._machine is not None:
+            await self._machine.monitor.command("cont")
+
     async def stop(self) -> None:
         """See the protocol."""
         self._stopped = True
-        with contextlib.suppress(OSError):
-            await self.thaw()
         machine, self._machine = self._machine, None
         if machine is not None:
             await machine.close()

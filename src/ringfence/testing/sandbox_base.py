@@ -155,10 +155,10 @@ def command_lines() -> list[bytes]:
     return lines
 
 
-async def beats(sandbox: Sandbox) -> bool:
+async def beats(sandbox: Sandbox, patience: float = 1.0) -> bool:
     """Whether what BEATING started is alive: its file changes."""
     before = await sandbox.copy_out(BEAT)
-    for _ in range(40):
+    for _ in range(int(40 * patience)):
         await asyncio.sleep(0.04)
         now = await sandbox.copy_out(BEAT)
         if now and now != before:
