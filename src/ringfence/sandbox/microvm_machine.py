@@ -12,7 +12,7 @@ import platform
 import shutil
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -276,8 +276,6 @@ class Snapshots:
 
     async def _make(self, megabytes: int) -> int:
         path = self._directory / f"snapshot-{self._key(megabytes)}"
-        with _locked(self._directory / "lock"):
-            pass
         found = await asyncio.to_thread(_read, path)
         if found is not None:
             return found
@@ -393,16 +391,6 @@ def _seal(descriptor: int) -> None:
     fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Any:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def _read(path: Path) -> int | None:
     """The snapshot, sealed; None when there is none, or not the one that was written."""
     try:
@@ -455,6 +443,3 @@ def check_tools() -> str:
         "the virtiofsd of QEMU 7.2 is missing",
         hint="apt-get install qemu-system-common (Debian 12)",
     )
-
-
-__all__ = ["Machine", "Mapping", "Monitor", "Snapshots", "check_tools"]

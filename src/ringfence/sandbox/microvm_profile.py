@@ -39,7 +39,6 @@ MACHINE_CPUS = 0.5
 """Processor time of virtiofsd and the relay, beside the machine's own."""
 _MACHINE_PIDS = 256
 _TRANSLATED_MB = 128
-_TAGS = ("root",)
 
 _ARITY = {
     **dict.fromkeys(("--ro-bind", "--bind", "--symlink"), 2),
