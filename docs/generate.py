@@ -182,6 +182,7 @@ def _helps(command: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, 
 
 def isolation() -> str:
     from ringfence.policy.isolation import BOUNDARIES, EMULATED_STRENGTH, THREATS
+    from ringfence.wiring import technologies
 
     lines = ["# Isolation technologies and threat models", ""]
     lines += ["`ringfence isolation list` prints the first table and what this host lacks."]
@@ -190,6 +191,8 @@ def isolation() -> str:
     for name, boundary in BOUNDARIES.items():
         cells = (boundary.summary, boundary.kernel_bug, boundary.needs)
         lines.append(f"| `{name}` | {boundary.strength} | {' | '.join(cells)} |")
+    if unbuilt := [f"`{name}`" for name in BOUNDARIES if name not in technologies()]:
+        lines += ["", f"This version of ringfence has no backend for {', '.join(unbuilt)}."]
     lines += ["", f"A microVM that is emulated, without KVM, counts as {EMULATED_STRENGTH}."]
     lines += ["`--isolation` may replace a policy's technology by one that is as strong.", ""]
     lines += ["`isolation.threat_model` with `backend: auto` takes the first of its row that this"]

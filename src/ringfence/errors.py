@@ -129,6 +129,7 @@ CODES: dict[str, str] = {
     "image-tool-missing": "A program that makes or writes images is not installed on this host.",
     # sandbox
     "control-unenforceable": "This host cannot enforce a control that the policy requires.",
+    "emulation-refused": "A virtual machine would be emulated, which the policy does not allow.",
     "isolation-unavailable": "The isolation technology cannot run on this host.",
     "sandbox-start-failed": "The sandbox could not be made; nothing of the agent has run.",
     "profile-path-refused": "A path of the policy would cover what the sandbox itself needs.",

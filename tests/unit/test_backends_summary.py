@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from backends import NAMES, available, summary
-from ringfence.policy.document import Isolation
+from ringfence.policy.section import Isolation
 
 
 def test_every_technology_of_a_policy_has_a_line() -> None:

@@ -146,6 +146,11 @@ WIDENINGS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         {"isolation": {"backend": "container"}},
         "isolation: container is boundary enough",
     ),
+    (
+        {"isolation": {"backend": "bubblewrap"}},
+        {"isolation": {"backend": "microvm", "emulation": "allow"}},
+        "isolation: an emulated microvm is boundary enough",
+    ),
 ]
 
 
@@ -341,6 +346,7 @@ OTHERWISE: dict[str, Any] = {
     "isolation.backend": "gvisor",
     "isolation.threat_model": "hostile_multi_tenant",
     "isolation.engine": "crun",
+    "isolation.emulation": "allow",
     "hosting.pattern": "hybrid",
     "model.provider": "other",
     "model.models": ["m"],

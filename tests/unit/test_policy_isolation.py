@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from ringfence.errors import CallerError, DeniedError, UnavailableError
 from ringfence.model import RunRequest
 from ringfence.policy.compile import compile_policy
-from ringfence.policy.document import Isolation
 from ringfence.policy.isolation import (
     BOUNDARIES,
     TECHNOLOGIES,
@@ -26,6 +25,7 @@ from ringfence.policy.isolation import (
 from ringfence.policy.lint import lint
 from ringfence.policy.load import from_mapping
 from ringfence.policy.problems import PolicyInvalidError
+from ringfence.policy.section import Isolation
 from ringfence.sandbox.protocol import Control, ControlState
 from ringfence.sandbox.registry import Backends
 from ringfence.worker.prepare import check, narrowed, start_notices

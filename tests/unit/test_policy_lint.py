@@ -160,6 +160,11 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ),
     ),
     ("POL037", CLEAN | {"hosting": {"pattern": "hybrid"}}, CLEAN),
+    (
+        "POL045",
+        CLEAN | {"isolation": {"backend": "microvm", "emulation": "allow"}},
+        CLEAN | {"isolation": {"backend": "microvm"}},
+    ),
 ]
 
 

@@ -268,6 +268,7 @@ def _sandbox(document: PolicyDocument) -> SandboxProfile:
         isolation=isolation_of(document),
         threat_model=document.isolation.threat_model,
         engine=document.isolation.engine,
+        emulation=document.isolation.emulation == "allow",
     )
 
 

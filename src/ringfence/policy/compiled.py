@@ -57,6 +57,7 @@ class SandboxProfile:
         isolation: name of a backend, or `auto`.
         threat_model: who could attack; always there with `auto`.
         engine: what makes containers, or `auto`.
+        emulation: whether a virtual machine may run on a processor emulated in software.
     """
 
     workspace_mode: WorkspaceMode = WorkspaceMode.REVIEW
@@ -74,6 +75,7 @@ class SandboxProfile:
     isolation: str = "bubblewrap"
     threat_model: ThreatModel | None = None
     engine: str = "auto"
+    emulation: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -74,6 +74,7 @@ CATALOGUE: dict[str, tuple[Severity, str]] = {
     "POL039": (Severity.WARNING, "A place where daemons of the host listen is shown."),
     "POL040": (Severity.WARNING, "A host path that usually holds credentials is shown."),
     "POL041": (Severity.ERROR, "The isolation named is weaker than the threat model asks for."),
+    "POL045": (Severity.WARNING, "A virtual machine may be emulated: slow, and a weaker boundary."),
 }
 """Every finding: severity and title."""
 
@@ -457,6 +458,14 @@ def _hosting(document: PolicyDocument) -> Iterator[Finding]:
             "execution.max_tool_seconds",
             f"{execution.max_tool_seconds:g} s of {execution.max_duration_seconds:g} s",
             "shorten it",
+        )
+    if document.isolation.emulation == "allow":
+        yield _found(
+            "POL045",
+            "isolation.emulation",
+            "claude starts in about 15 s instead of under 1 s, and never counts as fit for "
+            "hostile tenants",
+            "leave the line out where the host has hardware virtualisation",
         )
     if document.hosting.pattern != "ephemeral":
         yield _found(

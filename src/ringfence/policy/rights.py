@@ -17,7 +17,7 @@ from ringfence.policy.compiled import (
 )
 from ringfence.policy.document import MODE_WIDTH
 from ringfence.policy.hosts import matches, spelled
-from ringfence.policy.isolation import BOUNDARIES, floor
+from ringfence.policy.isolation import BOUNDARIES, floor, strength
 from ringfence.policy.paths import below
 from ringfence.policy.rules import parse_rule
 
@@ -56,6 +56,7 @@ def rights(policy: CompiledPolicy, named: Named = frozenset()) -> tuple[Right, .
         *_file_rights(policy),
         _isolation(policy.sandbox),
         *_engine(policy.sandbox.engine),
+        *([_EMULATION] if policy.sandbox.emulation else ()),
         *(
             Right(area="control", text=f"{name} may go unenforced")
             for name in sorted(policy.sandbox.accept_unenforced)
@@ -295,11 +296,16 @@ def _path_covers(wider: tuple[str, ...], narrower: tuple[str, ...]) -> bool:
 _COVERS = {"host": _host_covers, "file": _file_covers, "path": _path_covers}
 
 
+_EMULATION = Right(area="isolation", text="a virtual machine may be emulated in software")
+
+
 def _isolation(sandbox: SandboxProfile) -> Right:
     """The weaker the boundary that is enough, the wider the right."""
     name, threat_model = sandbox.isolation, sandbox.threat_model
     what = f"what threat model {threat_model} asks for" if name == "auto" else name
     least = floor(name, threat_model)
+    if name == "microvm" and sandbox.emulation:
+        what, least = "an emulated microvm", strength(name, emulated=True)
     strongest = max(boundary.strength for boundary in BOUNDARIES.values())
     return Right(
         area="isolation",

@@ -99,7 +99,7 @@ def trial_plan(facts: HostFacts, **rlimits: int) -> dict[str, Any]:
 def empty_place(uid: int = _NOBODY) -> HostFacts:
     """The facts of a place that holds nothing, for a trial; started by root it runs as `uid`."""
     as_root = os.geteuid() == 0
-    links, existing = _system_links()
+    links, existing = system_links()
     return HostFacts(
         as_root=as_root,
         uid=uid if as_root else os.getuid(),
@@ -197,7 +197,7 @@ def gather_waiting(
         UnavailableError: `isolation-unavailable`.
     """
     protected = (str(state_dir),)
-    links, existing = _system_links()
+    links, existing = system_links()
     real = {}
     for text in (*host_paths(spec.profile), *spec.profile.blocked, *protected):
         # not pathlib's: what this user may not look at is absent, and no fault
@@ -225,7 +225,8 @@ def gather_waiting(
     )
 
 
-def _system_links() -> tuple[dict[str, str], dict[str, bool]]:
+def system_links() -> tuple[dict[str, str], dict[str, bool]]:
+    """Those of SYSTEM that are links, to what; and those that are directories."""
     links, existing = {}, {}
     for name in SYSTEM:
         path = Path("/") / name

@@ -382,7 +382,7 @@ def write_files(stage: str, files: dict[str, bytes], mode: int) -> None:
 
 def become(plan: Plan, descriptors: list[int], *, inside: bool) -> None:
     """Enter the prepared place and exec bubblewrap. Returns only by raising."""
-    mnt, net, user, standard_in, standard_out, standard_error, seccomp, status = descriptors
+    mnt, net, user, standard_in, standard_out, standard_error, seccomp, status, *more = descriptors
     for path in plan["cgroups"]:
         with open(f"{path}/cgroup.procs", "w") as file:
             file.write("0")
@@ -411,11 +411,12 @@ def become(plan: Plan, descriptors: list[int], *, inside: bool) -> None:
     os.write(options, b"".join(os.fsencode(word) + b"\0" for word in plan["options"]))
     os.lseek(options, 0, os.SEEK_SET)
     # Duplicated upwards first, so that none lands on another before it is read.
-    high = [fcntl.fcntl(one, fcntl.F_DUPFD, 64) for one in (seccomp, status, options)]
+    handed = (seccomp, status, options, *more)
+    high = [fcntl.fcntl(one, fcntl.F_DUPFD, 128) for one in handed]
     for number, descriptor in enumerate(high):
         os.dup2(descriptor, 10 + number)
     os.closerange(3, 10)
-    os.closerange(13, 4096)
+    os.closerange(10 + len(high), 4096)
     _signal.pthread_sigmask(_signal.SIG_SETMASK, [])
     os.execve(plan["bwrap"], plan["argv"], {})
 

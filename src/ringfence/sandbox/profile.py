@@ -347,13 +347,18 @@ def enclose_options(
 
 def system_mounts(facts: HostFacts) -> list[str]:
     """The host's programs, and the synthetic /etc."""
+    return [*program_mounts(facts), "--ro-bind", f"{facts.stage}/etc", "/etc"]
+
+
+def program_mounts(facts: HostFacts) -> list[str]:
+    """The host's programs."""
     arguments = ["--ro-bind", "/usr", "/usr"]
     for name in SYSTEM:
         if name in facts.links:
             arguments += ["--symlink", facts.links[name], f"/{name}"]
         elif f"/{name}" in facts.existing:
             arguments += ["--ro-bind", f"/{name}", f"/{name}"]
-    return [*arguments, "--ro-bind", f"{facts.stage}/etc", "/etc"]
+    return arguments
 
 
 def _proc(facts: HostFacts) -> list[str]:

@@ -19,7 +19,7 @@ import socket
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 from ringfence.errors import CallerError, DeniedError, UnavailableError
 from ringfence.model import WorkspaceMode
@@ -172,7 +172,7 @@ class StagedSandbox:
         state_dir: Path,
         spare: Spare,
         backend: StagedBackend,
-    ) -> StagedSandbox:
+    ) -> Self:
         """Look at the workspace if there is one, prepare the place, set the limits."""
         path = spec.workspace if isinstance(spec, SandboxSpec) else None
         held = [] if path is None else [open_workspace(path, state_dir)]
@@ -268,14 +268,26 @@ class StagedSandbox:
         """See the protocol."""
         if self._stopped:
             raise UnavailableError("sandbox-start-failed", "the sandbox is stopped")
-        program = Program(argv, {**_BASE_ENVIRONMENT, **(environment or {})}, cwd)
+        program = Program(argv, {**BASE_ENVIRONMENT, **(environment or {})}, cwd)
+        plan = self._backend.enclose(self._spec.profile, self._facts, program)
+        return await self.run(plan, enforce.rlimits(self._spec.profile), merge_stderr=merge_stderr)
+
+    async def run(
+        self,
+        plan: Mapping[str, Any],
+        rlimits: Mapping[str, int],
+        *,
+        merge_stderr: bool = False,
+        more: Sequence[int] = (),
+    ) -> SocketProcess:
+        """Carry out a plan of the second phase; `more` become descriptors 13 and up."""
         plan = {
-            **self._backend.enclose(self._spec.profile, self._facts, program),
+            **plan,
             "cgroups": list(self._groups.paths),
-            "rlimits": enforce.rlimits(self._spec.profile),
+            "rlimits": dict(rlimits),
             "parent": os.getpid(),
         }
-        process = self._spawn(plan, merge_stderr=merge_stderr)
+        process = self._spawn(plan, merge_stderr=merge_stderr, more=more)
         try:
             await process.started()
         except BaseException:
@@ -284,7 +296,9 @@ class StagedSandbox:
             raise
         return process
 
-    def _spawn(self, plan: dict[str, object], *, merge_stderr: bool) -> SocketProcess:
+    def _spawn(
+        self, plan: dict[str, Any], *, merge_stderr: bool, more: Sequence[int] = ()
+    ) -> SocketProcess:
         ours, theirs = zip(*(socket.socketpair() for _ in range(4)), strict=True)
         stdin, stdout, stderr, status = theirs
         errors = stdout if merge_stderr else stderr
@@ -294,7 +308,7 @@ class StagedSandbox:
         # an open file of its own: programs that start at the same moment would move one offset
         # under each other's reading, and get a filter with a hole or none
         filtering = os.open(f"/proc/self/fd/{self._seccomp}", os.O_RDONLY | os.O_CLOEXEC)
-        handed += [errors.fileno(), filtering, status.fileno()]
+        handed += [errors.fileno(), filtering, status.fileno(), *more]
         try:
             send_frame(launcher.control, plan, handed)
         except OSError as error:
@@ -403,7 +417,7 @@ class StagedSandbox:
             self._lease.release()
 
 
-_BASE_ENVIRONMENT = {
+BASE_ENVIRONMENT = {
     "PATH": profile.PATH,
     "HOME": INSIDE_HOME,
     "LANG": "C.UTF-8",

@@ -26,7 +26,7 @@ class SocketProcess:
 
     def __init__(
         self,
-        monitor: subprocess.Popen[bytes],
+        monitor: subprocess.Popen[bytes] | None,
         *,
         stdin: socket.socket,
         stdout: socket.socket,
@@ -44,6 +44,17 @@ class SocketProcess:
         loop = asyncio.get_running_loop()
         self._drained = loop.create_task(self._drain())
         self._ended = loop.create_task(self._watch())
+
+    @property
+    def pid(self) -> int:
+        """Host pid of bubblewrap outside."""
+        return self._outside.pid
+
+    @property
+    def _outside(self) -> subprocess.Popen[bytes]:
+        if self._monitor is None:
+            raise RuntimeError("it runs under no process of this host")
+        return self._monitor
 
     async def started(self) -> None:
         """Wait until process 1 exists. Raises UnavailableError when it never will."""
@@ -116,7 +127,7 @@ class SocketProcess:
                 with contextlib.suppress(ProcessLookupError, OSError):
                     signal.pidfd_send_signal(self._init, signal.SIGKILL)
             else:
-                self._monitor.kill()
+                self._outside.kill()
         await asyncio.shield(self._ended)
 
     async def release(self) -> None:
@@ -138,12 +149,12 @@ class SocketProcess:
                 await asyncio.sleep(0)  # see read
 
     async def _watch(self) -> None:
-        descriptor = os.pidfd_open(self._monitor.pid)
+        descriptor = os.pidfd_open(self._outside.pid)
         try:
             await _readable(descriptor)
         finally:
             os.close(descriptor)
-        code = self._monitor.wait()
+        code = self._outside.wait()
         if self._init is not None:
             # The monitor may end first; nothing is dead for sure until process 1 is.
             await _readable(self._init)

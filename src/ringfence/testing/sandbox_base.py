@@ -51,9 +51,14 @@ class SandboxClauses:
             is in that kernel and reaches nobody, descriptors do not pass through a socket of the
             host, and processor time is what that kernel believes: such clauses then hold it to
             the stricter outcome, or are held by its own tests from outside.
+        patience: how many times longer a clause may take where the technology is slow by nature,
+            as an emulated processor is. It stretches time limits, and no clause asks for less.
+        rules: what every profile starts from, where a technology needs a policy's permission.
     """
 
     shares_a_kernel = True
+    patience = 1.0
+    rules = SandboxProfile()
 
     @pytest.fixture
     def backend(self, tmp_path: Path) -> Backend:
@@ -84,17 +89,18 @@ class SandboxClauses:
         """Controls that this host does not enforce, as the backend itself says."""
         return frozenset(
             state.control.value
-            for state in backend.probe(SandboxProfile(workspace_mode=WorkspaceMode.DIRECT))
+            for state in backend.probe(replace(self.rules, workspace_mode=WorkspaceMode.DIRECT))
             if state.control in REQUIRED and not state.enforced
         )
 
     def claims(self, backend: Backend, control: Control) -> bool:
         """Whether the backend says that it enforces a control: then it is held to it."""
-        return any(s.enforced for s in backend.probe(SandboxProfile()) if s.control is control)
+        return any(s.enforced for s in backend.probe(self.rules) if s.control is control)
 
     def spec(self, backend: Backend, place: Path, number: int = 0, **profile: Any) -> SandboxSpec:
         """One sandbox to start, with fields of the profile replaced."""
-        base = SandboxProfile(
+        base = replace(
+            self.rules,
             accept_unenforced=self.accepted(backend),
             limits=Limits(memory_mb=256, pids=64, disk_mb=64, cpus=1.0, file_mb=32),
         )
@@ -118,7 +124,7 @@ class SandboxClauses:
         """Run a clause under a time limit of its own."""
 
         async def limited() -> None:
-            async with asyncio.timeout(_SECONDS):
+            async with asyncio.timeout(_SECONDS * self.patience):
                 await work()
 
         asyncio.run(limited())
@@ -169,10 +175,10 @@ def command_lines() -> list[bytes]:
     return lines
 
 
-async def beats(sandbox: Sandbox) -> bool:
+async def beats(sandbox: Sandbox, patience: float = 1.0) -> bool:
     """Whether what BEATING started is alive: its file changes."""
     before = await sandbox.copy_out(BEAT)
-    for _ in range(40):
+    for _ in range(int(40 * patience)):
         await asyncio.sleep(0.04)
         now = await sandbox.copy_out(BEAT)
         if now and now != before:

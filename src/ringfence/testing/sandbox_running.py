@@ -207,9 +207,11 @@ class RunningClauses(SandboxClauses):
         if not self.shares_a_kernel:
             pytest.skip("what it believes is no measure; its own tests measure from outside")
         spin = (
-            "python3 -c '\nimport os, time\nend = time.monotonic() + 2\nchild = os.fork()\n"
+            "python3 -c '\nimport os, time\nb = os.times()\n"
+            "end = time.monotonic() + 2\nchild = os.fork()\n"
             "while time.monotonic() < end: pass\nif not child: os._exit(0)\nos.wait()\n"
-            "t = os.times(); print(t.user + t.system + t.children_user + t.children_system)'"
+            "t = os.times(); print(t.user - b.user + t.system - b.system + t.children_user + "
+            "t.children_system)'"
         )
         limits = replace(self.spec(backend, place).profile.limits, cpus=0.5)
         _, output = self.inside(backend, self.spec(backend, place, limits=limits), spin)
@@ -224,9 +226,9 @@ class RunningClauses(SandboxClauses):
             async with self.started(backend, self.spec(backend, place)) as sandbox:
                 process = await sandbox.exec(["bash", "-c", f"{BEATING}; echo up; sleep 300"])
                 assert await process.read() == b"up\n"
-                assert await beats(sandbox)
+                assert await beats(sandbox, self.patience)
                 await process.kill()
-                assert not await beats(sandbox)
+                assert not await beats(sandbox, self.patience)
 
         self.run(work)
 
@@ -237,7 +239,7 @@ class RunningClauses(SandboxClauses):
             async with self.started(backend, self.spec(backend, place)) as sandbox:
                 # it has beaten then; it may die between emptying the file and writing to it
                 assert (await shell(sandbox, f"{BEATING}"))[0] == 0
-                assert not await beats(sandbox)
+                assert not await beats(sandbox, self.patience)
 
         self.run(work)
 
@@ -257,7 +259,7 @@ class RunningClauses(SandboxClauses):
             spec = replace(self.spec(backend, place), egress_dir=directory)
             async with self.started(backend, spec) as sandbox:
                 process = await sandbox.exec(["python3", "-c", send])
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(10 * self.patience):
                     assert await process.read() == said
                     assert await process.read() == b""
                     assert await process.wait() == 0
@@ -321,9 +323,9 @@ class RunningClauses(SandboxClauses):
                 process = await sandbox.exec(["bash", "-c", f"{BEATING}; echo up; sleep 300"])
                 assert await process.read() == b"up\n"
                 frozen = await sandbox.freeze()
-                assert await beats(sandbox) is not frozen
+                assert await beats(sandbox, self.patience) is not frozen
                 await sandbox.thaw()
-                assert await beats(sandbox)
+                assert await beats(sandbox, self.patience)
                 await process.kill()
 
         self.run(work)

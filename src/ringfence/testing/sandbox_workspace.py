@@ -168,7 +168,7 @@ class WorkspaceClauses(SandboxClauses):
                 )
                 assert await reader.read() == b"up\n"
                 for path in ("/tmp/f", "/tmp/g"):
-                    async with asyncio.timeout(5):
+                    async with asyncio.timeout(5 * self.patience):
                         if self.shares_a_kernel:
                             with pytest.raises((DeniedError, OSError)):
                                 await sandbox.copy_in({path: b"x"})

@@ -1,0 +1,245 @@
+"""Virtual machines: what a snapshot must not share, what is left behind, what a dead one says."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backends import needs
+from ringfence.errors import UnavailableError
+from ringfence.policy.compiled import Limits, SandboxProfile
+from ringfence.sandbox import hostfacts
+from ringfence.sandbox.microvm import MicrovmBackend
+from ringfence.sandbox.microvm_image import build
+from ringfence.sandbox.microvm_machine import _read
+from ringfence.sandbox.protocol import Control, SandboxSpec
+from ringfence.testing.sandbox_contract import shell
+
+pytestmark = [pytest.mark.timeout(600), needs("microvm")]
+LIMITS = Limits(memory_mb=256, pids=64, disk_mb=64, cpus=1.0, file_mb=32)
+ACCEPTED = (
+    frozenset()
+    if os.geteuid() == 0
+    else frozenset({Control.MEMORY.value, Control.CPU.value, Control.PIDS.value})
+)
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("microvm")
+    build(directory / "microvm")
+    return directory
+
+
+@pytest.fixture
+def backend(state: Path) -> Iterator[MicrovmBackend]:
+    return MicrovmBackend(state_dir=state)
+
+
+def spec(state: Path, place: Path, number: int = 0, **profile: Any) -> SandboxSpec:
+    (place / "workspace").mkdir(exist_ok=True)
+    values = {"emulation": True, "limits": LIMITS, "accept_unenforced": ACCEPTED, **profile}
+    return SandboxSpec(
+        sandbox_id=f"sb_{number:026d}",
+        profile=SandboxProfile(**values),
+        workspace=place / "workspace",
+        state_dir=state,
+    )
+
+
+def test_a_machine_is_emulated_only_where_the_policy_says_so(
+    backend: MicrovmBackend, state: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UnavailableError) as caught:
+        asyncio.run(backend.start(spec(state, tmp_path, emulation=False)))
+    assert caught.value.code == "emulation-refused"
+    assert "emulation: allow" in caught.value.hint
+
+
+def test_a_machine_starts_runs_a_program_and_stops(
+    backend: MicrovmBackend, state: Path, tmp_path: Path
+) -> None:
+    """The one of these that every run of the tests has: no program runs from a workspace whose
+    policy says so, its twin in /tmp of this policy does, and nothing of ours is left.
+    """
+    script = "printf '#!/bin/sh\necho ran\n' > one; chmod +x one; cp one /tmp/one; "
+    look = "./one 2>/dev/null || echo refused; /tmp/one"
+
+    async def work() -> tuple[int, str]:
+        wanted = spec(state, tmp_path, workspace_exec=False, tmp_exec=True)
+        sandbox = await backend.start(wanted)
+        try:
+            return await shell(sandbox, script + look)
+        finally:
+            await sandbox.close()
+            await backend.close()
+
+    assert backend.emulated
+    assert asyncio.run(work()) == (0, "refused\nran\n")
+    assert left(state)["processes"] == 0
+
+
+@pytest.mark.storm
+def test_two_restored_guests_differ_and_know_the_time(
+    backend: MicrovmBackend, state: Path, tmp_path: Path
+) -> None:
+    """Requirement J. And it is the guest's kernel that runs, with one processor and its memory."""
+    look = (
+        "cat /proc/sys/kernel/random/uuid; head -c 16 /dev/urandom | od -An -tx1; date +%s; "
+        "uname -r; grep MemTotal /proc/meminfo"
+    )
+
+    async def work() -> list[list[str]]:
+        found = []
+        for number in range(2):
+            sandbox = await backend.start(spec(state, tmp_path, number))
+            try:
+                found.append((await shell(sandbox, look))[1].splitlines())
+            finally:
+                await sandbox.close()
+        await backend.close()
+        return found
+
+    first, second = asyncio.run(work())
+    assert first[0] != second[0]
+    assert first[1] != second[1]
+    for lines in (first, second):
+        assert abs(int(lines[2]) - time.time()) < 120
+        assert lines[3] != platform.release()
+        assert lines[3].endswith("-cloud-amd64")
+        assert LIMITS.memory_mb << 10 < int(lines[4].split()[1]) < (LIMITS.memory_mb + 140) << 10
+
+
+@pytest.mark.storm
+def test_a_snapshot_that_was_changed_is_not_restored(
+    backend: MicrovmBackend, state: Path, tmp_path: Path
+) -> None:
+    async def work() -> int:
+        sandbox = await backend.start(spec(state, tmp_path))
+        code, _ = await shell(sandbox, "true")
+        await sandbox.close()
+        await backend.close()
+        return code
+
+    assert asyncio.run(work()) == 0
+    path = next(iter(state.glob("microvm/snapshot-*.sha256"))).with_suffix("")
+    assert path.stat().st_mode & 0o777 == 0o600
+    descriptor = _read(path)
+    assert descriptor is not None
+    with pytest.raises(PermissionError):
+        os.write(descriptor, b"x")
+    os.close(descriptor)
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    assert _read(path) is None
+    assert asyncio.run(work()) == 0  # made anew
+    descriptor = _read(path)
+    assert descriptor is not None
+    os.close(descriptor)
+
+
+@pytest.mark.storm
+def test_a_machine_that_dies_ends_its_programs(
+    backend: MicrovmBackend, state: Path, tmp_path: Path
+) -> None:
+    async def work() -> None:
+        sandbox = await backend.start(spec(state, tmp_path))
+        try:
+            process = await sandbox.exec(["bash", "-c", "echo up; sleep 300"])
+            assert await process.read() == b"up\n"
+            machine = sandbox._machine
+            assert machine is not None
+            for pid in machine.members()[1:]:
+                os.kill(pid, signal.SIGKILL)
+            async with asyncio.timeout(30):
+                assert await process.wait() == 137
+                with pytest.raises(UnavailableError):
+                    await sandbox.exec(["true"])
+        finally:
+            await sandbox.close()
+            await backend.close()
+
+    asyncio.run(work())
+
+
+def left(state: Path) -> dict[str, Any]:
+    """What a sandbox could leave behind that is ours to count."""
+    own = os.getpid()
+    children = Path(f"/proc/{own}/task/{own}/children").read_text().split()
+    # others of the host mount and unmount as they like
+    places = (hostfacts.stage(), str(state), "stage", "scratch")
+    mounts = [line.split()[:2] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    return {
+        "processes": len(children),
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "mounts": [mount for mount in mounts if any(one in places for one in mount)],
+        "groups": sorted(str(path) for path in Path("/sys/fs/cgroup").glob(f"*/ringfence-{own}-*")),
+        "files": sorted(path.name for path in state.rglob("*") if path.name != "lock"),
+    }
+
+
+def loop(backend: MicrovmBackend, state: Path, tmp_path: Path, count: int, together: int) -> None:
+    async def one(number: int) -> None:
+        sandbox = await backend.start(spec(state, tmp_path, number))
+        try:
+            if number % 2:
+                assert (await shell(sandbox, "echo x > /tmp/x; exit 3"))[0] == 3
+        finally:
+            await sandbox.close()
+
+    async def work() -> None:
+        await one(0)  # what is made once
+        before = left(state)
+        for start in range(0, count, together):
+            numbers = range(start + 1, start + together + 1)
+            await asyncio.gather(*(one(number) for number in numbers))
+        assert left(state) == before
+        await backend.close()
+
+    asyncio.run(work())
+
+
+@pytest.mark.storm
+def test_twenty_machines_leave_nothing(
+    backend: MicrovmBackend, state: Path, tmp_path: Path
+) -> None:
+    loop(backend, state, tmp_path, 20, 2)
+
+
+@pytest.mark.storm
+def test_a_hundred_machines_leave_nothing(
+    backend: MicrovmBackend, state: Path, tmp_path: Path
+) -> None:
+    loop(backend, state, tmp_path, 100, 4)
+
+
+@pytest.mark.storm
+def test_a_spare_guest_is_handed_out_once_and_ended(
+    backend: MicrovmBackend, state: Path, tmp_path: Path
+) -> None:
+    async def work() -> None:
+        backend.warm()
+        wanted = spec(state, tmp_path, limits=Limits(disk_mb=64))
+        ready = next(iter(backend._warm.values()))
+        spare = await ready
+        sandbox = await backend.start(wanted)
+        try:
+            assert sandbox._machine is spare
+            assert (await shell(sandbox, "echo here"))[1] == "here\n"
+        finally:
+            await sandbox.close()
+        await backend.close()
+        assert left(state)["processes"] == 0
+
+    asyncio.run(work())
