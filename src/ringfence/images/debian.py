@@ -121,8 +121,10 @@ def command(suite: str, packages: Iterable[str], *, tar: Path, sources_file: Pat
     """Argv of mmdebstrap. As root it mounts in a namespace of its own; anyone else's run is a
     user namespace with the ids of /etc/subuid, where packages' scripts hold no right of the host.
     """
-    # a mount namespace as root: a kill leaves no mount on the host that clearing would walk into
-    apart = ["unshare", "--mount", "--propagation", "private", "--"]
+    # namespaces as root: a kill leaves no process, and no mount on the host that clearing would
+    # walk into
+    apart = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    apart += ["--propagation", "private", "--"]
     options = ['Apt::Install-Recommends "false"', *apt_options()]
     return [
         *(apart if os.geteuid() == 0 else []),

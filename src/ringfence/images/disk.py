@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from ringfence.errors import UnavailableError
@@ -34,11 +35,12 @@ def write_squashfs(image: Image, target: Path) -> None:
         )
         try:
             assert process.stdin is not None  # noqa: S101  a pipe, above
-            try:
-                write_tar(image, process.stdin)
-                process.stdin.close()
-            except BrokenPipeError:
-                pass  # it has ended, and says why
+            # it may have ended, and says why: then what is still to be flushed has no reader
+            with suppress(BrokenPipeError):
+                try:
+                    write_tar(image, process.stdin)
+                finally:
+                    process.stdin.close()
             status = process.wait()
         except BaseException:
             process.kill()
