@@ -52,9 +52,9 @@ BOUNDARIES: dict[Technology, Boundary] = {
     ),
     "container": Boundary(
         strength=2,
-        summary="namespaces of the host's kernel, an image in place of the host's programs",
+        summary="namespaces of the host's kernel, made by an OCI runtime and read back",
         kernel_bug=_SHARED,
-        needs="runc, crun, podman or docker; root for limits on cgroup v1",
+        needs="runc or crun; root for limits on cgroup v1",
     ),
     "gvisor": Boundary(
         strength=3,
