@@ -21,6 +21,8 @@ mount -t tmpfs -o mode=755 none "$root/dev"
 mount -t tmpfs -o mode=1777 none "$root/tmp"
 mkdir "$root/tmp/given"; mount --bind "$given" "$root/tmp/given"
 cd /
+# an ordinary PATH has no sbin, where chroot is
+PATH=$PATH:/usr/sbin:/sbin
 exec chroot "$root" /usr/bin/env -i PATH=/usr/local/bin:/usr/bin:/usr/sbin HOME=/tmp \
   LC_ALL=C.UTF-8 PYTHONHASHSEED=0 SOURCE_DATE_EPOCH=946684800 "$@"
 """
