@@ -23,7 +23,7 @@ import stat
 import struct
 import sys
 import time
-
+import warnings  # noqa: F401  os.execvpe imports it, in a root where it would be somebody else's
 
 TYPE_CHECKING = False  # typing itself takes long to import
 if TYPE_CHECKING:

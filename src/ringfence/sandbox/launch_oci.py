@@ -117,7 +117,7 @@ def _be_first(plan: Plan, stdio: Stdio, tether: int, tell: int, seen: Plan, run:
         if select.select([tether], [], [], 0)[0]:
             os._exit(1)  # the outer process ended before its end would have been ours
         code = run(plan, stdio, tell, seen)
-    except OSError as error:
+    except Exception as error:  # noqa: BLE001  whoever starts a program has only these words
         os.write(stdio[2], f"launch: {error}\n".encode())
     finally:
         os._exit(code)
@@ -330,7 +330,7 @@ def _mounts(pid: int, wanted: dict[str, list[str]]) -> list[str]:
     for line in _lines(pid, "mountinfo"):
         words = line.split()
         # a later mount covers an earlier one of the same place
-        kept[words[4].encode().decode("unicode_escape")] = set(words[5].split(","))
+        kept[_unescaped(words[4])] = set(words[5].split(","))
     wrong = []
     for place, needed in wanted.items():
         if place not in kept:
@@ -344,6 +344,15 @@ def _mounts(pid: int, wanted: dict[str, list[str]]) -> list[str]:
         if "rw" in options and place not in wanted and not place.startswith(open_to)
     ]
     return wrong
+
+
+def _unescaped(path: str) -> str:
+    """As proc_pid_mountinfo(5) writes paths. No codec does it: one is a module, and the ids that we
+    have by now may not be let into the interpreter's directories.
+    """
+    for written, meant in ((r"\040", " "), (r"\011", "\t"), (r"\012", "\n"), (r"\134", "\\")):
+        path = path.replace(written, meant)
+    return path
 
 
 def in_groups(pid: int, groups: list[str]) -> list[str]:

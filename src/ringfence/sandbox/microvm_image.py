@@ -38,7 +38,7 @@ _MODULES = (
 """In the order in which they are loaded: each after what it needs."""
 _IMPORTS = (
     *("__future__", "ctypes", "errno", "fcntl", "json", "os", "resource", "select", "signal"),
-    *("socket", "stat", "struct", "time", "encodings.utf_8"),
+    *("socket", "stat", "struct", "time", "warnings", "encodings.utf_8"),
 )
 _FILES = (
     f"import json, sys, {', '.join(_IMPORTS)}\n"
