@@ -116,6 +116,7 @@ class Recorder:
         self._log.checkpoint()
         for client in self._clients.values():
             client.send(encode({"k": self._log.hmac_key.hex()}))
+        self._log.reserve()
         while self._clients and not self._stopping:
             self._turn()
             self._keep_time()
