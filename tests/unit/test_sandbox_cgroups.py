@@ -35,13 +35,15 @@ def _version_1(root: Path, *names: str) -> Path:
 
 
 def _version_2(root: Path, own: str, monkeypatch: pytest.MonkeyPatch, *, busy: str = "") -> Path:
-    """`busy` has processes of its own, so that it cannot enable controllers for children."""
+    """`busy` has processes of its own: a kernel would enable cpu and pids for its children all the
+    same, and let nothing join them.
+    """
     _group(root, cgroup__controllers="cpu memory pids")
-    _group(root / own)
+    _group(root / own, cgroup__type="domain\n")
+    if busy:
+        (root / busy / "cgroup.procs").write_text("1\n")
     monkeypatch.setattr(cgroups, "_own_unified_group", lambda root: root / own)
-    monkeypatch.setattr(
-        cgroups, "_enable", lambda directory: set() if directory == root / busy else ALL
-    )
+    monkeypatch.setattr(cgroups, "_enable", lambda directory: ALL)
     return root
 
 

@@ -59,19 +59,32 @@ def _is_group(directory: Path) -> bool:
 
 
 def _discover_unified(root: Path) -> Hierarchy:
-    """The nearest group above us that we may make children in, with its controllers enabled.
-
-    A group with processes of its own cannot enable controllers for children (cgroups-v2, "no
-    internal process constraint"), so we look from our own group upwards.
-    """
+    """The nearest group above us that we may make children in, with its controllers enabled."""
     own = _own_unified_group(root)
     for directory in (own, *own.parents):
         if not directory.is_relative_to(root) or not os.access(directory, os.W_OK):
+            continue
+        if not _may_have_domains(directory):
             continue
         enabled = _enable(directory)
         if enabled:
             return Hierarchy(parents=dict.fromkeys(enabled, directory), freezer=None, unified=True)
     return Hierarchy(parents={}, freezer=None, unified=True)
+
+
+def _may_have_domains(directory: Path) -> bool:
+    """Whether children of this group can hold processes under limits (cgroups-v2, "no internal
+    process constraint"). One with processes of its own refuses the memory controller, but takes
+    those of cpu and pids: that makes it threaded, and nothing can join its children any more. The
+    host's root is exempt, and the only group that has no type.
+    """
+    try:
+        if not (directory / "cgroup.type").exists():
+            return True
+        kind = (directory / "cgroup.type").read_text().strip()
+        return kind == "domain" and not (directory / "cgroup.procs").read_text().strip()
+    except OSError:
+        return False
 
 
 def _own_unified_group(root: Path) -> Path:

@@ -41,8 +41,7 @@ _IMPORTS = (
     *("socket", "stat", "struct", "time", "warnings", "encodings.utf_8"),
 )
 _FILES = (
-    f"import json, sys, {', '.join(_IMPORTS)}\n"
-    "sys.stdout.write(json.dumps([[m.__file__ for m in sys.modules.values() "
+    "\nimport json, sys\nsys.stdout.write(json.dumps([[m.__file__ for m in sys.modules.values() "
     "if getattr(m, '__file__', None)], open('/proc/self/maps').read()]))"
 )
 _LOADER = "lib64/ld-linux-x86-64.so.2"
@@ -139,7 +138,7 @@ def _filter(tool: str, options: list[str], data: bytes) -> bytes:
 
 def initramfs(modules: Path) -> bytes:
     """A cpio archive, the same for the same content."""
-    files = dict(_interpreter())
+    files = dict(interpreter(f"import {', '.join(_IMPORTS)}"))
     order = []
     for name in _MODULES:
         data = _module(modules, name)
@@ -160,11 +159,17 @@ def _module(modules: Path, name: str) -> bytes:
     raise UnavailableError("isolation-unavailable", f"the guest's kernel has no module {name}")
 
 
-def _interpreter() -> Iterator[tuple[str, tuple[bytes, int]]]:
-    """This interpreter, what it maps, and the modules that the guest imports: asked of itself."""
+def interpreter(statement: str) -> Iterator[tuple[str, tuple[bytes, int]]]:
+    """This interpreter, what it maps, and the modules that a statement imports: asked of itself.
+    Path without its first slash, content, mode.
+    """
     python = os.path.realpath(sys.executable)
     done = subprocess.run(
-        [python, "-IS", "-c", _FILES], capture_output=True, text=True, check=True, env={}
+        [python, "-IS", "-c", statement + _FILES],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={},
     )
     sources, maps = json.loads(done.stdout)
     mapped = {line.split(None, 5)[5] for line in maps.splitlines() if line.count("/") > 1}
