@@ -1,0 +1,180 @@
+"""Process 1 of a machine whose kernel has control groups of version 2 only; see
+`integration/test_cgroup_version_2.py`. Prints what it saw as one line of JSON.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ringfence.errors import UnavailableError
+from ringfence.policy.compiled import Limits
+from ringfence.sandbox import cgroups
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+NEWCGROUP, NEWNS, PRIVATE = 0x2000000, 0x20000, 1 << 18 | 16384
+LIMITS = Limits(memory_mb=64, cpus=0.5, pids=20)
+SESSION = cgroups.ROOT / "user.slice" / "session.scope"
+ID = f"sb_{0:026d}"
+
+
+def mount(kind: str, target: str, flags: int = 0) -> None:
+    os.makedirs(target, exist_ok=True)
+    if LIBC.mount(kind.encode(), target.encode(), kind.encode(), flags, None):
+        raise OSError(ctypes.get_errno(), f"mount {target}")
+
+
+def login() -> None:
+    """The groups that systemd makes: controllers on above the session, processes in its leaf."""
+    SESSION.mkdir(parents=True)
+    (cgroups.ROOT / "cgroup.subtree_control").write_text("+memory +cpu +pids")
+    (SESSION / "cgroup.procs").write_text("0")
+
+
+def joined(groups: cgroups.Groups, work: Callable[[], int]) -> tuple[int, os.struct_rusage]:
+    """Run in a process of the groups; its wait status and what it used."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            for path in groups.paths:
+                Path(path, "cgroup.procs").write_text("0")
+            os._exit(work())
+        finally:
+            os._exit(99)
+    _, status, used = os.wait4(pid, 0)
+    return status, used
+
+
+def hog() -> int:
+    return len(bytearray(b"x") * (128 << 20)) & 0
+
+
+def storm() -> int:
+    """How many processes there could be."""
+    for count in range(200):
+        try:
+            if os.fork() == 0:
+                signal.pause()
+        except BlockingIOError:
+            return count
+    return 200
+
+
+def busy() -> int:
+    end = time.monotonic() + 2
+    while time.monotonic() < end:
+        pass
+    return 0
+
+
+def frozen(groups: cgroups.Groups) -> list[bool]:
+    """Whether a process that writes all the time does so: while frozen, and afterwards."""
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    pid = os.fork()
+    if pid == 0:
+        for path in groups.paths:
+            Path(path, "cgroup.procs").write_text("0")
+        while True:
+            os.write(writing, b"x")
+            time.sleep(0.02)
+    os.close(writing)
+    time.sleep(0.5)
+    seen = []
+    for state in (True, False):
+        groups.freeze(frozen=state)
+        time.sleep(0.3)
+        try:
+            while os.read(reading, 65536):
+                pass
+        except BlockingIOError:
+            pass
+        time.sleep(0.5)
+        try:
+            seen.append(bool(os.read(reading, 1)))
+        except BlockingIOError:
+            seen.append(False)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return seen
+
+
+def clear(groups: cgroups.Groups) -> None:
+    for pid in groups.members():
+        os.kill(pid, signal.SIGKILL)
+    try:
+        while os.waitpid(-1, 0):
+            pass
+    except ChildProcessError:
+        pass
+
+
+def changed(groups: cgroups.Groups) -> str:
+    """What a limit that somebody raised leads to."""
+    Path(groups.paths[0], "pids.max").write_text("4000")
+    try:
+        groups.read_back(LIMITS)
+    except UnavailableError as error:
+        return error.code
+    return ""
+
+
+def in_a_namespace() -> list[str]:
+    """What is found where the root of a container's view is a busy group like any other."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        if LIBC.unshare(NEWCGROUP | NEWNS) or LIBC.mount(b"none", b"/", None, PRIVATE, None):
+            os._exit(1)
+        mount("cgroup2", "/view")
+        found = cgroups.discover(Path("/view"))
+        os.write(writing, json.dumps(sorted(found.parents)).encode())
+        os._exit(0)
+    os.close(writing)
+    os.waitpid(pid, 0)
+    found: list[str] = json.loads(os.read(reading, 4096))
+    return found
+
+
+def main() -> dict[str, object]:
+    for kind, target in (("proc", "/proc"), ("sysfs", "/sys"), ("cgroup2", str(cgroups.ROOT))):
+        mount(kind, target)
+    login()
+    hierarchy = cgroups.discover()
+    groups = cgroups.Groups(hierarchy, ID)
+    seen: dict[str, object] = {
+        "parents": {str(control): str(path) for control, path in hierarchy.parents.items()},
+        "session": [
+            (SESSION / "cgroup.type").read_text().strip(),
+            (SESSION / "cgroup.subtree_control").read_text().strip(),
+        ],
+        "enforced": sorted(str(state.control) for state in groups.make(LIMITS)),
+        "harmless": joined(groups, lambda: 7)[0],
+        "hog": joined(groups, hog)[0],
+        "storm": os.waitstatus_to_exitcode(joined(groups, storm)[0]),
+    }
+    clear(groups)
+    used = joined(groups, busy)[1]
+    seen["busy"] = used.ru_utime + used.ru_stime
+    seen["frozen"] = frozen(groups)
+    seen["read back"] = [len(groups.read_back(LIMITS)), changed(groups)]
+    groups.remove()
+    seen["left"] = [path.name for path in cgroups.ROOT.glob("**/ringfence-*")]
+    seen["namespace"] = in_a_namespace()
+    return seen
+
+
+if __name__ == "__main__":
+    try:
+        print("SEEN", json.dumps(main()), flush=True)
+    except OSError as error:
+        print("FAILED", errno.errorcode.get(error.errno or 0), error, flush=True)
+    sys.stdout.flush()
+    LIBC.reboot(0x1234567)
