@@ -84,7 +84,14 @@ PATHS = HostRule(
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("GET", "/v1/items"), ("GET", "/v1/items/"), ("GET", "/v1/items/1/a"), ("POST", "/x")],
+    [
+        ("GET", "/v1/items"),
+        ("GET", "/v1/items/"),
+        ("GET", "/v1/items/1/a"),
+        ("POST", "/x"),
+        ("GET", "/v1/items/.well-known/x"),
+        ("GET", "/v1/items/a.b"),
+    ],
 )
 def test_a_path_rule_permits_its_method_and_path(method: str, path: str) -> None:
     assert decide_request(PATHS, method, path).allowed
@@ -101,6 +108,9 @@ def test_a_path_rule_permits_its_method_and_path(method: str, path: str) -> None
         ("GET", "/v1/items/%2e%2e/admin", "path-not-normal"),
         ("GET", "/v1/items//admin", "path-not-normal"),
         ("GET", "/v1/items/.", "path-not-normal"),
+        ("GET", "/v1/items/..;x/admin", "path-not-normal"),
+        ("GET", "/v1/items/.;/admin", "path-not-normal"),
+        ("GET", "/v1/items/...", "path-not-normal"),
         ("GET", "/v1/items?x=\n", "query-not-normal"),
         ("GET", "/v1/items\n", "path-not-normal"),
         ("GET", "/v1/items\\..", "path-not-normal"),

@@ -30,6 +30,11 @@ _QUERY = re.compile(r"(?:[A-Za-z0-9/_.:@~!$&'()*+,;=?\[\]-]|%[0-9A-Fa-f]{2})*")
 _DANGEROUS = re.compile(r"%(?:2[eEfF5]|5[cC]|0[0-9a-fA-F]|1[0-9a-fA-F]|7[fF])")
 """Escapes that some server decodes to a separator, a dot, an escape or a control character."""
 
+_DOTS = re.compile(r"/\.(?![A-Za-z0-9_-])")
+"""A segment that is dots, or becomes them where parameters (`/..;x/`) are cut off. A name that
+begins with one, as `/.well-known/` (RFC 8615) does, stays where it is.
+"""
+
 
 def host_rule(rules: EgressRules, host: str, port: int) -> HostRule | None:
     """The rule for a host and port, an exact one before a wildcard; None when none matches."""
@@ -71,7 +76,7 @@ def decide_request(  # noqa: PLR0911  a ladder of refusals reads in order
         return _deny(rule.rule, "method-not-allowed")
     path, _, query = target.partition("?")
     form = _PLAIN_PATH if rule.paths else _ENCODED_PATH
-    if not form.fullmatch(path) or "//" in path or "/." in path or _DANGEROUS.search(path):
+    if not form.fullmatch(path) or "//" in path or _DOTS.search(path) or _DANGEROUS.search(path):
         return _deny(rule.rule, "path-not-normal")
     if not _QUERY.fullmatch(query):
         return _deny(rule.rule, "query-not-normal")
