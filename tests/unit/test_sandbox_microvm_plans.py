@@ -34,7 +34,10 @@ def test_the_machine_has_no_network_device_and_no_disk() -> None:
 
 
 def test_qemu_sees_programs_and_a_kernel_and_the_relay_only_egress() -> None:
-    machine, relay = plans.machine_options(FACTS), plans.relay_options(FACTS, "/usr")
+    machine, relay = (
+        plans.machine_options(FACTS, plans.TRANSLATED),
+        plans.relay_options(FACTS, "/usr"),
+    )
     for options in (machine, relay):
         assert not any("workspace" in word or "/home" in word for word in options)
         assert "--seccomp" in options
@@ -42,6 +45,18 @@ def test_qemu_sees_programs_and_a_kernel_and_the_relay_only_egress() -> None:
         assert "--cap-add" not in options
     assert not any("egress" in word for word in machine)
     assert "/run/ringfence" in relay
+
+
+def test_the_device_is_shown_where_the_processor_helps_and_nowhere_else() -> None:
+    def devices(accelerator: str) -> list[str]:
+        options = plans.machine_options(FACTS, accelerator)
+        assert options.index("--remount-ro") > options.index("--dev")
+        return [b for a, b in itertools.pairwise(options) if a == "--dev-bind"]
+
+    assert devices(plans.KVM) == ["/dev/kvm"]
+    assert devices(plans.TRANSLATED) == []
+    argv = plans.machine_argv(700, incoming=False, serial=True, accelerator=plans.KVM)
+    assert argv[argv.index("-accel") + 1 : argv.index("-accel") + 4] == ["kvm", "-cpu", "host"]
 
 
 def test_what_is_exported_lies_below_a_root_without_proc() -> None:

@@ -75,6 +75,11 @@ def build(directory: Path) -> Image:
     return Image(kernel, first, _digest(kernel.read_bytes() + archive))
 
 
+def check_kernel() -> None:
+    """Raise UnavailableError `isolation-unavailable` where the guest's kernel is not here."""
+    _kernel_package()
+
+
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
