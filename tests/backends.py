@@ -36,6 +36,11 @@ def cache_dir() -> Path:
 CACHE = cache_dir()
 
 
+def machines() -> Path | None:
+    """Where saved machines are shared: one takes as long to make as three tests of it."""
+    return CACHE / f"machines-{os.geteuid()}" if os.access(CACHE, os.W_OK) else None
+
+
 def config(state_dir: Path) -> Config:
     """Settings under which everything that `tools/test-hosts` installed is found."""
     return load_config(settings(state_dir), settings_file=Path("/nonexistent"))
@@ -44,6 +49,8 @@ def config(state_dir: Path) -> Config:
 def settings(state_dir: Path) -> dict[str, str]:
     """The same as an environment for a `ringfence` process."""
     found = {"RINGFENCE_STATE_DIR": str(state_dir)}
+    if place := machines():
+        found["RINGFENCE_MACHINES"] = str(place)
     if (CACHE / "runtime" / "node_modules").is_dir():
         found["RINGFENCE_RUNTIME"] = str(CACHE / "runtime")
     return found

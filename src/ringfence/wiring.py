@@ -44,7 +44,7 @@ def technologies() -> dict[str, Callable[[Config], Backend]]:
         "runtime": lambda config: RuntimeBackend(prefix=config.runtime, **_staged(config)),
         "container": lambda config: ContainerBackend(**_staged(config)),
         "gvisor": lambda config: GvisorBackend(**_staged(config)),
-        "microvm": lambda config: MicrovmBackend(**_staged(config)),
+        "microvm": lambda config: MicrovmBackend(machines=config.machines, **_staged(config)),
     }
 
 

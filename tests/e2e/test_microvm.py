@@ -10,17 +10,18 @@ import pytest
 from harness import Box, script
 from test_run import EDIT
 
-from backends import needs
+from backends import machines, needs
 from ringfence.sandbox.microvm import MicrovmBackend
 
 pytestmark = [needs("microvm"), pytest.mark.timeout(900)]
 MACHINE = {"backend": "microvm", "emulation": "allow"}
+SHARED = {"RINGFENCE_MACHINES": str(place)} if (place := machines()) else {}
 LONG = {"max_duration_seconds": 800, "max_tool_seconds": 200}
 
 
 def test_a_command_runs_under_the_guests_kernel(box: Box) -> None:
     box.policy({"preset": "strict", "isolation": MACHINE, "execution": LONG})
-    done = box.execute("uname -r; echo x > new", seconds=850)
+    done = box.execute("uname -r; echo x > new", seconds=850, **SHARED)
     assert done.code == 0, done.err + done.out
     assert "-cloud-amd64" in done.json["output"]
     assert done.json["changed_files"] == ["new"]
@@ -52,7 +53,7 @@ def test_emulation_is_allowed_by_name_and_never_as_something_stronger(box: Box) 
 @pytest.mark.storm
 def test_claude_edits_in_a_machine(box: Box) -> None:
     box.policy({"preset": "strict", "isolation": MACHINE, "execution": LONG})
-    done = box.run(script(EDIT, {"text": "ok"}), seconds=850)
+    done = box.run(script(EDIT, {"text": "ok"}), seconds=850, **SHARED)
     assert done.code == 0, done.err + done.out
     assert done.json["status"] == "succeeded"
     assert done.json["changed_files"] == ["new.txt"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -66,6 +67,14 @@ def test_what_is_exported_lies_below_a_root_without_proc() -> None:
     places = [b for a, b in itertools.pairwise(options) if a == "--proc"]
     assert places == ["/proc"]
     assert not any("/mnt/egress" in word for word in options)
+
+
+def test_only_an_ordinary_users_file_server_gives_up_no_groups() -> None:
+    """Root has cleared them before; a user's namespace cannot."""
+    user = replace(FACTS, as_root=False, uid=1234)
+    assert "--seccomp" not in plans.share_options(RULES, FACTS)
+    options = plans.share_options(RULES, user)
+    assert options[options.index("--seccomp") + 1] == str(plans.SECOND)
 
 
 def test_the_host_holds_the_machine_to_the_limit_and_the_declared_overhead() -> None:

@@ -11,6 +11,7 @@ from ringfence.errors import UnavailableError
 from ringfence.policy.compiled import SandboxProfile
 from ringfence.sandbox import microvm_processor
 from ringfence.sandbox.microvm import MicrovmBackend, refuse_emulation
+from ringfence.sandbox.microvm_image import build
 from ringfence.sandbox.microvm_processor import Processor, Processors, decide, device_problem
 from ringfence.sandbox.microvm_profile import KVM, TRANSLATED
 
@@ -116,3 +117,13 @@ def test_a_host_without_qemu_is_never_taken_for_hardware(
     assert backend.emulated
     monkeypatch.setattr("ringfence.sandbox.microvm.check_tools", lambda: "/virtiofsd")
     assert not backend.emulated
+
+
+def test_what_guests_boot_lies_where_only_we_write(tmp_path: Path) -> None:
+    place = tmp_path / "machines"
+    place.mkdir(mode=0o700)
+    place.chmod(0o770)
+    with pytest.raises(UnavailableError) as caught:
+        build(place)
+    assert caught.value.code == "state-refused"
+    assert list(place.iterdir()) == []

@@ -92,18 +92,22 @@ class MicrovmSandbox(StagedSandbox):
         self._machine = machine
         machine.adopt(self._groups.paths)
         ends = files_socket(self._spec.state_dir)
+        unmade = os.memfd_create("seccomp", os.MFD_CLOEXEC)
         try:
+            os.write(unmade, seccomp.unmade(platform.machine(), "setgroups"))
+            os.lseek(unmade, 0, os.SEEK_SET)
             files = await self._helper(
                 microvm_profile.share_options(self._spec.profile, self._facts),
                 microvm_profile.share_argv(virtiofsd),
                 _FILES_RLIMITS,
-                [ends[0].fileno()],
+                [ends[0].fileno(), *(() if self._facts.as_root else (unmade,))],
             )
             try:
                 await machine.plug(ends[1].fileno())
             except UnavailableError as error:
                 raise await explained(error, files) from None
         finally:
+            os.close(unmade)
             for end in ends:
                 end.close()
         self._control, theirs = socket.socketpair()
@@ -248,11 +252,10 @@ class MicrovmSandbox(StagedSandbox):
 class MicrovmBackend(StagedBackend):
     """`Backend` of the protocol."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *, machines: Path | None = None, **settings: Any) -> None:
         super().__init__(**settings)
-        directory = self._state_dir / "microvm"
-        self._directory = directory
-        self._processors = Processors(directory, self._uids)
+        self._directory = machines or self._state_dir / "microvm"
+        self._processors = Processors(self._directory, self._uids)
         self._snapshots: Snapshots | None = None
         self._warm: dict[int, asyncio.Future[Machine]] = {}
         self._leaving: list[asyncio.Future[None]] = []

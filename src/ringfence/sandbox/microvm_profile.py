@@ -163,8 +163,12 @@ def share_options(rules: SandboxProfile, facts: HostFacts) -> list[str]:
         for name in (*_SHARE_CAPS, "SYS_CHROOT", "SETPCAP")
         for word in ("--cap-add", "CAP_" + name)
     ]
+    # virtiofsd gives up its groups and ends when it cannot; an ordinary user's namespace, in which
+    # nobody can, keeps those that every program of the user has
+    unmade = () if facts.as_root else ("--seccomp", str(SECOND))
     return [
         *_enclosed(name="files", filtered=False),
+        *unmade,
         *capabilities,
         *program_mounts(facts),
         *("--proc", "/proc", "--dev", "/dev", "--dir", "/tmp", "--dir", "/run"),  # noqa: S108
