@@ -6,17 +6,22 @@ are those of a busy host, and most of this runs in `make test-all` alone.
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+
 import pytest
+import yaml
 from harness import Box, script
-from test_run import EDIT
 
 from backends import machines, needs
 from ringfence.sandbox.microvm import MicrovmBackend
 
-pytestmark = [needs("microvm"), pytest.mark.timeout(900)]
+pytestmark = [needs("microvm"), pytest.mark.timeout(1800)]
 MACHINE = {"backend": "microvm", "emulation": "allow"}
 SHARED = {"RINGFENCE_MACHINES": str(place)} if (place := machines()) else {}
-LONG = {"max_duration_seconds": 800, "max_tool_seconds": 200}
+LONG = {"max_duration_seconds": 1600, "max_tool_seconds": 200}
 
 
 def test_a_command_runs_under_the_guests_kernel(box: Box) -> None:
@@ -51,10 +56,31 @@ def test_emulation_is_allowed_by_name_and_never_as_something_stronger(box: Box) 
 
 
 @pytest.mark.storm
-def test_claude_edits_in_a_machine(box: Box) -> None:
+def test_claude_does_the_demos_task_in_a_machine(box: Box) -> None:
+    """Its tools find the failing test, its patch mends it, the workspace stays as it was."""
+    scenarios = resources.files("ringfence.simulator") / "scenarios"
+    story = yaml.safe_load((scenarios / "demo.yaml").read_text())
+    for name, text in story["files"].items():
+        (box.workspace / name).write_text(text)
     box.policy({"preset": "strict", "isolation": MACHINE, "execution": LONG})
-    done = box.run(script(EDIT, {"text": "ok"}), seconds=850, **SHARED)
+    done = box.run(
+        script(*story["steps"], words=story["prompt"]),
+        *("--isolation", "microvm"),
+        seconds=1700,
+        **SHARED,
+    )
     assert done.code == 0, done.err + done.out
     assert done.json["status"] == "succeeded"
-    assert done.json["changed_files"] == ["new.txt"]
-    assert list(box.workspace.iterdir()) == []
+    assert done.json["changed_files"] == ["basket.py"]
+    assert _tests(box.workspace).returncode != 0
+    (box.place / "patch").write_text(done.json["patch"])
+    subprocess.run(["git", "apply", "../patch"], cwd=box.workspace, check=True)
+    assert _tests(box.workspace).returncode == 0
+    decided = [r for r in box.records() if r["type"] == "tool.decided"]
+    assert [r["name"] for r in decided] == ["Bash", "Read", "Bash", "Edit", "Bash"]
+    assert {r["outcome"] for r in decided} == {"allow"}
+
+
+def _tests(place: Path) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-B", "-m", "unittest"]
+    return subprocess.run(command, cwd=place, capture_output=True, check=False)

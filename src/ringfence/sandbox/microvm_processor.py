@@ -28,6 +28,7 @@ BOOT_SECONDS = 10.0
 """Real virtualisation boots the guest in one or two; emulation in three on an idle host, and the
 imitated kind in thirty or never."""
 _MEGABYTES = 256
+_RULE = 'a udev rule: KERNEL=="kvm", MODE="0666"'
 _MEND = "use hardware with VT-x or AMD-V on, or a virtual machine to which its host passes them"
 
 
@@ -49,12 +50,12 @@ class Processor:
         return self.accelerator != KVM
 
 
-def decide(cpuinfo: str, device: str, boot: Callable[[], str]) -> Processor:
+def decide(cpuinfo: str, device: tuple[str, str] | None, boot: Callable[[], str]) -> Processor:
     """KVM, or why not.
 
     Args:
         cpuinfo: text of /proc/cpuinfo.
-        device: why the device cannot be opened by a machine; empty when it can.
+        device: why a machine cannot open the device, and the mend; None when it can.
         boot: boots a guest on it; returns what went wrong. Asked last, and only when all else says
             yes: it takes seconds.
     """
@@ -63,15 +64,15 @@ def decide(cpuinfo: str, device: str, boot: Callable[[], str]) -> Processor:
     }
     if not flags & {"vmx", "svm"}:
         return Processor(TRANSLATED, "the processor shows neither vmx nor svm", _MEND)
-    if device:
-        return Processor(TRANSLATED, *device.split("; ", 1))
+    if device is not None:
+        return Processor(TRANSLATED, *device)
     if problem := boot():
         return Processor(TRANSLATED, f"no guest boots on {DEVICE}: {problem}", _MEND)
     return Processor(KVM)
 
 
-def device_problem(path: Path, *, as_root: bool) -> str:
-    """Why a machine cannot open the device, and after `; ` what would mend it; empty when it can.
+def device_problem(path: Path, *, as_root: bool) -> tuple[str, str] | None:
+    """Why a machine cannot open the device, and what would mend it; None when it can.
 
     Started by root, a machine is a uid of its own that is in no group: the device has to be open to
     all, as systemd makes it by default and Debian does not. What it gives is virtual machines.
@@ -79,13 +80,12 @@ def device_problem(path: Path, *, as_root: bool) -> str:
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        return f"{path}: {error.strerror}; modprobe kvm_intel or kvm_amd"
+        return f"{path}: {error.strerror}", "modprobe kvm_intel or kvm_amd"
     if as_root and mode & 0o006 != 0o006:
-        rule = 'KERNEL=="kvm", MODE="0666"'
-        return f"{path} is not open to a sandbox's own uid; a udev rule: {rule}"
+        return f"{path} is not open to a sandbox's own uid", _RULE
     if not as_root and not os.access(path, os.R_OK | os.W_OK):
-        return f"{path} is not open to this user; add the user to the group kvm"
-    return ""
+        return f"{path} is not open to this user", "add the user to the group kvm"
+    return None
 
 
 class Processors:
