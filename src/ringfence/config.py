@@ -135,7 +135,11 @@ class Config(_Frozen):
     runtime: Path | None = None
     """Directory with node_modules/@anthropic-ai/sandbox-runtime; by default npm's global one."""
 
-    @field_validator("state_dir", "runtime")
+    machines: Path | None = None
+    """Directory where kernels and saved virtual machines are kept; by default one of the state
+    directory. Whoever can write there decides what guests run."""
+
+    @field_validator("state_dir", "runtime", "machines")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         # it is handed to processes that stand in another directory

@@ -36,6 +36,7 @@ def technologies() -> dict[str, Callable[[Config], Backend]]:
     from ringfence.sandbox.bubblewrap import BubblewrapBackend
     from ringfence.sandbox.container import ContainerBackend
     from ringfence.sandbox.gvisor import GvisorBackend
+    from ringfence.sandbox.microvm import MicrovmBackend
     from ringfence.sandbox.runtime import RuntimeBackend
 
     return {
@@ -43,6 +44,7 @@ def technologies() -> dict[str, Callable[[Config], Backend]]:
         "runtime": lambda config: RuntimeBackend(prefix=config.runtime, **_staged(config)),
         "container": lambda config: ContainerBackend(**_staged(config)),
         "gvisor": lambda config: GvisorBackend(**_staged(config)),
+        "microvm": lambda config: MicrovmBackend(machines=config.machines, **_staged(config)),
     }
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from backends import machines
 from ringfence.sandbox.bubblewrap import BubblewrapBackend
 from ringfence.sandbox.container import ContainerBackend
 from ringfence.sandbox.gvisor import GvisorBackend
+from ringfence.sandbox.microvm import MicrovmBackend
 from ringfence.sandbox.protocol import Backend
 
 PATHS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin"
@@ -22,6 +24,8 @@ def make(name: str, state: Path) -> Backend:
         return BubblewrapBackend(state_dir=state)
     if name == "gvisor":
         return GvisorBackend(state_dir=state)
+    if name == "microvm":
+        return MicrovmBackend(state_dir=state, machines=machines())
     return ContainerBackend(state_dir=state, engine=name)
 
 
@@ -36,5 +40,7 @@ BACKENDS = [
     needs("bubblewrap"),
     needs("crun"),
     pytest.param("gvisor", marks=[pytest.mark.root, pytest.mark.needs("gvisor")]),
+    # an emulated processor takes minutes for what the others do in seconds
+    pytest.param("microvm", marks=[pytest.mark.storm, pytest.mark.needs("microvm")]),
 ]
 ALL = [*BACKENDS, pytest.param("runc", marks=[pytest.mark.root, *needs("runc").marks])]

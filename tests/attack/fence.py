@@ -21,6 +21,7 @@ CANARY = "CANARY_SECRET_0123456789abcdef"
 ACCEPTED = frozenset() if os.geteuid() == 0 else frozenset({"memory", "cpu", "pids"})
 PROFILE = SandboxProfile(
     accept_unenforced=ACCEPTED,
+    emulation=True,
     hidden=(".env",),
     blocked=("/etc", "/root", "/var/secrets"),
     limits=Limits(wall_seconds=120, memory_mb=1024, cpus=2, pids=256, disk_mb=256),

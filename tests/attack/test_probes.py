@@ -38,7 +38,8 @@ def findings(request: pytest.FixtureRequest) -> dict[str, Finding]:
     return {finding.check.id: finding for finding in found}
 
 
-@pytest.mark.timeout(300)
+# the whole check runs within the first of them, and one technology is emulated
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("probe_id", list(PROBES))
 def test_probe_is_contained(findings: dict[str, Finding], probe_id: str) -> None:
     finding = findings[probe_id]

@@ -15,7 +15,7 @@ from ringfence.sandbox.microvm_image import build
 from ringfence.testing.sandbox_contract import SandboxContract
 
 # every clause starts a machine, on an emulated processor: a quarter of an hour for all
-pytestmark = [needs("microvm"), pytest.mark.storm]
+pytestmark = [needs("microvm"), pytest.mark.storm, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

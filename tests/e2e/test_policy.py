@@ -224,8 +224,8 @@ def test_a_run_cannot_widen_its_policy(box: Box) -> None:
     done = box.run("hi", "--workspace-mode", "direct")
     assert done.code == 3
     assert done.json["error"]["code"] == "workspace-mode-denied"
-    box.policy({"preset": "strict", "isolation": {"backend": "microvm"}})
-    done = box.run("hi")
-    assert done.code == 4
-    assert done.json["error"]["code"] == "isolation-unavailable"
+    box.policy({"preset": "strict", "isolation": {"threat_model": "third_party_input"}})
+    done = box.run("hi", "--isolation", "runtime")
+    assert done.code == 3
+    assert done.json["error"]["code"] == "isolation-denied"
     assert not re.search("Traceback", done.err)

@@ -27,8 +27,8 @@ from ringfence.policy.load import from_mapping
 from ringfence.policy.problems import PolicyInvalidError
 from ringfence.policy.section import Isolation
 from ringfence.sandbox.protocol import Control, ControlState
-from ringfence.sandbox.registry import Backends
-from ringfence.worker.prepare import check, narrowed, start_notices
+from ringfence.sandbox.registry import Backends, Picked
+from ringfence.worker.prepare import check, narrowed, refuse_emulated, start_notices
 
 HERE = Availability()
 GONE = Availability(problem="not installed", mend="install it")
@@ -189,3 +189,60 @@ def test_a_run_cannot_undercut_a_threat_model(tmp_path: Path) -> None:
                 policy,
                 state_dir=tmp_path / "state",
             )
+
+
+REFUSED: list[dict[str, Any]] = [
+    {"threat_model": "hostile_multi_tenant"},
+    {"threat_model": "hostile_multi_tenant", "emulation": "allow"},
+    {"threat_model": "third_party_input", "emulation": "allow"},
+    {"backend": "bubblewrap", "emulation": "allow"},
+    {"backend": "gvisor", "emulation": "allow"},
+]
+
+
+@pytest.mark.parametrize("isolation", REFUSED)
+def test_an_emulated_machine_cannot_be_asked_for_in_place_of_something_stronger(
+    isolation: dict[str, Any],
+) -> None:
+    stated = rules(**isolation).sandbox
+    with pytest.raises(DeniedError) as caught:
+        refuse_emulated("microvm", Picked(Fake("microvm", emulated=True)), stated)
+    assert caught.value.code == "isolation-denied"
+    assert "emulated on this host" in caught.value.message
+    assert "microvm" not in caught.value.hint
+    refuse_emulated("microvm", Picked(Fake("microvm", emulated=False)), stated)
+
+
+def test_an_emulated_machine_does_where_the_policy_calls_it_enough() -> None:
+    machine = Picked(Fake("microvm", emulated=True))
+    named = rules(backend="microvm", emulation="allow").sandbox
+    refuse_emulated("microvm", machine, named)
+    refuse_emulated(None, machine, rules(backend="microvm").sandbox)
+    refuse_emulated("microvm", machine, rules(threat_model="own_code").sandbox)
+    refuse_emulated("microvm", machine, rules(backend="runtime", emulation="allow").sandbox)
+
+
+def test_what_a_policy_that_allows_emulation_holds_for_enough(tmp_path: Path) -> None:
+    """Its floor is an emulated machine's: a stronger one may replace it, and does without it."""
+    request = RunRequest(prompt="x", workspace=str(tmp_path), isolation="bubblewrap")
+    lenient = rules(backend="microvm", emulation="allow")
+    check(request, lenient, state_dir=tmp_path / "state")
+    with pytest.raises(DeniedError):
+        check(request, rules(backend="microvm"), state_dir=tmp_path / "state")
+
+
+def test_a_policy_that_names_an_emulated_one_below_its_threat_model_is_told() -> None:
+    isolation = {"backend": "microvm", "threat_model": "hostile_multi_tenant"}
+    profile = rules(**isolation, emulation="allow").sandbox
+    notices = start_notices(known(Fake("microvm", emulated=True)).pick(profile), profile)
+    assert [notice.kind for notice in notices] == ["isolation-weak"]
+    assert start_notices(known(Fake("microvm", emulated=False)).pick(profile), profile) == []
+
+
+def test_the_list_calls_a_refused_emulation_what_it_is() -> None:
+    class Refusing(Fake):
+        def probe(self, _: Any) -> Any:
+            raise UnavailableError("emulation-refused", "emulated", hint="allow it")
+
+    state = known(Refusing("microvm")).availability("microvm", rules().sandbox)
+    assert state == Availability(problem="emulated", mend="allow it", emulated=True)

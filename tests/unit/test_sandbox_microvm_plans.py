@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -34,7 +35,10 @@ def test_the_machine_has_no_network_device_and_no_disk() -> None:
 
 
 def test_qemu_sees_programs_and_a_kernel_and_the_relay_only_egress() -> None:
-    machine, relay = plans.machine_options(FACTS), plans.relay_options(FACTS, "/usr")
+    machine, relay = (
+        plans.machine_options(FACTS, plans.TRANSLATED),
+        plans.relay_options(FACTS, "/usr"),
+    )
     for options in (machine, relay):
         assert not any("workspace" in word or "/home" in word for word in options)
         assert "--seccomp" in options
@@ -44,6 +48,18 @@ def test_qemu_sees_programs_and_a_kernel_and_the_relay_only_egress() -> None:
     assert "/run/ringfence" in relay
 
 
+def test_the_device_is_shown_where_the_processor_helps_and_nowhere_else() -> None:
+    def devices(accelerator: str) -> list[str]:
+        options = plans.machine_options(FACTS, accelerator)
+        assert options.index("--remount-ro") > options.index("--dev")
+        return [b for a, b in itertools.pairwise(options) if a == "--dev-bind"]
+
+    assert devices(plans.KVM) == ["/dev/kvm"]
+    assert devices(plans.TRANSLATED) == []
+    argv = plans.machine_argv(700, incoming=False, serial=True, accelerator=plans.KVM)
+    assert argv[argv.index("-accel") + 1 : argv.index("-accel") + 4] == ["kvm", "-cpu", "host"]
+
+
 def test_what_is_exported_lies_below_a_root_without_proc() -> None:
     options = plans.share_options(RULES, FACTS)
     assert "/export/workspace" in options
@@ -51,6 +67,14 @@ def test_what_is_exported_lies_below_a_root_without_proc() -> None:
     places = [b for a, b in itertools.pairwise(options) if a == "--proc"]
     assert places == ["/proc"]
     assert not any("/mnt/egress" in word for word in options)
+
+
+def test_only_an_ordinary_users_file_server_gives_up_no_groups() -> None:
+    """Root has cleared them before; a user's namespace cannot."""
+    user = replace(FACTS, as_root=False, uid=1234)
+    assert "--seccomp" not in plans.share_options(RULES, FACTS)
+    options = plans.share_options(RULES, user)
+    assert options[options.index("--seccomp") + 1] == str(plans.SECOND)
 
 
 def test_the_host_holds_the_machine_to_the_limit_and_the_declared_overhead() -> None:

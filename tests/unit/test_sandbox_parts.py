@@ -24,33 +24,50 @@ ALLOW, KILL = 0x7FFF0000, 0x80000000
 EPERM, ENOSYS, EPROTONOSUPPORT, EAFNOSUPPORT = 0x50001, 0x50026, 0x5005D, 0x50061
 
 
-def verdict(machine: str, number: int, *arguments: int, audit: int | None = None) -> int:
+def verdict(
+    machine: str,
+    number: int,
+    *arguments: int,
+    audit: int | None = None,
+    code: bytes | None = None,
+) -> int:
     """Run the filter as the kernel would."""
     architecture = seccomp.ARCHITECTURES[machine]
     data = struct.pack(
         "=IIQ6Q", number, audit or architecture.audit, 0, *[*arguments, 0, 0, 0, 0, 0, 0][:6]
     )
-    program = list(struct.iter_unpack("=HBBI", seccomp.build(machine)))
+    program = list(struct.iter_unpack("=HBBI", code or seccomp.build(machine)))
     at = accumulator = 0
     while True:
-        code, on_true, on_false, value = program[at]
+        operation, on_true, on_false, value = program[at]
         at += 1
-        if code == 0x20:
+        if operation == 0x20:
             accumulator = struct.unpack_from("=I", data, value)[0]
-        elif code == 0x54:
+        elif operation == 0x54:
             accumulator &= value
-        elif code == 0x06:
+        elif operation == 0x06:
             return value
         else:
             holds = {
                 0x15: accumulator == value,
                 0x35: accumulator >= value,
                 0x45: bool(accumulator & value),
-            }[code]
+            }[operation]
             at += on_true if holds else on_false
 
 
 TABLES = {"x86_64": X86_64, "aarch64": AARCH64}
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_a_call_that_succeeds_without_being_made_is_the_only_one(machine: str) -> None:
+    code, calls = seccomp.unmade(machine, "setgroups"), TABLES[machine]
+    found = {name: verdict(machine, number, code=code) for name, number in calls.items()}
+    assert found.pop("setgroups") == 0x50000
+    assert set(found.values()) == {ALLOW}
+    assert verdict(machine, calls["setgroups"], audit=0x40000003, code=code) == KILL
+    with pytest.raises(LookupError):
+        seccomp.unmade(machine, "no such call")
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])

@@ -17,7 +17,7 @@ from typing import Any
 
 from ringfence.agent.permissions import DenyApprover
 from ringfence.check.hostside import Verdict, held
-from ringfence.check.place import MakeBackend
+from ringfence.check.place import MakeBackend, patience
 from ringfence.config import Config, Provider
 from ringfence.model import PermissionMode, RunRequest, RunResult
 from ringfence.policy.compile import compile_policy
@@ -148,7 +148,9 @@ async def play(
                 ),
                 environment_key="sk-ant-check-of-a-host",
             )
-            result = await _run(launcher, _policy(profile), workspace)
+            slow = await asyncio.to_thread(patience, make_backend(config.state_dir))
+            policy = _patient(_policy(profile), slow)
+            result = await _run(launcher, policy, workspace, _SECONDS * slow)
             played = _seen(result, simulator.requests, config.state_dir)
     finally:
         await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
@@ -173,12 +175,23 @@ def _policy(profile: SandboxProfile) -> CompiledPolicy:
     return replace(policy, sandbox=profile)
 
 
-async def _run(launcher: Launcher, policy: CompiledPolicy, workspace: Path) -> RunResult:
+def _patient(policy: CompiledPolicy, slow: float) -> CompiledPolicy:
+    """The same with limits of time that a slow technology can keep: what is asked is not time."""
+    limits = policy.sandbox.limits
+    longer = replace(
+        limits, wall_seconds=limits.wall_seconds * slow, tool_seconds=limits.tool_seconds * slow
+    )
+    return replace(policy, sandbox=replace(policy.sandbox, limits=longer))
+
+
+async def _run(
+    launcher: Launcher, policy: CompiledPolicy, workspace: Path, seconds: float
+) -> RunResult:
     request = RunRequest(
         prompt="Do it.",
         workspace=str(workspace),
         permission_mode=PermissionMode.DEFAULT,
-        timeout_seconds=min(_SECONDS, policy.sandbox.limits.wall_seconds),
+        timeout_seconds=min(seconds, policy.sandbox.limits.wall_seconds),
     )
     async with launcher.station(DenyApprover()) as station:
         return await attempt(

@@ -100,7 +100,7 @@ JUDGES: Mapping[str, Callable[[Changes], Verdict]] = {
 async def collect(place: Place) -> tuple[Changes | None, str]:
     """The changes of one hostile sandbox in review mode; None with the reason."""
     sandbox = await place.open(profile=replace(place.profile, workspace_mode=WorkspaceMode.REVIEW))
-    saw = await run_inside(sandbox, MAKE, {}, seconds=30)
+    saw = await run_inside(sandbox, MAKE, {}, seconds=30 * place.patience)
     if "made" not in saw.output:
         return None, f"the tree was not made: {saw.output.strip()[-200:]}"
     await sandbox.stop()

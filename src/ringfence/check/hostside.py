@@ -46,7 +46,10 @@ class Stage:
         """Run a command in the lane's sandbox, or in another."""
         environment = {**self.lane.environment(), **(more or {})}
         return await run_inside(
-            sandbox or self.lane.sandbox, command, environment, seconds=_SECONDS
+            sandbox or self.lane.sandbox,
+            command,
+            environment,
+            seconds=_SECONDS * self.place.patience,
         )
 
     async def reaches(self, sandbox: Sandbox | None = None) -> bool:

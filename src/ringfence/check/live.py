@@ -154,10 +154,8 @@ class Attack:
         """One probe without its twin: its verdict, and how long it took."""
         began, before = time.monotonic(), lane.canaries.hits()
         try:
-            patience = _SECONDS * (4 if probe.check.id in _LONG else 1)
-            saw = await run_inside(
-                lane.sandbox, probe.command, lane.environment(), seconds=patience
-            )
+            seconds = _SECONDS * place.patience * (4 if probe.check.id in _LONG else 1)
+            saw = await run_inside(lane.sandbox, probe.command, lane.environment(), seconds=seconds)
         except Exception as error:  # noqa: BLE001  a probe that breaks costs its own verdict only
             return (Outcome.ERROR, _words(error)), time.monotonic() - began
         seconds = time.monotonic() - began

@@ -35,7 +35,13 @@ from ringfence.policy.compiled import (
     SandboxProfile,
 )
 from ringfence.record.client import RecorderClient, RecorderProcess
-from ringfence.sandbox.protocol import INSIDE_EGRESS_SOCKET, Backend, Sandbox, SandboxSpec
+from ringfence.sandbox.protocol import (
+    INSIDE_EGRESS_SOCKET,
+    Backend,
+    Emulating,
+    Sandbox,
+    SandboxSpec,
+)
 from ringfence.testing.upstream import Upstream, UpstreamSettings
 from ringfence.vault.keys import VaultPaths
 from ringfence.vault.seal import set_credential
@@ -79,6 +85,13 @@ RULES = EgressRules(
 """What the attacked sandboxes may reach. A policy's own hosts are not asked by a check."""
 
 MakeBackend = Callable[[Path], Backend]
+
+
+def patience(backend: Backend) -> float:
+    """How many times longer things may take: an emulated processor is slow by nature, and a probe
+    that ran out of time gives no verdict.
+    """
+    return 8.0 if isinstance(backend, Emulating) and backend.emulated else 1.0
 
 
 @dataclass(kw_only=True)
@@ -177,6 +190,7 @@ class Place:
         await worker.ready()
         await self._configure(paths)
         self.backend = self._make_backend(self.state)
+        self.patience = await asyncio.to_thread(patience, self.backend)
         self._stack.push_async_callback(self.backend.close)
 
     async def _configure(self, paths: VaultPaths) -> None:

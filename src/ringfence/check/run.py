@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 from ringfence.check import static, versions
 from ringfence.check.catalogue import EVERYTHING, Selection
@@ -129,6 +130,14 @@ async def _isolation(question: Question, policy: CompiledPolicy, name: str, tell
     )
 
 
+def _apart(config: Config, state: Path) -> Config:
+    """The same with a state directory of the check's own. What guests boot is not state: the
+    operator's own is what is attacked.
+    """
+    machines = config.machines or config.state_dir / "microvm"
+    return config.model_copy(update={"state_dir": state, "machines": machines})
+
+
 def _attack(question: Question, policy: CompiledPolicy, name: str, tell: Tell) -> Attack:
     probes = [
         probe for probe in (*built_in(), *question.own) if question.selection.takes(probe.check.id)
@@ -136,7 +145,7 @@ def _attack(question: Question, policy: CompiledPolicy, name: str, tell: Tell) -
     factory = question.backends[name]
     return Attack(
         name,
-        lambda state: factory(question.config.model_copy(update={"state_dir": state})),
+        lambda state: factory(_apart(question.config, state)),
         policy.sandbox,
         probes,
         tell,

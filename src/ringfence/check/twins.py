@@ -40,7 +40,8 @@ class Twins:
             del self._waiting[twin.command]
             nonce = secrets.token_hex(8)
             environment = {**self._lane.environment(), "TWIN_NONCE": nonce}
-            saw = await run_inside(self._lane.sandbox, twin.command, environment, seconds=_SECONDS)
+            seconds = _SECONDS * self._place.patience
+            saw = await run_inside(self._lane.sandbox, twin.command, environment, seconds=seconds)
             if twin.witness == "upstream":
                 good = self._seen_upstream(nonce)
             else:

@@ -12,7 +12,13 @@ from ringfence.cli.context import AppContext
 from ringfence.cli.output import clear_errors, print_json
 from ringfence.cli.run import PolicyFile, Preset
 from ringfence.errors import RingfenceError
-from ringfence.policy.isolation import BOUNDARIES, THREATS, Availability, strength
+from ringfence.policy.isolation import (
+    BOUNDARIES,
+    EMULATED_BOUNDARY,
+    THREATS,
+    Availability,
+    strength,
+)
 from ringfence.record.safe_text import printable
 
 if TYPE_CHECKING:
@@ -107,12 +113,18 @@ async def _row(
         **asdict(boundary),
         "strength": strength(name, emulated=state.emulated),
         "not_held": dict(clauses),
-        "start_up": await _start_up(context, backends, name, state, anew=measure),
+        "start_up": await _start_up(context, backends, name, state, profile, anew=measure),
     }
 
 
 async def _start_up(
-    context: AppContext, backends: Backends, name: str, state: Availability, *, anew: bool
+    context: AppContext,
+    backends: Backends,
+    name: str,
+    state: Availability,
+    profile: SandboxProfile,
+    *,
+    anew: bool,
 ) -> dict[str, Any] | None:
     from ringfence.sandbox.measure import Measured, measure
 
@@ -120,7 +132,8 @@ async def _start_up(
     known = kept.get(name)
     if not state.problem and (anew or (known is None and name not in _COSTLY)):
         try:
-            known = await measure(backends.get(name), context.state_dir)
+            backend = backends.get(name)
+            known = await measure(backend, context.state_dir, emulation=profile.emulation)
         except RingfenceError as error:
             return {"error": error.message}
         kept.keep(name, known)
@@ -136,6 +149,8 @@ def _print(found: dict[str, Any]) -> None:
             f"  {row['summary']}",
             f"  a kernel bug: {row['kernel_bug']}",
         ]
+        if row["emulated"]:
+            lines += [f"  emulated here: {EMULATED_BOUNDARY}"]
         if not row["available"]:
             lines += [f"  here: {row['problem']}"]
             lines += [f"  mend: {row['mend']}"] if row["mend"] else [f"  needs: {row['needs']}"]
@@ -153,7 +168,7 @@ def _print(found: dict[str, Any]) -> None:
 def _time(row: dict[str, Any]) -> str:
     start_up = row["start_up"]
     if start_up is None:
-        return "start-up not measured"
+        return "start-up not measured" + (" (--measure does)" if row["available"] else "")
     if "error" in start_up:
         return f"start-up not measured: {start_up['error']}"
     return f"start-up {start_up['seconds'] * 1000:.0f} ms ({start_up['at'][:10]})"

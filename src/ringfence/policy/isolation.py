@@ -77,6 +77,7 @@ kind of filter, so that neither can stand above the other."""
 EMULATED_STRENGTH = 1
 """Of a microVM without KVM. QEMU's security policy holds emulation for no boundary at all; what is
 left is the sandbox of the QEMU process itself. It never counts as hostile-grade (requirement J)."""
+EMULATED_BOUNDARY = "what stands around it is the sandbox of the QEMU process, not the processor"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,12 +167,13 @@ def enough(technology: str, threat_model: ThreatModel, *, emulated: bool = False
     return strength(technology, emulated=emulated) >= THREATS[threat_model].floor
 
 
-def floor(backend: str, threat_model: ThreatModel | None) -> int:
+def floor(backend: str, threat_model: ThreatModel | None, *, emulation: bool = False) -> int:
     """The least strength that a policy permits: of the technology it names, or for `auto` what its
-    threat model asks for.
+    threat model asks for. A policy that names a microVM and allows emulation calls an emulated one
+    enough; for `auto` such a one never counts as more than it is.
     """
     if backend != "auto":
-        return strength(backend)
+        return strength(backend, emulated=emulation and backend == "microvm")
     return THREATS[threat_model].floor if threat_model else BOUNDARIES["microvm"].strength
 
 

@@ -17,7 +17,7 @@ from ringfence.policy.compiled import (
 )
 from ringfence.policy.document import MODE_WIDTH
 from ringfence.policy.hosts import matches, spelled
-from ringfence.policy.isolation import BOUNDARIES, floor, strength
+from ringfence.policy.isolation import BOUNDARIES, floor
 from ringfence.policy.paths import below
 from ringfence.policy.rules import parse_rule
 
@@ -303,9 +303,9 @@ def _isolation(sandbox: SandboxProfile) -> Right:
     """The weaker the boundary that is enough, the wider the right."""
     name, threat_model = sandbox.isolation, sandbox.threat_model
     what = f"what threat model {threat_model} asks for" if name == "auto" else name
-    least = floor(name, threat_model)
+    least = floor(name, threat_model, emulation=sandbox.emulation)
     if name == "microvm" and sandbox.emulation:
-        what, least = "an emulated microvm", strength(name, emulated=True)
+        what = "an emulated microvm"
     strongest = max(boundary.strength for boundary in BOUNDARIES.values())
     return Right(
         area="isolation",

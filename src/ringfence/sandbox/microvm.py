@@ -27,9 +27,10 @@ from ringfence.policy.compiled import Limits, SandboxProfile
 from ringfence.sandbox import enforce, hostfacts, microvm_profile, seccomp
 from ringfence.sandbox.enforce import STAGED
 from ringfence.sandbox.frames import send_frame
-from ringfence.sandbox.microvm_image import build
+from ringfence.sandbox.microvm_image import build, check_kernel
 from ringfence.sandbox.microvm_machine import Machine, Snapshots, check_tools
 from ringfence.sandbox.microvm_process import GuestProcess
+from ringfence.sandbox.microvm_processor import Processor, Processors
 from ringfence.sandbox.profile import HostFacts, exec_plan
 from ringfence.sandbox.protocol import (
     INSIDE_PROXY_PORT,
@@ -91,18 +92,22 @@ class MicrovmSandbox(StagedSandbox):
         self._machine = machine
         machine.adopt(self._groups.paths)
         ends = files_socket(self._spec.state_dir)
+        unmade = os.memfd_create("seccomp", os.MFD_CLOEXEC)
         try:
+            os.write(unmade, seccomp.unmade(platform.machine(), "setgroups"))
+            os.lseek(unmade, 0, os.SEEK_SET)
             files = await self._helper(
                 microvm_profile.share_options(self._spec.profile, self._facts),
                 microvm_profile.share_argv(virtiofsd),
                 _FILES_RLIMITS,
-                [ends[0].fileno()],
+                [ends[0].fileno(), *(() if self._facts.as_root else (unmade,))],
             )
             try:
                 await machine.plug(ends[1].fileno())
             except UnavailableError as error:
                 raise await explained(error, files) from None
         finally:
+            os.close(unmade)
             for end in ends:
                 end.close()
         self._control, theirs = socket.socketpair()
@@ -247,12 +252,15 @@ class MicrovmSandbox(StagedSandbox):
 class MicrovmBackend(StagedBackend):
     """`Backend` of the protocol."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *, machines: Path | None = None, **settings: Any) -> None:
         super().__init__(**settings)
+        self._directory = machines or self._state_dir / "microvm"
+        self._processors = Processors(self._directory, self._uids)
         self._snapshots: Snapshots | None = None
         self._warm: dict[int, asyncio.Future[Machine]] = {}
         self._leaving: list[asyncio.Future[None]] = []
-        self._keeping = False
+        self._making = asyncio.Lock()
+        self._keeping, self._latest = False, 0
 
     words = HOW
 
@@ -263,8 +271,12 @@ class MicrovmBackend(StagedBackend):
 
     @property
     def emulated(self) -> bool:
-        """See `Emulating`: this version asks no processor for help, whatever the host has."""
-        return True
+        """See `Emulating`. A host that lacks QEMU has no hardware's boundary either."""
+        try:
+            check_tools()
+            return self._processors.get().emulated
+        except UnavailableError:
+            return True
 
     @property
     def reads_programs(self) -> bool:
@@ -275,12 +287,13 @@ class MicrovmBackend(StagedBackend):
         """See StagedBackend."""
         hostfacts.check_user_namespaces()
         check_tools()
-        self._ready_snapshots()
+        check_kernel()
 
     def probe(self, profile: SandboxProfile) -> Sequence[ControlState]:
         """See the protocol."""
-        refuse_emulation(profile)
-        return super().probe(profile)
+        states = super().probe(profile)
+        refuse_emulation(self._processors.get(), profile)
+        return states
 
     def place(self, rules: SandboxProfile, facts: HostFacts) -> dict[str, Any]:
         """See StagedBackend."""
@@ -294,12 +307,18 @@ class MicrovmBackend(StagedBackend):
         """Programs run in the machine, never beside it."""
         raise NotImplementedError
 
-    def _ready_snapshots(self) -> Snapshots:
-        if self._snapshots is None:
-            directory = self._state_dir / "microvm"
-            image = build(directory)
-            self._snapshots = Snapshots(directory, image, self._uids, self._spare)
-        return self._snapshots
+    async def _ready_snapshots(self) -> Snapshots:
+        async with self._making:
+            if self._snapshots is None:
+                image = await asyncio.to_thread(build, self._directory)
+                processor = await asyncio.to_thread(self._processors.get)
+                self._snapshots = Snapshots(
+                    self._directory, image, self._uids, self._spare, processor.accelerator
+                )
+            return self._snapshots
+
+    async def _restore(self, megabytes: int) -> Machine:
+        return await (await self._ready_snapshots()).restore(megabytes)
 
     async def start(self, spec: SandboxSpec) -> MicrovmSandbox:
         """See the protocol."""
@@ -324,26 +343,24 @@ class MicrovmBackend(StagedBackend):
 
     def _take(self, megabytes: int) -> asyncio.Future[Machine]:
         ready = self._warm.pop(megabytes, None)
-        snapshots = self._ready_snapshots()
-        if self._keeping:
+        # not for one run alone: it would share the processor with its own spare
+        if self._keeping and megabytes == self._latest:
             asyncio.get_running_loop().call_later(1.0, self._refill, megabytes)
+        self._latest = megabytes
         if ready is not None and not (ready.done() and ready.exception()):
             return ready
-        return asyncio.ensure_future(snapshots.restore(megabytes))
+        return asyncio.ensure_future(self._restore(megabytes))
 
     def _refill(self, megabytes: int) -> None:
         if self._keeping and megabytes not in self._warm:
             # one size is kept: the one that was asked for last
             self._leaving += [asyncio.ensure_future(_discard(one)) for one in self._warm.values()]
-            restoring = self._ready_snapshots().restore(megabytes)
-            self._warm = {megabytes: asyncio.ensure_future(restoring)}
+            self._warm = {megabytes: asyncio.ensure_future(self._restore(megabytes))}
 
     def warm(self) -> None:
-        """See the protocol."""
+        """See the protocol: once a size of machine was asked for twice, one waits for the third."""
         self._spare.keep()
         self._keeping = True
-        with contextlib.suppress(UnavailableError):
-            self._refill(microvm_profile.memory_mb(Limits()))
 
     async def close(self) -> None:
         """See the protocol."""
@@ -358,15 +375,15 @@ class MicrovmBackend(StagedBackend):
         await super().close()
 
 
-def refuse_emulation(rules: SandboxProfile) -> None:
-    """Raise UnavailableError `emulation-refused`: the machine is emulated, in software."""
-    if not rules.emulation:
+def refuse_emulation(processor: Processor, rules: SandboxProfile) -> None:
+    """Raise UnavailableError `emulation-refused` where the machine is emulated and may not be."""
+    if processor.emulated and not rules.emulation:
         raise UnavailableError(
             "emulation-refused",
-            "this host has no hardware virtualisation that ringfence uses, and the policy does not "
+            f"a virtual machine is emulated here ({processor.problem}), and the policy does not "
             "allow emulation",
-            hint="isolation: {backend: microvm, emulation: allow}; it is slow, and never counts "
-            "as fit for hostile tenants",
+            hint=f"{processor.mend}; or isolation: {{backend: microvm, emulation: allow}}, which "
+            "is slow and never counts as fit for hostile tenants",
         )
 
 

@@ -60,9 +60,17 @@ def build(directory: Path) -> Image:
     """Make what is missing. Takes a second the first time.
 
     Raises:
-        UnavailableError: `isolation-unavailable`.
+        UnavailableError: `isolation-unavailable`; `state-refused` for a directory that others can
+            write, because what lies there is run.
     """
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    status = directory.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise UnavailableError(
+            "state-refused",
+            f"others can write {directory}, and what lies there is what guests run",
+            hint="set RINGFENCE_MACHINES to a directory of your own with mode 0700, or leave it",
+        )
     packed, modules = _kernel_package()
     kernel = directory / f"vmlinux-{_digest(packed.read_bytes())[:24]}"
     if not kernel.exists():
@@ -72,6 +80,11 @@ def build(directory: Path) -> Image:
     if not first.exists():
         _keep(first, archive)
     return Image(kernel, first, _digest(kernel.read_bytes() + archive))
+
+
+def check_kernel() -> None:
+    """Raise UnavailableError `isolation-unavailable` where the guest's kernel is not here."""
+    _kernel_package()
 
 
 def _digest(data: bytes) -> str:

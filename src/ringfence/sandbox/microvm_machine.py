@@ -23,7 +23,7 @@ from ringfence.sandbox.frames import send_frame
 from ringfence.sandbox.launcher import Spare, prepare
 from ringfence.sandbox.microvm_image import Image
 from ringfence.sandbox.microvm_profile import (
-    TRANSLATED,
+    KVM,
     machine_argv,
     machine_options,
     machine_plan,
@@ -105,9 +105,16 @@ class Machine:
 
     @classmethod
     async def start(
-        cls, image: Image, megabytes: int, uids: range, spare: Spare, snapshot: int | None
+        cls,
+        image: Image,
+        megabytes: int,
+        uids: range,
+        spare: Spare,
+        *,
+        accelerator: str,
+        snapshot: int | None = None,
     ) -> Machine:
-        """In namespaces of its own, as a uid of its own.
+        """In namespaces of its own, as a uid of its own; from a snapshot, or booted.
 
         Raises:
             UnavailableError: `sandbox-start-failed`.
@@ -124,7 +131,15 @@ class Machine:
                 links=links,
                 existing=existing,
             )
-            machine = await cls._launch(facts, image, megabytes, spare, snapshot, held)
+            argv = machine_argv(
+                megabytes,
+                incoming=snapshot is not None,
+                serial=snapshot is None,
+                accelerator=accelerator,
+            )
+            options = machine_options(facts, accelerator)
+            plan = exec_plan(facts, options, argv)
+            machine = await cls._launch(facts, image, plan, spare, snapshot, held)
         except BaseException:
             for descriptor in held:
                 os.close(descriptor)
@@ -139,7 +154,7 @@ class Machine:
         cls,
         facts: HostFacts,
         image: Image,
-        megabytes: int,
+        program: dict[str, Any],
         spare: Spare,
         snapshot: int | None,
         held: list[int],
@@ -151,18 +166,7 @@ class Machine:
             held += await prepare(launcher, plan, [root])
         finally:
             os.close(root)
-        argv = machine_argv(
-            megabytes,
-            incoming=snapshot is not None,
-            serial=snapshot is None,
-            accelerator=TRANSLATED,
-        )
-        plan = {
-            **exec_plan(facts, machine_options(facts), argv),
-            "cgroups": [],
-            "rlimits": _RLIMITS,
-            "parent": os.getpid(),
-        }
+        plan = {**program, "cgroups": [], "rlimits": _RLIMITS, "parent": os.getpid()}
         code = os.memfd_create("seccomp", os.MFD_CLOEXEC)
         held.append(code)
         os.write(code, seccomp.build(platform.machine()))
@@ -256,8 +260,11 @@ class Snapshots:
     in memory. It is taken before any secret, id or random number exists (requirement J).
     """
 
-    def __init__(self, directory: Path, image: Image, uids: range, spare: Spare) -> None:
+    def __init__(
+        self, directory: Path, image: Image, uids: range, spare: Spare, accelerator: str
+    ) -> None:
         self._directory, self._image, self._uids, self._spare = directory, image, uids, spare
+        self._accelerator = accelerator
         self._sealed: dict[int, int] = {}
         self._lock = asyncio.Lock()
 
@@ -291,16 +298,18 @@ class Snapshots:
         return descriptor
 
     def _key(self, megabytes: int) -> str:
-        argv = machine_argv(megabytes, incoming=False, serial=True, accelerator=TRANSLATED)
-        words = json.dumps([self._image.digest, _version(), argv])
+        argv = machine_argv(megabytes, incoming=False, serial=True, accelerator=self._accelerator)
+        # under KVM it holds the state of this very processor and of its driver
+        host = hardware() if self._accelerator == KVM else []
+        words = json.dumps([self._image.digest, qemu_version(), argv, *host])
         return hashlib.sha256(words.encode()).hexdigest()[:32]
 
     async def _save(self, megabytes: int, descriptor: int) -> None:
         rates: list[float] = []
         for _ in range(_BOOTS):
-            machine = await Machine.start(self._image, megabytes, self._uids, self._spare, None)
+            machine = await self._start(megabytes)
             try:
-                await _booted(machine)
+                await booted(machine)
                 rates.append(await _clock_rate(machine))
                 if abs(rates[-1] - 1) <= _CLOCK_TOLERANCE:
                     await self._migrate(machine, descriptor)
@@ -312,6 +321,16 @@ class Snapshots:
             f"the guest's clock runs at {', '.join(f'{rate:.2f}' for rate in rates)} times the "
             "host's: its kernel measures the processor while it starts, and the host was too busy",
             hint="start one sandbox while the host is idle; the snapshot is kept",
+        )
+
+    async def _start(self, megabytes: int, snapshot: int | None = None) -> Machine:
+        return await Machine.start(
+            self._image,
+            megabytes,
+            self._uids,
+            self._spare,
+            accelerator=self._accelerator,
+            snapshot=snapshot,
         )
 
     async def _migrate(self, machine: Machine, descriptor: int) -> None:
@@ -326,7 +345,7 @@ class Snapshots:
         """A guest that waits at its port. Raises UnavailableError `sandbox-start-failed`."""
         snapshot = await self.get(megabytes)
         try:
-            machine = await Machine.start(self._image, megabytes, self._uids, self._spare, snapshot)
+            machine = await self._start(megabytes, snapshot)
         finally:
             os.close(snapshot)
         try:
@@ -365,7 +384,8 @@ async def _clock_rate(machine: Machine) -> float:
     return (later - inside) / (ended - began)
 
 
-async def _booted(machine: Machine) -> None:
+async def booted(machine: Machine) -> None:
+    """Wait until the guest is at its port. Raises UnavailableError `sandbox-start-failed`."""
     data = await _exactly(machine, mux.HEADER.size)
     if data != mux.HEADER.pack(mux.READY, 0, 0):
         words = await _last_words(machine)
@@ -381,9 +401,16 @@ async def _last_words(machine: Machine) -> str:
     return words[-300:].decode("utf-8", "replace").strip() or "it says nothing"
 
 
-def _version() -> str:
+def qemu_version() -> str:
+    """As QEMU says it; a snapshot of one version is not restored by another."""
     done = subprocess.run([QEMU, "--version"], capture_output=True, text=True, check=False)
     return done.stdout
+
+
+def hardware() -> list[str]:
+    """What a guest under KVM is bound to: the kernel's release, and the processor's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return [platform.release(), next((one for one in lines if one.startswith("model name")), "")]
 
 
 def _seal(descriptor: int) -> None:

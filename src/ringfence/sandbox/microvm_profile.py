@@ -40,6 +40,8 @@ MACHINE_CPUS = 0.5
 """Processor time of virtiofsd and the relay, beside the machine's own."""
 _MACHINE_PIDS = 256
 _TRANSLATED_MB = 128
+KVM, TRANSLATED = "kvm", f"tcg,thread=multi,tb-size={_TRANSLATED_MB}"
+"""QEMU's words for a processor that runs the guest itself, and for one that is emulated."""
 
 _ARITY = {
     **dict.fromkeys(("--ro-bind", "--bind", "--symlink"), 2),
@@ -78,13 +80,17 @@ def _enclosed(*, name: str, filtered: bool) -> list[str]:
     ]
 
 
-def machine_options(facts: HostFacts) -> list[str]:
-    """bubblewrap's, around QEMU: programs, a kernel, a first file system, and nothing else."""
+def machine_options(facts: HostFacts, accelerator: str) -> list[str]:
+    """bubblewrap's, around QEMU: programs, a kernel, a first file system, and nothing else but the
+    device where the processor helps.
+    """
+    device = ("--dev-bind", "/dev/kvm", "/dev/kvm") if accelerator == KVM else ()
     return [
         *_enclosed(name="machine", filtered=True),
         "--disable-userns",
         *program_mounts(facts),
-        *("--ro-bind", f"{facts.stage}/vm", "/vm", "--dev", "/dev", "--remount-ro", "/dev"),
+        *("--ro-bind", f"{facts.stage}/vm", "/vm", "--dev", "/dev", *device),
+        *("--remount-ro", "/dev"),
         *("--remount-ro", "/", "--chdir", "/"),
     ]
 
@@ -115,7 +121,7 @@ def machine_argv(megabytes: int, *, incoming: bool, serial: bool, accelerator: s
         "qemu-system-x86_64",
         *("-M", "pc,acpi=off,usb=off,vmport=off,memory-backend=memory", "-object", memory),
         *("-m", str(megabytes), "-smp", "1", "-bios", "qboot.rom", "-accel", accelerator),
-        *("-cpu", "host" if accelerator == "kvm" else "max"),
+        *("-cpu", "host" if accelerator == KVM else "max"),
         *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
         *("-serial", "stdio" if serial else "null"),
         "-sandbox",
@@ -128,9 +134,6 @@ def machine_argv(megabytes: int, *, incoming: bool, serial: bool, accelerator: s
         *("-chardev", f"socket,id=monitor,fd={FIRST}", "-mon", "chardev=monitor,mode=control"),
         *(("-incoming", f"fd:{THIRD}") if incoming else ()),
     ]
-
-
-TRANSLATED = f"tcg,thread=multi,tb-size={_TRANSLATED_MB}"
 
 
 def place_plan(
@@ -160,8 +163,12 @@ def share_options(rules: SandboxProfile, facts: HostFacts) -> list[str]:
         for name in (*_SHARE_CAPS, "SYS_CHROOT", "SETPCAP")
         for word in ("--cap-add", "CAP_" + name)
     ]
+    # virtiofsd gives up its groups and ends when it cannot; an ordinary user's namespace, in which
+    # nobody can, keeps those that every program of the user has
+    unmade = () if facts.as_root else ("--seccomp", str(SECOND))
     return [
         *_enclosed(name="files", filtered=False),
+        *unmade,
         *capabilities,
         *program_mounts(facts),
         *("--proc", "/proc", "--dev", "/dev", "--dir", "/tmp", "--dir", "/run"),  # noqa: S108

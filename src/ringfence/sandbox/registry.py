@@ -71,11 +71,12 @@ class Backends:
         """Whether a sandbox under these rules would start with a technology, as it says itself."""
         if name not in self._factories:
             return Availability(problem="this version of ringfence has no backend for it")
+        backend = self.get(name)
         try:
-            backend = self.get(name)
             stops = stopping(backend.probe(profile), profile.accept_unenforced)
         except RingfenceError as error:
-            return Availability(problem=error.message, mend=error.hint)
+            emulated = error.code == "emulation-refused"
+            return Availability(problem=error.message, mend=error.hint, emulated=emulated)
         emulated = isinstance(backend, Emulating) and backend.emulated
         if not stops:
             return Availability(emulated=emulated)

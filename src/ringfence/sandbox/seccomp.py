@@ -126,6 +126,27 @@ def build(machine: str) -> bytes:
     return program.bytes()
 
 
+def unmade(machine: str, call: str) -> bytes:
+    """A program that lets everything pass but one call, which succeeds without being made.
+
+    No wall: it is for a program that insists on a call which an ordinary user's namespace refuses,
+    and whose own filter comes on top. Foreign entry points are killed as above.
+
+    Raises:
+        LookupError: for a machine or a call without a number.
+    """
+    architecture = ARCHITECTURES[machine]
+    program = _Program()
+    program.load(_ARCH)
+    program.add(_JEQ, architecture.audit, 1, 0)
+    program.returns(_KILL)
+    program.load(_NR)
+    program.add(_JEQ, architecture.calls[call], 0, 1)
+    program.returns(errno(0))
+    program.returns(_ALLOW)
+    return program.bytes()
+
+
 def _allow(program: _Program, numbers: set[int]) -> None:
     """Runs of numbers as ranges: a third of the instructions of one test a number."""
     for first, last in _ranges(sorted(numbers)):

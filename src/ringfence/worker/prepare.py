@@ -128,17 +128,46 @@ def _check_isolation(asked: str | None, profile: SandboxProfile) -> None:
         return
     if asked not in TECHNOLOGIES:
         raise CallerError("usage", f"there is no isolation {asked!r}: {', '.join(TECHNOLOGIES)}")
-    least = floor(profile.isolation, profile.threat_model)
-    if strength(asked) < least:
-        permitted = [name for name in TECHNOLOGIES if strength(name) >= least]
-        why = profile.isolation
-        if why == "auto":
-            why = f"what threat model {profile.threat_model} asks for"
-        raise DeniedError(
-            "isolation-denied",
-            f"isolation {asked} is weaker than {why}",
-            hint=f"the policy permits: {', '.join(permitted)}",
-        )
+    if strength(asked) < _floor(profile):
+        raise _weaker(f"isolation {asked} is", asked, profile)
+
+
+def refuse_emulated(asked: str | None, picked: Picked, profile: SandboxProfile) -> None:
+    """A machine that this host emulates is weaker than `check` could know, which looks at names.
+
+    A policy's own choice is not judged here: its backend starts an emulated machine only where the
+    policy allows one.
+
+    Args:
+        asked: what the request names.
+        picked: its backend.
+        profile: the policy's own, not narrowed.
+
+    Raises:
+        DeniedError: `isolation-denied`.
+    """
+    backend = picked.backend
+    if asked is None or asked == profile.isolation:
+        return
+    emulated = isinstance(backend, Emulating) and backend.emulated
+    if emulated and strength(asked, emulated=True) < _floor(profile):
+        raise _weaker(f"isolation {asked} is emulated on this host, and so", asked, profile)
+
+
+def _floor(profile: SandboxProfile) -> int:
+    return floor(profile.isolation, profile.threat_model, emulation=profile.emulation)
+
+
+def _weaker(what: str, asked: str, profile: SandboxProfile) -> DeniedError:
+    permitted = [one for one in TECHNOLOGIES if one != asked and strength(one) >= _floor(profile)]
+    why = profile.isolation
+    if why == "auto":
+        why = f"what threat model {profile.threat_model} asks for"
+    return DeniedError(
+        "isolation-denied",
+        f"{what} weaker than {why}",
+        hint=f"the policy permits: {', '.join(permitted)}" if permitted else "",
+    )
 
 
 def start_notices(picked: Picked, profile: SandboxProfile) -> list[Notice]:
