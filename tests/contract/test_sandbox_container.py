@@ -1,4 +1,4 @@
-"""The container backend passes the sandbox contract, with each of its runtimes."""
+"""The container backend passes the sandbox contract, with each of its engines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.sandbox.container import RUNTIMES, ContainerBackend
+from ringfence.sandbox.container import ENGINES, ContainerBackend
 from ringfence.sandbox.protocol import Backend
 from ringfence.testing.sandbox_contract import SandboxContract
 
@@ -43,5 +43,9 @@ class TestCrun(ContainerContract):
     engine = "crun"
 
 
-def test_every_runtime_has_a_class() -> None:
-    assert {one.engine for one in ContainerContract.__subclasses__()} == set(RUNTIMES)
+class TestPodman(ContainerContract):
+    engine = "podman"
+
+
+def test_every_engine_has_a_class() -> None:
+    assert {one.engine for one in ContainerContract.__subclasses__()} == set(ENGINES)

@@ -13,9 +13,22 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_a_run_in_a_container(box: Box) -> None:
+ENGINES = [
+    "auto",
+    pytest.param(
+        "podman",
+        marks=pytest.mark.skipif(
+            shutil.which("podman", path="/usr/bin") is None,
+            reason="podman is not installed: apt-get install podman",
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_run_in_a_container(box: Box, engine: str) -> None:
     """Claude works, its change is a patch, and the record names the technology."""
-    box.policy({"preset": "strict", "isolation": {"backend": "container"}})
+    box.policy({"preset": "strict", "isolation": {"backend": "container", "engine": engine}})
     write = {"tool": "Write", "input": {"file_path": "/workspace/a.txt", "content": "new\n"}}
     done = box.run(
         script(write, bash("id -u; head -1 /proc/1/cmdline | tr -d '\\0'"), {"text": "done"})
@@ -28,9 +41,10 @@ def test_a_run_in_a_container(box: Box) -> None:
     assert [record["isolation"] for record in started] == ["container"]
 
 
-def test_a_killed_run_in_a_container_leaves_nobody(box: Box) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_killed_run_in_a_container_leaves_nobody(box: Box, engine: str) -> None:
     marker = f"rf-e2e-container-{box.place.name[-20:]}"
-    box.policy({"preset": "strict", "isolation": {"backend": "container"}})
+    box.policy({"preset": "strict", "isolation": {"backend": "container", "engine": engine}})
     process = box.spawn(
         *("exec", "--workspace", str(box.workspace)),
         *("--policy", str(box.place / "policy.yaml"), "--"),

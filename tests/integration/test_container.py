@@ -30,7 +30,7 @@ from ringfence.testing.sandbox_contract import shell
 from ringfence.worker.ids import new_id
 
 AS_ROOT = os.geteuid() == 0
-ENGINES = ("runc", "crun") if AS_ROOT else ("crun",)
+ENGINES = ("runc", "crun", "podman") if AS_ROOT else ("crun", "podman")
 PATHS = "/usr/sbin:/usr/bin"
 ACCEPTED = (
     frozenset()
@@ -147,16 +147,18 @@ os.execv({real!r}, [{real!r}, *words])
 
 @pytest.fixture
 def lying(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
-    """Has the backend run a script of the engine's name in its place."""
+    """Has the backend run a script in place of an engine, or of the runtime below podman."""
     place = Path("/usr/local/lib/ringfence-test") / str(os.getpid())  # the sandbox's ids read it
     place.mkdir(parents=True)
 
     def lie(engine: str, code: str) -> None:
-        liar = place / engine
-        real = shutil.which(engine, path=PATHS)
+        name = "crun" if engine == "podman" else engine
+        liar = place / name
+        real = shutil.which(name, path=PATHS)
         liar.write_text(LIAR.format(lie=code, real=real))
         liar.chmod(0o755)
-        monkeypatch.setattr(container, "find_runtime", lambda *_, **__: liar)
+        found = {name: liar, "podman": Path("/usr/bin/podman")}
+        monkeypatch.setattr(container, "find_runtime", lambda name, **_: found[name])
         monkeypatch.setattr(container, "check_runtime", lambda *_: None)
 
     yield lie
@@ -233,12 +235,24 @@ def test_the_hosts_root_never_runs_a_container(engine: str) -> None:
 
 
 @pytest.mark.usefixtures("fresh_caches")
-@pytest.mark.parametrize("name", ["podman", "docker"])
-def test_engines_that_cannot_hold_it_are_refused(tmp_path: Path, name: str) -> None:
+def test_docker_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnavailableError) as caught:
-        asyncio.run(started(tmp_path, "auto", engine=name))
+        asyncio.run(started(tmp_path, "auto", engine="docker"))
     assert caught.value.code == "isolation-unavailable"
-    assert name in str(caught.value)
+    assert "docker" in str(caught.value)
+    assert "crun" in (caught.value.hint or "")
+
+
+@pytest.mark.usefixtures("fresh_caches")
+def test_podman_without_its_runtime_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "podman").symlink_to("/bin/true")
+    (tmp_path / "podman").chmod(0o755)
+    monkeypatch.setattr(container, "_PATHS", str(tmp_path))
+    with pytest.raises(UnavailableError) as caught:
+        inside(tmp_path, "podman", "true")
+    assert caught.value.code == "isolation-unavailable"
     assert "crun" in (caught.value.hint or "")
 
 
@@ -288,10 +302,13 @@ def test_signals_and_statuses(tmp_path: Path, engine: str) -> None:
 
 
 def test_process_1_is_out_of_reach(tmp_path: Path, engine: str) -> None:
-    """It has rights in its namespace that the program lacks, and no file of it opens."""
+    """It has rights in its namespace that the program lacks, and no file of it opens; nor one of
+    podman's monitor.
+    """
     command = (
-        "for f in environ mem maps fd/0 root/etc/passwd; do head -c1 /proc/1/$f && echo $f; done "
-        "2>/dev/null; for s in HUP INT TERM STOP KILL; do kill -$s 1; done 2>/dev/null; "
+        "for p in 1 $(pgrep -x conmon); do "
+        "for f in environ mem maps fd/0 root/etc/passwd; do head -c1 /proc/$p/$f && echo $f; done; "
+        "done 2>/dev/null; for s in HUP INT TERM STOP KILL; do kill -$s 1; done 2>/dev/null; "
         "head -c0 /proc/self/environ && echo alive"
     )
     assert inside(tmp_path, engine, command) == (0, "alive\n")
@@ -344,8 +361,9 @@ def _children(pid: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("victim", ["ringfence", "launcher", "process 1"])
+@pytest.mark.parametrize("victim", ["ringfence", "launcher", "process 1", "child of process 1"])
 def test_all_die_within_a_second(tmp_path: Path, engine: str, victim: str) -> None:
+    """A child of process 1 is podman's monitor, or the program, which took a process along."""
     marker = f"rf-death-{os.getpid()}-{victim[0]}-{engine}"
     text = KEEPER.format(
         here=str(Path(__file__).parent), place=str(tmp_path), engine=engine, marker=marker
@@ -356,6 +374,9 @@ def test_all_die_within_a_second(tmp_path: Path, engine: str, victim: str) -> No
         monitor = int(keeper.stdout.readline())
         assert until(lambda: len(with_marker(marker)) == 2, 10)
         pid = {"ringfence": keeper.pid, "launcher": monitor}.get(victim) or _children(monitor)[0]
+        if victim == "child of process 1":
+            (pid,) = _children(pid)
+            assert (engine == "podman") == (Path(f"/proc/{pid}/comm").read_text() == "conmon\n")
         os.kill(pid, signal.SIGKILL)
         assert until(lambda: not with_marker(marker), 1)
         if victim != "ringfence":

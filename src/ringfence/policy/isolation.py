@@ -54,7 +54,7 @@ BOUNDARIES: dict[Technology, Boundary] = {
         strength=2,
         summary="namespaces of the host's kernel, made by an OCI runtime and read back",
         kernel_bug=_SHARED,
-        needs="runc or crun; root for limits on cgroup v1",
+        needs="runc, crun, or podman with crun; root for limits on cgroup v1",
     ),
     "gvisor": Boundary(
         strength=3,

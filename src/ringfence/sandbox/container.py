@@ -1,4 +1,5 @@
-"""The container backend: an OCI runtime in the prepared place, without a daemon and without root.
+"""The container backend: an OCI runtime, or podman, in the prepared place, without a daemon and
+without root.
 
 Started by root, a sandbox has a block of 65536 host ids; inside, 1000 is one of them, and the
 runtime itself runs as another. Neither is an account of the host.
@@ -18,7 +19,7 @@ from typing import Any
 from ringfence.errors import UnavailableError
 from ringfence.model import WorkspaceMode
 from ringfence.policy.compiled import SandboxProfile
-from ringfence.sandbox import hostfacts, oci, seccomp
+from ringfence.sandbox import hostfacts, oci, podman, seccomp
 from ringfence.sandbox.enforce import STAGED
 from ringfence.sandbox.launcher import rehearse
 from ringfence.sandbox.profile import PATH, HostFacts, bare_plan
@@ -26,13 +27,14 @@ from ringfence.sandbox.protocol import INSIDE_UID, ControlState
 from ringfence.sandbox.staged import Program, StagedBackend
 
 RUNTIMES = ("runc", "crun")
+"""What `auto` takes, in this order."""
+ENGINES = (*RUNTIMES, "podman")
 _PATHS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_OF_ONE_ID = ("crun",)
-_DAEMONS = {
-    "podman": "its monitor outlives a killed ringfence, and it puts images where we show the host",
-    "docker": "its daemon makes containers among its own mounts, where none of our masks is, and "
-    "they outlive a killed ringfence",
-}
+_OF_ONE_ID = ("crun", "podman")
+_DOCKER = (
+    "docker cannot hold what a sandbox needs: its daemon, as the host's root, makes containers "
+    "among its own mounts, where none of our masks is, and they outlive a killed ringfence"
+)
 _BLOCK = 65_536
 _BLOCKS = 4_096
 _OPTIONS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
@@ -102,19 +104,56 @@ def container_plan(
         seccomp=seccomp.oci(platform.machine()),
         one_id=not facts.as_root,
     )
-    before, create = _OPTIONS[runtime.name]
-    return {
-        "phase": "oci",
+    plan = {
         "stage": facts.stage,
         "as_root": facts.as_root,
         "map": block_map(facts),
+        "links": dict(facts.links),
+        "expect": oci.expectations(settings),
+    }
+    if runtime.name == "podman":
+        beneath = find_runtime("crun", as_root=facts.as_root)
+        return plan | podman_plan(runtime, beneath, settings, facts.stage, program.environment)
+    before, create = _OPTIONS[runtime.name]
+    return plan | {
+        "phase": "oci",
         "runtime": [str(runtime), *before],
         "create": list(create),
         "gate": "exec.fifo" if runtime.name == "runc" else "",
         "hide_control_groups": runtime.name == "crun",
-        "links": dict(facts.links),
         "config": json.dumps(settings, ensure_ascii=True),
-        "expect": oci.expectations(settings),
+    }
+
+
+def podman_plan(
+    engine: Path,
+    runtime: Path,
+    settings: Mapping[str, Any],
+    stage: str,
+    environment: Mapping[str, str],
+) -> dict[str, Any]:
+    """What the plan has for podman in place of a runtime: it makes the configuration itself."""
+    bundle = f"{stage}/bundle"
+    before, _ = _OPTIONS[runtime.name]
+    own = ("--root", f"{bundle}/state", "--log", f"{bundle}/log")
+    options, inherited = podman.run_options(settings, bundle, environment)
+    return {
+        "phase": "podman",
+        "engine": [str(engine), *options],
+        "environment": {
+            **inherited,
+            "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+            "HOME": bundle,
+            "CONTAINERS_CONF": f"{bundle}/containers.conf",
+            "CONTAINERS_STORAGE_CONF": f"{bundle}/storage.conf",
+        },
+        "files": {
+            **podman.engine_files([str(runtime), *before, *own], bundle),
+            "seccomp.json": podman.seccomp_profile(settings),
+        },
+        "gates": list(podman.GATES),
+        "read_only": [m["destination"] for m in settings["mounts"] if "rro" in m["options"]],
+        "config": "",
     }
 
 
@@ -132,28 +171,29 @@ def find_runtime(engine: str, *, as_root: bool) -> Path:
     Raises:
         UnavailableError: `isolation-unavailable`.
     """
-    usable = RUNTIMES if as_root else _OF_ONE_ID
-    for name in usable if engine == "auto" else (engine,):
+    usable = ENGINES if as_root else _OF_ONE_ID
+    automatic = [name for name in RUNTIMES if name in usable]
+    for name in automatic if engine == "auto" else (engine,):
         found = shutil.which(name, path=_PATHS)
         if found is not None and name in usable:
             return Path(found)
-    if engine in _DAEMONS:
+    if engine == "docker":
         raise UnavailableError(
             "isolation-unavailable",
-            f"{engine} cannot hold what a sandbox needs: {_DAEMONS[engine]}",
-            hint="isolation.engine: runc or crun, which need no daemon and no image",
+            _DOCKER,
+            hint="isolation.engine: podman, runc or crun, which need no daemon",
         )
-    if engine in RUNTIMES and engine not in usable:
+    if engine in ENGINES and engine not in usable:
         raise UnavailableError(
             "isolation-unavailable",
             f"{engine} wants ids of its own, and an ordinary user has one",
             hint="start ringfence as root, or isolation.engine: crun",
         )
-    wanted = " or ".join(usable) if engine == "auto" else engine
+    wanted = " or ".join(automatic) if engine == "auto" else engine
     raise UnavailableError(
         "isolation-unavailable",
         f"{wanted} is not installed",
-        hint=f"apt-get install {usable[0] if engine == 'auto' else engine}",
+        hint=f"apt-get install {automatic[0] if engine == 'auto' else engine}",
     )
 
 
@@ -177,5 +217,6 @@ def check_runtime(runtime: Path, uid: int) -> None:
         raise UnavailableError(
             "isolation-unavailable",
             f"{runtime.name} cannot start a container: {words}",
-            hint="it needs user namespaces: sysctl user.max_user_namespaces=10000",
+            hint="it needs user namespaces: sysctl user.max_user_namespaces=10000"
+            + ("; podman needs conmon and crun, too" if runtime.name == "podman" else ""),
         )

@@ -125,41 +125,41 @@ def _be_first(plan: Plan, stdio: Stdio, tether: int, tell: int, seen: Plan, run:
 
 def _run(plan: Plan, stdio: tuple[int, int, int], tell: int, seen: Plan) -> int:
     kernel.mount("proc", "/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
-    _put_away_control_groups(hidden=plan["hide_control_groups"])
+    put_away_control_groups(hidden=plan["hide_control_groups"])
     bundle = f"{plan['stage']}/bundle"
     make_bundle(plan, bundle)
     arguments = [*plan["runtime"], "--root", f"{bundle}/state", "--log", f"{bundle}/log"]
     create = ["create", *plan["create"], "--bundle", bundle, "--pid-file", f"{bundle}/pid", _NAME]
     if exit_code(os.waitpid(call([*arguments, *create], stdio), 0)[1]) != 0:
-        words = _last_words(bundle)
-        refused = _program_refused(words)
+        words = last_words(bundle)
+        refused = program_refused(words)
         if refused:
             os.write(tell, b"1")
             return refused
-        raise OSError(errno.EPROTO, f"{plan['runtime'][0]}: {words}")
+        raise OSError(errno.EPROTO, f"{plan['runtime'][0]}: {words or 'made no container'}")
     with open(f"{bundle}/pid") as file:
         pid = int(file.read())
     limit(pid, plan["rlimits"])
-    _insist(_place(pid, plan, seen))
+    insist(place(pid, plan, seen))
     nothing = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-    _ptrace(PTRACE_SEIZE, pid, PTRACE_O_TRACEEXEC | PTRACE_O_EXITKILL)
+    seize(pid)
     if plan["gate"]:
         starter = _open_gate(f"{bundle}/state/{_NAME}/{plan['gate']}")
     else:
         starter = call([*arguments, "start", _NAME], (nothing, nothing, nothing))
-    code = _until_program(pid, starter)
+    code = until_program(pid, starter)
     if code is None:
-        _insist(_status(pid, plan["expect"]["status"]))
+        insist(status(pid, plan["expect"]["status"]))
     for descriptor in stdio:
         os.dup2(nothing, descriptor, inheritable=False)
     os.write(tell, b"1")
     if code is not None:
         return code
-    _ptrace(PTRACE_DETACH, pid, 0)
+    let_go(pid)
     return reap(pid)
 
 
-def _put_away_control_groups(*, hidden: bool) -> None:
+def put_away_control_groups(*, hidden: bool) -> None:
     """They are joined and read back by us: the runtime has no part in them. One that would stop
     at a mix of versions does not see them.
     """
@@ -186,7 +186,7 @@ def _open_gate(gate: str) -> int:
     return pid
 
 
-def _until_program(pid: int, starter: int) -> int | None:
+def until_program(pid: int, starter: int) -> int | None:
     """Wait until the program is in place of the runtime and stands before its first instruction;
     the exit status of one that never will.
     """
@@ -203,13 +203,24 @@ def _until_program(pid: int, starter: int) -> int | None:
         _ptrace(PTRACE_CONT, pid, 0 if status >> 16 else os.WSTOPSIG(status))
 
 
+def seize(pid: int) -> None:
+    """Have it stop at the first instruction of its program, and end with us until it goes on."""
+    _ptrace(PTRACE_SEIZE, pid, PTRACE_O_TRACEEXEC | PTRACE_O_EXITKILL)
+
+
+def let_go(pid: int) -> None:
+    """Let a stopped one run, for nobody to stop again."""
+    _ptrace(PTRACE_DETACH, pid, 0)
+
+
 def _ptrace(request: int, pid: int, data: int) -> None:
     wide = (ctypes.c_long(request), ctypes.c_long(pid), ctypes.c_void_p(0), ctypes.c_void_p(data))
     if kernel.LIBC.ptrace(*wide) < 0:
         raise OSError(ctypes.get_errno(), "ptrace: " + os.strerror(ctypes.get_errno()))
 
 
-def _insist(differences: list[str]) -> None:
+def insist(differences: list[str]) -> None:
+    """Raise on the first of them."""
     if differences:
         raise OSError(errno.EPROTO, "the container is not what was asked for: " + differences[0])
 
@@ -239,17 +250,17 @@ def call(argv: list[str], stdio: tuple[int, int, int]) -> int:
     return pid
 
 
-def _last_words(bundle: str) -> str:
-    """Of the runtime. Only it writes the log, and nothing of the agent has run yet."""
+def last_words(bundle: str) -> str:
+    """Of the runtime, or none. Only it writes the log, and nothing of the agent has run yet."""
     try:
         with open(f"{bundle}/log") as file:
-            words = (file.read().strip().splitlines() or ["made no container"])[-1]
+            words = (file.read().strip().splitlines() or [""])[-1]
         return words.rpartition('msg="')[2].strip('"')
     except FileNotFoundError:
-        return "made no container"
+        return ""
 
 
-def _program_refused(words: str) -> int:
+def program_refused(words: str) -> int:
     """The status of shells when there is no such program, or it may not run; 0 for other words."""
     words = words.lower()
     if "exec: " not in words and "executable" not in words:
@@ -283,7 +294,7 @@ def exit_code(status: int) -> int:
     return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
-def _place(pid: int, plan: Plan, seen: Plan) -> list[str]:
+def place(pid: int, plan: Plan, seen: Plan) -> list[str]:
     """What of a container that was made differs from the plan, as the kernel tells it."""
     expect = plan["expect"]
     return [
@@ -304,7 +315,8 @@ def _one_line(pid: int, name: str, wanted: str) -> list[str]:
     return [] if kept == wanted else [f"{name} is {kept}, wanted {wanted}"]
 
 
-def _status(pid: int, wanted: dict[str, str]) -> list[str]:
+def status(pid: int, wanted: dict[str, str]) -> list[str]:
+    """Which fields of /proc/PID/status differ."""
     kept = dict(line.split(":", 1) for line in _lines(pid, "status"))
     found = {name: " ".join(kept.get(name, "absent").split()) for name in wanted}
     return [

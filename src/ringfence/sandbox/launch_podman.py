@@ -1,0 +1,190 @@
+"""The second phase of `launch.py` for podman: standard library only, loaded when it is asked for.
+
+The processes are those of `launch_oci.py`: podman runs in the sandbox's own namespaces as its own
+ids, so that its monitor, which elsewhere outlives whoever started it, ends with process 1 like all
+else. podman itself is gone when the program runs. The monitor stays, as the program's parent:
+
+    first ── conmon ── program
+
+It has no part in the program's stdio, which are sockets of the worker's. Whoever of these ends,
+the others do: first watches both.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import select
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+    from ringfence.sandbox import launch as kernel
+    from ringfence.sandbox import launch_oci as oci
+    from ringfence.sandbox.launch_oci import Plan, Stdio
+else:
+    import launch as kernel
+    import launch_oci as oci
+
+_DIRECTORIES = ("storage", "run", "tmp", "volumes", "state")
+_EXITS = "tmp/exits"
+_TERMINALS = "pts"
+_STDIO = 7
+_ID_LENGTH = 64
+_KILLED = 137
+_EXIT_SECONDS = 5.0
+
+
+def become(plan: Plan, descriptors: list[int], *, inside: bool) -> NoReturn:
+    """Be the outer process; see launch_oci."""
+    oci.become(plan, descriptors, inside=inside, run=_run)
+
+
+def _run(plan: Plan, stdio: Stdio, tell: int, seen: Plan) -> int:
+    kernel.mount("proc", "/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
+    oci.put_away_control_groups(hidden=True)
+    bundle = f"{plan['stage']}/bundle"
+    made, go = _make_bundle(plan, bundle)
+    _shut_below(plan["read_only"])
+    podman = _call(plan, bundle, stdio)
+    if not _made(made, podman):
+        return _refused(bundle, tell)
+    pid = int(_content(f"{bundle}/pid"))
+    monitor = _parent(pid)
+    oci.limit(pid, plan["rlimits"])
+    oci.insist(oci.place(pid, plan, seen))
+    oci.insist(oci.in_groups(monitor, plan["cgroups"]))
+    watched = os.pidfd_open(pid), os.pidfd_open(monitor)
+    oci.seize(pid)
+    os.write(go, b"1\n")
+    code = oci.until_program(pid, podman)
+    if code is None:
+        oci.insist(oci.status(pid, plan["expect"]["status"]))
+        _bury(podman)
+    nothing = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    for descriptor in stdio:
+        os.dup2(nothing, descriptor, inheritable=False)
+    os.write(tell, b"1")
+    if code is not None:
+        return code
+    oci.let_go(pid)
+    return _end(bundle, *watched)
+
+
+def _make_bundle(plan: Plan, bundle: str) -> tuple[int, int]:
+    """Its two FIFOs, open at both ends: nobody then waits for somebody who is dead."""
+    oci.make_bundle(plan, bundle)
+    for name in (*_DIRECTORIES, _TERMINALS):
+        os.mkdir(f"{bundle}/{name}")
+    flags = kernel.MS_NOSUID | kernel.MS_NOEXEC
+    kernel.mount("pts", f"{bundle}/{_TERMINALS}", "devpts", flags, "newinstance,ptmxmode=0666")
+    for name, text in plan["files"].items():
+        with open(os.open(f"{bundle}/{name}", os.O_CREAT | os.O_WRONLY, 0o755), "w") as file:
+            file.write(text)
+    gates = []
+    for name in plan["gates"]:
+        os.mkfifo(f"{bundle}/{name}")
+        gates.append(os.open(f"{bundle}/{name}", os.O_RDWR | os.O_CLOEXEC))
+    return gates[0], gates[1]
+
+
+def _shut_below(places: list[str]) -> None:
+    """There is no word of podman's for what is mounted below a mount that it shows read-only."""
+    for path in places:
+        kernel.mount(path, path, None, kernel.MS_BIND | kernel.MS_REC)
+        view = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        kernel.set_attributes(view, kernel.MOUNT_ATTR_RDONLY, 0, recursive=True)
+        os.close(view)
+
+
+def _call(plan: Plan, bundle: str, stdio: Stdio) -> int:
+    """Start podman; its process id."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            flags = os.O_CREAT | os.O_WRONLY | os.O_APPEND
+            said, nothing = os.open(f"{bundle}/said", flags, 0o600), os.open("/dev/null", os.O_RDWR)
+            wanted = {0: nothing, 1: said, 2: said}
+            wanted |= {_STDIO + number: one for number, one in enumerate(stdio)}
+            # upwards first, so that none lands on another before it is read
+            high = {n: fcntl.fcntl(one, fcntl.F_DUPFD, 128) for n, one in wanted.items()}
+            for number, descriptor in high.items():
+                os.dup2(descriptor, number)
+            os.closerange(3, _STDIO)
+            os.closerange(_STDIO + len(stdio), 4096)
+            os.execve(plan["engine"][0], plan["engine"], plan["environment"])
+        finally:
+            os._exit(oci.NOT_FOUND)
+    return pid
+
+
+def _made(made: int, podman: int) -> bool:
+    """Wait for who stands in the runtime's place to say that the container is made, or for podman
+    to end without.
+    """
+    end = os.pidfd_open(podman)
+    waiting = select.poll()
+    for one in (made, end):
+        waiting.register(one, select.POLLIN)
+    ready = {descriptor for descriptor, _ in waiting.poll()}
+    os.close(end)
+    return made in ready
+
+
+def _refused(bundle: str, tell: int) -> int:
+    words = oci.last_words(bundle) or _said(bundle)
+    if code := oci.program_refused(words):
+        os.write(tell, b"1")
+        return code
+    raise OSError(errno.EPROTO, f"podman: {words}")
+
+
+def _said(bundle: str) -> str:
+    return (_content(f"{bundle}/said").strip().splitlines() or ["it said nothing"])[-1]
+
+
+def _content(path: str) -> str:
+    with open(path) as file:
+        return file.read()
+
+
+def _parent(pid: int) -> int:
+    """Who has to be podman's monitor, or nobody would hold what it holds."""
+    stat = _content(f"/proc/{pid}/stat")
+    parent = int(stat[stat.rindex(")") + 2 :].split()[1])
+    name = _content(f"/proc/{parent}/comm").strip()
+    if name != "conmon":
+        raise OSError(errno.EPROTO, f"the parent of the container is {name} and not its monitor")
+    return parent
+
+
+def _bury(podman: int) -> None:
+    """It is gone before the program runs: what podman does late, it does to one that stands."""
+    try:
+        code = oci.exit_code(os.waitpid(podman, 0)[1])
+    except ChildProcessError:
+        return  # until_program saw it end, and well
+    if code != 0:
+        raise OSError(errno.EPROTO, "podman did not start the container")
+
+
+def _end(bundle: str, program: int, monitor: int) -> int:
+    """The program's exit status, as its parent writes it down; of a monitor that ends before it,
+    that of what we end with it.
+    """
+    waiting = select.poll()
+    for one in (program, monitor):
+        waiting.register(one, select.POLLIN)
+    if program not in {descriptor for descriptor, _ in waiting.poll()}:
+        return _KILLED
+    limit = time.monotonic() + _EXIT_SECONDS
+    place = f"{bundle}/{_EXITS}"
+    while time.monotonic() < limit:
+        for name in os.listdir(place):
+            if len(name) == _ID_LENGTH:  # written under another name first
+                return int(_content(f"{place}/{name}"))
+        time.sleep(0.001)
+    return _KILLED
