@@ -31,10 +31,10 @@ def needs(name: str) -> Any:
     return pytest.param(name, marks=pytest.mark.skipif(missing, reason=reason))
 
 
-# crun serves an ordinary user too
+# these serve an ordinary user too
 BACKENDS = [
     needs("bubblewrap"),
     needs("crun"),
-    pytest.param("gvisor", marks=[pytest.mark.root, pytest.mark.needs("gvisor")]),
+    pytest.param("gvisor", marks=pytest.mark.needs("gvisor")),
 ]
 ALL = [*BACKENDS, pytest.param("runc", marks=[pytest.mark.root, *needs("runc").marks])]
