@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -379,7 +380,24 @@ def _left() -> dict[str, Any]:
         "mounts": len(Path("/proc/self/mountinfo").read_text().splitlines()),
         "groups": groups,
         "children": Path(f"/proc/self/task/{os.getpid()}/children").read_text().split(),
+        "orphans": _orphans(),
+        "files": [
+            str(path)
+            for place in ("/tmp", "/run", "/var/run", "/dev/shm")
+            for path in Path(place).glob("*runsc*")
+        ],
     }
+
+
+def _orphans() -> set[int]:
+    """Of gVisor or of a launcher, and nobody's child: a namespace of networks lives with one."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            words = (entry / "cmdline").read_bytes()
+            if status(int(entry.name))["PPid"] == "1" and re.match(rb"runsc|.*/launch\.py", words):
+                found.add(int(entry.name))
+    return found
 
 
 def _own(path: Path) -> bool:
