@@ -35,13 +35,13 @@ def needs(name: str) -> Any:
     return pytest.param(name, marks=pytest.mark.skipif(missing, reason=reason))
 
 
-# crun and podman serve an ordinary user too
+# these serve an ordinary user too
 BACKENDS = [
     needs("bubblewrap"),
     needs("crun"),
     # every probe in every program that podman starts: half a minute of processor time
     pytest.param("podman", marks=[pytest.mark.storm, *needs("podman").marks]),
-    pytest.param("gvisor", marks=[pytest.mark.root, pytest.mark.needs("gvisor")]),
+    pytest.param("gvisor", marks=pytest.mark.needs("gvisor")),
     # an emulated processor takes minutes for what the others do in seconds
     pytest.param("microvm", marks=[pytest.mark.storm, pytest.mark.needs("microvm")]),
 ]

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from harness import Box, processes_with
 
+from backends import needs
 from ringfence.cli.context import AppContext
 from ringfence.cli.demo import _play
 from ringfence.config import load_config
@@ -47,6 +48,25 @@ def test_the_demo_as_a_newcomer_sees_it(box: Box) -> None:
     assert "nothing else" in shown
     assert "Traceback" not in shown
     assert "\x1b[" not in shown, "no colours into a pipe"
+
+
+@pytest.mark.parametrize(
+    "isolation", [pytest.param(name, marks=needs(name)) for name in ("container", "gvisor")]
+)
+@pytest.mark.timeout(240)
+def test_the_demo_in_another_fence(box: Box, isolation: str) -> None:
+    done = box.call("demo", "--isolation", isolation, "--json", seconds=220)
+    assert done.code == 0, done.out + done.err
+    assert done.json["held"]
+    assert done.json["tests_pass"] == {"before": False, "after": True}
+    assert [attack["held"] for attack in done.json["attacks"]] == [True] * 5
+
+
+def test_a_fence_that_is_not_there_is_no_demo(box: Box, tmp_path: Path) -> None:
+    """A weaker one in its place would be a lie."""
+    done = box.call("demo", "--isolation", "runtime", "--json", RINGFENCE_RUNTIME=str(tmp_path))
+    assert done.code == 4
+    assert done.json["error"]["code"] == "isolation-unavailable"
 
 
 def test_what_it_claims_is_looked_at(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from harness import Box, bash, processes_with, script, signal, wait_for
 
 from backends import needs
 
-pytestmark = [pytest.mark.root, needs("gvisor"), pytest.mark.timeout(240)]
+pytestmark = [needs("gvisor"), pytest.mark.timeout(240)]
 POLICY = {"preset": "strict", "isolation": {"backend": "gvisor"}}
 
 

@@ -24,6 +24,7 @@ from ringfence.cli.live import LiveView, silent
 from ringfence.cli.output import clear_errors, print_json
 from ringfence.config import Provider
 from ringfence.model import RunRequest, RunResult, RunStatus
+from ringfence.policy.isolation import Technology
 from ringfence.record.safe_text import printable
 
 if TYPE_CHECKING:
@@ -41,13 +42,16 @@ def register(app: typer.Typer) -> None:
     app.command(
         "demo",
         short_help="Watch an agent work in the fence, and the fence attacked.",
-        epilog="Example: ringfence demo --json",
+        epilog="Examples: ringfence demo · ringfence demo --isolation gvisor",
     )(demo)
 
 
 def demo(
     context: typer.Context,
     *,
+    isolation: Annotated[
+        Technology, typer.Option("--isolation", help="The fence; see `isolation list`.")
+    ] = "bubblewrap",
     json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
 ) -> None:
     """Let a (simulated) agent fix a failing test in a real fence, then attack the fence."""
@@ -55,14 +59,20 @@ def demo(
         story = yaml.safe_load(
             (resources.files("ringfence.simulator") / "scenarios" / "demo.yaml").read_text()
         )
-        outcome = asyncio.run(_play(context.obj, story, Path(name), quiet=json))
+        work = _play(context.obj, story, Path(name), isolation=isolation, quiet=json)
+        outcome = asyncio.run(work)
         if json:
             print_json(outcome)
         raise typer.Exit(0 if outcome["held"] else 1)
 
 
 async def _play(
-    context: AppContext, story: dict[str, Any], place: Path, *, quiet: bool
+    context: AppContext,
+    story: dict[str, Any],
+    place: Path,
+    *,
+    isolation: Technology = "bubblewrap",
+    quiet: bool,
 ) -> dict[str, Any]:
     from ringfence.agent.permissions import DenyApprover
     from ringfence.cli.patch import apply_run
@@ -83,7 +93,7 @@ async def _play(
             }
         )
         launcher = replace(launcher, config=config, environment_key=_CANARY)
-        policy = compile_policy(from_mapping(_policy()))
+        policy = compile_policy(from_mapping(_policy(isolation)))
         async with launcher.station(DenyApprover(), policy.sandbox.isolation) as station:
             console.print(_INTRODUCTION, soft_wrap=False)
             console.rule("an agent fixes a failing test, inside the fence")
@@ -114,12 +124,16 @@ async def _play(
     }
 
 
-def _policy() -> dict[str, Any]:
+def _policy(isolation: Technology) -> dict[str, Any]:
     """The strict preset; an ordinary user's demo accepts by name what only root can enforce on
     some hosts, and says so at every start.
     """
     accepted = [] if os.geteuid() == 0 else ["memory", "cpu"]
-    return {"preset": "strict", "accept_unenforced": accepted}
+    return {
+        "preset": "strict",
+        "isolation": {"backend": isolation},
+        "accept_unenforced": accepted,
+    }
 
 
 def _texts(path: Path) -> dict[str, str]:

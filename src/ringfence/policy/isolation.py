@@ -61,7 +61,8 @@ BOUNDARIES: dict[Technology, Boundary] = {
         summary="a kernel of its own in user space, itself in a narrow sandbox",
         kernel_bug="a bug in gVisor's kernel, and then one in the host's through what gVisor may "
         "still call",
-        needs="runsc (Debian's since trixie, backports on bookworm)",
+        needs="runsc (Debian's since trixie, backports on bookworm), perl, user namespaces; root "
+        "for limits on cgroup v1",
     ),
     "microvm": Boundary(
         strength=4,

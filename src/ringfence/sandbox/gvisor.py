@@ -2,8 +2,9 @@
 
 What a program asks of a kernel is answered by the sentry; this host's kernel sees the few dozen
 calls that sentry and gofer may make under their own seccomp filters, as ids that are no account of
-the host. Around them stands all that stands around a container: user, PID and network namespace,
-control groups, the same mounts.
+the host, or as an ordinary user's own where one started us. Around them stands all that stands
+around a container: user, PID and network namespace, control groups where we may make any, the same
+mounts.
 
 Network: the sentry uses the sockets of the namespace it is in, which is the sandbox's own and has
 a loopback alone, so that the listener for egress is where every other backend has it. gVisor's own
@@ -15,7 +16,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import platform
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 from ringfence.errors import UnavailableError
 from ringfence.model import WorkspaceMode
 from ringfence.policy.compiled import Limits, SandboxProfile
-from ringfence.sandbox import hostfacts, oci, seccomp
+from ringfence.sandbox import gvisor_init, hostfacts, oci
 from ringfence.sandbox.enforce import STAGED
 from ringfence.sandbox.launcher import rehearse
 from ringfence.sandbox.profile import PATH, HostFacts, bare_plan
@@ -64,7 +64,8 @@ OWN_TASKS, TASKS_A_TASK = 256, 4
 _WORDS = {
     Control.SECCOMP: "gVisor, its own filters outside, and ours inside",
     Control.MEMORY: f"cgroup, {OWN_MEMORY_MB} MiB of it for gVisor",
-    Control.PIDS: "gVisor's own count, and a cgroup",
+    Control.PIDS: "gVisor's own count; outside it a cgroup, or RLIMIT_NPROC in a user namespace of "
+    "its own",
     Control.CLAUDE_UNREADABLE: "gVisor's yama: a process reads its descendants only",
 }
 HOW = {
@@ -102,7 +103,7 @@ class GvisorBackend(StagedBackend):
 
     def creators(self, facts: HostFacts) -> list[int]:
         """See StagedBackend: the gofer makes a file as who it is, and then gives it away."""
-        return [facts.uid - INSIDE_UID]
+        return [facts.uid - INSIDE_UID] if facts.as_root else []
 
     def host_limits(self, limits: Limits) -> Limits:
         """See StagedBackend."""
@@ -121,18 +122,20 @@ def gvisor_plan(
     runsc: Path, rules: SandboxProfile, facts: HostFacts, program: Program, host_tasks: int
 ) -> dict[str, Any]:
     """The plan of launch.py's second phase, without cgroups, rlimits and parent. PURE."""
+    one_id = not facts.as_root
     settings = oci.config(
         rules,
         facts,
-        argv=[_PERL, "-e", _INIT, *_first_arguments(rules), *program.argv],
+        argv=gvisor_init.first(program.argv, rules.limits.pids, one_id=one_id),
         environment=program.environment,
         cwd=program.cwd,
         namespaces=("pid", "mount", "ipc", "uts"),
         uid=0,
     )
     settings["process"]["rlimits"] = _limits_inside(rules.limits)
+    allowed = gvisor_init.CAPABILITIES_OF_ONE_ID if one_id else gvisor_init.CAPABILITIES
     for name in ("effective", "permitted"):
-        settings["process"]["capabilities"][name] = ["CAP_SETUID", "CAP_SETGID"]
+        settings["process"]["capabilities"][name] = list(allowed)
     masked = f"{facts.stage}/masked"
     settings["mounts"] += [_CONTROL_GROUPS, {**_NO_FUSE, "source": masked}]
     for mount in settings["mounts"]:
@@ -155,35 +158,6 @@ def gvisor_plan(
             "RLIMIT_RTPRIO": 0,
         },
     }
-
-
-_PERL = "/usr/bin/perl"
-_PRCTL = {"x86_64": "157", "aarch64": "167"}
-_INIT = """
-my ($tasks, $prctl, $filter) = splice(@ARGV, 0, 3);
-open(F, ">", "/sys/fs/cgroup/pids/pids.max") && syswrite(F, $tasks) && close(F) or exit 125;
-$( = UID; $) = "UID UID"; $< = UID; $> = UID;
-exit 125 unless "$< $> $( $)" eq "UID UID UID UID UID UID";
-$filter = pack("H*", $filter);
-my $program = pack("S x6 P", length($filter) / 8, $filter);
-exit 125 if syscall($prctl, 38, 1, 0, 0, 0) != 0 || syscall($prctl, 22, 2, $program, 0, 0) != 0;
-exec {$ARGV[0]} @ARGV;
-my $missing = $!{ENOENT};
-print STDERR "$ARGV[0]: $!\\n";
-exit($missing ? 127 : 126);
-""".replace("UID", str(INSIDE_UID))
-"""The first program inside sets gVisor's own count of tasks, which has no other door: past it fork
-fails there, long before the control group outside would end the sentry and all with it. It then
-gives up what it could do that for, sets our filter (runsc's own way to one answers EPERM where a
-libc waits for ENOSYS, and claude cannot make a thread), and becomes the agent's program. It is
-trusted with these two alone: it runs in the sandbox, and what stands outside holds whatever it
-does."""
-
-
-def _first_arguments(rules: SandboxProfile) -> list[str]:
-    machine = platform.machine()
-    # its count lets some more through than it is told, 71 for 64: the policy's is a ceiling
-    return [str(rules.limits.pids * 3 // 4), _PRCTL[machine], seccomp.build(machine).hex()]
 
 
 _NO_FUSE = {"destination": "/dev/fuse", "type": "bind", "options": ["rbind", "ro", "noexec"]}
@@ -209,7 +183,9 @@ def _limits_inside(limits: Limits) -> list[dict[str, Any]]:
 
 def block_map(facts: HostFacts) -> list[list[int]]:
     """Lines of the user namespace's maps: (first id inside, first id of the host, count)."""
-    return [[0, facts.uid - INSIDE_UID, _BLOCK]]
+    if facts.as_root:
+        return [[0, facts.uid - INSIDE_UID, _BLOCK]]
+    return [[0, facts.uid, 1]]
 
 
 @functools.cache
@@ -232,12 +208,6 @@ def check_runsc(runsc: Path, uid: int) -> None:
     Raises:
         UnavailableError: `isolation-unavailable`, with the runtime's own words.
     """
-    if os.geteuid() != 0:
-        raise UnavailableError(
-            "isolation-unavailable",
-            "gVisor needs a block of user ids, which an ordinary user has not",
-            hint="start ringfence as root",
-        )
     facts = hostfacts.empty_place(uid)
     rules = SandboxProfile(workspace_mode=WorkspaceMode.READONLY)
     plan = gvisor_plan(runsc, rules, facts, Program(["true"], {"PATH": PATH}, "/"), OWN_TASKS * 2)
