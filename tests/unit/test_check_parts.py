@@ -19,6 +19,7 @@ from ringfence.check.finding import Check, Finding, Line, Outcome, Severity, exi
 from ringfence.check.hostside import JUDGES, LAST
 from ringfence.check.judge import Saw, judge
 from ringfence.check.probes.definition import FAMILIES, built_in, read_attacks
+from ringfence.check.spool import Spool
 from ringfence.errors import CallerError, DeniedError
 from ringfence.policy.compile import compile_policy
 from ringfence.policy.load import from_mapping, load_policy
@@ -55,6 +56,12 @@ def result(*findings: Finding) -> report.Result:
         ("x", Saw(output="bash: nosuch: command not found\n", status=127), "error"),
         ("x", Saw(output="contained\n", status=None), "error"),
         ("x", Saw(output="contained\n", status=137), "error"),
+        ("x", Saw(output="\x1b[31mESCAPED\x1b[0m in red\n", status=0), "fail"),
+        ("x", Saw(output="bash: line 1: nosuch: command not found\ncontained", status=0), "error"),
+        ("x", Saw(output="bash: line 1: /tmp/x: Permission denied\n", status=126), "pass"),
+        ("x", Saw(output="cannot execute binary file: Exec format error\n", status=126), "error"),
+        ("x", Saw(output="", status=255), "pass"),
+        ("x", Saw(output="", status=192), "error"),
         ("esc(1)", Saw(output="", status=0), "error"),
         ("esc(1)", Saw(output="contained\n", status=0), "pass"),
     ],
@@ -63,6 +70,34 @@ def test_judging(command: str, saw: Saw, outcome: str) -> None:
     found, evidence = judge(command, saw, ("s3cret",))
     assert found.value == outcome
     assert "s3cret" not in evidence
+
+
+@pytest.mark.parametrize("size", [10, 700_000, 5_000_000])
+def test_a_verdict_is_found_however_much_is_printed(size: int) -> None:
+    for said, outcome in (("ESCAPED late", "fail"), ("s3cret", "fail"), ("fine", "pass")):
+        for after in (0, 3_000_000):
+            spool = Spool(("s3cret",))
+            text = b"x" * size + b"\n" + said.encode() + b"\n" + b"y\n" * (after // 2)
+            for at in range(0, len(text), 65_537):
+                spool.feed(text[at : at + 65_537])
+            assert len(spool.text()) < 1_100_000
+            assert judge("x", Saw(output=spool.text(), status=0), ("s3cret",))[0] == outcome
+
+
+def test_a_verdict_cut_between_two_reads_is_whole() -> None:
+    text = b"x" * 700_000 + b"\nESCAPED by a hair\n" + b"y" * 1_500_000
+    for cut in range(700_000, 700_020):
+        spool = Spool()
+        for part in (text[:cut], text[cut:]):
+            spool.feed(part)
+        assert judge("x", Saw(output=spool.text(), status=0), ())[0] is Outcome.FAIL, cut
+
+
+def test_only_the_host_is_believed_of_a_probe_that_is_blind() -> None:
+    said = Saw(output="ESCAPED? written\n", status=1)
+    assert judge("x", said, (), believe=False)[0] is Outcome.PASS
+    assert judge("x", replace(said, hits=("file",)), (), believe=False)[0] is Outcome.FAIL
+    assert judge("x", said, ("written",), believe=False)[0] is Outcome.FAIL
 
 
 @pytest.mark.parametrize(
@@ -176,6 +211,72 @@ def test_a_fix_closes_its_own_branch(program: str, hole: str, version: str, outc
     assert found[f"VER-{program}-{hole}"].outcome.value == outcome
 
 
+def test_only_what_makes_containers_here_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hole of a runtime that is installed and never started lets nobody out."""
+    old = versions.Installed(version="0.1")
+    all_there, only_crun = (lambda _: old), (lambda p: old if p["commands"] == ["crun"] else None)
+
+    def judged(look: Any, engine: str, uid: int) -> set[str]:
+        monkeypatch.setattr(os, "geteuid", lambda: uid)
+        found = versions.findings(["container"], look, engine=engine)
+        return {
+            f.check.id.split("-")[1]
+            for f in found
+            if f.outcome is Outcome.FAIL and "claude" not in f.check.id
+        }
+
+    assert judged(all_there, "auto", 0) == {"runc"}
+    assert judged(only_crun, "auto", 0) == {"crun"}
+    assert judged(all_there, "auto", 1000) == {"crun"}
+    assert judged(all_there, "crun", 0) == {"crun"}
+    assert judged(all_there, "podman", 0) == {"podman", "runc", "crun"}
+
+
+def test_the_engines_are_those_of_the_backend() -> None:
+    from ringfence.sandbox import container
+
+    order = versions.data()["engines"]
+    assert order["root"] == list(container.RUNTIMES)
+    assert set(order["user"]) < set(order["root"])
+
+
+def test_every_number_has_a_source() -> None:
+    for program in versions.data()["programs"].values():
+        assert all(hole["source"] and hole["upstream"] for hole in program["holes"])
+
+
+def test_the_sandbox_runtime_and_its_node_are_looked_for_where_they_are(tmp_path: Path) -> None:
+    package = tmp_path / "node_modules" / "@anthropic-ai" / "sandbox-runtime"
+    package.mkdir(parents=True)
+    (package / "package.json").write_text('{"version": "0.0.15"}')
+    node = tmp_path / "node" / "bin" / "node"
+    node.parent.mkdir(parents=True)
+    node.write_text("#!/bin/sh\necho v22.1.0\n")
+    node.chmod(0o755)
+    found = {f.check.id: f for f in versions.findings(["runtime"], runtime=tmp_path)}
+    assert found["VER-sandbox-runtime-CVE-2025-66479"].outcome is Outcome.FAIL
+    assert found["VER-node-CVE-2025-23166"].outcome is Outcome.FAIL
+    assert "22.1.0" in found["VER-node-CVE-2025-23166"].evidence
+    (package / "package.json").write_text('{"version": "0.0.83"}')
+    found = {f.check.id: f for f in versions.findings(["runtime"], runtime=tmp_path)}
+    assert found["VER-sandbox-runtime-CVE-2025-66479"].outcome is Outcome.PASS
+
+
+def test_a_static_finding_is_told_apart_from_a_probe() -> None:
+    static_one = replace(finding(Outcome.FAIL), check=replace(CHECK, id="V-1", live=False))
+    both = result(finding(Outcome.PASS), static_one)
+    document = both.to_json()
+    assert document["outcomes_by_kind"]["probe"]["fail"] == 0
+    assert document["outcomes_by_kind"]["static"]["fail"] == 1
+    assert [f["kind"] for f in document["findings"]] == ["probe", "static"]
+    assert document["exit_status"] == 1
+    tags = [
+        r["properties"]["tags"][1] for r in render.sarif(both)["runs"][0]["tool"]["driver"]["rules"]
+    ]
+    assert tags == ["probe", "static"]
+    assert "static: 0 pass, 1 fail" in render.html(both)
+
+
 def test_a_program_that_nothing_asked_for_uses_is_not_judged() -> None:
     found = {f.check.id: f for f in versions.findings(["bubblewrap"], lambda _: None)}
     assert found["VER-runc-CVE-2024-21626"].outcome is Outcome.NOT_AVAILABLE
@@ -270,7 +371,7 @@ def test_sarif_tags_are_unique() -> None:
     same = replace(CHECK, line=Line.AUDIT, layer="audit")
     log = render.sarif(result(replace(finding(Outcome.PASS), check=same)))
     (rule,) = log["runs"][0]["tool"]["driver"]["rules"]
-    assert rule["properties"]["tags"] == ["security", "audit"]
+    assert rule["properties"]["tags"] == ["security", "probe", "audit"]
 
 
 def test_the_matrix_shows_the_worst() -> None:
@@ -301,8 +402,8 @@ def test_own_probes(tmp_path: Path) -> None:
     path.write_text('[{"id": "a", "probe": "x"}, {"id": "b", "probe": "y", "where": "host"}]')
     first, second = read_attacks(path)
     assert first.check.id == "own.a"
-    assert not first.residual
-    assert second.residual, "nobody judges it on the host"
+    assert not first.blind
+    assert second.blind, "nobody judges it on the host"
     with pytest.raises(CallerError):
         read_attacks(tmp_path / "none.json")
 

@@ -32,6 +32,15 @@ class Line(StrEnum):
     DEGRADATION = "graceful degradation"
 
 
+class Kind(StrEnum):
+    """Where the answer to a check comes from."""
+
+    STATIC = "static"
+    """Read from the policy, the host and versions: what could happen here."""
+    PROBE = "probe"
+    """Tried in a live sandbox: what did happen."""
+
+
 class Severity(StrEnum):
     """How bad a failure is, as the probes' authors say it."""
 
@@ -65,6 +74,11 @@ class Check:
     mend: str = ""
     source: str = ""
 
+    @property
+    def kind(self) -> Kind:
+        """Whether a sandbox was attacked for it."""
+        return Kind.PROBE if self.live else Kind.STATIC
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
@@ -88,6 +102,7 @@ class Finding:
         value.pop("live")
         return {
             **value,
+            "kind": self.check.kind.value,
             "isolation": self.isolation,
             "outcome": self.outcome.value,
             "evidence": self.evidence,
@@ -113,3 +128,11 @@ def count(findings: Iterable[Finding]) -> dict[str, int]:
     for finding in findings:
         counts[finding.outcome.value] += 1
     return counts
+
+
+def by_kind(findings: Iterable[Finding]) -> dict[str, dict[str, int]]:
+    """The same, of the static checks and of the probes each: a hole that the host is known to
+    have is not a probe that got out.
+    """
+    found = list(findings)
+    return {kind.value: count(f for f in found if f.check.kind is kind) for kind in Kind}

@@ -302,16 +302,18 @@ async def meets(stage: Stage, _: Probe) -> Verdict:
     name = f"meet-{secrets.token_hex(6)}"
     listen = (
         "python3 -c '\nimport socket,time\n"
-        'a=socket.create_server(("127.0.0.1",18998)); b=socket.socket(socket.AF_UNIX)\n'
-        f'b.bind("\\0{name}"); b.listen(); open("/dev/shm/{name}","w").write("x")\n'
-        "b.settimeout(0); a.settimeout(3)\n"
+        'a=socket.create_server(("127.0.0.1",18998)); a.settimeout(3)\n'
+        f'open("/dev/shm/{name}","w").write("x")\n'
+        "try: b=socket.socket(socket.AF_UNIX)\nexcept PermissionError: b=None\n"
+        f'if b: b.bind("\\0{name}"); b.listen(); b.settimeout(0)\n'
         'try: a.accept(); print("ESCAPED tcp")\nexcept TimeoutError: print("contained")\n'
-        'try: b.accept(); print("ESCAPED abstract")\nexcept BlockingIOError: pass\''
+        'try: b and b.accept() and print("ESCAPED abstract")\nexcept BlockingIOError: pass\''
     )
     knock = (
         "python3 -c '\nimport os,socket,time\nfor _ in range(15):\n"
         ' a=socket.socket(); r=a.connect_ex(("127.0.0.1",18998))\n'
-        f' b=socket.socket(socket.AF_UNIX); q=b.connect_ex("\\0{name}")\n'
+        f' try: q=socket.socket(socket.AF_UNIX).connect_ex("\\0{name}")\n'
+        " except PermissionError: q=1\n"
         f' if r==0 or q==0 or os.path.exists("/dev/shm/{name}"): print("ESCAPED",r,q); break\n'
         " time.sleep(0.1)\n'"
     )

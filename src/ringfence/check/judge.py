@@ -5,12 +5,17 @@ Silence is no proof: a probe that broke, or that did not come to its own verdict
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ringfence.check.finding import Outcome
 
 _EVIDENCE_MAX = 400
+_COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_MISSING = re.compile(r"^(?:\S*/)?(?:ba|da)?sh: (?:line )?\d+: \S+: (?:command )?not found$")
+_DENIED = ("Permission denied", "Operation not permitted")
+_SIGNALS = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,30 +33,37 @@ class Saw:
     hits: tuple[str, ...] = ()
 
 
-def judge(command: str, saw: Saw, secrets: Sequence[str]) -> tuple[Outcome, str]:
+def judge(
+    command: str, saw: Saw, secrets: Sequence[str], *, believe: bool = True
+) -> tuple[Outcome, str]:
     """Outcome and evidence of a probe that gives its verdict inside.
 
     Args:
         command: the probe; one that calls `esc(` must print a verdict.
         saw: how it ended.
         secrets: values that must not be in the output; never repeated in the evidence.
+        believe: its own words count; otherwise only what the host saw does, and PASS says no more.
     """
-    lines = saw.output.splitlines()
-    escape = _escape(lines, saw, secrets)
+    lines = _COLOUR.sub("", saw.output).splitlines()
+    escape = _reached(saw, secrets)
+    if believe and not escape:
+        escape = next((_short(line) for line in lines if line.startswith("ESCAPED")), "")
     if escape:
         return Outcome.FAIL, escape
+    if not believe:
+        return Outcome.PASS, _last(lines)
     broken = _broken(command, lines, saw)
     if broken:
         return Outcome.ERROR, f"{broken}: {_last(lines)}"
     return Outcome.PASS, _last(lines)
 
 
-def _escape(lines: Sequence[str], saw: Saw, secrets: Sequence[str]) -> str:
+def _reached(saw: Saw, secrets: Sequence[str]) -> str:
     if saw.hits:
         return f"reached on the host: {', '.join(saw.hits)}"
     if any(secret in saw.output for secret in secrets):
         return "a secret that must stay outside is in what the probe printed"
-    return next((_short(line) for line in lines if line.startswith("ESCAPED")), "")
+    return ""
 
 
 def _broken(command: str, lines: Sequence[str], saw: Saw) -> str:
@@ -59,12 +71,19 @@ def _broken(command: str, lines: Sequence[str], saw: Saw) -> str:
         return "no verdict in time"
     if "Traceback (most recent call last)" in saw.output:
         return "the probe broke"
-    if saw.status in {126, 127}:
+    if saw.status == 127 or any(_MISSING.match(line) for line in lines):
         return "the probe misses a program"
-    if saw.status > 128:
-        return f"the probe was killed (signal {saw.status - 128})"
     if "esc(" in command and not any(line.startswith("contained") for line in lines):
         return f"the probe came to no verdict (status {saw.status})"
+    return _stopped(saw)
+
+
+def _stopped(saw: Saw) -> str:
+    if saw.status is not None and 128 < saw.status <= 128 + _SIGNALS:
+        return f"the probe was killed (signal {saw.status - 128})"
+    # what was found and may not be executed is a denial, and may be the very one that was probed
+    if saw.status == 126 and not any(word in saw.output for word in _DENIED):
+        return "the probe cannot execute a program"
     return ""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from ringfence.check import agent, artefacts, hostside
 from ringfence.check.finding import Finding, Outcome
 from ringfence.check.hostside import Judge, Stage, Verdict
 from ringfence.check.judge import judge
+from ringfence.check.own import OwnProbes, is_own
 from ringfence.check.place import Lane, MakeBackend, Place, run_inside
 from ringfence.check.probes.definition import Probe
-from ringfence.check.twins import Twins
+from ringfence.check.twins import Twins, confirmed, words
 from ringfence.errors import RingfenceError, UnavailableError
 from ringfence.policy.compiled import Limits, SandboxProfile
 from ringfence.sandbox.protocol import Control, ControlState
@@ -32,7 +33,9 @@ Report = Callable[[Finding], None]
 
 
 class Attack:
-    """One run of probes against one isolation; findings go out as they come."""
+    """One run of probes against one isolation; findings go out as they come. `declared` are the
+    clauses that it says it does not hold (`Subset`): they fail, and the finding says it too.
+    """
 
     def __init__(
         self,
@@ -43,10 +46,12 @@ class Attack:
         report: Report,
         *,
         claude: Path | None = None,
+        declared: Mapping[str, str] | None = None,
     ) -> None:
         self._name, self._make_backend, self._profile = name, make_backend, profile
         self.probes = tuple(probes)
         self._report, self._claude = report, claude
+        self._declared = declared or {}
         self._told: set[str] = set()
         self.controls: Sequence[ControlState] = ()
         self.start_seconds: float | None = None
@@ -74,13 +79,15 @@ class Attack:
         try:
             await work
         except (OSError, RuntimeError, TimeoutError) as error:
-            raise UnavailableError("host-failed", _words(error)) from error
+            raise UnavailableError("host-failed", words(error)) from error
 
     def _tell(self, probe: Probe, verdict: Verdict, seconds: float) -> None:
         if probe.check.id in self._told:
             return
         self._told.add(probe.check.id)
         outcome, evidence = verdict
+        if outcome is Outcome.FAIL and probe.clause in self._declared:
+            evidence += f"; {self._name} declares it: {self._declared[probe.clause]}"
         self._report(
             Finding(
                 check=probe.check,
@@ -97,7 +104,7 @@ class Attack:
     async def _main(self) -> None:
         self._settle_unasked()
         inside = self._pick(lambda p: not (p.host or p.residual or self._unless(p)))
-        shared = [p for p in inside if not (p.alone or p.limits or _own(p))]
+        shared = [p for p in inside if not (p.alone or p.limits or is_own(p))]
         alone = [p for p in inside if p.alone and not p.limits]
         judged = self._pick(lambda p: p.check.id in hostside.JUDGES and not p.residual)
         async with Place(self._make_backend, self._profile) as place:
@@ -115,7 +122,7 @@ class Attack:
                 group.create_task(self._artefacts(place))
                 group.create_task(self._alone(place, alone))
                 group.create_task(self._judges(place, judged))
-            await self._lane_of(place, [p for p in inside if _own(p)])
+            await self._own(place, [p for p in inside if is_own(p)])
             await self._last(place)
 
     def _unless(self, probe: Probe) -> str:
@@ -144,7 +151,7 @@ class Attack:
         """
         ended = [await self._try(place, lane, probe) for probe in probes[:-1]]
         last, wrong = await asyncio.gather(
-            self._try(place, lane, probes[-1]), _confirmed(twins, probes[-1])
+            self._try(place, lane, probes[-1]), confirmed(twins, probes[-1].twin)
         )
         for probe, (verdict, seconds) in zip(probes, [*ended, last], strict=True):
             passed = verdict[0] is Outcome.PASS
@@ -153,33 +160,38 @@ class Attack:
     async def _try(self, place: Place, lane: Lane, probe: Probe) -> tuple[Verdict, float]:
         """One probe without its twin: its verdict, and how long it took."""
         began, before = time.monotonic(), lane.canaries.hits()
+        secrets = (place.secret, place.key)
         try:
-            seconds = _SECONDS * place.patience * (4 if probe.check.id in _LONG else 1)
-            saw = await run_inside(lane.sandbox, probe.command, lane.environment(), seconds=seconds)
+            patience = _SECONDS * place.patience * (4 if probe.check.id in _LONG else 1)
+            saw = await run_inside(
+                lane.sandbox,
+                probe.command,
+                lane.environment(),
+                seconds=patience,
+                secrets=secrets,
+            )
         except Exception as error:  # noqa: BLE001  a probe that breaks costs its own verdict only
-            return (Outcome.ERROR, _words(error)), time.monotonic() - began
+            return (Outcome.ERROR, words(error)), time.monotonic() - began
         seconds = time.monotonic() - began
         hits = lane.canaries.hits()[len(before) :]
-        secrets = (place.secret, place.key)
-        verdict = judge(probe.command, replace(saw, hits=hits), secrets)
+        believe = not probe.blind
+        verdict = judge(probe.command, replace(saw, hits=hits), secrets, believe=believe)
         if probe.check.id in _MAY_DIE and saw.status == _KILLED and verdict[0] is Outcome.ERROR:
             # gVisor's kernel is within the same limit, and dies with what it ran
             verdict = Outcome.PASS, "the limit ended the program and all that was around it"
         return verdict, seconds
 
-    async def _lane_of(self, place: Place, probes: Sequence[Probe]) -> None:
-        """An operator's probes, in a sandbox that no built-in probe uses after them."""
-        if probes:
-            lane = await place.lane()
-            twins = Twins(place, lane)
-            for probe in probes:
-                await self._group(place, lane, twins, [probe])
+    async def _own(self, place: Place, probes: Sequence[Probe]) -> None:
+        own = OwnProbes(place, lambda lane, probe: self._try(place, lane, probe))
+        for probe in probes:
+            verdict, seconds = await own.verdict(probe)
+            self._tell(probe, verdict, seconds)
 
     async def _attack(self, place: Place, lane: Lane, twins: Twins, probe: Probe) -> None:
         """A probe that leaves its twin no room: the twin runs after it."""
         verdict, seconds = await self._try(place, lane, probe)
         if verdict[0] is Outcome.PASS:
-            wrong = await _confirmed(twins, probe)
+            wrong = await confirmed(twins, probe.twin)
             verdict = (Outcome.ERROR, wrong) if wrong else _read_back(probe, lane, verdict)
         self._tell(probe, verdict, seconds)
 
@@ -212,7 +224,7 @@ class Attack:
         try:
             verdict = await look(stage, probe)
         except Exception as error:  # noqa: BLE001  a judge that breaks costs its own verdict only
-            verdict = Outcome.ERROR, _words(error)
+            verdict = Outcome.ERROR, words(error)
         seconds = time.monotonic() - began
         hits = stage.lane.canaries.hits()[len(before) :]
         if hits:
@@ -250,7 +262,7 @@ class Attack:
             played, why = await agent.play(self._make_backend, profile, self._claude)
         except RingfenceError as error:
             missing = error.code == "claude-missing"
-            verdict = (Outcome.NOT_AVAILABLE if missing else Outcome.ERROR), _words(error)
+            verdict = (Outcome.NOT_AVAILABLE if missing else Outcome.ERROR), words(error)
         else:
             verdict = Outcome.ERROR, why
             if played is not None:
@@ -270,17 +282,6 @@ def _no_agent(probe: Probe) -> str:
     if not probe.agent or probe.check.id in agent.JUDGES:
         return ""
     return "nobody plays this one yet: it needs a second agent inside the first"
-
-
-def _own(probe: Probe) -> bool:
-    return probe.check.layer == "own probes"
-
-
-async def _confirmed(twins: Twins, probe: Probe) -> str:
-    try:
-        return await twins.confirm(probe.twin)
-    except Exception as error:  # noqa: BLE001  a twin that breaks confirms nothing
-        return f"what must work beside it broke: {_words(error)}"
 
 
 _OWN_KERNEL = frozenset({"gvisor", "microvm"})
@@ -320,9 +321,3 @@ def _queue(probes: Sequence[Probe]) -> asyncio.Queue[list[Probe]]:
     for group in groups:
         queue.put_nowait(group)
     return queue
-
-
-def _words(error: BaseException) -> str:
-    if isinstance(error, RingfenceError):
-        return str(error)
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import secrets
+import secrets as random
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from importlib import resources
@@ -25,6 +25,7 @@ from ringfence.channel.messages import AddListener, Configure, OpenSandbox, Prov
 from ringfence.channel.spawn import EgressProcess
 from ringfence.check.canaries import Canaries
 from ringfence.check.judge import Saw
+from ringfence.check.spool import Spool
 from ringfence.policy.codec import egress_to_json
 from ringfence.policy.compiled import (
     CredentialRule,
@@ -37,10 +38,12 @@ from ringfence.policy.compiled import (
 from ringfence.record.client import RecorderClient, RecorderProcess
 from ringfence.sandbox.protocol import (
     INSIDE_EGRESS_SOCKET,
+    INSIDE_PROXY_PORT,
     Backend,
     Emulating,
     Sandbox,
     SandboxSpec,
+    not_held,
 )
 from ringfence.testing.upstream import Upstream, UpstreamSettings
 from ringfence.vault.keys import VaultPaths
@@ -96,16 +99,20 @@ def patience(backend: Backend) -> float:
 
 @dataclass(kw_only=True)
 class Lane:
-    """One sandbox with canaries of its own; probes run in it one after the other."""
+    """One sandbox with canaries of its own; probes run in it one after the other.
+
+    `egress` is where its way out is found inside, in the form of EGRESS_SOCK.
+    """
 
     sandbox: Sandbox
     canaries: Canaries
     workspace: Path
+    egress: str = INSIDE_EGRESS_SOCKET
 
     def environment(self) -> dict[str, str]:
         """What a probe finds in its environment."""
         return {
-            "EGRESS_SOCK": INSIDE_EGRESS_SOCKET,
+            "EGRESS_SOCK": self.egress,
             "ALLOW_HOST": HOST,
             "ALLOW_PORT": "443",
             "PYTHONPATH": "/workspace",
@@ -126,8 +133,8 @@ class Place:
         secret: str = "",
     ) -> None:
         # in the forms that the searches of the probes look for
-        self.key = key or f"sk-ant-api03-sk-REAL-{secrets.token_hex(16)}"
-        self.secret = secret or f"CANARY_SECRET_{secrets.token_hex(16)}"
+        self.key = key or f"sk-ant-api03-sk-REAL-{random.token_hex(16)}"
+        self.secret = secret or f"CANARY_SECRET_{random.token_hex(16)}"
         self.profile, self.rules = profile, rules
         self._make_backend = make_backend
         self.directory = Path(tempfile.mkdtemp(prefix="ringfence-check-"))
@@ -231,7 +238,10 @@ class Place:
         sandbox, workspace = await self._open(rules or self.rules, profile or self.profile)
         canaries = Canaries(self.directory, self.secret)
         self._stack.callback(canaries.close)
-        return Lane(sandbox=sandbox, canaries=canaries, workspace=workspace)
+        egress = INSIDE_EGRESS_SOCKET
+        if "the_egress_directory" in not_held(self.backend):
+            egress = f"tcp:{INSIDE_PROXY_PORT}"
+        return Lane(sandbox=sandbox, canaries=canaries, workspace=workspace, egress=egress)
 
     async def _open(self, rules: EgressRules, profile: SandboxProfile) -> tuple[Sandbox, Path]:
         sandbox_id = new_id("sb")
@@ -297,18 +307,23 @@ class Place:
 
 
 async def run_inside(
-    sandbox: Sandbox, command: str, environment: dict[str, str], *, seconds: float
+    sandbox: Sandbox,
+    command: str,
+    environment: dict[str, str],
+    *,
+    seconds: float,
+    secrets: Sequence[str] = (),
 ) -> Saw:
-    """Run a bash command; what it printed, at most 1 MiB of it, and how it ended."""
+    """Run a bash command; what it printed, as `Spool` keeps it, and how it ended."""
     process = await sandbox.exec(
         ["bash", "-c", command], environment=environment, merge_stderr=True
     )
-    output, in_time = bytearray(), True
+    spool, in_time = Spool(secrets), True
     try:
         async with asyncio.timeout(seconds):
             await process.close_stdin()
             while chunk := await process.read():
-                output += chunk[: max(0, (1 << 20) - len(output))]
+                spool.feed(chunk)
             # its own end, not ours: a status of a killed program says nothing
             await process.wait()
     except TimeoutError:
@@ -316,4 +331,4 @@ async def run_inside(
     finally:
         await asyncio.shield(process.kill())
     status = await process.wait()
-    return Saw(output=output.decode("utf-8", "replace"), status=status if in_time else None)
+    return Saw(output=spool.text(), status=status if in_time else None)

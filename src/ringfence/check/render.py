@@ -46,7 +46,9 @@ def sarif(result: Result) -> dict[str, Any]:
             "help": {"text": check.mend or check.title},
             "properties": {
                 # SARIF 3.8.2: each tag once, and a layer may be called as its line is
-                "tags": list(dict.fromkeys(("security", check.line.value, check.layer))),
+                "tags": list(
+                    dict.fromkeys(("security", check.kind.value, check.line.value, check.layer))
+                ),
                 "security-severity": _SECURITY[check.severity],
                 "precedent": check.source,
             },
@@ -115,7 +117,10 @@ td.e{font-family:ui-monospace,monospace;font-size:.85em;overflow-wrap:anywhere}
 def html(result: Result) -> str:
     """One page without scripts, fonts or pictures; printable, and readable in mail."""
     document = result.to_json()
-    counts = ", ".join(f"{number} {name}" for name, number in document["outcomes"].items())
+    counts = "; ".join(
+        f"{kind}: " + ", ".join(f"{number} {name}" for name, number in numbers.items())
+        for kind, numbers in document["outcomes_by_kind"].items()
+    )
     host = document["host"]
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
@@ -152,7 +157,8 @@ def _rows_html(findings: Sequence[Finding]) -> str:
         mend = f"<br><small>{_text(check.mend)}</small>" if finding.outcome is Outcome.FAIL else ""
         rows.append(
             f'<tr><td class="{_class(finding.outcome)}">{_text(finding.outcome.value)}</td>'
-            f"<td>{_text(check.id)}</td><td>{_text(finding.isolation or 'host')}</td>"
+            f"<td>{_text(check.id)}</td><td>{_text(check.kind.value)}</td>"
+            f"<td>{_text(finding.isolation or 'host')}</td>"
             f"<td>{_text(check.title)}{mend}</td><td>{_text(check.severity.value)}</td>"
             f'<td class="e">{_text(finding.evidence)}</td></tr>'
         )
@@ -160,7 +166,7 @@ def _rows_html(findings: Sequence[Finding]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-_HEAD = ("outcome", "id", "where", "check", "severity", "evidence")
+_HEAD = ("outcome", "id", "kind", "where", "check", "severity", "evidence")
 
 
 def layers(findings: Iterable[Finding]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ringfence.check.finding import Finding, count, exit_status
+from ringfence.check.finding import Finding, by_kind, count, exit_status
 from ringfence.errors import CallerError, DeniedError
 from ringfence.record.keys import encode_public, load_keys, read_keys, signed_note
 from ringfence.record.verify import Key, Note, UsageError, parse_key
@@ -82,6 +82,7 @@ class Result:
                 for tried in self.isolations
             ],
             "outcomes": count(self.findings),
+            "outcomes_by_kind": by_kind(self.findings),
             "exit_status": self.status,
             "findings": [finding.to_json() for finding in self.findings],
         }

@@ -20,7 +20,7 @@ from ringfence.errors import CallerError, RingfenceError
 from ringfence.policy.compile import compile_policy
 from ringfence.policy.compiled import CompiledPolicy
 from ringfence.policy.document import PolicyDocument
-from ringfence.sandbox.protocol import Backend
+from ringfence.sandbox.protocol import Backend, ControlState, not_held, stopping
 
 Factories = Mapping[str, Callable[[Config], Backend]]
 Tell = Callable[[Finding], None]
@@ -65,7 +65,8 @@ async def check(question: Question, tell: Tell) -> Result:
     for finding in static.feature_findings(policy):
         keep(finding)
     if any(question.selection.takes(check.id) for check in versions.checks()):
-        for finding in versions.findings(names):
+        engine, place = policy.sandbox.engine, question.config.runtime
+        for finding in versions.findings(names, engine=engine, runtime=place):
             keep(finding)
     tried = [await _isolation(question, policy, name, keep) for name in names]
     return Result(
@@ -116,11 +117,18 @@ async def _isolation(question: Question, policy: CompiledPolicy, name: str, tell
             tell(finding)
         why = f"{missing.message}. {missing.hint}".strip()
         return Tried(name=name, available=False, why=why)
-    attack = _attack(question, policy, name, tell)
+    backend, accepted = question.backends[name](question.config), policy.sandbox.accept_unenforced
+    states = backend.probe(policy.sandbox)
+    stops = stopping(states, accepted)
+    if stops:
+        # no run starts under this policy, so that there is nothing to attack: the controls say it
+        for finding in static.control_findings(name, states, accepted):
+            tell(finding)
+        return Tried(name=name, available=False, why=_stopped(stops))
+    attack = _attack(question, policy, name, tell, declared=not_held(backend))
     if attack.probes:
         await attack.run()
-    states = attack.controls or question.backends[name](question.config).probe(policy.sandbox)
-    for finding in static.control_findings(name, states, policy.sandbox.accept_unenforced):
+    for finding in static.control_findings(name, attack.controls or states, accepted):
         tell(finding)
     return Tried(
         name=name,
@@ -138,7 +146,22 @@ def _apart(config: Config, state: Path) -> Config:
     return config.model_copy(update={"state_dir": state, "machines": machines})
 
 
-def _attack(question: Question, policy: CompiledPolicy, name: str, tell: Tell) -> Attack:
+def _stopped(stops: Sequence[ControlState]) -> str:
+    names = ", ".join(state.control.value for state in stops)
+    return (
+        f"nothing starts under this policy, since this host cannot enforce {names}. "
+        f"{stops[0].mend}; or name them under accept_unenforced to attack what there is"
+    )
+
+
+def _attack(
+    question: Question,
+    policy: CompiledPolicy,
+    name: str,
+    tell: Tell,
+    *,
+    declared: Mapping[str, str],
+) -> Attack:
     probes = [
         probe for probe in (*built_in(), *question.own) if question.selection.takes(probe.check.id)
     ]
@@ -150,4 +173,5 @@ def _attack(question: Question, policy: CompiledPolicy, name: str, tell: Tell) -
         probes,
         tell,
         claude=question.config.claude,
+        declared=declared,
     )

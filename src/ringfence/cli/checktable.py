@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ringfence.check.finding import Finding, Line, Outcome, count
+from ringfence.check.finding import Finding, Kind, Line, Outcome, by_kind, count
 from ringfence.check.render import cell, layers, seconds
 from ringfence.check.report import Result
 from ringfence.record.safe_text import one_line
@@ -20,6 +20,14 @@ _STYLES = {
     Outcome.NOT_AVAILABLE: "dim",
     Outcome.ERROR: "bold yellow",
 }
+
+
+_BAD = frozenset({Outcome.FAIL, Outcome.ERROR})
+_TITLES = {
+    Kind.PROBE: "Probes that got out, or gave no verdict",
+    Kind.STATIC: "Static findings: what the policy, the host and its versions say",
+}
+_NOUNS = {Kind.STATIC.value: "static checks", Kind.PROBE.value: "live probes"}
 
 
 @contextlib.contextmanager
@@ -33,7 +41,7 @@ def progress(*, quiet: bool) -> Iterator[Callable[[Finding], None]]:
             done.append(finding)
             status.update(f"{len(done)} answered, last {escape(finding.check.id)}")
             # elsewhere than on a terminal the table alone says it, once
-            if console.is_terminal and finding.outcome in {Outcome.FAIL, Outcome.ERROR}:
+            if console.is_terminal and finding.outcome in _BAD:
                 console.print(_headline(finding))
 
         yield tell
@@ -51,16 +59,22 @@ def print_table(result: Result) -> None:
     """The eight lines with their counts, what did not pass with evidence and mend, the matrix."""
     console = Console(highlight=False)
     console.print(_lines(result))
-    for finding in result.findings:
-        if finding.outcome in {Outcome.FAIL, Outcome.ERROR}:
+    for kind, title in _TITLES.items():
+        bad = [f for f in result.findings if f.check.kind is kind and f.outcome in _BAD]
+        if bad:
+            console.print(f"\n[bold]{title}[/]")
+        for finding in bad:
             _print_bad(console, finding)
     if layers(result.findings):
         console.print(_matrix(result))
     for tried in result.isolations:
         if tried.why:
             console.print(f"[dim]{escape(tried.name)}: {escape(one_line(tried.why))}[/]")
-    counts = ", ".join(f"{number} {name}" for name, number in count(result.findings).items())
-    console.print(f"{counts}, in {result.seconds:.1f} s")
+    for name, numbers in by_kind(result.findings).items():
+        if sum(numbers.values()):
+            counts = ", ".join(f"{number} {name}" for name, number in numbers.items())
+            console.print(f"{_NOUNS[name]}: {counts}")
+    console.print(f"in {result.seconds:.1f} s, exit status {result.status}")
 
 
 def _lines(result: Result) -> Table:

@@ -53,6 +53,7 @@ class _Row(BaseModel):
     limits: bool = False
     agent: bool = False
     unless: Literal["tmp_exec", "guest_root", "own_clock"] | None = None
+    clause: str = ""
 
 
 class _Family(BaseModel):
@@ -78,6 +79,8 @@ class Probe:
         limits: runs under the small limits of a sandbox of its own.
         agent: judged by a real claude that plays a script, with a simulated model.
         unless: what of a policy or a technology takes the question away.
+        clause: of the sandbox contract that it attacks, where a technology may declare to lack it.
+        blind: why its own words decide nothing; it runs, and only what the host sees counts.
     """
 
     check: Check
@@ -89,6 +92,8 @@ class Probe:
     limits: bool = False
     agent: bool = False
     unless: str | None = None
+    clause: str = ""
+    blind: str = ""
 
 
 @cache
@@ -126,6 +131,7 @@ def _probe(family: _Family, row: _Row) -> Probe:
         limits=row.limits,
         agent=row.agent,
         unless=row.unless,
+        clause=row.clause,
     )
 
 
@@ -200,7 +206,5 @@ def _own(entry: Any, where: str, twin: Twin) -> Probe:
         check=check,
         command=row.probe,
         twin=twin,
-        residual=f"its verdict is not given inside: it needs {needs}"
-        if row.where == "host"
-        else "",
+        blind=f"its verdict is not given inside: it needs {needs}" if row.where == "host" else "",
     )
