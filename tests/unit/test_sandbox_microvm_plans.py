@@ -88,10 +88,17 @@ def test_the_host_holds_the_machine_to_the_limit_and_the_declared_overhead() -> 
 def test_the_guest_is_told_the_policys_own_numbers() -> None:
     rules = json.loads(
         plans.guest_rules(
-            RULES, FACTS, seccomp=b"12345678", rlimits={"RLIMIT_CORE": 0}, seconds=1.0, entropy=b"x"
+            RULES,
+            FACTS,
+            seccomp=b"12345678",
+            rlimits={"RLIMIT_CORE": 0},
+            seconds=1.0,
+            entropy=b"x",
+            files=20_000,
         )
     )
     assert (rules["memory"], rules["pids"], rules["cpu_us"]) == (512 << 20, 64, 50_000)
+    assert rules["files"] == 10_000
     assert rules["egress"] == "/run/ringfence"
     assert rules["workspace_exec"] is True
     assert plans.expected(RULES)["cpu.max"] == "50000 100000"

@@ -108,7 +108,8 @@ def test_hooks_are_told_apart_by_what_is_spawned() -> None:
 )
 def test_each_setting_makes_another_key_or_is_not_spawned(name: str) -> None:
     changed = dataclasses.replace(SETTINGS, **{name: another(getattr(SETTINGS, name))})
-    outside = {"session_id", "sandbox_id", "tool_seconds"}  # ids, and a clock that is kept outside
+    # ids, and clocks that are kept outside
+    outside = {"session_id", "sandbox_id", "tool_seconds", "start_seconds"}
     assert (key(opts=options(changed)) == key()) == (name in outside)
 
 

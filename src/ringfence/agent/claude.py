@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ from ringfence.sandbox.protocol import Sandbox
 logging.getLogger("claude_agent_sdk").addHandler(logging.NullHandler())
 
 GRACE_SECONDS = 5.0
+_SDK_START_SECONDS = 60.0
 _MIRROR_TRIES = 3  # after as many the SDK drops what it could not append, and only logs it
 _TEXT_MAX = 1 << 20
 
@@ -147,6 +149,11 @@ class ClaudeDriver:
         )
         # the mode travels in argv; the client itself only warns on the user's terminal that in
         # bypassPermissions the callback may never be asked, which is what that mode means
+        if self._settings.start_seconds > _SDK_START_SECONDS:
+            # the SDK asks the environment of this process alone, and for no less than its own
+            # minute; never set back: another run may wait just now, and each has its own clock
+            milliseconds = str(int(self._settings.start_seconds * 1000))
+            os.environ["CLAUDE_CODE_STREAM_CLOSE_TIMEOUT"] = milliseconds
         self._client = ClaudeSDKClient(replace(options, permission_mode=None), transport)
         try:
             await self._client.connect()

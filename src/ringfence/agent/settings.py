@@ -23,6 +23,7 @@ class ClaudeSettings:
     max_turns: int | None = None
     max_budget_usd: float | None = None
     tool_seconds: float = 120.0
+    start_seconds: float = 60.0
     resume: bool = False
 
     @property

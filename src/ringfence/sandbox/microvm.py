@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import platform
+import resource
 import secrets
 import socket
 import sys
@@ -50,7 +51,9 @@ from ringfence.sandbox.stdio import SocketProcess
 _SETUP_SECONDS = 90.0
 _HERE = Path(__file__).parent
 _PYTHON = os.path.realpath(sys.executable)
-_FILES_RLIMITS = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 65536}
+_FILES = 1 << 20
+_FILES_RLIMITS = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": _FILES}
+"""As many files as this host gives: a descriptor for each that the guest remembers."""
 _RELAY_RLIMITS = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 2048}
 
 _WORDS = {
@@ -82,6 +85,7 @@ class MicrovmSandbox(StagedSandbox):
 
     _machine: Machine | None = None
     _control: socket.socket | None = None
+    _relay: SocketProcess | None = None
 
     async def boot(self, machine: Machine, virtiofsd: str) -> None:
         """Give the machine its files, its way out and its rules.
@@ -112,7 +116,7 @@ class MicrovmSandbox(StagedSandbox):
                 end.close()
         self._control, theirs = socket.socketpair()
         with theirs:
-            await self._helper(
+            self._relay = await self._helper(
                 microvm_profile.relay_options(self._facts, sys.base_prefix),
                 [_PYTHON, "-IS", "/relay/relay.py"],
                 _RELAY_RLIMITS,
@@ -141,6 +145,7 @@ class MicrovmSandbox(StagedSandbox):
             rlimits=enforce.rlimits(profile),
             seconds=time.time(),
             entropy=secrets.token_bytes(64),
+            files=_files(),
         )
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
@@ -196,9 +201,11 @@ class MicrovmSandbox(StagedSandbox):
         body = json.dumps(program).encode("utf-8", "surrogateescape")
         try:
             await asyncio.to_thread(self._send, {"op": "exec", "program": body}, handed)
-        except BaseException:
+        except BaseException as error:
             for end in (stdin, stdout, stderr, status):
                 end.close()
+            if isinstance(error, UnavailableError) and self._relay is not None:
+                raise await explained(error, self._relay) from None
             raise
         process = GuestProcess(
             stdin=stdin,
@@ -373,6 +380,12 @@ class MicrovmBackend(StagedBackend):
             self._snapshots.close()
             self._snapshots = None
         await super().close()
+
+
+def _files() -> int:
+    """What the limit comes to for virtiofsd: `launch.py` gives no more than the host's own."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
 
 
 def refuse_emulation(processor: Processor, rules: SandboxProfile) -> None:

@@ -106,7 +106,7 @@ def machine_plan(facts: HostFacts, kernel: str, initramfs: str) -> dict[str, Any
 
 _KERNEL = (
     "console=ttyS0 reboot=t panic=-1 quiet loglevel=0 lpj=800000 mitigations=off "
-    "cryptomgr.notests random.trust_cpu=on 8250.nr_uarts=1 ipv6.disable=1 audit=0 apparmor=0"
+    "cryptomgr.notests random.trust_cpu=on 8250.nr_uarts=1 audit=0 apparmor=0"
 )
 """Nothing here weakens the guest towards the agent: side channels between processes of one
 sandbox cross no boundary, and the host's kernel has mitigations of its own."""
@@ -220,8 +220,11 @@ def guest_rules(
     rlimits: Mapping[str, int],
     seconds: float,
     entropy: bytes,
+    files: int,
 ) -> bytes:
-    """What the guest is told to make, as JSON."""
+    """What the guest is told to make, as JSON. `files` is how many the file server can hold open:
+    half of it is what the guest may remember, the other half what comes before it looks again.
+    """
     limits = rules.limits
     value = {
         "time": seconds,
@@ -232,6 +235,7 @@ def guest_rules(
         "claude": INSIDE_CLAUDE if facts.claude is not None else "",
         "egress": INSIDE_EGRESS_DIR if facts.egress_dir is not None else "",
         "proxy_port": INSIDE_PROXY_PORT,
+        "files": files // 2,
         "memory": limits.memory_mb << 20,
         "pids": limits.pids,
         "cpu_us": math.ceil(limits.cpus * 100_000),

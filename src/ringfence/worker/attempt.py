@@ -47,14 +47,7 @@ from ringfence.worker.ends import broken_off, ended, to_the_end
 from ringfence.worker.ids import new_id
 from ringfence.worker.leases import heartbeat
 from ringfence.worker.outcome import Outcome, budget_spent
-from ringfence.worker.prepare import (
-    absent,
-    check,
-    claude_settings,
-    narrowed,
-    refuse_emulated,
-    start_notices,
-)
+from ringfence.worker.prepare import absent, check, claude_settings, narrowed, pick, start_notices
 from ringfence.worker.rundir import RunDirectory
 from ringfence.worker.station import OnMessage, Station
 from ringfence.worker.warm import Member
@@ -99,7 +92,10 @@ class Attempt:
         station = self._station
         check(self._request, self._stated, state_dir=station.config.state_dir)
         # a probe may start a machine and wait for it
-        picked = await asyncio.to_thread(self._pick)
+        asked, stated = self._request.isolation, self._stated.sandbox
+        picked = await asyncio.to_thread(
+            pick, station.backends, self._policy.sandbox, asked=asked, stated=stated
+        )
         directory = RunDirectory(self._station.config.state_dir, self.run_id)
         try:
             async with AsyncExitStack() as stack:
@@ -232,11 +228,6 @@ class Attempt:
         if self._request.resume is None:
             return []
         return self._station.sessions.tool_use_ids(self._session_id)
-
-    def _pick(self) -> Picked:
-        picked = self._station.backends.pick(self._policy.sandbox)
-        refuse_emulated(self._request.isolation, picked, self._stated.sandbox)
-        return picked
 
     async def _close_egress(self) -> None:
         try:

@@ -20,9 +20,12 @@ from ringfence.model import RunRequest
 from ringfence.policy.compiled import CompiledPolicy, SandboxProfile
 from ringfence.policy.isolation import TECHNOLOGIES, enough, floor, strength
 from ringfence.sandbox.protocol import Emulating, not_held
-from ringfence.sandbox.registry import Picked
+from ringfence.sandbox.registry import Backends, Picked
 
 _WORD_MAX = 128 * 1024 - 512  # MAX_ARG_STRLEN, less a name and its end
+_START, _EMULATED_START = 60.0, 600.0
+"""Seconds until `claude` answers: less than one, and on an idle host fifteen when the processor is
+emulated."""
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
 
@@ -69,6 +72,7 @@ def claude_settings(
         max_turns=policy.tools.max_turns,
         max_budget_usd=policy.egress.model.max_budget_usd,
         tool_seconds=policy.sandbox.limits.tool_seconds,
+        start_seconds=_EMULATED_START if policy.sandbox.emulation else _START,
         resume=request.resume is not None,
     )
 
@@ -130,6 +134,20 @@ def _check_isolation(asked: str | None, profile: SandboxProfile) -> None:
         raise CallerError("usage", f"there is no isolation {asked!r}: {', '.join(TECHNOLOGIES)}")
     if strength(asked) < _floor(profile):
         raise _weaker(f"isolation {asked} is", asked, profile)
+
+
+def pick(
+    backends: Backends, profile: SandboxProfile, *, asked: str | None, stated: SandboxProfile
+) -> Picked:
+    """The technology of a narrowed policy, as strong on this very host as the stated one asks for.
+
+    Raises:
+        DeniedError: `isolation-denied`.
+        UnavailableError: `isolation-unavailable`.
+    """
+    picked = backends.pick(profile)
+    refuse_emulated(asked, picked, stated)
+    return picked
 
 
 def refuse_emulated(asked: str | None, picked: Picked, profile: SandboxProfile) -> None:
