@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from fence import CANARY, KEY, PROFILE, RULES, Fence
 
+from ringfence.check.canaries import enclosed
 from ringfence.model import WorkspaceMode
 from ringfence.sandbox.overlay import read_changes
 from ringfence.sandbox.patch import render
@@ -135,3 +137,24 @@ def test_the_end_of_a_tunnel_keeps_its_last_bytes(fence: Fence) -> None:
         'print("got", n>=64<<20)\''
     )
     assert "got True" in output, output
+
+
+def test_proc_42_sees_whose_the_processes_of_a_sandbox_are() -> None:
+    """Also those of a kernel of its own; and no process that is not enclosed."""
+    flags = ["-p"] if os.geteuid() == 0 else ["-Up"]
+    sleep = ["--fork", "--kill-child", "sleep", "30"]
+    enclosing = subprocess.Popen(["unshare", *flags, *sleep])
+    plain = subprocess.Popen(["sleep", "30"])
+    try:
+        children = Path(f"/proc/{enclosing.pid}/task/{enclosing.pid}/children")
+        deadline = time.monotonic() + 10
+        while not (found := children.read_text().split()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        seen = enclosed()
+        assert found
+        assert int(found[0]) in seen
+        assert not {plain.pid, enclosing.pid} & set(seen)
+    finally:
+        for process in (enclosing, plain):
+            process.kill()
+            process.wait()

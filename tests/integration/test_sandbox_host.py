@@ -9,6 +9,7 @@ import pwd
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -150,6 +151,27 @@ def test_bubblewrap_itself_cannot_be_written(tmp_path: Path) -> None:
         ' os.fchmod(f, 0o777); print("changed")\nexcept OSError as e: print(e.errno in (1, 30))\''
     )
     assert _runs(tmp_path, command) == (0, "True\n")
+
+
+def test_a_launcher_killed_while_it_maps_ids_leaves_nobody() -> None:
+    """Its child, which holds the namespace open, would have a program's stdio in hand for ever."""
+    script = (
+        "import os, time\nfrom ringfence.sandbox import launch\n"
+        # the parent stands still between the child's word and its own
+        "launch.open = lambda *_: (print('here', flush=True), time.sleep(60))\n"
+        "launch.mapped_namespace([[0, os.getuid(), 1]])"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    with parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "here\n"
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        assert len(children) == 1
+        parent.kill()
+        deadline = time.monotonic() + 5
+        while Path(f"/proc/{children[0]}").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not Path(f"/proc/{children[0]}").exists()
 
 
 @pytest.mark.parametrize("which", ["launcher", "monitor"])

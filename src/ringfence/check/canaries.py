@@ -13,7 +13,7 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 
@@ -148,3 +148,24 @@ def processes(marker: bytes) -> list[int]:
         for name in os.listdir("/proc")  # noqa: PTH208
         if name.isdigit() and readable(f"/proc/{name}/cmdline").split(b"\0")[0] == marker
     ]
+
+
+def enclosed() -> list[int]:
+    """Descendants of ours in a PID namespace of their own: also what runs a kernel for a program
+    whose processes are none of this host.
+    """
+    parents, depths = {}, {}
+    for name in os.listdir("/proc"):  # noqa: PTH208
+        if name.isdigit():
+            lines = readable(f"/proc/{name}/status").decode("utf-8", "replace").splitlines()
+            fields = {key: rest.split() for key, _, rest in (line.partition(":") for line in lines)}
+            parents[int(name)] = int(fields.get("PPid", ["0"])[0])
+            depths[int(name)] = len(fields.get("NSpid", ()))
+    ours = os.getpid()
+    return [pid for pid, depth in depths.items() if depth > depths[ours] and _below(pid, parents)]
+
+
+def _below(pid: int, parents: Mapping[int, int]) -> bool:
+    while pid > 1 and pid != os.getpid():
+        pid = parents.get(pid, 0)
+    return pid == os.getpid()

@@ -128,7 +128,7 @@ class Attack:
     def _unless(self, probe: Probe) -> str:
         if probe.unless == "tmp_exec" and self._profile.tmp_exec:
             return "the policy lets programs run from /tmp and the home"
-        if probe.unless == "guest_root" and self._name in _OWN_KERNEL:
+        if probe.unless == "guest_root" and self._name in _OWN_MACHINE:
             return "ids inside are those of a kernel of its own"
         if probe.unless == "own_clock" and self._name in _OWN_KERNEL:
             return "a kernel of its own counts processor time as it likes; the host limits it"
@@ -285,6 +285,7 @@ def _no_agent(probe: Probe) -> str:
 
 
 _OWN_KERNEL = frozenset({"gvisor", "microvm"})
+_OWN_MACHINE = frozenset({"microvm"})
 _MAY_DIE = frozenset({"LIM-01"})
 _KILLED = 128 + 9
 _ONLY_A_LIMIT = {"LIM-04": Control.CPU}

@@ -148,6 +148,7 @@ def gvisor_plan(
         "as_root": facts.as_root,
         "map": block_map(facts),
         "runtime": [str(runsc), *FLAGS],
+        "gate": gvisor_init.GATE,
         "links": dict(facts.links),
         "config": json.dumps(settings, ensure_ascii=True),
         "capabilities": {"sentry": SENTRY_CAPABILITIES, "gofer": GOFER_CAPABILITIES},

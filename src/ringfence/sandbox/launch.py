@@ -118,6 +118,7 @@ def mapped_namespace(users: list[list[int]], groups: list[list[int]] | None = No
     child = os.fork()
     if child == 0:
         try:
+            here.close()  # else it would wait for ever for a parent that was killed, stdio in hand
             unshare(CLONE_NEWUSER)
             there.send(b"r")
             there.recv(1)

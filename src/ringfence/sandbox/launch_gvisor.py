@@ -6,7 +6,8 @@ gone when the program runs. All of them are of the sandbox's own ids, in its con
 network namespace with a loopback alone, and its PID namespace.
 
 A sentry that the program has taken over is a process of this kernel: what holds it then is read
-back here, because gVisor sets it up only as the program starts.
+back here. gVisor sets it up only as it starts its first program, which is ours (`gvisor_init.py`)
+and waits at a gate: nothing of the agent has run by then.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ else:
     import launch_oci as oci
 
 _NAME = "program"
-_WORDS = 8192
 
 
 def become(plan: Plan, descriptors: list[int], *, inside: bool) -> NoReturn:
@@ -41,15 +41,15 @@ def _run(plan: Plan, stdio: tuple[int, int, int], tell: int, seen: Plan) -> int:
     oci.limit(os.getpid(), plan["host_rlimits"])
     runsc = [*plan["runtime"], "--root", f"{bundle}/state"]
     pid_file = f"{bundle}/pid"
-    create = [*runsc, "create", "--bundle", bundle, "--pid-file", pid_file, _NAME]
-    # the program's stdio is the sentry's from here on; a runtime that fails says why there
-    if _finished(oci.call(create, stdio)) != 0:
+    wait, go = os.pipe()
+    # one process of runsc's, where `create` and `start` are two; its stdio is the program's, and a
+    # runtime that fails says why there
+    run = [*runsc, "run", "--detach", "--bundle", bundle, "--pid-file", pid_file]
+    made = [*run, "--pass-fd", f"3:{plan['gate']}", _NAME]
+    if oci.exit_code(os.waitpid(oci.call(made, (*stdio, wait)), 0)[1]) != 0:
         raise OSError(errno.EPROTO, "runsc made no sandbox")
     with open(pid_file) as file:
         sentry = int(file.read())
-    started, words = _call_and_read([*runsc, "start", _NAME])
-    if started != 0:
-        return _refused(words, stdio[2], tell)
     differences = [] if _ended(sentry) else _verify(sentry, seen["network"], plan)
     if differences:
         raise OSError(errno.EPROTO, "gVisor is not what was asked for: " + differences[0])
@@ -57,37 +57,10 @@ def _run(plan: Plan, stdio: tuple[int, int, int], tell: int, seen: Plan) -> int:
     for descriptor in stdio:
         os.dup2(nothing, descriptor, inheritable=False)
     os.write(tell, b"1")
+    os.write(go, b"1")
+    for descriptor in (wait, go):  # kept until here: no first program that ended breaks the pipe
+        os.close(descriptor)
     return oci.reap(sentry)
-
-
-def _finished(pid: int) -> int:
-    return oci.exit_code(os.waitpid(pid, 0)[1])
-
-
-def _call_and_read(argv: list[str]) -> tuple[int, str]:
-    """Exit status and what it says; it never holds the program's stdio."""
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    nothing = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-    code = _finished(oci.call(argv, (nothing, writer, writer)))
-    os.close(writer)
-    os.close(nothing)
-    os.set_blocking(reader, False)
-    try:
-        words = os.read(reader, _WORDS)
-    except BlockingIOError:
-        words = b""
-    os.close(reader)
-    return code, words.decode("utf-8", "replace")
-
-
-def _refused(words: str, standard_error: int, tell: int) -> int:
-    """A program that is not there, or that may not run, is the caller's fault and not gVisor's."""
-    last = words.strip().rpartition("\n")[2]
-    if "failed to load" not in last and "executable" not in last:
-        raise OSError(errno.EPROTO, f"runsc started nothing: {last}")
-    os.write(standard_error, f"{last}\n".encode())
-    os.write(tell, b"1")
-    return oci.NOT_FOUND if "no such file" in last else oci.NOT_EXECUTABLE
 
 
 def _ended(sentry: int) -> bool:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import _signal  # type: ignore[import-not-found]
 import ctypes
 import errno
+import fcntl
 import os
 import resource
 import select
@@ -236,14 +237,15 @@ def make_bundle(plan: Plan, bundle: str) -> None:
         file.write(plan["config"])
 
 
-def call(argv: list[str], stdio: tuple[int, int, int]) -> int:
-    """Start a program; its process id."""
+def call(argv: list[str], handed: tuple[int, ...]) -> int:
+    """Start a program whose descriptors are these, its stdio first; its process id."""
     pid = os.fork()
     if pid == 0:
         try:
-            for number, descriptor in enumerate([os.dup(one) for one in stdio]):
-                os.dup2(descriptor, number)
-            os.closerange(3, 4096)
+            # upwards first, so that none lands on another before it is read
+            for number, high in enumerate([fcntl.fcntl(d, fcntl.F_DUPFD, 64) for d in handed]):
+                os.dup2(high, number)
+            os.closerange(len(handed), 4096)
             os.execve(argv[0], argv, {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"})
         finally:
             os._exit(NOT_FOUND)
