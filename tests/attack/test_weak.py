@@ -12,6 +12,7 @@ import struct
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,43 @@ def test_a_daemon_that_outlives() -> None:
         return verdict
 
     assert asyncio.run(run())[0] is Outcome.FAIL
+
+
+def test_an_agent_that_finds_a_canary(options: list[Any]) -> None:
+    """An extra mount, seen through a real claude."""
+
+    def show(found: list[str], facts: Any) -> list[str]:
+        place = str(Path(facts.egress_dir).parents[2])
+        return before_the_end(found, "--ro-bind", place, place)
+
+    options.append(show)
+    found = attacked(nothing, "AGT-11")
+    assert found["AGT-11"][0] is Outcome.FAIL, found
+    assert "CANARY_SECRET" not in found["AGT-11"][1], "the evidence does not repeat it"
+
+
+def test_an_agent_that_finds_another_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home that is not made anew: the transcript of one session lies in the next one's."""
+    kept: dict[str, bytes] = {}
+
+    class Keeps(BubblewrapBackend):
+        async def start(self, spec: Any) -> Any:
+            kept.update(spec.home_files or {})
+            return await super().start(replace(spec, home_files=dict(kept) or None))
+
+    monkeypatch.setattr(sys.modules[__name__], "WeakBackend", lambda s, _: Keeps(state_dir=s))
+    found = attacked(nothing, "AGT-21")
+    assert found["AGT-21"][0] is Outcome.FAIL, found
+
+
+def test_a_call_that_nobody_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the clock of calls the run's own ends it, which is not what was asked."""
+    from ringfence.agent.calls import ToolCalls
+    from ringfence.check import takenover
+
+    monkeypatch.setattr(ToolCalls, "_late", lambda *_: None)
+    monkeypatch.setattr(takenover, "SECONDS", 20.0)
+    assert attacked(nothing, "TMO-04")["TMO-04"][0] is Outcome.FAIL
 
 
 def test_a_dead_network_is_no_block(options: list[Any]) -> None:
