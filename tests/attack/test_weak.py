@@ -296,6 +296,15 @@ def test_an_own_probe_that_escapes_and_one_that_breaks() -> None:
         own("missing", "nosuchprogram"),
         own("mute", "python3 -c 'import os; os._exit(0); esc(0)'"),
         own("kills", "true; kill -9 $$"),
+        own("late", "yes x | head -c 3000000; echo ESCAPED late; yes y | head -c 3000000"),
+        own("perl", "perl -e 'print qq(contained\\n); exit 3'"),
+        own("sh", "exec sh -c 'echo ESCAPED from sh'"),
+        own("wrecks", "chmod 000 /workspace; echo contained"),
+        own("after", "cat README.md && echo contained"),
+        own("parent", "kill -9 $PPID; kill -9 -1; echo contained"),
+        own("shuts", "exec >&- 2>&-; exit 7"),
+        replace(own("blind", "echo ESCAPED in its own words"), blind="it needs a resolver"),
+        replace(own("seen", 'kill -9 -1; cat "$HOST_CANARY"; echo $CANARY'), blind="the host sees"),
     ]
     found = []
     attack = Attack(
@@ -305,6 +314,8 @@ def test_an_own_probe_that_escapes_and_one_that_breaks() -> None:
     outcomes = {finding.check.id: finding.outcome.value for finding in found}
     assert outcomes == {
         "escapes": "fail", "holds": "pass", "breaks": "error", "missing": "error",
-        "mute": "error", "kills": "error",
+        "mute": "error", "kills": "error", "late": "fail", "perl": "pass", "sh": "fail",
+        "wrecks": "pass", "after": "pass", "parent": "pass", "shuts": "pass",
+        "blind": "not available", "seen": "not available",
     }  # fmt: skip
     assert exit_status(found) == 1
