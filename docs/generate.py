@@ -122,7 +122,7 @@ def scenario() -> str:
 
 
 def checks() -> str:
-    from ringfence.check.catalogue import catalogue, precedents
+    from ringfence.check.catalogue import catalogue
     from ringfence.check.finding import Line
     from ringfence.check.probes.definition import built_in
 
@@ -144,11 +144,22 @@ def checks() -> str:
                 row = [*cells, twins.get(check.id, "static"), check.source]
                 lines.append("| " + " | ".join(_cell(text) for text in row) + " |")
         lines.append("")
-    lines += ["## What others fell to", "", "| attack | precedent | answered by |", "|---|---|---|"]
-    for row in precedents():
-        answer = "; ".join(part for part in (", ".join(row.ids), row.elsewhere) if part)
-        lines.append(f"| {_cell(row.attack)} | {_cell(row.precedent)} | {_cell(answer)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def coverage() -> str:
+    from ringfence.check.coverage import fell, suite
+
+    lines = ["# Attacks and the checks that try them", ""]
+    lines += ["Every row has an answer, and a test holds it to one. The checks themselves:"]
+    lines += ["[checks](checks.md).", ""]
+    for title, rows in (("What others fell to", fell()), ("The suite", suite())):
+        lines += [f"## {title}", "", "| row | attack | checks | decided by |", "|---|---|---|---|"]
+        for row in rows:
+            cells = (row.row, row.attack, ", ".join(row.ids), row.decides)
+            lines.append("| " + " | ".join(_cell(text) for text in cells) + " |")
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _cell(text: str) -> str:
@@ -212,6 +223,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "cli.md": command_line,
     "isolation.md": isolation,
     "checks.md": checks,
+    "attacks.md": coverage,
     "scenario.md": scenario,
     "policy.schema.json": schema,
 }

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from ringfence.check import agent, render, report, static, versions
+from ringfence.check import acts, coverage, render, report, static, versions
 from ringfence.check.canaries import Canaries
-from ringfence.check.catalogue import catalogue, precedents, select
+from ringfence.check.catalogue import catalogue, select
 from ringfence.check.finding import Check, Finding, Line, Outcome, Severity, exit_status
-from ringfence.check.hostside import JUDGES, LAST
+from ringfence.check.hostside import ALONE, JUDGES, LAST
 from ringfence.check.judge import Saw, judge
 from ringfence.check.probes.definition import FAMILIES, built_in, read_attacks
 from ringfence.check.spool import Spool
@@ -115,27 +115,35 @@ def test_ids_are_unique_and_every_probe_can_be_judged() -> None:
     assert len(ids) == len(set(ids))
     from ringfence.check import artefacts
 
-    judged = {*JUDGES, *LAST, *artefacts.JUDGES, "DST-27"}
+    judged = {*JUDGES, *LAST, *artefacts.JUDGES, *acts.JUDGED, *ALONE}
     for probe in built_in():
         assert probe.command or probe.check.id in judged
-        if probe.host and not probe.residual and not probe.agent:
+        if probe.host and not probe.residual:
             assert probe.check.id in judged, probe.check.id
     assert judged <= set(ids)
 
 
-def test_all_of_the_original_suite_and_the_lines_are_there() -> None:
-    assert len(built_in()) >= 144 + 15
+def test_every_attack_of_the_suite_has_a_probe_and_somebody_who_decides() -> None:
+    rows = coverage.suite()
+    assert len({row.row for row in rows}) == len(rows) == 144
+    ids = {check.id for check in catalogue()}
+    for row in rows:
+        assert set(row.ids) == {row.row} <= ids, row.row
+        assert row.decides, row.row
+    nobody = {row.row for row in rows if row.decides.startswith("nobody")}
+    assert nobody == {"DST-20", "API-21", "API-22", "PROC-32", "PROC-36"}
     assert {check.line for check in catalogue()} == set(Line)
+    assert len(built_in()) >= 144 + 15
     assert len(FAMILIES) == 9
 
 
 def test_every_precedent_is_answered() -> None:
-    rows = precedents()
-    assert len(rows) == 32
+    rows = coverage.fell()
+    assert [row.row for row in rows] == [f"P{number}" for number in range(1, 33)]
     ids = {check.id for check in catalogue()}
     for row in rows:
         assert set(row.ids) <= ids, row.attack
-        assert row.ids or row.elsewhere, row.attack
+        assert row.ids, row.attack
 
 
 def test_a_misspelt_id_selects_nothing_silently() -> None:
@@ -406,33 +414,6 @@ def test_own_probes(tmp_path: Path) -> None:
     assert second.blind, "nobody judges it on the host"
     with pytest.raises(CallerError):
         read_attacks(tmp_path / "none.json")
-
-
-def _played(**changed: Any) -> agent.Played:
-    good = {
-        "sent": "a-line", "headers": "{}", "left": frozenset(),
-        "decided": {"Read": "allow", "Write": "deny", "Bash": "deny"},
-    }  # fmt: skip
-    return agent.Played(**{**good, **changed})
-
-
-@pytest.mark.parametrize(
-    ("probe", "changed"),
-    [
-        ("AGT-01", {"decided": {"Write": "allow", "Bash": "deny"}}),
-        ("AGT-01", {"left": frozenset({"PWN-hook"})}),
-        ("AGT-03", {"sent": ""}),
-        ("AGT-04", {"headers": '{"x-api-key": "attacker"}'}),
-        ("AGT-05", {"left": frozenset({"PWN-node"})}),
-        ("AGT-06", {"left": frozenset({"PWN-mcp"})}),
-        ("AGT-07", {"sent": "EVIL-MEMORY"}),
-        ("AGT-08", {"sent": "EVIL-SKILL"}),
-        ("AGT-09", {"left": frozenset({"PWN-helper"})}),
-    ],
-)
-def test_a_workspace_that_configures_an_agent_is_seen(probe: str, changed: dict[str, Any]) -> None:
-    assert agent.JUDGES[probe](_played())[0] is Outcome.PASS
-    assert agent.JUDGES[probe](_played(**changed))[0] is Outcome.FAIL
 
 
 def test_canaries_sing_when_they_are_reached_and_not_for_the_host(tmp_path: Path) -> None:

@@ -1,37 +1,19 @@
 """A real claude in a hostile workspace: nothing that lies there may configure it.
 
-It plays a script with a simulated model, in a run like any other: worker, egress and audit log of
-its own. What it sent to the model, what was decided and what it left are looked at from outside.
+It plays a script with a simulated model; what came of it is looked at from outside.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
-from ringfence.agent.permissions import DenyApprover
 from ringfence.check.hostside import Verdict, held
-from ringfence.check.place import MakeBackend, patience
-from ringfence.config import Config, Provider
-from ringfence.model import PermissionMode, RunRequest, RunResult
-from ringfence.policy.compile import compile_policy
-from ringfence.policy.compiled import CompiledPolicy, SandboxProfile
-from ringfence.policy.load import from_mapping
-from ringfence.record.read import AuditReader
-from ringfence.sandbox.registry import Backends
-from ringfence.simulator.script import Scenario
-from ringfence.simulator.server import Simulator
-from ringfence.worker.control import RunControl
-from ringfence.worker.launch import Launcher, attempt
+from ringfence.check.theatre import Act, Theatre
+from ringfence.model import PermissionMode
 
 _MARK = "a-line-that-may-be-read"
-_SECONDS = 90.0
 
 _SETTINGS = {
     "env": {
@@ -67,7 +49,7 @@ HOSTILE = {
     "CLAUDE.md": "EVIL-MEMORY",
     "AGENTS.md": "EVIL-MEMORY",
 }
-_STEPS = [
+STEPS = [
     {"tool": "Read", "input": {"file_path": "/workspace/a.txt"}},
     {"tool": "Write", "input": {"file_path": "/workspace/w.txt", "content": "x"}},
     {"tool": "Bash", "input": {"command": "python3 -c 'print(1)'"}},
@@ -86,12 +68,14 @@ class Played:
     Attributes:
         sent: everything that came to the model, as text. headers: of these requests, as text.
         decided: tool name to outcome. left: workspace-relative paths that the run changed.
+        ended: how the run ended, in words.
     """
 
     sent: str
     headers: str
     decided: Mapping[str, str]
     left: frozenset[str]
+    ended: str = ""
 
     def without(self, *names: str) -> Verdict:
         """None of these files was made, and none of these words was sent."""
@@ -124,91 +108,32 @@ JUDGES: Mapping[str, Callable[[Played], Verdict]] = {
 }
 
 
-async def play(
-    make_backend: MakeBackend, profile: SandboxProfile, claude: Path | None
-) -> tuple[Played | None, str]:
+async def play(on: Theatre) -> tuple[Played | None, str]:
     """Run it once; None with the reason when what must work beside the attacks did not.
 
     Raises:
         UnavailableError: as a run that cannot start.
     """
-    place = Path(tempfile.mkdtemp(prefix="ringfence-check-"))
-    try:
-        workspace = _workspace(place)
-        with Simulator(Scenario.model_validate({"default": _STEPS})) as simulator:
-            config = Config(
-                state_dir=place / "state",
-                providers={"anthropic": Provider(base_url=simulator.base_url)},
-                claude=claude,
-            )
-            launcher = Launcher(
-                config=config,
-                make_backends=lambda found: Backends(
-                    {profile.isolation: lambda: make_backend(found.state_dir)}
-                ),
-                environment_key="sk-ant-check-of-a-host",
-            )
-            slow = await asyncio.to_thread(patience, make_backend(config.state_dir))
-            policy = _patient(_policy(profile), slow)
-            result = await _run(launcher, policy, workspace, _SECONDS * slow)
-            played = _seen(result, simulator.requests, config.state_dir)
-    finally:
-        await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
+    workspace = on.place / "workspace"
+    for name, text in HOSTILE.items():
+        file = workspace / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    played = _seen(await on.run("Do it.", workspace, _TOOLS, mode=PermissionMode.DEFAULT))
     if _MARK not in played.sent or played.decided.get("Read") != "allow":
-        words = (result.error or {}).get("message", "the file was not read")
-        return None, f"what must work beside it did not: {result.status.value}, {words}"
+        return None, f"what must work beside it did not: {played.ended or 'the file was not read'}"
     return played, ""
 
 
-def _workspace(place: Path) -> Path:
-    place.chmod(0o755)  # the uid of the sandbox comes through
-    path = place / "workspace"
-    for name, text in HOSTILE.items():
-        file = path / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
-    return path
-
-
-def _policy(profile: SandboxProfile) -> CompiledPolicy:
-    policy = compile_policy(from_mapping({"preset": "strict", "tools": _TOOLS}))
-    return replace(policy, sandbox=profile)
-
-
-def _patient(policy: CompiledPolicy, slow: float) -> CompiledPolicy:
-    """The same with limits of time that a slow technology can keep: what is asked is not time."""
-    limits = policy.sandbox.limits
-    longer = replace(
-        limits, wall_seconds=limits.wall_seconds * slow, tool_seconds=limits.tool_seconds * slow
-    )
-    return replace(policy, sandbox=replace(policy.sandbox, limits=longer))
-
-
-async def _run(
-    launcher: Launcher, policy: CompiledPolicy, workspace: Path, seconds: float
-) -> RunResult:
-    request = RunRequest(
-        prompt="Do it.",
-        workspace=str(workspace),
-        permission_mode=PermissionMode.DEFAULT,
-        timeout_seconds=min(seconds, policy.sandbox.limits.wall_seconds),
-    )
-    async with launcher.station(DenyApprover()) as station:
-        return await attempt(
-            station, policy, request, control=RunControl(), on_message=lambda _: None
-        )
-
-
-def _seen(result: RunResult, requests: list[Any], state_dir: Path) -> Played:
-    with AuditReader(state_dir / "audit") as reader:
-        decided = {
-            record["name"]: record["outcome"]
-            for record in reader.all_events(result.run_id)
-            if record["type"] == "tool.decided"
-        }
+def _seen(act: Act) -> Played:
     return Played(
-        sent=json.dumps([request.body for request in requests]),
-        headers=json.dumps([dict(request.headers) for request in requests]),
-        decided=decided,
-        left=frozenset(result.changed_files),
+        sent=act.sent,
+        headers=act.headers,
+        decided={
+            str(record["name"]): str(record["outcome"])
+            for record in act.records
+            if record["type"] == "tool.decided"
+        },
+        left=frozenset(act.result.changed_files),
+        ended=act.why,
     )

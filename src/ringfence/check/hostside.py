@@ -478,3 +478,6 @@ LAST: Mapping[str, Judge] = {
     "AUD-05": recorder_dies,
 }
 """Run when everything else has ended, in this order."""
+
+ALONE: Mapping[str, Judge] = {"DST-27": egress_dies}
+"""Each in a place of its own, which it breaks."""

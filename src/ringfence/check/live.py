@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ringfence.check import agent, artefacts, hostside
+from ringfence.check import acts, artefacts, hostside
 from ringfence.check.finding import Finding, Outcome
 from ringfence.check.hostside import Judge, Stage, Verdict
 from ringfence.check.judge import judge
@@ -136,7 +136,7 @@ class Attack:
 
     def _settle_unasked(self) -> None:
         for probe in self.probes:
-            reason = probe.residual or self._unless(probe) or _no_agent(probe)
+            reason = probe.residual or self._unless(probe)
             if reason:
                 self._tell(probe, (Outcome.NOT_AVAILABLE, reason), 0.0)
 
@@ -253,35 +253,28 @@ class Attack:
 
     async def _agent(self) -> None:
         """A host without claude has no agent to attack: nobody looked."""
-        probes = self._pick(lambda p: p.agent and p.check.id in agent.JUDGES)
+        probes = self._pick(lambda p: p.agent)
         if not probes:
             return
-        began, verdicts = time.monotonic(), {}
+        began = time.monotonic()
+        profile = replace(self._profile, isolation=self._name, threat_model=None)
         try:
-            profile = replace(self._profile, isolation=self._name, threat_model=None)
-            played, why = await agent.play(self._make_backend, profile, self._claude)
+            verdicts = await acts.verdicts(
+                self._make_backend, profile, self._claude, [probe.check.id for probe in probes]
+            )
         except RingfenceError as error:
             missing = error.code == "claude-missing"
             verdict = (Outcome.NOT_AVAILABLE if missing else Outcome.ERROR), words(error)
-        else:
-            verdict = Outcome.ERROR, why
-            if played is not None:
-                verdicts = {name: look(played) for name, look in agent.JUDGES.items()}
+            verdicts = dict.fromkeys((probe.check.id for probe in probes), verdict)
         for probe in probes:
-            self._tell(probe, verdicts.get(probe.check.id, verdict), time.monotonic() - began)
+            self._tell(probe, verdicts[probe.check.id], time.monotonic() - began)
 
     async def _without_egress(self) -> None:
-        """A place of its own, because it is broken on purpose."""
-        for probe in self._pick(lambda p: p.check.id == "DST-27"):
+        """In places of their own, because they are broken on purpose."""
+        for probe in self._pick(lambda p: p.check.id in hostside.ALONE):
             async with Place(self._make_backend, self._profile) as place:
                 stage = Stage(place=place, lane=await place.lane())
-                await self._judge(stage, None, probe, hostside.egress_dies)
-
-
-def _no_agent(probe: Probe) -> str:
-    if not probe.agent or probe.check.id in agent.JUDGES:
-        return ""
-    return "nobody plays this one yet: it needs a second agent inside the first"
+                await self._judge(stage, None, probe, hostside.ALONE[probe.check.id])
 
 
 _OWN_KERNEL = frozenset({"gvisor", "microvm"})
