@@ -10,6 +10,7 @@ another user could write to is refused before anything in it is believed.
 from __future__ import annotations
 
 import hashlib
+import marshal
 import os
 import stat
 from contextlib import suppress
@@ -64,15 +65,17 @@ def _fingerprint(root: Path) -> bytes:
     found = hashlib.sha256()
     pending = [os.fsencode(root)]
     while pending:
+        lines = []
         with os.scandir(pending.pop()) as entries:
-            for entry in sorted(entries, key=lambda one: one.name):
+            for entry in entries:
                 status = entry.stat(follow_symlinks=False)
-                found.update(b"%d:%s" % (len(entry.name), entry.name))
-                # all ten fields are whole numbers but for the times, which are taken exactly
                 times = status.st_mtime_ns, status.st_ctime_ns
-                found.update(repr((*status[:7], *times)).encode())
-                if stat.S_ISDIR(status.st_mode):
+                # inode, device, links, owner, mode, size; times of access are left out
+                lines.append((entry.name, *status[:7], *times))
+                if entry.is_dir(follow_symlinks=False):
                     pending.append(entry.path)
+        # version 2 has no references, so that equal lists are equal bytes; it is on every start
+        found.update(marshal.dumps(sorted(lines), 2))
     return found.hexdigest().encode()
 
 
