@@ -124,6 +124,7 @@ CODES: dict[str, str] = {
     "image-invalid": "An image definition says something vague, unknown or unobtainable.",
     "image-unknown": "No image of that name or digest is in this state directory.",
     "image-damaged": "Files of an image are not what its manifest says; it is not used.",
+    "image-unfit": "An image lacks a file that the isolation technology needs inside.",
     "image-in-use": "A sandbox uses the image, so that it cannot be removed now.",
     "image-build-failed": "A program that makes or writes an image failed; no image came of it.",
     "image-tool-missing": "A program that makes or writes images is not installed on this host.",

@@ -25,8 +25,10 @@ import ringfence.images
 from ringfence.errors import UnavailableError
 from ringfence.images import fetch, store, tree
 from ringfence.images.contents import packages_in
+from ringfence.images.image import Image
 from ringfence.images.inside import command
 from ringfence.images.process import Tools, find_tool
+from ringfence.images.whole import differences
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"version": 1, "source": "host", "claude": False, "packages": {"apt": ["python3"]}}
@@ -82,7 +84,7 @@ def cache() -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole() -> store.Image:
+def whole() -> Image:
     """The built-in image, from the mirrors; workers of one session wait for each other."""
     state = cache()
     state.mkdir(parents=True, exist_ok=True)
@@ -95,7 +97,7 @@ def whole() -> store.Image:
     return store.require(state)
 
 
-def inside(image: store.Image, *program: str) -> str:
+def inside(image: Image, *program: str) -> str:
     """Run in the image as uid 1000 where we are root, and as the tree's owner otherwise."""
     dropped = ["setpriv", "--reuid", "1000", "--regid", "1000", "--clear-groups"]
     words = [*(dropped if os.geteuid() == 0 else []), *program]
@@ -111,8 +113,8 @@ def inside(image: store.Image, *program: str) -> str:
 
 @with_mmdebstrap
 @pytest.mark.timeout(FULL)
-def test_the_whole_image_is_whole_and_works(whole: store.Image) -> None:
-    assert store.differences(whole) == []
+def test_the_whole_image_is_whole_and_works(whole: Image) -> None:
+    assert differences(whole) == []
     inside(whole, "python3", "-c", "import anthropic, mcp, pydantic")
     assert inside(whole, "git", "--version").startswith("git version")
     assert inside(whole, "rg", "--version").startswith("ripgrep")
@@ -125,7 +127,7 @@ def test_the_whole_image_is_whole_and_works(whole: store.Image) -> None:
 
 @with_mmdebstrap
 @pytest.mark.timeout(FULL)
-def test_modules_are_compiled_and_never_compiled_again(whole: store.Image) -> None:
+def test_modules_are_compiled_and_never_compiled_again(whole: Image) -> None:
     code = "import anthropic, sys; print(anthropic.__cached__)"
     cached = whole.rootfs / inside(whole, "python3", "-c", code).lstrip("/")
     assert int.from_bytes(cached.read_bytes()[4:8], "little") == 0b01  # PEP 552: unchecked hash
@@ -133,7 +135,7 @@ def test_modules_are_compiled_and_never_compiled_again(whole: store.Image) -> No
 
 @with_mmdebstrap
 @pytest.mark.timeout(FULL)
-def test_a_second_build_does_nothing(whole: store.Image) -> None:
+def test_a_second_build_does_nothing(whole: Image) -> None:
     began = whole.rootfs.stat().st_ctime_ns
     again = built(cache())
     assert again["cached"]
@@ -155,7 +157,7 @@ def docker_words(command: str) -> set[str]:
 
 @with_mmdebstrap
 @pytest.mark.timeout(FULL)
-def test_the_dockerfile_gives_what_the_image_gives(whole: store.Image) -> None:
+def test_the_dockerfile_gives_what_the_image_gives(whole: Image) -> None:
     packages = whole.manifest["packages"]
     asked = whole.manifest["definition"]["packages"]
     assert docker_words("pip install") == set(asked["pip"])
@@ -344,7 +346,7 @@ def test_what_a_killed_build_left_the_next_one_takes_away(tmp_path: Path) -> Non
 @pytest.mark.storm
 @with_mmdebstrap
 @pytest.mark.timeout(2 * FULL)
-def test_a_rebuild_from_the_mirrors_has_the_same_digest(whole: store.Image, tmp_path: Path) -> None:
+def test_a_rebuild_from_the_mirrors_has_the_same_digest(whole: Image, tmp_path: Path) -> None:
     assert built(tmp_path / "again")["digest"] == whole.digest
 
 

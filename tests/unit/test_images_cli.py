@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from ringfence.cli.main import app
 from ringfence.images import layout, store, tree
+from ringfence.images.image import Image
 
 FACTS = {
     "format": 1,
@@ -25,7 +26,7 @@ FACTS = {
 
 
 @pytest.fixture
-def image(tmp_path: Path) -> store.Image:
+def image(tmp_path: Path) -> Image:
     images = store.ImageStore(tmp_path)
     root = images.root / "building-x" / "rootfs"
     (root / "etc").mkdir(parents=True)
@@ -53,7 +54,7 @@ def test_an_empty_store_says_how_to_begin(tmp_path: Path) -> None:
     assert (done.exit_code, done.stderr.splitlines()[1].strip()) == (2, "ringfence image build")
 
 
-def test_list_and_show_name_what_is_there(image: store.Image, tmp_path: Path) -> None:
+def test_list_and_show_name_what_is_there(image: Image, tmp_path: Path) -> None:
     (row,) = json.loads(run(tmp_path, "list", "--json").stdout)
     assert row["names"] == ["agent"]
     assert row["digest"] == image.digest
@@ -67,7 +68,7 @@ def test_list_and_show_name_what_is_there(image: store.Image, tmp_path: Path) ->
     assert len(bill["components"]) == 2
 
 
-def test_verify_fails_on_what_was_changed(image: store.Image, tmp_path: Path) -> None:
+def test_verify_fails_on_what_was_changed(image: Image, tmp_path: Path) -> None:
     assert run(tmp_path, "verify").exit_code == 0
     (image.rootfs / "etc/hosts").write_text("1.2.3.4 api.anthropic.com\n")
     done = run(tmp_path, "verify", "--json")
@@ -76,7 +77,7 @@ def test_verify_fails_on_what_was_changed(image: store.Image, tmp_path: Path) ->
     assert run(tmp_path, "show").exit_code == 4
 
 
-def test_export_is_whole_or_not_at_all(image: store.Image, tmp_path: Path) -> None:
+def test_export_is_whole_or_not_at_all(image: Image, tmp_path: Path) -> None:
     target = tmp_path / "out" / "agent.tar"
     target.parent.mkdir()
     assert run(tmp_path, "export", "--format", "tar", "-o", str(target)).exit_code == 0
@@ -105,7 +106,7 @@ def test_export_is_whole_or_not_at_all(image: store.Image, tmp_path: Path) -> No
     ],
 )
 def test_bad_input_is_the_caller_s(
-    image: store.Image, tmp_path: Path, arguments: tuple[str, ...]
+    image: Image, tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:
     done = run(tmp_path, *arguments)
     assert done.exit_code == 2
@@ -113,13 +114,13 @@ def test_bad_input_is_the_caller_s(
     assert done.stdout == ""
 
 
-def test_standard_output_takes_an_archive(image: store.Image, tmp_path: Path) -> None:
+def test_standard_output_takes_an_archive(image: Image, tmp_path: Path) -> None:
     done = run(tmp_path, "export", "--format", "tar")
     assert done.exit_code == 0
     assert b"etc/hosts" in done.stdout_bytes
 
 
-def test_remove_forgets(image: store.Image, tmp_path: Path) -> None:
+def test_remove_forgets(image: Image, tmp_path: Path) -> None:
     assert run(tmp_path, "remove", "agent").exit_code == 0
     assert not image.rootfs.exists()
     assert run(tmp_path, "remove", "agent").exit_code == 2

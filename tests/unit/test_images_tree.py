@@ -14,9 +14,12 @@ from pathlib import Path
 import pytest
 
 from ringfence.errors import CallerError, UnavailableError
-from ringfence.images import archive, disk, layout, store, tree
+from ringfence.images import archive, disk, layout, store, tree, whole
+from ringfence.images.build import Watcher, collect
 from ringfence.images.contents import cyclonedx
+from ringfence.images.image import Image
 from ringfence.images.process import find_tool
+from ringfence.images.whole import differences
 
 FACTS = {
     "architecture": "amd64",
@@ -45,7 +48,7 @@ def plant(root: Path) -> Path:
     return root
 
 
-def kept(state: Path, name: str = "agent") -> store.Image:
+def kept(state: Path, name: str = "agent") -> Image:
     """An image of the small tree, kept as a build keeps one."""
     images = store.ImageStore(state)
     building = images.root / "building-x"
@@ -61,11 +64,11 @@ def kept(state: Path, name: str = "agent") -> store.Image:
 
 
 @pytest.fixture
-def image(tmp_path: Path) -> store.Image:
+def image(tmp_path: Path) -> Image:
     return kept(tmp_path)
 
 
-def entry(image: store.Image, path: str) -> tree.Entry:
+def entry(image: Image, path: str) -> tree.Entry:
     entries = {each.path: each for each in tree.parse(image.entries_file.read_bytes())}
     return entries[path]
 
@@ -103,45 +106,116 @@ def take(root: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [change_byte, change_mode, change_link, change_kind, add, take])
-def test_any_change_is_another_digest_and_is_named(image: store.Image, change: object) -> None:
-    assert store.differences(image) == []
+def test_any_change_is_another_digest_and_is_named(image: Image, change: object) -> None:
+    assert differences(image) == []
     change(image.rootfs)  # type: ignore[operator]
     assert tree.digest_of(tree.render(tree.scan(image.rootfs))) != image.digest
-    (found,) = store.differences(image)
+    (found,) = differences(image)
     assert found.startswith("/usr/bin/")
 
 
-@pytest.mark.parametrize("change", [change_byte, change_mode, change_link, change_kind, take])
-def test_a_changed_image_is_not_given_out(
-    image: store.Image, change: object, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("change", [change_byte, change_mode, change_link, change_kind, add, take])
+def test_a_changed_image_is_not_given_out(image: Image, change: object, tmp_path: Path) -> None:
     assert store.require(tmp_path).digest == image.digest
     change(image.rootfs)  # type: ignore[operator]
     with pytest.raises(UnavailableError, match="/usr/bin/") as caught:
-        store.require(tmp_path)  # the tree is smaller than a sample
+        store.require(tmp_path)
     assert caught.value.code == "image-damaged"
 
 
-def test_a_changed_manifest_is_not_believed(image: store.Image, tmp_path: Path) -> None:
+def test_a_file_is_read_again_only_when_something_happened_to_it(
+    image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.require(tmp_path)
+    read: list[Image] = []
+    monkeypatch.setattr(whole, "differences", lambda one: read.append(one) or [])
+    assert store.require(tmp_path) == image
+    assert read == []
+    victim = image.rootfs / "usr/bin/su"
+    content, status = victim.read_bytes(), victim.stat()
+    victim.write_bytes(content)
+    os.utime(victim, ns=(status.st_atime_ns, status.st_mtime_ns))  # as somebody who hides it
+    store.require(tmp_path)
+    assert read == [image]
+
+
+@pytest.mark.parametrize("place", ["", "trees", "trees/HEX", "trees/HEX/rootfs"])
+def test_a_cache_that_others_may_write_to_is_refused(
+    image: Image, tmp_path: Path, place: str
+) -> None:
+    store.require(tmp_path)
+    path = tmp_path / "images" / place.replace("HEX", image.digest.removeprefix("sha256:"))
+    for mode in (0o775, 0o757):
+        path.chmod(mode)
+        with pytest.raises(UnavailableError, match="can be written by others"):
+            store.require(tmp_path)
+    path.chmod(0o755)
+    store.require(tmp_path)
+    away = path.rename(tmp_path / "away")
+    path.symlink_to(away)
+    with pytest.raises(UnavailableError, match="is not a directory"):
+        store.require(tmp_path)
+
+
+@pytest.mark.root
+def test_a_cache_that_another_user_made_is_refused(image: Image, tmp_path: Path) -> None:
+    store.require(tmp_path)
+    os.chown(image.rootfs.parent, 4242, 4242)
+    with pytest.raises(UnavailableError, match="belongs to another user"):
+        store.require(tmp_path)
+    os.chown(image.rootfs.parent, 0, 0)
+    victim = image.rootfs / "usr/bin/su"
+    os.chown(victim, 4242, 4242)  # who could write to it, whatever its mode is
+    os.utime(victim, (tree.EPOCH, tree.EPOCH))
+    with pytest.raises(UnavailableError, match="/usr/bin/su differs in owner"):
+        store.require(tmp_path)
+
+
+def watched() -> Watcher:
+    return Watcher(step=lambda _: None, line=lambda _: None)
+
+
+def test_what_has_no_name_is_collected_but_for_what_is_in_use(image: Image, tmp_path: Path) -> None:
+    images = store.ImageStore(tmp_path)
+    images.set_key("k", image.digest)
+    assert collect(tmp_path, watched()).removed == []
+    (tmp_path / "images/names/agent").unlink()
+    with images.find(image.digest).held():
+        gone = collect(tmp_path, watched())
+        assert (gone.removed, gone.in_use) == ([], [image.digest])
+        assert images.require(image.digest) == image
+    assert collect(tmp_path, watched()).removed == [image.digest]
+    assert not image.rootfs.parent.exists()
+    assert images.by_key("k") is None
+    assert not list((tmp_path / "images/keys").iterdir())
+
+
+def test_an_image_that_is_gone_cannot_be_held(image: Image, tmp_path: Path) -> None:
+    store.ImageStore(tmp_path).remove("agent")
+    with pytest.raises(CallerError, match="no image sha256:"), image.held():
+        pass
+
+
+def test_a_changed_manifest_is_not_believed(image: Image, tmp_path: Path) -> None:
     lines = image.entries_file.read_bytes()
     image.entries_file.write_bytes(lines.replace(b'"usr/bin/su"', b'"usr/bin/sv"'))
     with pytest.raises(UnavailableError, match="manifest was changed"):
         store.require(tmp_path)
     with pytest.raises(UnavailableError, match="manifest was changed"):
-        store.differences(image)
+        differences(image)
 
 
-def test_a_special_file_is_no_part_of_an_image(image: store.Image) -> None:
+def test_a_special_file_is_no_part_of_an_image(image: Image) -> None:
     with socket.socket(socket.AF_UNIX) as made:
         folder = os.open(image.rootfs / "tmp", os.O_PATH)
         made.bind(f"/proc/self/fd/{folder}/s")
         os.close(folder)
     with pytest.raises(UnavailableError, match="special file"):
         list(tree.scan(image.rootfs))
-    assert store.differences(image) == ["/tmp/s is not in the manifest"]
+    assert differences(image) == ["/tmp/s is not in the manifest"]
 
 
-def test_settled_trees_hold_nothing_of_the_day_or_the_host(image: store.Image) -> None:
+def test_settled_trees_hold_nothing_of_the_day_or_the_host(image: Image) -> None:
     root = image.rootfs
     assert (root / "etc/machine-id").read_bytes() == b""
     assert not list((root / "var/log").iterdir())
@@ -167,7 +241,7 @@ def test_what_settles_does_not_follow_links_out_of_the_tree(tmp_path: Path) -> N
     assert "localhost" in (root / "etc/hosts").read_text()
 
 
-def test_owners_are_the_same_whoever_builds(image: store.Image) -> None:
+def test_owners_are_the_same_whoever_builds(image: Image) -> None:
     assert {
         entry(image, path).uid for path in ("home/agent", "home/agent/.profile", "workspace")
     } == {1000}
@@ -175,10 +249,10 @@ def test_owners_are_the_same_whoever_builds(image: store.Image) -> None:
 
 
 @pytest.mark.root
-def test_root_s_tree_is_owned_as_inside_and_judged_by_it(image: store.Image) -> None:
+def test_root_s_tree_is_owned_as_inside_and_judged_by_it(image: Image) -> None:
     assert (image.rootfs / "home/agent").stat().st_uid == 1000
     os.chown(image.rootfs / "etc/passwd", 1000, 1000)
-    assert store.differences(image) == ["/etc/passwd differs in owner"]
+    assert differences(image) == ["/etc/passwd differs in owner"]
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", "A", "-x", "x" * 64, ".x", "sha256:0"])
@@ -196,11 +270,11 @@ def test_an_unknown_image_says_how_to_build_it(tmp_path: Path) -> None:
         store.require(tmp_path, "sha256:" + "0" * 64)
 
 
-def test_by_digest_and_by_name(image: store.Image, tmp_path: Path) -> None:
+def test_by_digest_and_by_name(image: Image, tmp_path: Path) -> None:
     assert store.require(tmp_path, image.digest) == store.require(tmp_path, "agent") == image
 
 
-def test_an_image_in_use_is_not_removed(image: store.Image, tmp_path: Path) -> None:
+def test_an_image_in_use_is_not_removed(image: Image, tmp_path: Path) -> None:
     images = store.ImageStore(tmp_path)
     with image.held(), image.held(), pytest.raises(UnavailableError) as caught:
         images.remove("agent")
@@ -213,7 +287,7 @@ def test_an_image_in_use_is_not_removed(image: store.Image, tmp_path: Path) -> N
         pass
 
 
-def test_a_tree_goes_with_its_last_name(image: store.Image, tmp_path: Path) -> None:
+def test_a_tree_goes_with_its_last_name(image: Image, tmp_path: Path) -> None:
     images = store.ImageStore(tmp_path)
     images.set_name("other", image.digest)
     with pytest.raises(UnavailableError, match="is the image agent, other"):
@@ -226,16 +300,14 @@ def test_a_tree_goes_with_its_last_name(image: store.Image, tmp_path: Path) -> N
         images.remove("other")
 
 
-def test_a_damaged_tree_is_replaced_by_a_build_of_the_same(
-    image: store.Image, tmp_path: Path
-) -> None:
+def test_a_damaged_tree_is_replaced_by_a_build_of_the_same(image: Image, tmp_path: Path) -> None:
     change_byte(image.rootfs)
     again = kept(tmp_path)
     assert again.digest == image.digest
-    assert store.differences(again) == []
+    assert differences(again) == []
 
 
-def written(form: str, image: store.Image) -> bytes:
+def written(form: str, image: Image) -> bytes:
     sink = io.BytesIO()
     archive.WRITERS[form](image, "localhost/x:1", sink)
     return sink.getvalue()
@@ -246,7 +318,7 @@ def test_the_same_image_gives_the_same_bytes(form: str, tmp_path: Path) -> None:
     assert written(form, kept(tmp_path / "1")) == written(form, kept(tmp_path / "2"))
 
 
-def test_the_tar_is_the_tree(image: store.Image) -> None:
+def test_the_tar_is_the_tree(image: Image) -> None:
     with tarfile.open(fileobj=io.BytesIO(written("tar", image))) as tar:
         members = {member.name: member for member in tar.getmembers()}
         content = tar.extractfile('usr/lib/naïve "name"')
@@ -259,7 +331,7 @@ def test_the_tar_is_the_tree(image: store.Image) -> None:
     assert not members
 
 
-def test_a_file_that_changed_is_not_exported(image: store.Image) -> None:
+def test_a_file_that_changed_is_not_exported(image: Image) -> None:
     (image.rootfs / "usr/bin/su").write_bytes(b"\x7fELG")
     with pytest.raises(UnavailableError, match="/usr/bin/su"):
         written("tar", image)
@@ -268,7 +340,7 @@ def test_a_file_that_changed_is_not_exported(image: store.Image) -> None:
         written("tar", image)
 
 
-def test_the_docker_archive_names_what_it_holds(image: store.Image) -> None:
+def test_the_docker_archive_names_what_it_holds(image: Image) -> None:
     with tarfile.open(fileobj=io.BytesIO(written("docker-archive", image))) as tar:
         content = {m.name: tar.extractfile(m).read() for m in tar.getmembers()}  # type: ignore[union-attr]
     (manifest,) = json.loads(content["manifest.json"])
@@ -280,7 +352,7 @@ def test_the_docker_archive_names_what_it_holds(image: store.Image) -> None:
     assert config["config"]["Labels"]["ringfence.image.digest"] == image.digest
 
 
-def test_the_oci_layout_holds_every_blob_it_names(image: store.Image) -> None:
+def test_the_oci_layout_holds_every_blob_it_names(image: Image) -> None:
     import hashlib
 
     with tarfile.open(fileobj=io.BytesIO(written("oci", image))) as tar:

@@ -327,6 +327,7 @@ OTHERWISE: dict[str, Any] = {
     "tools.mcp_servers.*.command": ["y"],
     "tools.mcp_servers.*.url": "https://c.example.com/y",
     "tools.mcp_servers.*.environment": {"A": "2"},
+    "filesystem.image": "agent",
     "tools.max_subagent_depth": 2,
     "tools.max_subagents": 5,
     "secrets.*.header": "x-b",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 from ringfence.policy.compile import compile_policy
 from ringfence.policy.load import PRESETS, from_mapping
 from ringfence.sandbox import oci
-from ringfence.sandbox.profile import HostFacts, Tools, enclose_options, prepare_plan
+from ringfence.sandbox.profile import HostFacts, ImageRoot, Tools, enclose_options, prepare_plan
 
 GOLDEN = Path(__file__).parent / "golden" / "sandbox"
 
@@ -27,6 +28,14 @@ PATHS = {
         "writable_paths": ["/workspace", "/cache"],
         "blocked_paths": ["/etc", "/shared/secret", "/workspace/private"],
     }
+}
+IMAGED = {
+    "preset": "strict",
+    "filesystem": {
+        **PATHS["filesystem"],
+        "image": "agent",
+        "readable_paths": ["/usr/x", "/shared"],
+    },
 }
 CASES: dict[str, tuple[dict[str, Any], bool]] = {
     **{f"{name}-root": ({"preset": name}, True) for name in PRESETS},
@@ -41,10 +50,25 @@ CASES: dict[str, tuple[dict[str, Any], bool]] = {
         },
         False,
     ),
+    "image-root": (IMAGED, True),
+    "image-user": (IMAGED, False),
 }
 
 
-def facts(*, as_root: bool) -> HostFacts:
+IMAGE = ImageRoot(
+    path="/state/images/trees/aa/rootfs",
+    directories=("usr", "var", "opt/tool"),
+    links={"bin": "usr/bin", "lib": "usr/lib"},
+    covered={"/etc/skel": True, "/usr/bin/git": False},
+)
+
+
+def facts(*, as_root: bool, image: bool = False) -> HostFacts:
+    found = _facts_of_a_host(as_root=as_root)
+    return replace(found, image=IMAGE, links=dict(IMAGE.links)) if image else found
+
+
+def _facts_of_a_host(*, as_root: bool) -> HostFacts:
     return HostFacts(
         as_root=as_root,
         uid=2_000_000 if as_root else 1000,
@@ -68,7 +92,7 @@ def facts(*, as_root: bool) -> HostFacts:
 def render(name: str) -> str:
     document, as_root = CASES[name]
     profile = compile_policy(from_mapping(document)).sandbox
-    where = facts(as_root=as_root)
+    where = facts(as_root=as_root, image=profile.image is not None)
     argv = enclose_options(profile, where, environment={"A": "b"}, cwd="/workspace")
     container = oci.config(
         profile,

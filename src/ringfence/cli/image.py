@@ -25,7 +25,7 @@ from ringfence.record.safe_text import one_line
 if TYPE_CHECKING:
     from ringfence.images.build import Watcher
     from ringfence.images.definition import ImageDefinition
-    from ringfence.images.store import Image
+    from ringfence.images.image import Image
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -233,7 +233,7 @@ def show(
 def verify(context: typer.Context, name: Name = "agent", *, as_json: Json = False) -> None:
     """Read every file and compare it with the manifest; fails (4) on any difference."""
     with clear_errors(as_json=as_json):
-        from ringfence.images.store import differences
+        from ringfence.images.whole import differences
 
         image = _store(context).find(name)
         found = differences(image)
@@ -329,6 +329,27 @@ def remove(context: typer.Context, name: Name) -> None:
     """Forget a name, and delete the image when no other name has it."""
     with clear_errors():
         typer.echo(f"{name} is removed ({_store(context).remove(name)[:19]}…)", err=True)
+
+
+@app.command("gc", epilog="Example: ringfence image gc")
+def gc(context: typer.Context, *, as_json: Json = False) -> None:
+    """Delete images that have no name any more, but for those that a sandbox uses now.
+
+    A policy that names an image by digest does not keep it: give it a name.
+    """
+    with clear_errors(as_json=as_json):
+        from ringfence.images.build import collect
+
+        state: AppContext = context.obj
+        with _watched() as watcher:
+            gone = collect(state.state_dir, watcher)
+        if as_json:
+            print_json({"removed": gone.removed, "in_use": gone.in_use})
+            return
+        for digest in gone.removed:
+            typer.echo(f"removed {digest}")
+        for digest in gone.in_use:
+            typer.echo(f"in use  {digest}")
 
 
 @app.command("lint", epilog="Example: ringfence image lint mine.yaml --strict")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
 from ringfence.errors import UnavailableError
-from ringfence.images.store import Image
+from ringfence.images.image import Image
 from ringfence.images.tree import AGENT, EPOCH, Entry, parse
 
 PATH = "/opt/ringfence/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

@@ -22,8 +22,9 @@ from ringfence.errors import UnavailableError
 from ringfence.images import debian, fetch, host, inside, layout, tree
 from ringfence.images.contents import packages_in
 from ringfence.images.definition import ImageDefinition, key_of
+from ringfence.images.image import Image
 from ringfence.images.process import Tools, find_tool
-from ringfence.images.store import Image, ImageStore, check_name
+from ringfence.images.store import ImageStore, check_name
 
 _PREFIX = "building-"
 _SCRATCH_PREFIX = "ringfence-image-"
@@ -80,6 +81,34 @@ def build(
             image = found
         store.set_name(name, image.digest)
     return Built(image=image, cached=found is not None)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Collected:
+    """Digests of images without a name: those that are gone, and those that a sandbox uses."""
+
+    removed: list[str]
+    in_use: list[str]
+
+
+def collect(state_dir: Path, watcher: Watcher) -> Collected:
+    """Delete every image without a name that nobody uses. No build runs meanwhile: what it made
+    has no name for a moment.
+    """
+    store = ImageStore(state_dir)
+    gone = Collected(removed=[], in_use=[])
+    with _only_builder(store.root, watcher):
+        _clear_left_overs(store.root)
+        for digest in store.nameless():
+            try:
+                store.remove(digest)
+                gone.removed.append(digest)
+            except UnavailableError as error:
+                if error.code != "image-in-use":
+                    raise
+                gone.in_use.append(digest)
+        store.forget_keys()
+    return gone
 
 
 def _build(

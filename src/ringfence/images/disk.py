@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ringfence.errors import UnavailableError
 from ringfence.images.archive import write_tar
+from ringfence.images.image import Image
 from ringfence.images.process import plain_environment, require_tool
-from ringfence.images.store import Image
 from ringfence.images.tree import EPOCH, Entry, parse
 
 _BLOCK = 4096

@@ -20,6 +20,7 @@ _GRACE = 30.0
 _TAIL = 400
 _ERRORS = ("E:", "ERROR:", "npm error", "mount:", "chroot:", "unshare:")
 _SBIN = "/usr/sbin:/sbin"
+_HOST_STORE = "/etc/ssl/certs/ca-certificates.crt"
 
 _PASSED = ("HOME", "LANG", "TMPDIR", "http_proxy", "https_proxy", "no_proxy")
 _WITHHELD = ("ANTHROPIC_", "CLAUDE_", "AWS_", "RINGFENCE_", "OTEL_", "PYTHON")
@@ -170,4 +171,7 @@ def plain_environment() -> dict[str, str]:
 def index_environment() -> dict[str, str]:
     """For pip and npm, which find their index and its certificates in the host's environment."""
     values = {key: value for key, value in os.environ.items() if not key.startswith(_WITHHELD)}
+    if os.access(_HOST_STORE, os.R_OK):
+        # node trusts what it was built with, where pip and apt trust what the host's admin added
+        values.setdefault("NODE_EXTRA_CA_CERTS", _HOST_STORE)
     return {**values, "LC_ALL": "C.UTF-8"}

@@ -5,6 +5,7 @@
     trees/HEX/tree       the manifest: one line a path; its SHA-256 is HEX
     trees/HEX/image.json definition, suite, packages; all of it can be had from the tree again
     trees/HEX/rootfs     the files
+    trees/HEX/seal       what was true of them when they were last read whole; see `whole`
 
 A tree is renamed into place whole and never changed. Whoever uses one holds its lock shared;
 removing takes it exclusively.
@@ -15,62 +16,21 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import random
 import re
 import shutil
-import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from ringfence.errors import CallerError, UnavailableError
-from ringfence.images import tree
-
-DEFAULT = "agent"
+from ringfence.images.image import DEFAULT, Image, damaged, locked, unknown
+from ringfence.images.whole import differences, require_whole
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-_SAMPLE = 48
-_SAMPLE_BYTES = 1 << 18
-_REPORTED = 10
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Image:
-    """What a backend needs of an image.
-
-    Attributes:
-        digest: `sha256:…` of the manifest; two images with one digest hold the same files.
-        rootfs: the tree, for a read-only mount. It lies below the state directory, which is 0700:
-            a program of another uid needs a mount of it, never a path. Owners on the disk are
-            right when root built it; an ordinary user's tree is all that user's.
-        manifest: `image.json`: definition, suite, architecture, packages, built_by.
-    """
-
-    digest: str
-    rootfs: Path
-    manifest: dict[str, Any]
-
-    @property
-    def entries_file(self) -> Path:
-        """The manifest of the tree."""
-        return self.rootfs.with_name("tree")
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """While a sandbox uses it, nobody removes it.
-
-        Raises:
-            CallerError: `image-unknown` when it was removed meanwhile.
-        """
-        with _locked(self.rootfs.parent, fcntl.LOCK_SH | fcntl.LOCK_NB):
-            yield
 
 
 def require(state_dir: Path, name: str = DEFAULT) -> Image:
-    """The image of that name or digest, its manifest and a sample of its files verified.
+    """The image of that name or digest, verified: see `whole`.
 
     Raises:
         CallerError: `image-unknown`, with how to build it.
@@ -113,15 +73,15 @@ class ImageStore:
         try:
             manifest = json.loads((place / "image.json").read_bytes())
         except FileNotFoundError:
-            raise _unknown(name) from None
+            raise unknown(name) from None
         except ValueError:
-            raise _damaged(digest, "image.json is not JSON") from None
+            raise damaged(digest, "image.json is not JSON") from None
         return Image(digest=digest, rootfs=place / "rootfs", manifest=manifest)
 
     def require(self, name: str = DEFAULT) -> Image:
         """As the function of that name."""
         image = self.find(name)
-        _sample(image)
+        require_whole(image)
         return image
 
     def by_key(self, key: str) -> Image | None:
@@ -135,7 +95,7 @@ class ImageStore:
         try:
             return (self.root / "names" / name).read_text("ascii").strip()
         except FileNotFoundError:
-            raise _unknown(name) from None
+            raise unknown(name) from None
 
     def set_name(self, name: str, digest: str) -> None:
         """Let a name stand for an image from now on."""
@@ -144,6 +104,21 @@ class ImageStore:
     def set_key(self, key: str, digest: str) -> None:
         """Remember what these inputs gave."""
         self._write("keys", key, digest)
+
+    def nameless(self) -> list[str]:
+        """Digests of the trees that no name stands for."""
+        place = self.root / "trees"
+        named = set(self.names().values())
+        found = sorted(place.iterdir()) if place.is_dir() else []
+        digests = [f"sha256:{path.name}" for path in found]
+        return [each for each in digests if _DIGEST.fullmatch(each) and each not in named]
+
+    def forget_keys(self) -> None:
+        """Forget what inputs gave whose tree is gone."""
+        place = self.root / "keys"
+        for path in place.iterdir() if place.is_dir() else ():
+            if not (self.root / "trees" / path.read_text("ascii").strip()[7:]).is_dir():
+                path.unlink()
 
     def _write(self, folder: str, name: str, digest: str) -> None:
         place = self.root / folder
@@ -155,7 +130,10 @@ class ImageStore:
     def keep(self, building: Path, digest: str) -> Image:
         """Take in a finished tree, by one rename; one that is there already is the same."""
         place = self.root / "trees" / digest.removeprefix("sha256:")
-        place.parent.mkdir(parents=True, exist_ok=True)
+        # not left to the umask: one that others may write to is not believed
+        for each in (place.parent, building):
+            each.mkdir(parents=True, exist_ok=True)
+            each.chmod(0o700)
         if place.exists():
             if not differences(self.find(digest)):
                 shutil.rmtree(building)
@@ -181,105 +159,13 @@ class ImageStore:
                 hint=f"ringfence image remove {others[0]}",
             )
         if not others and place.is_dir():
-            with _locked(place, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            with locked(place, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 (self.root / "names" / name).unlink(missing_ok=True)
                 _delete(place)
         elif name == digest:
-            raise _unknown(name)
+            raise unknown(name)
         (self.root / "names" / name).unlink(missing_ok=True)
         return digest
-
-
-def differences(image: Image) -> list[str]:
-    """How the files differ from the manifest, the first of them as sentences; empty when whole.
-
-    Reads every byte. Root's tree is judged by its owners, too.
-
-    Raises:
-        UnavailableError: `image-damaged` for a manifest that is not the digest's.
-    """
-    expected = {entry.path: entry for entry in tree.parse(_manifest(image))}
-    found: list[str] = []
-    for path in sorted(tree.paths(image.rootfs), key=os.fsencode):
-        entry = expected.pop(path, None)
-        reason = "is not in the manifest" if entry is None else _differs(image.rootfs, entry)
-        if reason:
-            found.append(f"/{path} {reason}")
-    found += [f"/{path} is missing" for path in expected]
-    return found[:_REPORTED]
-
-
-def _differs(root: Path, entry: tree.Entry) -> str:
-    try:
-        now = tree.entry_at(root, entry.path)
-        status = (root / entry.path).lstat()
-    except (OSError, UnavailableError) as error:
-        return f"cannot be read: {error}"
-    for field in ("kind", "mode", "size", "content"):
-        if getattr(now, field) != getattr(entry, field):
-            return f"differs in {field}"
-    if os.geteuid() == 0 and (status.st_uid, status.st_gid) != (entry.uid, entry.gid):
-        return "differs in owner"
-    return ""
-
-
-def _manifest(image: Image) -> bytes:
-    """The manifest's bytes, which the digest vouches for."""
-    try:
-        content = image.entries_file.read_bytes()
-    except OSError as error:
-        raise _damaged(image.digest, f"the manifest cannot be read: {error.strerror}") from None
-    if tree.digest_of(content) != image.digest:
-        raise _damaged(image.digest, "the manifest was changed")
-    return content
-
-
-def _sample(image: Image) -> None:
-    """The manifest whole; claude and some files by size, mode and time, small ones by content.
-
-    Cheap enough for every start. `image verify` reads everything.
-    """
-    lines = tree.lines(_manifest(image))
-    chosen = random.SystemRandom().sample(lines, min(_SAMPLE, len(lines)))
-    chosen += [line for line in lines if line.startswith(f'["{tree.CLAUDE}",'.encode())]
-    for line in chosen:
-        entry = tree.read_line(line)
-        reason = _looks_different(image.rootfs, entry)
-        if reason:
-            raise _damaged(image.digest, f"/{entry.path} {reason}")
-
-
-def _looks_different(root: Path, entry: tree.Entry) -> str:
-    try:
-        status = (root / entry.path).lstat()
-    except OSError:
-        return "is missing"
-    if entry.kind != "f":
-        return _differs(root, entry)
-    if not stat.S_ISREG(status.st_mode) or stat.S_IMODE(status.st_mode) != entry.mode:
-        return "differs in mode"
-    if status.st_size != entry.size or int(status.st_mtime) != tree.EPOCH:
-        return "differs in size or time"
-    return _differs(root, entry) if entry.size <= _SAMPLE_BYTES else ""
-
-
-@contextmanager
-def _locked(place: Path, how: int) -> Iterator[None]:
-    try:
-        descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise _unknown(place.name) from None
-    try:
-        fcntl.flock(descriptor, how)
-        yield
-    except BlockingIOError:
-        raise UnavailableError(
-            "image-in-use",
-            f"sha256:{place.name[:12]}… is used by a sandbox, or is being removed",
-            hint="try again when the sandboxes that use it have ended",
-        ) from None
-    finally:
-        os.close(descriptor)
 
 
 def _delete(place: Path) -> None:
@@ -288,18 +174,3 @@ def _delete(place: Path) -> None:
     with suppress(FileNotFoundError):
         place.rename(gone)
         shutil.rmtree(gone)
-
-
-def _unknown(name: str) -> CallerError:
-    option = "" if name == DEFAULT else f" --name {name}"
-    return CallerError(
-        "image-unknown", f"there is no image {name}", hint=f"ringfence image build{option}"
-    )
-
-
-def _damaged(digest: str, reason: str) -> UnavailableError:
-    return UnavailableError(
-        "image-damaged",
-        f"image {digest[:19]}…: {reason}",
-        hint="something wrote to the state directory; ringfence image build --rebuild",
-    )

@@ -244,6 +244,7 @@ def _sandbox(document: PolicyDocument) -> SandboxProfile:
     filesystem, execution = document.filesystem, document.execution
     writable = filesystem.writable_paths or ()
     return SandboxProfile(
+        image=filesystem.image,
         workspace_mode=WorkspaceMode(workspace_mode_of(document)),
         workspace_modes=_workspace_modes(document),
         readable=tuple(dict.fromkeys(p for p in filesystem.readable_paths if p != WORKSPACE)),

@@ -44,6 +44,7 @@ class SandboxProfile:
     the workspace; every other path names the same path of the host.
 
     Attributes:
+        image: name or digest of the image whose files are the system inside; None is the host's.
         workspace_mode: when a run does not choose. workspace_modes: what it may choose.
         readable: host paths visible read-only. writable: host paths visible read-write.
         blocked: host paths that are absent inside, wherever a mount would have shown them.
@@ -60,6 +61,7 @@ class SandboxProfile:
         emulation: whether a virtual machine may run on a processor emulated in software.
     """
 
+    image: str | None = None
     workspace_mode: WorkspaceMode = WorkspaceMode.REVIEW
     workspace_modes: tuple[WorkspaceMode, ...] = tuple(WorkspaceMode)
     readable: tuple[str, ...] = ()

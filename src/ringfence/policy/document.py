@@ -161,6 +161,9 @@ HeaderName = Annotated[
 ]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Positive = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)]
+ImageName = Annotated[
+    str, StringConstraints(pattern=r"^(?:[a-z0-9][a-z0-9._-]{0,62}|sha256:[0-9a-f]{64})$")
+]
 Text = Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\x00-\x08\x0a-\x1f\x7f]*$")]
 
 
@@ -255,6 +258,8 @@ class Filesystem(Section):
     """What is visible. Paths are the host's; `/workspace` is the workspace.
 
     Attributes:
+        image: name or sha256:… digest of an image whose files are the system inside, /usr and its
+            like; None is the host's own. A name means what it stands for when a run starts.
         workspace: how it is shown; None is `review`, or `readonly` when `writable_paths` is
             given without /workspace.
         workspace_modes: what a run may choose; None is every mode when nothing is said about
@@ -267,6 +272,7 @@ class Filesystem(Section):
         exec_in_workspace: whether they may from the workspace, as builds and tests need.
     """
 
+    image: ImageName | None = None
     workspace: WorkspaceName | None = None
     workspace_modes: Items[WorkspaceName] | None = None
     writable_paths: Items[Annotated[str, AfterValidator(_writable)]] | None = None

@@ -14,7 +14,8 @@ _HEADINGS = {
     "tool": "Tools",
     "mode": "Permission modes",
     "workspace": "The workspace",
-    "file": "Files, beside the host's /usr (read) and an /etc made for the sandbox",
+    "system": "The system",
+    "file": "Files, beside the system's",
     "isolation": "Isolation",
     "control": "WITHOUT ENFORCEMENT, accepted by this policy",
 }

@@ -30,8 +30,8 @@ class Right:
     """One thing that a policy permits.
 
     Attributes:
-        area: `host`, `model`, `tool`, `mode`, `workspace`, `file`, `isolation` or `control`; of
-            a denial `port`, `path`, `glob` or `rule`.
+        area: `host`, `model`, `tool`, `mode`, `workspace`, `system`, `file`, `isolation` or
+            `control`; of a denial `port`, `path`, `glob` or `rule`.
         text: one line for people, the same for the same right.
         subject: what coverage is decided by; empty when only the same text covers it.
         rank: among rights of one area and subject, a higher one covers a lower; -1 is unranked.
@@ -53,6 +53,7 @@ def rights(policy: CompiledPolicy, named: Named = frozenset()) -> tuple[Right, .
         *_host_rights(policy.egress, named),
         *_model_rights(policy.egress.model),
         *_tool_rights(policy),
+        _system(policy.sandbox),
         *_file_rights(policy),
         _isolation(policy.sandbox),
         *_engine(policy.sandbox.engine),
@@ -265,6 +266,12 @@ def _file_rights(policy: CompiledPolicy) -> list[Right]:
     if sandbox.workspace_exec:
         found.append(Right(area="file", text="programs run from the workspace"))
     return found
+
+
+def _system(sandbox: SandboxProfile) -> Right:
+    image = sandbox.image
+    text = "the host's /usr and its like" if image is None else f"the files of image {image}"
+    return Right(area="system", text=f"{text}, and an /etc made for the sandbox, are read")
 
 
 _WORKSPACE = {

@@ -66,6 +66,7 @@ class SandboxStarted(Event):
     """A sandbox is up; `controls` is what the kernel said, not what flags asked. A `warm` one was
     started before its run, which it is handed to by this record, and waited `waited_ms`.
 
+    `image` is the digest of the image that is the system inside, empty for the host's own.
     `reason` is why `auto` took this technology, `threat_model` what the policy declares, and
     `not_held` are the clauses of the sandbox contract that it says it does not hold.
     """
@@ -74,6 +75,7 @@ class SandboxStarted(Event):
     isolation: str
     controls: dict[str, bool]
     hidden_files: int = 0
+    image: str = ""
     reason: str = ""
     threat_model: str = ""
     not_held: list[str] = Field(default_factory=list)

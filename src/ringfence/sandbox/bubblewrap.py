@@ -27,6 +27,11 @@ class BubblewrapBackend(StagedBackend):
         """See the protocol."""
         return "bubblewrap"
 
+    @property
+    def from_images(self) -> bool:
+        """See StagedBackend."""
+        return True
+
     def check(self) -> None:
         """See StagedBackend."""
         hostfacts.check_user_namespaces()

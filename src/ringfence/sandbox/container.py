@@ -73,6 +73,11 @@ class ContainerBackend(StagedBackend):
         """See the protocol."""
         return "container"
 
+    @property
+    def from_images(self) -> bool:
+        """See StagedBackend."""
+        return True
+
     def check(self) -> None:
         """See StagedBackend."""
         find_runtime(self._engine, as_root=os.geteuid() == 0)

@@ -17,6 +17,7 @@ import functools
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,16 @@ class GvisorBackend(StagedBackend):
     def reads_programs(self) -> bool:
         """See StagedBackend: the gofer opens a program to run it."""
         return True
+
+    @property
+    def from_images(self) -> bool:
+        """See StagedBackend."""
+        return True
+
+    @property
+    def needed_of_images(self) -> Sequence[str]:
+        """See StagedBackend: `_INIT` is the first program inside."""
+        return (_PERL.lstrip("/"),)
 
     def check(self) -> None:
         """See StagedBackend."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from ringfence.errors import CallerError, UnavailableError
 from ringfence.policy.compiled import SandboxProfile
+from ringfence.sandbox.imageroot import HeldImage
 from ringfence.sandbox.launcher import rehearse
 from ringfence.sandbox.profile import (
     STAGES,
@@ -187,17 +188,22 @@ def limits_processes() -> bool:
 
 
 def gather_waiting(
-    spec: SandboxSpec | WaitingSpec, uid: int, state_dir: Path, *, reads_programs: bool = False
+    spec: SandboxSpec | WaitingSpec,
+    uid: int,
+    state_dir: Path,
+    *,
+    reads_programs: bool = False,
+    image: HeldImage | None = None,
 ) -> HostFacts:
     """All that `profile.py` needs to know but what the workspace brings; `reads_programs` as in
-    StagedBackend.
+    StagedBackend, `image` in place of the host's own system.
 
     Raises:
         CallerError: `profile-path-refused` for a path that is a socket, FIFO or device.
         UnavailableError: `isolation-unavailable`.
     """
     protected = (str(state_dir),)
-    links, existing = system_links()
+    links, existing = system_links() if image is None else (dict(image.root.links), {})
     real = {}
     for text in (*host_paths(spec.profile), *spec.profile.blocked, *protected):
         # not pathlib's: what this user may not look at is absent, and no fault
@@ -216,12 +222,13 @@ def gather_waiting(
         real=real,
         protected=protected,
         special=_special(spec.profile, existing),
-        ca_bundle=_trust_store(spec.ca_certificate),
+        ca_bundle=_trust_store(spec.ca_certificate, image),
         proc_entries=frozenset(os.listdir("/proc")),
         stage=stage(),
         egress_dir=str(spec.egress_dir) if spec.egress_dir else None,
         claude=str(claude) if claude else None,
         programs=dict(spec.programs) if isinstance(spec, WaitingSpec) else {},
+        image=None if image is None else image.root,
     )
 
 
@@ -291,15 +298,18 @@ def stage() -> str:
     )
 
 
-def _trust_store(own: bytes | None) -> str:
+def _trust_store(own: bytes | None, image: HeldImage | None) -> str:
+    return (_hosts_trust_store() if image is None else image.trust_store) + (
+        own.decode() if own else ""
+    )
+
+
+def _hosts_trust_store() -> str:
     for name in _TRUST_STORES:
         path = Path(name)
         if path.exists():
-            text = path.read_text(errors="replace")
-            break
-    else:
-        text = ""
-    return text + (own.decode() if own else "")
+            return path.read_text(errors="replace")
+    return ""
 
 
 def _remove_stale(directory: Path) -> None:

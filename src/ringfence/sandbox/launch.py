@@ -205,8 +205,9 @@ def prepare(plan: Plan, descriptors: list[int]) -> tuple[Plan, list[int]]:
     stage = plan["stage"]
     mount("stage", stage, "tmpfs", MS_NOSUID | MS_NODEV, "size=16m,mode=0755")
     _scratch(plan, uid)
-    fill(plan, trees, copying, "workspace")
+    # before the overlays, one of which has them below: what lies there may not change under it
     write_files(stage, {path: text.encode() for path, text in plan["files"].items()}, 0o644)
+    fill(plan, trees, copying, "workspace")
     programs = {path: text.encode() for path, text in plan["programs"].items()}
     write_files(stage, tools | programs, 0o755)
     if waiting is not None:
@@ -305,7 +306,7 @@ def _overlay(stage: str, overlay: Plan) -> None:
     even one made later, is not the host's: an overlay has inodes of its own for them.
     """
     lower, target = f"{stage}/{overlay['lower']}", f"{stage}/{overlay['target']}"
-    options = f"lowerdir={lower}:{stage}/nothing,userxattr"
+    options = f"lowerdir={lower}:{stage}/{overlay['over']},userxattr"
     if overlay["writable"]:
         scratch = f"{stage}/scratch"
         options = f"lowerdir={lower},upperdir={scratch}/upper,workdir={scratch}/work,userxattr"

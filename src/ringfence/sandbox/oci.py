@@ -6,7 +6,7 @@ namespaces are made before a runtime is started, so that none has to be trusted 
 asked of the runtime here is read back from the kernel by `launch_oci.py`, see `expectations`.
 
 Also for a runtime with a kernel of its own: `config` takes the namespaces and the seccomp profile
-that are asked for, and `system` names the directory that stands in for the host's `/usr`.
+that are asked for.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from ringfence.model import WorkspaceMode
 from ringfence.policy.compiled import SandboxProfile
-from ringfence.sandbox.profile import SYSTEM, HostFacts, shown_paths, system_covers
+from ringfence.sandbox.profile import HostFacts, programs, shown_paths, system_covers
 from ringfence.sandbox.protocol import (
     INSIDE_CLAUDE,
     INSIDE_EGRESS_DIR,
@@ -52,16 +52,14 @@ def config(
     cwd: str,
     seccomp: Mapping[str, Any] | None = None,
     namespaces: Sequence[str] = NAMESPACES,
-    system: str = "",
     uid: int = INSIDE_UID,
     one_id: bool = False,
 ) -> dict[str, Any]:
     """The content of config.json (OCI runtime specification 1.0.2).
 
     `environment` is all that the program gets. `seccomp` becomes `linux.seccomp`; None leaves the
-    calls to a runtime with a kernel of its own. `namespaces` are what the runtime has to make,
-    `system` is the directory below which /usr and its like are found, empty for the host itself,
-    and `uid` the program's inside, and its group. With `one_id` the runtime has a single id, as
+    calls to a runtime with a kernel of its own. `namespaces` are what the runtime has to make, and
+    `uid` is the program's inside, and its group. With `one_id` the runtime has a single id, as
     its root: it makes a user namespace more, in which the program has that id as `uid`.
     """
     linux: dict[str, Any] = {
@@ -89,7 +87,7 @@ def config(
             "noNewPrivileges": True,
             "oomScoreAdj": OOM_SCORE,
         },
-        "mounts": mounts(rules, facts, system, one_id=one_id),
+        "mounts": mounts(rules, facts, one_id=one_id),
         "linux": linux,
     }
 
@@ -99,13 +97,13 @@ def _of_proc(facts: HostFacts, names: Sequence[str]) -> list[str]:
 
 
 def mounts(
-    rules: SandboxProfile, facts: HostFacts, system: str = "", *, one_id: bool = False
+    rules: SandboxProfile, facts: HostFacts, *, one_id: bool = False
 ) -> list[dict[str, Any]]:
     """Order is meaning: a later mount covers an earlier one."""
     # a user namespace may not mount the processes of one above it, only show what is mounted
     proc = _bind("/proc", "/proc", *_SHUT) if one_id else _kernel("proc", "/proc", *_SHUT)
     return [
-        *_system(facts, system),
+        *_system(facts),
         proc,
         _kernel("tmpfs", "/dev", "ro", "nosuid", "noexec", "mode=755", "size=64k", "nr_inodes=64"),
         _kernel("devpts", "/dev/pts", "nosuid", "noexec", "newinstance", "ptmxmode=0666"),
@@ -124,11 +122,10 @@ def _bind(source: str, place: str, *options: str) -> dict[str, Any]:
     return {"destination": place, "type": "bind", "source": source, "options": words}
 
 
-def _system(facts: HostFacts, system: str) -> list[dict[str, Any]]:
-    shown = ["usr", *(name for name in SYSTEM if f"/{name}" in facts.existing)]
+def _system(facts: HostFacts) -> list[dict[str, Any]]:
     return [
         # with all that is mounted below: a host may have its /usr/local apart
-        *(_bind(f"{system}/{name}", f"/{name}", "ro", "rro", *_QUIET) for name in shown),
+        *(_bind(path, place, "ro", "rro", *_QUIET) for path, place in programs(facts)),
         _bind(f"{facts.stage}/etc", "/etc", "ro", *_SHUT),
     ]
 

@@ -75,14 +75,32 @@ class Tools:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ImageRoot:
+    """An image's files as the system inside, in place of the host's.
+
+    Attributes:
+        path: of its root on the host.
+        directories: paths below it that are shown, such as `usr` and `opt/tool`; /etc apart.
+        links: root-level names that are links in it, such as `bin` to `usr/bin`.
+        covered: absolute paths inside that a policy blocks, to whether each is a directory.
+    """
+
+    path: str
+    directories: tuple[str, ...]
+    links: Mapping[str, str] = field(default_factory=dict)
+    covered: Mapping[str, bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class HostFacts:
     """What was looked up on the host, so that planning stays pure.
 
     Attributes:
         as_root: ringfence was started by root. uid: host uid of the sandbox.
-        links: root-level names that are links on the host, such as `bin` to `usr/bin`.
+        links: root-level names that are links in the system shown, such as `bin` to `usr/bin`.
+        image: what the system is, when it is not the host's own.
         existing: absolute host paths that exist, to whether each is a directory.
-        ca_bundle: content of the trust store, our CA included.
+        ca_bundle: content of the system's trust store, our CA included.
         masked: workspace-relative paths to hide, to whether each is a directory.
         proc_entries: names below /proc that exist on this kernel.
         blank: those of `masked` that are an empty file inside and not an unreadable one.
@@ -110,6 +128,7 @@ class HostFacts:
     egress_dir: str | None = None
     claude: str | None = None
     programs: Mapping[str, str] = field(default_factory=dict)
+    image: ImageRoot | None = None
 
 
 SYSTEM = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
@@ -135,7 +154,7 @@ _RESERVED = ("/", "/proc", "/sys", "/dev", "/run", "/opt/ringfence", "/etc", "/u
 
 def shown_paths(profile: SandboxProfile, facts: HostFacts) -> tuple[tuple[str, bool], ...]:
     """(host path, writable) of everything beside the workspace; deny wins over both lists, by
-    name and by what a name leads to.
+    name and by what a name leads to. With an image a path of the system is the image's own.
 
     Raises:
         CallerError: `profile-path-refused` for a path that would cover a mount of our own.
@@ -146,6 +165,14 @@ def shown_paths(profile: SandboxProfile, facts: HostFacts) -> tuple[tuple[str, b
         (p, True) for p in profile.writable
     ]:
         if _is_workspace(path) or path not in facts.existing:
+            continue
+        if _of_image(path, facts):
+            if writable:
+                raise CallerError(
+                    "profile-path-refused",
+                    f"{path} cannot be written to: an image stands there",
+                    hint="take the path out, or the line filesystem.image",
+                )
             continue
         spellings = (path, facts.real.get(path, path))
         if any(_below(spelling, blocked) for spelling in spellings for blocked in denied):
@@ -158,6 +185,13 @@ def shown_paths(profile: SandboxProfile, facts: HostFacts) -> tuple[tuple[str, b
             )
         shown[path] = writable
     return tuple(shown.items())
+
+
+def _of_image(path: str, facts: HostFacts) -> bool:
+    if facts.image is None:
+        return False
+    system = ("etc", "usr", *SYSTEM, *facts.image.directories)
+    return any(_below(path, f"/{name}") for name in system)
 
 
 def _denied(profile: SandboxProfile, facts: HostFacts) -> set[str]:
@@ -206,25 +240,39 @@ def prepare_plan(
         sources.append(source(facts.egress_dir, "egress", read_only=True))
     if facts.claude is not None:
         sources.append(source(facts.claude, "claude", read_only=True, directory=False))
-    for name in _ETC_FROM_HOST:
-        path = f"/etc/{name}"
-        if path in facts.existing:
-            directory = facts.existing[path]
-            sources.append(source(path, f"etc/{name}", read_only=True, directory=directory))
+    below, layers = _system_sources(facts)
     return {
         **bare_plan(facts),
-        "sources": sources,
-        "overlays": overlays,
+        "sources": sources + below,
+        "overlays": overlays + layers,
         "masks": _masks(profile, facts),
         "disk_mb": profile.limits.disk_mb,
         "tmp_exec": profile.tmp_exec,
         "workspace_exec": without or profile.workspace_exec,
-        "files": {**_ETC_FILES, "etc/ssl/certs/ca-certificates.crt": facts.ca_bundle},
+        "files": _etc_files(facts),
         "handles": handles if without else [*_WORKSPACE_HANDLES, *handles],
         "waiting": None if waiting is None else dict(waiting),
         "gate": WAITING_GATE,
         "programs": {f"programs/{name}": text for name, text in facts.programs.items()},
     }
+
+
+def _system_sources(facts: HostFacts) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Sources and overlays of the system: parts of the host's /etc, or an image, over whose /etc
+    lies what is made here.
+    """
+    if facts.image is not None:
+        image = source(facts.image.path, "image", read_only=True)
+        return [image], [_layer("own/etc", "etc", writable=False, over="image/etc")]
+    paths = [f"/etc/{name}" for name in _ETC_FROM_HOST if f"/etc/{name}" in facts.existing]
+    return [
+        source(path, path[1:], read_only=True, directory=facts.existing[path]) for path in paths
+    ], []
+
+
+def _etc_files(facts: HostFacts) -> dict[str, str]:
+    files = {**_ETC_FILES, "etc/ssl/certs/ca-certificates.crt": facts.ca_bundle}
+    return files if facts.image is None else {f"own/{path}": text for path, text in files.items()}
 
 
 _WORKSPACE_HANDLES = ("workspace", "lower")
@@ -306,8 +354,8 @@ def exec_plan(facts: HostFacts, options: Sequence[str], command: Sequence[str]) 
     }
 
 
-def _layer(lower: str, target: str, *, writable: bool) -> dict[str, Any]:
-    return {"lower": lower, "target": target, "writable": writable}
+def _layer(lower: str, target: str, *, writable: bool, over: str = "nothing") -> dict[str, Any]:
+    return {"lower": lower, "over": over, "target": target, "writable": writable}
 
 
 def source(
@@ -346,19 +394,27 @@ def enclose_options(
 
 
 def system_mounts(facts: HostFacts) -> list[str]:
-    """The host's programs, and the synthetic /etc."""
+    """The system's programs, and the synthetic /etc."""
     return [*program_mounts(facts), "--ro-bind", f"{facts.stage}/etc", "/etc"]
 
 
 def program_mounts(facts: HostFacts) -> list[str]:
-    """The host's programs."""
-    arguments = ["--ro-bind", "/usr", "/usr"]
+    """The system's programs."""
+    arguments = []
+    for path, place in programs(facts):
+        arguments += ["--ro-bind", path, place]
     for name in SYSTEM:
         if name in facts.links:
             arguments += ["--symlink", facts.links[name], f"/{name}"]
-        elif f"/{name}" in facts.existing:
-            arguments += ["--ro-bind", f"/{name}", f"/{name}"]
     return arguments
+
+
+def programs(facts: HostFacts) -> tuple[tuple[str, str], ...]:
+    """(path to mount, place inside) of the system's directories, /etc apart."""
+    if facts.image is not None:
+        return tuple((f"{facts.stage}/image/{one}", f"/{one}") for one in facts.image.directories)
+    places = ["/usr", *(f"/{name}" for name in SYSTEM if f"/{name}" in facts.existing)]
+    return tuple((place, place) for place in places)
 
 
 def _proc(facts: HostFacts) -> list[str]:
@@ -407,10 +463,12 @@ def cover_options(profile: SandboxProfile, facts: HostFacts) -> list[str]:
 
 
 def system_covers(profile: SandboxProfile, facts: HostFacts) -> tuple[tuple[str, bool], ...]:
-    """(path, whether a directory) of what is blocked of the host's programs; of the rest, see
+    """(path, whether a directory) of what is blocked of the system's programs; of the rest, see
     `_masks`, or it is absent anyway.
     """
-    system = ("/usr", *(f"/{name}" for name in SYSTEM if f"/{name}" in facts.existing))
+    if facts.image is not None:
+        return tuple(facts.image.covered.items())
+    system = [place for _, place in programs(facts)]
     blocked = dict.fromkeys(facts.real.get(path, path) for path in profile.blocked)
     return tuple(
         (path, facts.existing[path])

@@ -97,6 +97,7 @@ class RuntimeBackend(StagedBackend):
 
     def probe(self, profile: SandboxProfile) -> Sequence[ControlState]:
         """See the protocol."""
+        self.refuse_image(profile)
         self.check()
         return enforce.states(HOW, profile, Control.TMP_NOEXEC)
 

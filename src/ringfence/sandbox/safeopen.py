@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from ringfence.errors import AgentError, DeniedError
 
 _NR_OPENAT2 = 437
-_NO_XDEV, _NO_MAGICLINKS, _NO_SYMLINKS, _BENEATH = 0x01, 0x02, 0x04, 0x08
+_NO_XDEV, _NO_MAGICLINKS, _NO_SYMLINKS, _BENEATH, _IN_ROOT = 0x01, 0x02, 0x04, 0x08, 0x10
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -30,9 +30,24 @@ def open_beneath(
         OSError: as open(2).
     """
     resolve = _BENEATH | _NO_SYMLINKS | _NO_MAGICLINKS | (0 if cross_mounts else _NO_XDEV)
-    how = ctypes.create_string_buffer(
-        struct.pack("QQQ", flags | os.O_CLOEXEC | os.O_NOFOLLOW, mode, resolve), 24
-    )
+    try:
+        return _openat2(directory, path, flags | os.O_NOFOLLOW, mode, resolve)
+    except OSError as error:
+        if error.errno in {errno.ELOOP, errno.EXDEV}:
+            message = f"{printable_path(path)} leads through a link"
+            raise DeniedError("path-escapes", message) from None
+        raise
+
+
+def open_within(directory: int, path: str | bytes, flags: int) -> int:
+    """openat2 of what a path is to a program whose root is `directory`: links are followed, and
+    none leads out. Raises OSError as open(2).
+    """
+    return _openat2(directory, path, flags, 0, _IN_ROOT | _NO_MAGICLINKS)
+
+
+def _openat2(directory: int, path: str | bytes, flags: int, mode: int, resolve: int) -> int:
+    how = ctypes.create_string_buffer(struct.pack("QQQ", flags | os.O_CLOEXEC, mode, resolve), 24)
     name = os.fsencode(path)
     while True:
         result = _LIBC.syscall(
@@ -47,8 +62,6 @@ def open_beneath(
         number = ctypes.get_errno()
         if number in {errno.EINTR, errno.EAGAIN}:
             continue
-        if number in {errno.ELOOP, errno.EXDEV}:
-            raise DeniedError("path-escapes", f"{printable_path(path)} leads through a link")
         raise OSError(number, os.strerror(number), os.fsdecode(path))
 
 

@@ -26,6 +26,7 @@ from ringfence.model import WorkspaceMode
 from ringfence.policy.compiled import Limits, SandboxProfile
 from ringfence.sandbox import cgroups, enforce, hostfacts, profile, seccomp
 from ringfence.sandbox.frames import send_frame
+from ringfence.sandbox.imageroot import HeldImage, hold
 from ringfence.sandbox.launcher import Launcher, Spare, alive, attach, prepare
 from ringfence.sandbox.opening import look_at, open_workspace
 from ringfence.sandbox.overlay import read_changes
@@ -96,6 +97,18 @@ class StagedBackend(ABC):
         """Whether who encloses opens a program to run it: an execute-only file cannot be then."""
         return False
 
+    @property
+    def from_images(self) -> bool:
+        """Whether an image can be the system. Where it cannot, a profile that names one is refused
+        by `probe`: its agent would find the host's files.
+        """
+        return False
+
+    @property
+    def needed_of_images(self) -> Sequence[str]:
+        """Files below an image's root without which no program can be started in it."""
+        return ()
+
     def creators(self, facts: profile.HostFacts) -> list[int]:  # noqa: ARG002
         """Host ids beside the sandbox's own that make files in the workspace's name: they give
         each to its owner at once, and the mount has to know them.
@@ -108,8 +121,18 @@ class StagedBackend(ABC):
 
     def probe(self, profile: SandboxProfile) -> Sequence[ControlState]:
         """See the protocol."""
+        self.refuse_image(profile)
         self.check()
         return enforce.states(self.words, profile)
+
+    def refuse_image(self, profile: SandboxProfile) -> None:
+        """Raise UnavailableError `isolation-unavailable` where an image is asked for in vain."""
+        if profile.image is not None and not self.from_images:
+            raise UnavailableError(
+                "isolation-unavailable",
+                f"{self.name} cannot start from an image, and the policy names {profile.image}",
+                hint="isolation.backend: bubblewrap, container or gvisor",
+            )
 
     async def start(self, spec: SandboxSpec) -> StagedSandbox:
         """See the protocol."""
@@ -145,9 +168,10 @@ class StagedSandbox:
         spare: Spare,
         handles: list[int],
         backend: StagedBackend,
+        image: HeldImage | None,
     ) -> None:
         self._spec, self._facts, self._spare, self._backend = spec, facts, spare, backend
-        self._lease, self._groups, self._controls = lease, groups, controls
+        self._lease, self._groups, self._controls, self._image = lease, groups, controls, image
         self._ready: Launcher | None = launcher
         self._mnt, self._net, self._user, self._listener = handles[:4]
         # the workspace, what lies below its copy-on-write view, the gate of one that came late;
@@ -177,14 +201,16 @@ class StagedSandbox:
         path = spec.workspace if isinstance(spec, SandboxSpec) else None
         held = [] if path is None else [open_workspace(path, state_dir)]
         lease = hostfacts.lease_uid(uids) if os.geteuid() == 0 else None
-        groups = None
+        groups = image = None
         try:
+            image = await asyncio.to_thread(_hold_image, spec.profile, state_dir, backend)
             facts = await asyncio.to_thread(
                 hostfacts.gather_waiting,
                 spec,
                 lease.uid if lease else os.getuid(),
                 state_dir,
                 reads_programs=backend.reads_programs,
+                image=image,
             )
             if path is not None:
                 facts = await look_at(facts, spec.profile, path, held[0])
@@ -205,11 +231,15 @@ class StagedSandbox:
                 groups.remove()
             if lease is not None:
                 lease.release()
+            if image is not None:
+                image.release()
             raise
         finally:
             for descriptor in held:
                 os.close(descriptor)
-        sandbox = cls(spec, facts, lease, groups, controls, launcher, spare, handles, backend)
+        sandbox = cls(
+            spec, facts, lease, groups, controls, launcher, spare, handles, backend, image
+        )
         try:
             files = (spec.home_files if isinstance(spec, SandboxSpec) else None) or {}
             await sandbox.copy_in({f"{INSIDE_HOME}/{k}": v for k, v in files.items()})
@@ -415,6 +445,15 @@ class StagedSandbox:
             os.close(descriptor)
         if self._lease is not None:
             self._lease.release()
+        if self._image is not None:
+            self._image.release()
+
+
+def _hold_image(rules: SandboxProfile, state_dir: Path, backend: StagedBackend) -> HeldImage | None:
+    if rules.image is None:
+        return None
+    needed = backend.needed_of_images
+    return hold(state_dir, rules.image, blocked=rules.blocked, needed=needed)
 
 
 BASE_ENVIRONMENT = {

@@ -47,7 +47,15 @@ from ringfence.worker.ends import broken_off, ended, to_the_end
 from ringfence.worker.ids import new_id
 from ringfence.worker.leases import heartbeat
 from ringfence.worker.outcome import Outcome, budget_spent
-from ringfence.worker.prepare import absent, check, claude_settings, narrowed, pick, start_notices
+from ringfence.worker.prepare import (
+    absent,
+    check,
+    claude_settings,
+    narrowed,
+    pick,
+    pinned,
+    start_notices,
+)
 from ringfence.worker.rundir import RunDirectory
 from ringfence.worker.station import OnMessage, Station
 from ringfence.worker.warm import Member
@@ -91,6 +99,8 @@ class Attempt:
         """
         station = self._station
         check(self._request, self._stated, state_dir=station.config.state_dir)
+        self._stated = pinned(self._stated, station.config.state_dir)
+        self._policy = narrowed(self._stated, self._request)
         # a probe may start a machine and wait for it
         asked, stated = self._request.isolation, self._stated.sandbox
         picked = await asyncio.to_thread(
@@ -280,6 +290,7 @@ class Attempt:
             SandboxStarted(
                 **self._ids(),
                 isolation=picked.backend.name,
+                image=self._policy.sandbox.image or "",
                 reason=picked.reason,
                 threat_model=self._policy.sandbox.threat_model or "",
                 not_held=sorted(not_held(picked.backend)),

@@ -19,6 +19,7 @@ from ringfence.errors import CallerError, DeniedError
 from ringfence.model import RunRequest
 from ringfence.policy.compiled import CompiledPolicy, SandboxProfile
 from ringfence.policy.isolation import TECHNOLOGIES, enough, floor, strength
+from ringfence.sandbox.imageroot import digest_of
 from ringfence.sandbox.protocol import Emulating, not_held
 from ringfence.sandbox.registry import Backends, Picked
 
@@ -53,6 +54,19 @@ def narrowed(policy: CompiledPolicy, request: RunRequest) -> CompiledPolicy:
         sandbox = replace(sandbox, isolation=request.isolation)
     egress = replace(policy.egress, model=model)
     return replace(policy, sandbox=sandbox, egress=egress, tools=tools)
+
+
+def pinned(policy: CompiledPolicy, state_dir: Path) -> CompiledPolicy:
+    """The policy with the digest of its image: a name may stand for another before the run ends.
+
+    Raises:
+        CallerError: `image-unknown`.
+        UnavailableError: `image-damaged`.
+    """
+    if policy.sandbox.image is None:
+        return policy
+    digest = digest_of(state_dir, policy.sandbox.image)
+    return replace(policy, sandbox=replace(policy.sandbox, image=digest))
 
 
 def claude_settings(

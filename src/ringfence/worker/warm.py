@@ -30,7 +30,7 @@ from ringfence.sandbox.protocol import Backend, WaitingBackend, WaitingSandbox, 
 from ringfence.worker.egressdir import EgressDirectory
 from ringfence.worker.ends import broken_off, to_the_end
 from ringfence.worker.ids import new_id
-from ringfence.worker.prepare import claude_settings, narrowed
+from ringfence.worker.prepare import claude_settings, narrowed, pinned
 from ringfence.worker.warmkey import may_wait, warm_key
 from ringfence.worker.warmplace import StandIn, stand_in
 from ringfence.worker.warmplan import Waiting, Want, plan
@@ -118,6 +118,7 @@ class WarmPool:
     ) -> Recipe | None:
         """What would serve a request in this technology; None when nothing that waits can."""
         policy, claude = narrowed(policy, request), self._claude
+        policy = pinned(policy, self._config.state_dir)
         if self._config.warm.size == 0 or claude is None or not may_wait(policy, request):
             return None
         if not isinstance(backend, WaitingBackend):

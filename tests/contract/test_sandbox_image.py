@@ -1,0 +1,79 @@
+"""The contract holds with an image as the system of the sandbox, and nothing of the host's /usr."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from backends import needs
+from images import copy_of_small
+from ringfence.policy.compiled import SandboxProfile
+from ringfence.sandbox.bubblewrap import BubblewrapBackend
+from ringfence.sandbox.container import ContainerBackend
+from ringfence.sandbox.gvisor import GvisorBackend
+from ringfence.sandbox.protocol import Backend
+from ringfence.testing.sandbox_contract import SandboxContract
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """One state directory for all clauses: it goes from one to the next, so that the image in it
+    is read once.
+    """
+    place = tmp_path_factory.mktemp("kept") / "state"
+    copy_of_small(place)
+    yield place
+    shutil.rmtree(place, ignore_errors=True)
+
+
+# the first to come builds the image, of files of the host; under load that takes its time
+pytestmark = pytest.mark.timeout(600)
+
+
+class ImageContract(SandboxContract):
+    technology: type[Backend]
+    rules = replace(SandboxProfile(), image="small")
+
+    @pytest.fixture
+    def state(self, tmp_path: Path, kept: Path) -> Iterator[Path]:
+        state = kept.rename(tmp_path / "state")
+        yield state
+        state.rename(kept)
+
+    @pytest.fixture
+    def backend(self, state: Path) -> Backend:
+        return self.technology(state_dir=state)  # type: ignore[call-arg]
+
+    def test_what_is_inside_is_the_image(self, backend: Backend, place: Path) -> None:
+        """The contract would hold as well if an image were silently left out."""
+        packages = place / "state/images"
+        (listed,) = packages.glob("trees/*/rootfs/var/lib/dpkg/status")
+        command = "cat /var/lib/dpkg/status"
+        assert self.inside(backend, self.spec(backend, place), command) == (0, listed.read_text())
+        without = replace(self.spec(backend, place, 1), profile=self._without(backend, place))
+        assert self.inside(backend, without, command) == (1, "")
+
+    def _without(self, backend: Backend, place: Path) -> SandboxProfile:
+        return replace(self.spec(backend, place).profile, image=None)
+
+
+@needs("bubblewrap")
+class TestBubblewrap(ImageContract):
+    technology = BubblewrapBackend
+
+
+@pytest.mark.storm
+@needs("container")
+class TestContainer(ImageContract):
+    technology = ContainerBackend
+
+
+@pytest.mark.storm
+@needs("gvisor")
+class TestGvisor(ImageContract):
+    technology = GvisorBackend
+    shares_a_kernel = False

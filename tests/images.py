@@ -1,0 +1,82 @@
+"""Images for tests: a small one of this host's own packages, built once and kept between sessions
+below a name that changes with the builder's code.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ringfence.images
+
+PACKAGES = ["bash", "coreutils", "findutils", "perl-base", "python3", "util-linux"]
+SMALL = {"version": 1, "source": "host", "claude": False, "packages": {"apt": PACKAGES}}
+
+
+def cache() -> Path:
+    """State directory of this builder's code; those of other code are taken away."""
+    code = hashlib.sha256()
+    for path in sorted(Path(ringfence.images.__file__).parent.iterdir()):
+        if path.is_file():
+            code.update(path.read_bytes())
+    place = Path.home() / ".cache" / "ringfence-test"
+    for old in place.glob("images-*"):
+        if old.name != f"images-{code.hexdigest()[:16]}":
+            shutil.rmtree(old, ignore_errors=True)
+    return place / f"images-{code.hexdigest()[:16]}"
+
+
+def ringfence_image(
+    state: Path, *arguments: str | Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ringfence", "image", *arguments],
+        env={**os.environ, "RINGFENCE_STATE_DIR": str(state), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def built(state: Path, *arguments: str | Path) -> dict[str, Any]:
+    done = ringfence_image(state, "build", "--json", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+def small_state() -> Path:
+    """A state directory with the image `small`; workers of one session wait for each other."""
+    if not Path("/var/lib/dpkg/info/python3.list").exists():
+        pytest.skip("needs Debian's python3 on the host, of which the image is made")
+    state = cache()
+    state.mkdir(parents=True, exist_ok=True)
+    with (state / "test.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        definition = state / "small.yaml"
+        definition.write_text(json.dumps(SMALL))
+        built(state, definition, "--name", "small")
+    return state
+
+
+def copy_of_small(place: Path) -> Path:
+    """A state directory of one's own with the image, at `place`, which does not exist yet. By links
+    where the file system is the same: nobody writes to an image.
+    """
+    source = small_state() / "images"
+    place.mkdir(parents=True, mode=0o700)
+    for how in ("-al", "-a"):
+        if subprocess.run(["cp", how, source, place], check=False, capture_output=True).returncode:
+            shutil.rmtree(place / "images", ignore_errors=True)
+        else:
+            break
+    assert (place / "images" / "names" / "small").exists()
+    return place
