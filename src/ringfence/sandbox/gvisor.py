@@ -105,8 +105,8 @@ class GvisorBackend(StagedBackend):
 
     @property
     def needed_of_images(self) -> Sequence[str]:
-        """See StagedBackend: `_INIT` is the first program inside."""
-        return (_PERL.lstrip("/"),)
+        """See StagedBackend: the first program inside needs it."""
+        return (gvisor_init.PERL.lstrip("/"),)
 
     def check(self) -> None:
         """See StagedBackend."""

@@ -23,7 +23,7 @@ CAPABILITIES = ("CAP_SETUID", "CAP_SETGID")
 CAPABILITIES_OF_ONE_ID = ("CAP_CHOWN", "CAP_SYS_ADMIN")
 """What it begins with, over gVisor's kernel and nothing of the host."""
 
-_PERL = "/usr/bin/perl"
+PERL = "/usr/bin/perl"
 _CALLS = {"x86_64": (157, 272, 165), "aarch64": (167, 97, 40)}
 """Numbers of prctl, unshare and mount."""
 
@@ -87,4 +87,4 @@ def first(argv: Sequence[str], tasks: int, *, one_id: bool) -> list[str]:
     for name, value in zip(names, (*_CALLS[machine], INSIDE_UID, 65534, GATE), strict=True):
         script = script.replace(name, str(value))
     # its count lets some more through than it is told, 71 for 64: the policy's is a ceiling
-    return [_PERL, "-e", script, str(tasks * 3 // 4), seccomp.build(machine).hex(), *argv]
+    return [PERL, "-e", script, str(tasks * 3 // 4), seccomp.build(machine).hex(), *argv]
