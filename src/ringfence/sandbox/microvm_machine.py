@@ -9,10 +9,11 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 import shutil
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from ringfence.sandbox.profile import HostFacts, exec_plan
 from ringfence.sandbox.stdio import SocketProcess
 
 QEMU = "/usr/bin/qemu-system-x86_64"
-BOOT_SECONDS = 120.0
+BOOT_SECONDS = 300.0
 _MONITOR_SECONDS = 60.0
 _KEPT_SNAPSHOTS = 4
 _LINE_MAX = 1 << 20
@@ -286,6 +287,12 @@ class Snapshots:
         found = await asyncio.to_thread(_read, path)
         if found is not None:
             return found
+        async with _alone(self._directory):
+            # meanwhile another may have made it, of this process or not
+            found = await asyncio.to_thread(_read, path)
+            return await self._saved(megabytes, path) if found is None else found
+
+    async def _saved(self, megabytes: int, path: Path) -> int:
         descriptor = os.memfd_create("snapshot", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             await self._save(megabytes, descriptor)
@@ -355,6 +362,24 @@ class Snapshots:
             await asyncio.shield(machine.close())
             raise
         return machine
+
+
+@contextlib.asynccontextmanager
+async def _alone(directory: Path) -> AsyncIterator[None]:
+    """Two that boot at once would measure each other's clocks wrong, and mix their files."""
+    lock = os.open(directory / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        for _ in range(10 * _BOOTS * int(BOOT_SECONDS)):
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            await asyncio.sleep(0.1)
+        else:
+            words = "another process has been saving a machine for too long"
+            raise UnavailableError("sandbox-start-failed", words)
+        yield
+    finally:
+        os.close(lock)
 
 
 async def _exactly(machine: Machine, size: int) -> bytes:
@@ -440,7 +465,7 @@ def _write(path: Path, descriptor: int) -> None:
         (path.with_suffix(".sha256"), hashlib.sha256(data).hexdigest().encode()),
         (path, data),
     ):
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.part")
+        temporary = target.with_name(f"{target.name}.{secrets.token_hex(6)}.part")
         with open(os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
             file.write(content)
         temporary.replace(target)
