@@ -19,9 +19,9 @@ from ringfence.policy.compiled import Limits, SandboxProfile
 from ringfence.sandbox import hostfacts, microvm_processor
 from ringfence.sandbox.microvm import MicrovmBackend
 from ringfence.sandbox.microvm_image import build
-from ringfence.sandbox.microvm_machine import _read
 from ringfence.sandbox.microvm_processor import Processors
 from ringfence.sandbox.microvm_profile import TRANSLATED
+from ringfence.sandbox.microvm_saved import read_saved
 from ringfence.sandbox.protocol import Control, SandboxSpec
 from ringfence.testing.sandbox_contract import shell
 
@@ -135,7 +135,7 @@ def test_a_snapshot_that_was_changed_is_not_restored(
     assert asyncio.run(work()) == 0
     path = next(iter(state.glob("microvm/snapshot-*.sha256"))).with_suffix("")
     assert path.stat().st_mode & 0o777 == 0o600
-    descriptor = _read(path)
+    descriptor = read_saved(path)
     assert descriptor is not None
     with pytest.raises(PermissionError):
         os.write(descriptor, b"x")
@@ -145,9 +145,9 @@ def test_a_snapshot_that_was_changed_is_not_restored(
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 1]))
-    assert _read(path) is None
+    assert read_saved(path) is None
     assert asyncio.run(work()) == 0  # made anew
-    descriptor = _read(path)
+    descriptor = read_saved(path)
     assert descriptor is not None
     os.close(descriptor)
 

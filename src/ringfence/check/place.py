@@ -15,7 +15,7 @@ import sqlite3
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self
@@ -86,6 +86,8 @@ RULES = EgressRules(
     blocked_ports=(22, 3306, 5432),
 )
 """What the attacked sandboxes may reach. A policy's own hosts are not asked by a check."""
+
+_MACHINE_MB = 768
 
 MakeBackend = Callable[[Path], Backend]
 
@@ -197,6 +199,11 @@ class Place:
         await worker.ready()
         await self._configure(paths)
         self.backend = self._make_backend(self.state)
+        if isinstance(self.backend, Emulating):
+            # a machine takes all its memory from the host in time, and a check starts ten
+            limits = self.profile.limits
+            limits = replace(limits, memory_mb=min(limits.memory_mb, _MACHINE_MB))
+            self.profile = replace(self.profile, limits=limits)
         self.patience = await asyncio.to_thread(patience, self.backend)
         self._stack.push_async_callback(self.backend.close)
 

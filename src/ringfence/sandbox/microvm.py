@@ -51,9 +51,10 @@ from ringfence.sandbox.stdio import SocketProcess
 _SETUP_SECONDS = 90.0
 _HERE = Path(__file__).parent
 _PYTHON = os.path.realpath(sys.executable)
-_FILES = 1 << 20
+_FILES = 65536
 _FILES_RLIMITS = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": _FILES}
-"""As many files as this host gives: a descriptor for each that the guest remembers."""
+"""A descriptor for each file that the guest remembers, and a kilobyte of this kernel's memory
+within the machine's overhead; fewer where the host gives fewer."""
 _RELAY_RLIMITS = {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 2048}
 
 _WORDS = {
