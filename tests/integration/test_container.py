@@ -248,7 +248,6 @@ def test_podman_without_its_runtime_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "podman").symlink_to("/bin/true")
-    (tmp_path / "podman").chmod(0o755)
     monkeypatch.setattr(container, "_PATHS", str(tmp_path))
     with pytest.raises(UnavailableError) as caught:
         inside(tmp_path, "podman", "true")

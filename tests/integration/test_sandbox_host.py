@@ -182,7 +182,7 @@ def test_a_helper_that_is_killed_leaves_nobody(tmp_path: Path, which: str) -> No
         sandbox = await _start(tmp_path)
         try:
             if which == "launcher":
-                _kill(_children("launch.py"))
+                _kill(_children("launch.main"))
                 await asyncio.sleep(0.1)
                 assert await shell(sandbox, "echo on") == (0, "on\n")
                 return

@@ -154,3 +154,27 @@ def test_limits_are_read_back_later(tmp_path: Path) -> None:
     pids.unlink()
     with pytest.raises(UnavailableError, match="cannot be read"):
         groups.read_back(LIMITS)
+
+
+@pytest.mark.parametrize("member", [True, False])
+def test_a_move_to_where_we_are_moves_us_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, member: bool
+) -> None:
+    """A path of /proc/self/cgroup may name another's group where its root is not the mount's."""
+    own, files = str(os.getpid()), []
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, names, path = line.split(":", 2)
+        files.append(tmp_path / names / path.lstrip("/") / "cgroup.procs")
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"1\n{own}\n" if member else "1\n")
+    monkeypatch.setattr(cgroups, "ROOT", tmp_path)
+    cgroups.await_moves()
+    written = [file for file in files if file.read_text() == own]
+    assert len(written) == (1 if member else 0)
+
+
+def test_a_move_to_where_we_are_changes_nothing() -> None:
+    before = Path("/proc/self/cgroup").read_text()
+    cgroups.await_moves()
+    assert Path("/proc/self/cgroup").read_text() == before

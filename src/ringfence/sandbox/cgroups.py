@@ -107,6 +107,22 @@ def _enable(directory: Path) -> set[Control]:
     return {control for name, control in wanted.items() if name in words}
 
 
+def await_moves() -> None:
+    """Have the kernel ready to move a process. Before the first move after a pause it waits for
+    all processors to have passed a quiet point (8 to 20 ms), and not again for those that follow
+    soon: a move of this process to where it is takes that time while a place is being prepared.
+    """
+    own = str(os.getpid())
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, names, path = line.split(":", 2)
+        file = ROOT / names / path.lstrip("/") / "cgroup.procs"
+        with contextlib.suppress(OSError):
+            # a group of that name which we are not in may be another's: see cgroup_namespaces(7)
+            if own in file.read_text().split():
+                file.write_text(own)
+                return
+
+
 class Groups:
     """The groups of one sandbox."""
 

@@ -124,7 +124,7 @@ def container_plan(
         "phase": "oci",
         "runtime": [str(runtime), *before],
         "create": list(create),
-        "gate": "exec.fifo" if runtime.name == "runc" else "",
+        "gate_is_read": runtime.name == "runc",
         "hide_control_groups": runtime.name == "crun",
         "config": json.dumps(settings, ensure_ascii=True),
     }

@@ -1,6 +1,6 @@
 """Runs outside the sandbox, standard library only: makes the place, becomes bubblewrap.
 
-Started as `python -I -S launch.py N`, where N is the descriptor of a control socket. Frames
+Started by `launcher.py` with N, the descriptor of a control socket, as its one argument. Frames
 with descriptors come in, one goes out. Three phases:
 
 prepare  makes the namespaces and the mounts and hands descriptors of them out: they live through
@@ -447,9 +447,7 @@ def _drop(uid: int) -> None:
 
 
 def _later_phase(name: str) -> Any:
-    """In a file of its own, so that bubblewrap does not wait for it; it finds us by our name."""
-    sys.modules["launch"] = sys.modules[__name__]
-    sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+    """In a file of its own, so that bubblewrap does not wait for it."""
     return __import__(name)
 
 
@@ -483,7 +481,3 @@ def main() -> int:
         except OSError:
             pass  # nobody is there to be told
     return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -144,11 +144,8 @@ def _run(plan: Plan, stdio: tuple[int, int, int], tell: int, seen: Plan) -> int:
     insist(place(pid, plan, seen))
     nothing = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     seize(pid)
-    if plan["gate"]:
-        starter = _open_gate(f"{bundle}/state/{_NAME}/{plan['gate']}")
-    else:
-        starter = call([*arguments, "start", _NAME], (nothing, nothing, nothing))
-    code = until_program(pid, starter)
+    _open_gate(f"{bundle}/state/{_NAME}/exec.fifo", pid, read=plan["gate_is_read"])
+    code = until_program(pid)
     if code is None:
         insist(status(pid, plan["expect"]["status"]))
     for descriptor in stdio:
@@ -173,27 +170,37 @@ def put_away_control_groups(*, hidden: bool) -> None:
     os.close(view)
 
 
-def _open_gate(gate: str) -> int:
-    """Let the container go on; the process that does so. Its first process waits until somebody
-    reads from this FIFO: all that `start` does, after a third of the time of making it.
+def _open_gate(gate: str, pid: int, *, read: bool) -> None:
+    """Let the container go on. Its first process waits at this FIFO, until somebody reads a byte
+    from it (runc) or writes one (crun): all that `start` does, after a third of the time that it
+    took to make the container.
     """
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            code = 0 if os.read(os.open(gate, os.O_RDONLY), 1) else 1
-        finally:
-            os._exit(code)
-    return pid
+    way = os.O_RDONLY if read else os.O_WRONLY
+    try:
+        descriptor = os.open(gate, way | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        message = f"the container does not wait to be started: {error.strerror}"
+        raise OSError(errno.EPROTO, message) from None
+    if read:
+        end = os.pidfd_open(pid)
+        waiting = select.poll()
+        for one in (descriptor, end):
+            waiting.register(one, select.POLLIN)
+        waiting.poll()
+        os.close(end)
+        os.read(descriptor, 1)
+    else:
+        os.write(descriptor, b"\0")
+    os.close(descriptor)
 
 
-def until_program(pid: int, starter: int) -> int | None:
+def until_program(pid: int, starter: int = 0) -> int | None:
     """Wait until the program is in place of the runtime and stands before its first instruction;
-    the exit status of one that never will.
+    the exit status of one that never will. `starter` is a process that must not fail meanwhile.
     """
     while True:
         ended, status = os.waitpid(-1, WALL)
-        if ended == starter and status != 0:
+        if starter and ended == starter and status != 0:
             raise OSError(errno.EPROTO, "the runtime did not start the container")
         if ended != pid:
             continue

@@ -8,13 +8,19 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ringfence.errors import UnavailableError
 from ringfence.sandbox.frames import receive_frame, send_frame
 
-_LAUNCH = Path(__file__).with_name("launch.py")
+_MAIN = f"""import sys
+sys.path.append({str(Path(__file__).parent)!r})
+import launch
+sys.exit(launch.main())
+"""
+"""A module is compiled once, a script each time it is started."""
 _PREPARE_SECONDS = 30.0
 _REFILL_SECONDS = 0.5
 
@@ -38,7 +44,7 @@ def launch() -> Launcher:
     ours, theirs = socket.socketpair()
     try:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_LAUNCH), str(theirs.fileno())],
+            [sys.executable, "-I", "-S", "-c", _MAIN, str(theirs.fileno())],
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -61,8 +67,18 @@ def alive(launcher: Launcher | None) -> Launcher:
     return launcher or launch()
 
 
-async def prepare(launcher: Launcher, plan: dict[str, Any], handed: list[int]) -> list[int]:
+def _nothing() -> None:
+    pass
+
+
+async def prepare(
+    launcher: Launcher,
+    plan: dict[str, Any],
+    handed: list[int],
+    meanwhile: Callable[[], object] = _nothing,
+) -> list[int]:
     """Have it make the place; returns the descriptors of it. The launcher is ended when it cannot.
+    `meanwhile` is what this process does while it works, in a thread.
 
     Raises:
         UnavailableError: `sandbox-start-failed`.
@@ -70,6 +86,7 @@ async def prepare(launcher: Launcher, plan: dict[str, Any], handed: list[int]) -
 
     def exchange() -> tuple[dict[str, Any], list[int]]:
         send_frame(launcher.control, plan, handed)
+        meanwhile()
         launcher.control.settimeout(_PREPARE_SECONDS)
         return receive_frame(launcher.control)
 

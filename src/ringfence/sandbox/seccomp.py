@@ -19,6 +19,7 @@ any privilege: sctp, dccp and tipc have been roads to root before.
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ def errno(number: int) -> int:
     return _ERRNO | number
 
 
+@functools.cache
 def build(machine: str) -> bytes:
     """The program for `bwrap --seccomp`: an array of struct sock_filter.
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import platform
 import socket
@@ -198,12 +199,18 @@ class StagedSandbox:
         backend: StagedBackend,
     ) -> Self:
         """Look at the workspace if there is one, prepare the place, set the limits."""
+        hierarchy = cgroups.discover()
         path = spec.workspace if isinstance(spec, SandboxSpec) else None
         held = [] if path is None else [open_workspace(path, state_dir)]
         lease = hostfacts.lease_uid(uids) if os.geteuid() == 0 else None
-        groups = image = None
+        groups = cgroups.Groups(hierarchy, spec.sandbox_id)
+        image = None
         try:
             image = await asyncio.to_thread(_hold_image, spec.profile, state_dir, backend)
+            made = groups.make(backend.host_limits(spec.profile.limits))
+            controls = enforce.read_back(states, made)
+            # after the groups are made: that waits for whoever moves a process
+            asyncio.get_running_loop().run_in_executor(None, cgroups.await_moves)
             facts = await asyncio.to_thread(
                 hostfacts.gather_waiting,
                 spec,
@@ -214,21 +221,16 @@ class StagedSandbox:
             )
             if path is not None:
                 facts = await look_at(facts, spec.profile, path, held[0])
-            hierarchy = cgroups.discover()
-            cgroups.sweep(hierarchy)
-            groups = cgroups.Groups(hierarchy, spec.sandbox_id)
-            made = groups.make(backend.host_limits(spec.profile.limits))
-            controls = enforce.read_back(states, made)
             launcher = spare.take()
             if isinstance(spec, WaitingSpec):
                 plan = profile.prepare_plan(spec.profile, facts, waiting=spec.placeholders)
             else:
                 plan = backend.place(spec.profile, facts)
             plan["creators"] = backend.creators(facts)
-            handles = await prepare(launcher, plan, held)
+            meanwhile = functools.partial(cgroups.sweep, hierarchy)
+            handles = await prepare(launcher, plan, held, meanwhile)
         except BaseException:
-            if groups is not None:
-                groups.remove()
+            groups.remove()
             if lease is not None:
                 lease.release()
             if image is not None:
@@ -326,6 +328,9 @@ class StagedSandbox:
             raise
         return process
 
+    def _launcher(self) -> Launcher:
+        return self._spare.take() if self._ready is None else alive(self._ready)
+
     def _spawn(
         self, plan: dict[str, Any], *, merge_stderr: bool, more: Sequence[int] = ()
     ) -> SocketProcess:
@@ -333,7 +338,7 @@ class StagedSandbox:
         stdin, stdout, stderr, status = theirs
         errors = stdout if merge_stderr else stderr
         # the process that prepared the place stands in it already: the first program is its
-        launcher, self._ready = alive(self._ready), None
+        launcher, self._ready = self._launcher(), None
         handed = [self._mnt, self._net, self._user, stdin.fileno(), stdout.fileno()]
         # an open file of its own: programs that start at the same moment would move one offset
         # under each other's reading, and get a filter with a hole or none

@@ -290,12 +290,13 @@ class FileClauses(SandboxClauses):
             "tail -n +3 /proc/net/dev | cut -d: -f1 | tr -d ' '; tail -n +2 /proc/net/route",
         )
         assert (code, output) == (0, "lo\n")
+        name = f"ringfence-contract-{os.getpid()}"  # the host has one list of them
         listener = socket.socket(socket.AF_UNIX)
-        listener.bind("\0ringfence-contract")
+        listener.bind(f"\0{name}")
         listener.listen(1)
         try:
             spec = self.spec(backend, place)
-            assert self.inside(backend, spec, connect("\\0ringfence-contract"))[0] != 0
+            assert self.inside(backend, spec, connect(f"\\0{name}"))[0] != 0
         finally:
             listener.close()
 
