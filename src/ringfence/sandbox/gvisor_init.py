@@ -73,7 +73,7 @@ my $program = pack("S x6 P", length($filter) / 8, $filter);
 syscall(PRCTL, 38, 1, 0, 0, 0) == 0 or fail("no_new_privs");
 syscall(PRCTL, 22, 2, $program, 0, 0) == 0 or fail("seccomp");
 exec {$ARGV[0]} @ARGV;
-my $missing = $!{ENOENT};
+my $missing = $! == 2;
 print STDERR "$ARGV[0]: $!\\n";
 exit($missing ? 127 : 126);
 """
