@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import ringfence.images
+from ringfence.images.store import ImageStore
 
 PACKAGES = ["bash", "coreutils", "findutils", "perl-base", "python3", "util-linux"]
 SMALL = {"version": 1, "source": "host", "claude": False, "packages": {"apt": PACKAGES}}
@@ -71,12 +72,16 @@ def copy_of_small(place: Path) -> Path:
     """A state directory of one's own with the image, at `place`, which does not exist yet. By links
     where the file system is the same: nobody writes to an image.
     """
-    source = small_state() / "images"
+    image = ImageStore(small_state()).find("small")
     place.mkdir(parents=True, mode=0o700)
+    trees = place / "images" / "trees"
+    for folder in (trees.parent, trees):
+        folder.mkdir(mode=0o700)
     for how in ("-al", "-a"):
-        if subprocess.run(["cp", how, source, place], check=False, capture_output=True).returncode:
-            shutil.rmtree(place / "images", ignore_errors=True)
-        else:
+        command = ["cp", how, image.rootfs.parent, trees]
+        if subprocess.run(command, check=False, capture_output=True).returncode == 0:
             break
-    assert (place / "images" / "names" / "small").exists()
+        shutil.rmtree(trees / image.rootfs.parent.name, ignore_errors=True)
+    ImageStore(place).set_name("small", image.digest)
+    ImageStore(place).require("small")
     return place

@@ -11,6 +11,7 @@ import pytest
 
 from backends import needs
 from images import copy_of_small
+from ringfence.images.store import ImageStore
 from ringfence.policy.compiled import SandboxProfile
 from ringfence.sandbox.bubblewrap import BubblewrapBackend
 from ringfence.sandbox.container import ContainerBackend
@@ -21,12 +22,12 @@ from ringfence.testing.sandbox_contract import SandboxContract
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """One state directory for all clauses: it goes from one to the next, so that the image in it
-    is read once.
+    """The images of every clause's state directory: they go from one to the next, so that their
+    files are read once.
     """
     place = tmp_path_factory.mktemp("kept") / "state"
     copy_of_small(place)
-    yield place
+    yield place / "images"
     shutil.rmtree(place, ignore_errors=True)
 
 
@@ -40,9 +41,11 @@ class ImageContract(SandboxContract):
 
     @pytest.fixture
     def state(self, tmp_path: Path, kept: Path) -> Iterator[Path]:
-        state = kept.rename(tmp_path / "state")
+        state = tmp_path / "state"
+        state.mkdir(mode=0o700, exist_ok=True)
+        images = kept.rename(state / "images")
         yield state
-        state.rename(kept)
+        images.rename(kept)
 
     @pytest.fixture
     def backend(self, state: Path) -> Backend:
@@ -50,8 +53,7 @@ class ImageContract(SandboxContract):
 
     def test_what_is_inside_is_the_image(self, backend: Backend, place: Path) -> None:
         """The contract would hold as well if an image were silently left out."""
-        packages = place / "state/images"
-        (listed,) = packages.glob("trees/*/rootfs/var/lib/dpkg/status")
+        listed = ImageStore(place / "state").find("small").rootfs / "var/lib/dpkg/status"
         command = "cat /var/lib/dpkg/status"
         assert self.inside(backend, self.spec(backend, place), command) == (0, listed.read_text())
         without = replace(self.spec(backend, place, 1), profile=self._without(backend, place))

@@ -82,7 +82,7 @@ def test_every_policy_of_the_documents_loads() -> None:
     for page in PAGES:
         for text in _blocks(page, "yaml"):
             value = yaml.safe_load(text)
-            if page.name == "images.md":
+            if page.name == "images.md" and not text.startswith("# policy.yaml"):
                 image_definition(text)
             elif isinstance(value, dict):
                 from_mapping({"version": 1, **value})

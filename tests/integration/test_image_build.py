@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -15,13 +14,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import ringfence.images
+from backends import needs
+from images import built, cache, ringfence_image
 from ringfence.errors import UnavailableError
 from ringfence.images import fetch, store, tree
 from ringfence.images.contents import packages_in
@@ -29,6 +30,12 @@ from ringfence.images.image import Image
 from ringfence.images.inside import command
 from ringfence.images.process import Tools, find_tool
 from ringfence.images.whole import differences
+from ringfence.sandbox.bubblewrap import BubblewrapBackend
+from ringfence.sandbox.container import ContainerBackend
+from ringfence.sandbox.gvisor import GvisorBackend
+from ringfence.sandbox.protocol import Backend
+from ringfence.testing.sandbox_base import SandboxClauses
+from ringfence.worker.launch import bundled_claude
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"version": 1, "source": "host", "claude": False, "packages": {"apt": ["python3"]}}
@@ -46,41 +53,10 @@ def has_python3_of_debian() -> bool:
     return Path("/var/lib/dpkg/info/python3.list").exists()
 
 
-def ringfence_image(
-    state: Path, *arguments: str | Path, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ringfence", "image", *arguments],
-        env={**os.environ, "RINGFENCE_STATE_DIR": str(state), **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def built(state: Path, *arguments: str | Path) -> dict[str, Any]:
-    done = ringfence_image(state, "build", "--json", *arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout)
-
-
 def small(tmp_path: Path) -> Path:
     path = tmp_path / "small.yaml"
     path.write_text(json.dumps(SMALL))
     return path
-
-
-def cache() -> Path:
-    """State directory of this builder's code; those of other code are taken away."""
-    code = hashlib.sha256()
-    for path in sorted(Path(ringfence.images.__file__).parent.iterdir()):
-        if path.is_file():
-            code.update(path.read_bytes())
-    place = Path.home() / ".cache" / "ringfence-test"
-    for old in place.glob("images-*"):
-        if old.name != f"images-{code.hexdigest()[:16]}":
-            shutil.rmtree(old, ignore_errors=True)
-    return place / f"images-{code.hexdigest()[:16]}"
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +99,49 @@ def test_the_whole_image_is_whole_and_works(whole: Image) -> None:
     packages = whole.manifest["packages"]
     assert {"anthropic", "mcp", "pydantic"} <= packages["pip"].keys()
     assert {"git", "ripgrep", "python3", "ca-certificates"} <= packages["apt"].keys()
+
+
+@with_mmdebstrap
+@pytest.mark.timeout(FULL)
+@pytest.mark.parametrize(
+    "technology",
+    [
+        pytest.param(BubblewrapBackend, marks=needs("bubblewrap")),
+        pytest.param(ContainerBackend, marks=needs("container")),
+        pytest.param(GvisorBackend, marks=needs("gvisor")),
+    ],
+)
+class TestAsTheSystem(SandboxClauses):
+    @pytest.fixture
+    def backend(self, technology: Callable[..., Backend]) -> Backend:
+        return technology(state_dir=cache())
+
+    def test_what_an_agent_needs_works(
+        self, whole: Image, backend: Backend, tmp_path: Path
+    ) -> None:
+        """All of it of the image, as uid 1000; and claude, which is the host's."""
+        (tmp_path / "workspace").mkdir()
+        tmp_path.chmod(0o700)
+        spec = self.spec(backend, tmp_path, image=whole.digest)
+        limits = replace(spec.profile.limits, memory_mb=1024, pids=256, file_mb=1024)
+        spec = replace(spec, profile=replace(spec.profile, limits=limits), claude=bundled_claude())
+        command = (
+            "id -u; python3 -c 'import anthropic, mcp, pydantic; print(anthropic.__file__)';"
+            "pip --version; python3 -m venv --without-pip /tmp/v && echo venv; git init -q /tmp/g;"
+            "git -C /tmp/g status -s -b; echo needle > /tmp/g/hay; rg -c needle /tmp/g;"
+            "claude --version; ls /opt/ringfence/bin"
+        )
+        status, output = self.inside(backend, spec, command)
+        assert status == 0
+        lines = output.splitlines()
+        assert lines[0] == "1000"
+        assert lines[1].startswith("/usr/local/lib/python3")
+        assert lines[2].startswith("pip ")
+        assert lines[3] == "venv"
+        assert lines[4].startswith("## No commits yet")
+        assert lines[5] == "/tmp/g/hay:1"
+        assert "Claude Code" in lines[6]
+        assert lines[7:] == ["claude"]
 
 
 @with_mmdebstrap
