@@ -75,8 +75,9 @@ class SandboxTransport(Transport):
         if process is None:
             return
         try:
-            async for line in _lines(process):
-                frame = self._gate.read(line, time.monotonic())
+            waited = Waited(time.monotonic())
+            async for line in _lines(process, waited):
+                frame = self._gate.read(line, waited.now)
                 if frame is not None:
                     yield frame
         except RingfenceError as error:
@@ -105,11 +106,36 @@ class SandboxTransport(Transport):
             await self._process.close_stdin()
 
 
-async def _lines(process: Process) -> AsyncIterator[bytes]:
+_MUCH, _TURN_SECONDS = 16 << 10, 1.0
+
+
+class Waited:
+    """A clock for rates that stands still while we are the slower side.
+
+    Whoever floods is held up by the reader: on a busy host a flood would come no faster than it is
+    read, and by the wall clock it would pass as an agent that works. So time counts while there
+    is nothing to read. More than a few frames at once were there before they were waited for, and
+    what that wait took is a turn of this process, unless it was long.
+    """
+
+    def __init__(self, now: float) -> None:
+        self.now = now
+
+    def add(self, seconds: float, size: int) -> None:
+        """A read took so long and brought so many bytes."""
+        self.now += seconds if size < _MUCH else max(0.0, seconds - _TURN_SECONDS)
+
+
+async def _lines(process: Process, waited: Waited) -> AsyncIterator[bytes]:
     """Lines of standard output, none longer than MAX_FRAME."""
     buffer = bytearray()
     searched = 0
-    while chunk := await process.read(1 << 18):
+    while True:
+        began = time.monotonic()
+        chunk = await process.read(1 << 18)
+        waited.add(time.monotonic() - began, len(chunk))
+        if not chunk:
+            return
         buffer += chunk
         while (end := buffer.find(b"\n", searched)) >= 0:
             line = bytes(buffer[:end])

@@ -22,12 +22,21 @@ if TYPE_CHECKING:
     from ringfence.check.report import Result
     from ringfence.check.run import Question
 
+_EXAMPLES = """\b
+Examples:
+  ringfence check
+  ringfence check --isolation all --policy policy.yaml --report check.report
+  ringfence check --isolation gvisor --only 'NET-*' --only FS-40 --output json
+  ringfence check --attacks own.json --only 'own.*'
+  ringfence check verify check.report --public-key host.key
+"""
+
 app = typer.Typer(
     name="check",
     invoke_without_command=True,
     help="Attack this host's sandboxes and say which lines of the production checklist hold.",
     rich_markup_mode=None,
-    epilog="Example: ringfence check --isolation all --policy policy.yaml --report check.report",
+    epilog=_EXAMPLES,
 )
 Output = Annotated[
     Literal["table", "json", "sarif", "html"], typer.Option("--output", "-o", help="How to print.")
@@ -62,8 +71,8 @@ def check(
     """Say of each line of the production checklist whether it holds here, and attack to know it.
 
     Live probes run in sandboxes of their own behind a real egress process and a real audit log, in
-    a temporary directory; your credentials and your log are not touched. Fails (1) when a check
-    fails, (4) when one gave no verdict.
+    a temporary directory; your credentials and your log are not touched. Fails (1) when a probe or
+    a static check fails, which are told apart, and (4) when one gave no verdict.
     """
     if context.invoked_subcommand is not None:
         return
@@ -78,7 +87,7 @@ def check(
             _list([one for one in known if selection.takes(one.id)], output)
             raise typer.Exit(0)
         question = _question(context.obj, policy, preset, isolation, selection, own)
-        result = _ask(question, quiet=output != "table")
+        result = _ask(question)
         if report is not None:
             _write_report(context.obj, result, report)
         _print(result, output)
@@ -130,7 +139,7 @@ def _check_json(one: Check) -> dict[str, Any]:
     }
 
 
-def _ask(question: Question, *, quiet: bool) -> Result:
+def _ask(question: Question) -> Result:
     from ringfence.check.run import check as ask
     from ringfence.cli.checktable import progress
 
@@ -147,7 +156,7 @@ def _ask(question: Question, *, quiet: bool) -> Result:
 
         for number in _STOPPING:
             loop.add_signal_handler(number, stop)
-        with progress(quiet=quiet) as tell:
+        with progress() as tell:
             return await ask(question, tell)
 
     try:

@@ -31,15 +31,18 @@ _NOUNS = {Kind.STATIC.value: "static checks", Kind.PROBE.value: "live probes"}
 
 
 @contextlib.contextmanager
-def progress(*, quiet: bool) -> Iterator[Callable[[Finding], None]]:
-    """On a terminal: how many are answered, and each failure as it comes."""
-    console = Console(stderr=True, quiet=quiet, highlight=False)
+def progress() -> Iterator[Callable[[Finding], None]]:
+    """On a terminal, whatever is printed to standard output: how many are answered, and each
+    failure as it comes.
+    """
+    console = Console(stderr=True, highlight=False)
     done: list[Finding] = []
     with console.status("starting a fence to attack") as status:
 
         def tell(finding: Finding) -> None:
             done.append(finding)
-            status.update(f"{len(done)} answered, last {escape(finding.check.id)}")
+            where = finding.isolation or "host"
+            status.update(f"{where}: {len(done)} answered, last {escape(finding.check.id)}")
             # elsewhere than on a terminal the table alone says it, once
             if console.is_terminal and finding.outcome in _BAD:
                 console.print(_headline(finding))
