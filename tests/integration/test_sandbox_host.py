@@ -20,7 +20,7 @@ import pytest
 from ringfence.errors import CallerError, UnavailableError
 from ringfence.model import WorkspaceMode
 from ringfence.policy.compiled import SandboxProfile
-from ringfence.sandbox import hostfacts
+from ringfence.sandbox import cgroups, hostfacts
 from ringfence.sandbox.bubblewrap import BubblewrapBackend
 from ringfence.sandbox.opening import refuse_workspace
 from ringfence.sandbox.protocol import Control, Sandbox, SandboxSpec
@@ -378,3 +378,29 @@ async def _start(
         state_dir=place / "state",
     )
     return await BubblewrapBackend(state_dir=place / "state").start(spec)
+
+
+@pytest.mark.root
+def test_what_a_dead_worker_left_in_its_groups_is_ended() -> None:
+    """An orphan, frozen or not; a child of somebody alive is not, whatever its group is called."""
+    hierarchy = cgroups.discover()
+    parents = {*hierarchy.parents.values(), *([hierarchy.freezer] if hierarchy.freezer else [])}
+    with subprocess.Popen(["sleep", "60"]) as child:
+        orphan = int(subprocess.check_output(["sh", "-c", "sleep 60 >/dev/null & echo $!"]))
+        mine, left = (f"ringfence-4194304-{n}-{new_id('sb')}" for n in (1, 2))
+        try:
+            for parent in parents:
+                for name, pid in ((mine, child.pid), (left, orphan)):
+                    (parent / name).mkdir()
+                    (parent / name / "cgroup.procs").write_text(str(pid))
+            if hierarchy.freezer:
+                (hierarchy.freezer / left / "freezer.state").write_text("FROZEN")
+            cgroups.sweep(hierarchy)
+            assert not any((parent / left).exists() for parent in parents)
+            assert not Path(f"/proc/{orphan}").exists()
+            assert child.poll() is None
+        finally:
+            child.kill()
+            child.wait()
+            cgroups.sweep(hierarchy)
+    assert not any((parent / mine).exists() for parent in parents)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import select
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -286,18 +288,56 @@ def _start_time(pid: int) -> int:
 
 
 def sweep(hierarchy: Hierarchy) -> int:
-    """Remove groups of workers that are gone; returns how many. Their processes died with them."""
+    """Remove groups of workers that are gone, with what is left in them; returns how many.
+
+    Processes die with their worker, but for two: one that version 1 has frozen, until it is thawed,
+    and bubblewrap's first inside the sandbox, when the one outside is killed before the kernel is
+    asked for that.
+    """
     removed = 0
-    parents = set(hierarchy.parents.values()) | ({hierarchy.freezer} - {None})
-    for parent in parents:
-        assert parent is not None  # noqa: S101  for the type checker
+    # the freezer first: who is frozen cannot die
+    freezer = [] if hierarchy.freezer is None else [hierarchy.freezer]
+    for parent in dict.fromkeys([*freezer, *hierarchy.parents.values()]):
         for path in parent.glob(f"{_PREFIX}-*"):
             match = _NAME.match(path.name)
             if match and not _alive(int(match[1]), int(match[2])):
+                _end_orphans(path)
                 with contextlib.suppress(OSError):
                     path.rmdir()
                     removed += 1
     return removed
+
+
+def _end_orphans(group: Path) -> None:
+    """Kill who is in a group and process 1's child. A worker in another PID namespace, which looks
+    gone from here, is still the parent of its own.
+    """
+    state = group / "freezer.state"
+    if state.exists():
+        with contextlib.suppress(OSError):
+            state.write_text("THAWED")
+    for pid in _members(group):
+        with contextlib.suppress(OSError):
+            process = os.pidfd_open(pid)
+            try:
+                # looked at again: the number may have become another's before it was opened
+                if pid in _members(group) and _parent(pid) == 1:
+                    signal.pidfd_send_signal(process, signal.SIGKILL)
+                    select.select([process], [], [], 1.0)
+            finally:
+                os.close(process)
+
+
+def _members(group: Path) -> list[int]:
+    try:
+        return [int(word) for word in (group / "cgroup.procs").read_text().split()]
+    except OSError:
+        return []
+
+
+def _parent(pid: int) -> int:
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    return int(stat[stat.rindex(")") + 2 :].split()[1])
 
 
 def _alive(pid: int, start: int) -> bool:
