@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.check import acts, coverage, render, report, static, versions
+from ringfence.check import acts, coverage, render, report, run, static, versions
 from ringfence.check.canaries import Canaries
 from ringfence.check.catalogue import catalogue, select
 from ringfence.check.finding import Check, Finding, Line, Outcome, Severity, exit_status
@@ -20,6 +21,7 @@ from ringfence.check.hostside import ALONE, JUDGES, LAST
 from ringfence.check.judge import Saw, judge
 from ringfence.check.probes.definition import FAMILIES, built_in, read_attacks
 from ringfence.check.spool import Spool
+from ringfence.config import Config
 from ringfence.errors import CallerError, DeniedError
 from ringfence.policy.compile import compile_policy
 from ringfence.policy.load import from_mapping, load_policy
@@ -181,6 +183,34 @@ def test_a_control_that_is_accepted_does_not_hold() -> None:
     assert "the policy accepts it" in found["HOST-memory"].evidence
     assert found["HOST-seccomp"].outcome is Outcome.PASS
     assert found["HOST-cpu"].outcome is Outcome.NOT_AVAILABLE
+
+
+def test_where_nothing_starts_there_is_nothing_to_attack(tmp_path: Path) -> None:
+    """Said once, by the controls: neither passed nor an error of each probe."""
+    state = ControlState(control=Control.MEMORY, enforced=False, how="no cgroup", mend="be root")
+
+    class Weak:
+        def probe(self, _: Any) -> list[ControlState]:
+            return [state]
+
+    told: list[Finding] = []
+    question = run.Question(
+        config=Config(state_dir=tmp_path),
+        backends={"weak": lambda _: Weak()},  # type: ignore[dict-item]
+        document=load_policy(None),
+        source="strict",
+        isolation="weak",
+        selection=select(["HOST-*", "NET-*"], [check.id for check in catalogue()]),
+    )
+    done = asyncio.run(run.check(question, told.append))
+    (tried,) = done.isolations
+    assert not tried.available
+    assert "memory" in tried.why
+    assert "accept_unenforced" in tried.why
+    outcomes = {finding.check.id: finding.outcome for finding in told}
+    assert outcomes["HOST-memory"] is Outcome.FAIL
+    assert not any(name.startswith("NET") for name in outcomes)
+    assert done.status == 1
 
 
 HOLES = [
