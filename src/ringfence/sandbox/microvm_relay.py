@@ -162,7 +162,9 @@ class Relay(Channel):
             pass
         except OSError:
             end.close()
-            self.drop(self.add(number, -1, -1))
+            refused = self.add(number, -1, -1)
+            refused.got_eof = False  # what the guest sent before it hears of it is no breach
+            self.drop(refused)
             if kind == TO_EGRESS:
                 self.refused = identity()
                 self.look()
