@@ -263,3 +263,35 @@ def test_a_hello_names_one_server() -> None:
             server_name(hello(b"a.test", b"b.test", twice=twice))
     with pytest.raises(HelloError, match="no-server-name"):
         server_name(hello())
+
+
+@pytest.mark.parametrize("odd", [["text"], {"a": 1}, 7, None, True])
+@pytest.mark.parametrize(
+    ("where", "reason"),
+    [
+        ("block", "block-not-granted"),
+        ("source", "source-not-granted"),
+        ("role", "messages-malformed"),
+        ("change", "block-malformed"),
+        ("tool", "block-malformed"),
+    ],
+)
+def test_a_word_that_is_none_is_refused_like_an_unknown_one(
+    where: str, reason: str, odd: object
+) -> None:
+    """Not a fault of ours: a list cannot be looked for in a set."""
+    change = {"type": "tool_addition", "tool": {"type": "tool_reference", "name": "Read"}}
+    block: dict[str, object] = {"type": "text", "text": "x"}
+    message = {"role": "user", "content": [block]}
+    if where == "block":
+        block["type"] = odd
+    elif where == "source":
+        block |= {"type": "image", "source": {"type": odd}}
+    elif where == "role":
+        message["role"] = odd
+    elif where == "change":
+        block["tool_changes"] = [change | {"type": odd}]
+    else:
+        block["tool_changes"] = [change | {"tool": {"type": odd, "name": "Read"}}]
+    with pytest.raises(BodyError, match=reason):
+        check({"model": "m", "messages": [message]}, ModelRules())

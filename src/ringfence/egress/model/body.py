@@ -118,7 +118,7 @@ def _check_tool(tool: Any, rules: ModelRules) -> None:
 def _check_tool_change(block: dict[str, Any], rules: ModelRules) -> None:
     """A tool that joins the conversation later is a tool (mid-conversation-tool-changes)."""
     tool = block.get("tool")
-    kind = tool.get("type") if isinstance(tool, dict) else None
+    kind = _word(tool, "type") if isinstance(tool, dict) else ""
     if not isinstance(tool, dict) or kind not in {"tool_reference", "tool_definition"}:
         raise BodyError("block-malformed")
     if block["type"] == "tool_removal":
@@ -139,7 +139,7 @@ def _blocks(body: dict[str, Any]) -> Iterator[Any]:
     if not isinstance(messages, list):
         raise BodyError("messages-malformed")
     for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in _ROLES:
+        if not isinstance(message, dict) or _word(message, "role") not in _ROLES:
             raise BodyError("messages-malformed")
         if not _MESSAGE_KEYS.issuperset(message):
             raise BodyError("message-key-not-granted")
@@ -157,7 +157,7 @@ def _check_block(
         return
     if not isinstance(block, dict) or depth > 4:
         raise BodyError("block-malformed")
-    kind = block.get("type")
+    kind = _word(block, "type")
     if kind not in BLOCKS and not _server_block(kind, rules):
         raise BodyError("block-not-granted")
     _check_keys(block, rules)
@@ -191,7 +191,7 @@ def _check_keys(block: dict[str, Any], rules: ModelRules) -> None:
     if not isinstance(changes, list):
         raise BodyError("block-malformed")
     for change in changes:
-        if not isinstance(change, dict) or change.get("type") not in {
+        if not isinstance(change, dict) or _word(change, "type") not in {
             "tool_addition",
             "tool_removal",
         }:
@@ -199,8 +199,14 @@ def _check_keys(block: dict[str, Any], rules: ModelRules) -> None:
         _check_tool_change(change, rules)
 
 
-def _server_block(kind: Any, rules: ModelRules) -> bool:
-    if not isinstance(kind, str) or not rules.server_tools:
+def _word(value: dict[str, Any], key: str) -> str:
+    """Text of a key, empty for anything else: a list cannot even be looked for in a set."""
+    found = value.get(key)
+    return found if isinstance(found, str) else ""
+
+
+def _server_block(kind: str, rules: ModelRules) -> bool:
+    if not rules.server_tools:
         return False
     return kind == "server_tool_use" or (
         kind.endswith("_tool_result") and kind.startswith(rules.server_tools)
@@ -215,7 +221,7 @@ def _check_source(
         return
     if not isinstance(source, dict):
         raise BodyError("source-malformed")
-    kind = source.get("type")
+    kind = _word(source, "type")
     if kind == "url" and rules.url_sources:
         return
     if kind not in _SOURCES:
