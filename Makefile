@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-JOBS   ?= 4
+JOBS   ?= 3
 
 .PHONY: demo test test-all test-hosts lint format bench bench-peers docs lock clean
 

@@ -21,6 +21,10 @@ KEY = "sk-ant-CANARY-e2e-0123456789"
 ACCEPT = [] if os.geteuid() == 0 else ["memory", "cpu", "pids"]
 
 
+PATIENCE = 3
+"""A process that is given up ends a test, and what is asked is never how busy the host is."""
+
+
 def script(*steps: dict[str, Any], words: str = "Do it.") -> str:
     """A prompt that carries its own script."""
     return f"{words}\n```ringfence-script\n{yaml.safe_dump(list(steps))}\n```\n"
@@ -90,7 +94,7 @@ class Box:
             input=stdin,
             capture_output=True,
             text=True,
-            timeout=seconds,
+            timeout=seconds * PATIENCE,
             check=False,
         )
         return Done(done.returncode, done.stdout, done.stderr)

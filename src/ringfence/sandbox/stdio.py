@@ -14,7 +14,7 @@ from collections.abc import Callable
 from ringfence.errors import UnavailableError
 
 _TAIL = 64 * 1024
-_START_SECONDS = 20.0
+_START_SECONDS = 60.0
 
 
 class SocketProcess:
@@ -59,7 +59,7 @@ class SocketProcess:
     async def started(self) -> None:
         """Wait until process 1 exists. Raises UnavailableError when it never will."""
         loop = asyncio.get_running_loop()
-        buffer = b""
+        buffer, otherwise = b"", "it ended without a word"
         try:
             async with asyncio.timeout(_START_SECONDS):
                 while b"child-pid" not in buffer or not buffer.rstrip().endswith(b"}"):
@@ -68,16 +68,22 @@ class SocketProcess:
                         break
                     buffer += chunk
         except TimeoutError:
+            otherwise = f"it did not start within {_START_SECONDS:.0f} s"
             await self.kill()
         first = buffer.partition(b"\n")[0]
         if not first:
             await self._ended
-            words = self._tail.decode("utf-8", "replace").strip().splitlines()
-            raise UnavailableError(
-                "sandbox-start-failed", words[-1] if words else "it ended without a word"
-            )
+            raise UnavailableError("sandbox-start-failed", self._last_words() or otherwise)
         with contextlib.suppress(ProcessLookupError):
             self._init = os.pidfd_open(int(json.loads(first)["child-pid"]))
+
+    def _last_words(self) -> str:
+        """Of one that never ran; where standard error goes to standard output, they are there."""
+        said = bytes(self._tail)
+        with contextlib.suppress(OSError):
+            said = said or self._stdout.recv(_TAIL)
+        lines = said.decode("utf-8", "replace").strip().splitlines()
+        return lines[-1] if lines else ""
 
     @property
     def returncode(self) -> int | None:
