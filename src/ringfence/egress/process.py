@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import ctypes
 import os
 import resource
@@ -207,7 +208,9 @@ def preload() -> None:
     """Import what the standard library imports late: the interpreter may lie in a directory that
     the uid to come cannot read, such as a 0700 home.
     """
-    "a.test".encode("idna")  # ssl encodes every server name by this codec
+    # ssl encodes every server name by the first of them
+    for codec in ("idna", "punycode", "utf-16", "utf-16-le", "latin-1", "ascii", "utf-8"):
+        codecs.lookup(codec)
     traceback.format_exception(ValueError())
 
 
