@@ -323,7 +323,9 @@ def _end_orphans(group: Path) -> None:
                 # looked at again: the number may have become another's before it was opened
                 if pid in _members(group) and _parent(pid) == 1:
                     signal.pidfd_send_signal(process, signal.SIGKILL)
-                    select.select([process], [], [], 1.0)
+                    ended = select.poll()  # select(2) cannot watch a descriptor above 1023
+                    ended.register(process, select.POLLIN)
+                    ended.poll(1000)
             finally:
                 os.close(process)
 
