@@ -465,3 +465,22 @@ def test_many_sandboxes_leave_nothing(tmp_path: Path, count: int, at_once: int) 
         assert list((where / "state").iterdir()) == []
 
     asyncio.run(asyncio.wait_for(work(), 1700))
+
+
+def test_a_programs_environment_is_not_that_of_the_first(tmp_path: Path) -> None:
+    """Else a module of the workspace would run as gVisor's root, before ids and filter."""
+    (place(tmp_path) / "workspace" / "Early.pm").write_text("print STDOUT qx(id -u); $| = 1; 1;\n")
+    early = {"PERL5LIB": "/workspace", "PERL5OPT": "-MEarly", "EMPTY": ""}
+
+    async def work() -> str:
+        async with sandbox_of(tmp_path) as sandbox:
+            command = ["sh", "-c", 'echo "$PERL5OPT|${EMPTY-unset}|"']
+            process = await sandbox.exec(command, environment=early)
+            await process.close_stdin()
+            output = b""
+            while chunk := await process.read():
+                output += chunk
+            await process.wait()
+            return output.decode()
+
+    assert run(work) == "-MEarly||\n"

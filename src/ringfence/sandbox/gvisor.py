@@ -137,8 +137,8 @@ def gvisor_plan(
     settings = oci.config(
         rules,
         facts,
-        argv=gvisor_init.first(program.argv, rules.limits.pids, one_id=one_id),
-        environment=program.environment,
+        argv=gvisor_init.first(program.argv, program.environment, rules.limits.pids, one_id=one_id),
+        environment={},
         cwd=program.cwd,
         namespaces=("pid", "mount", "ipc", "uts"),
         uid=0,

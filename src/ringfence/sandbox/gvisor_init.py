@@ -12,7 +12,7 @@ way to one answers EPERM where a libc waits for ENOSYS, and claude cannot make a
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ringfence.sandbox import seccomp
 from ringfence.sandbox.protocol import INSIDE_UID
@@ -28,7 +28,8 @@ _CALLS = {"x86_64": (157, 272, 165), "aarch64": (167, 97, 40)}
 """Numbers of prctl, unshare and mount."""
 
 _COUNT = """
-my ($tasks, $filter) = splice(@ARGV, 0, 2);
+my ($tasks, $filter, $count) = splice(@ARGV, 0, 3);
+my @environment = splice(@ARGV, 0, $count);
 sub fail { print STDERR "in gVisor: $_[0]: $!\\n"; exit 125 }
 sub put { open(F, ">", $_[0]) && syswrite(F, $_[1]) && close(F) or fail($_[0]) }
 open(GATE, "<&=", FD) && sysread(GATE, my $go, 1) && close(GATE) or fail("gate");
@@ -72,6 +73,7 @@ $filter = pack("H*", $filter);
 my $program = pack("S x6 P", length($filter) / 8, $filter);
 syscall(PRCTL, 38, 1, 0, 0, 0) == 0 or fail("no_new_privs");
 syscall(PRCTL, 22, 2, $program, 0, 0) == 0 or fail("seccomp");
+%ENV = map { split(/=/, $_, 2) } @environment;
 exec {$ARGV[0]} @ARGV;
 my $missing = $! == 2;
 print STDERR "$ARGV[0]: $!\\n";
@@ -79,12 +81,19 @@ exit($missing ? 127 : 126);
 """
 
 
-def first(argv: Sequence[str], tasks: int, *, one_id: bool) -> list[str]:
-    """The words that become `argv`, with no more than `tasks` tasks; `one_id` as in `oci`."""
+def first(
+    argv: Sequence[str], environment: Mapping[str, str], tasks: int, *, one_id: bool
+) -> list[str]:
+    """The words that become `argv`, with no more than `tasks` tasks; `one_id` as in `oci`.
+
+    The program's environment is among them and not ours: LD_PRELOAD or PERL5OPT would have the
+    workspace's files run as gVisor's root.
+    """
     machine = platform.machine()
     script = _COUNT + (_OF_ONE_ID if one_id else _OF_A_BLOCK) + _PROGRAM
     names = ("PRCTL", "UNSHARE", "MOUNT", "UID", "NOBODY", "FD")
     for name, value in zip(names, (*_CALLS[machine], INSIDE_UID, 65534, GATE), strict=True):
         script = script.replace(name, str(value))
+    given = [str(len(environment)), *(f"{name}={value}" for name, value in environment.items())]
     # its count lets some more through than it is told, 71 for 64: the policy's is a ceiling
-    return [PERL, "-e", script, str(tasks * 3 // 4), seccomp.build(machine).hex(), *argv]
+    return [PERL, "-e", script, str(tasks * 3 // 4), seccomp.build(machine).hex(), *given, *argv]
