@@ -28,7 +28,9 @@ def write_squashfs(image: Image, target: Path) -> None:
     """
     argv = [require_tool("mksquashfs"), "-", str(target), "-tar", "-noappend", "-quiet"]
     argv += ["-no-progress", "-comp", "zstd", "-Xcompression-level", "3", "-reproducible"]
-    argv += ["-mkfs-time", str(EPOCH), "-root-mode", "0755", "-root-uid", "0", "-root-gid", "0"]
+    argv += ["-root-mode", "0755", "-root-uid", "0", "-root-gid", "0"]
+    # the stream does not name the root directory, which would have the time of now
+    argv += ["-mkfs-time", str(EPOCH), "-all-time", str(EPOCH)]
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
             argv, stdin=subprocess.PIPE, stdout=said, stderr=said, env=plain_environment()
