@@ -16,6 +16,7 @@ from ringfence.policy.compiled import SandboxProfile
 from ringfence.sandbox.bubblewrap import BubblewrapBackend
 from ringfence.sandbox.container import ContainerBackend
 from ringfence.sandbox.gvisor import GvisorBackend
+from ringfence.sandbox.microvm import MicrovmBackend
 from ringfence.sandbox.protocol import Backend
 from ringfence.testing.sandbox_contract import SandboxContract
 
@@ -79,3 +80,20 @@ class TestContainer(ImageContract):
 class TestGvisor(ImageContract):
     technology = GvisorBackend
     shares_a_kernel = False
+
+
+@pytest.mark.storm
+@pytest.mark.timeout(900)
+@needs("microvm")
+class TestMicrovm(ImageContract):
+    patience = 6.0
+    rules = replace(ImageContract.rules, emulation=True)
+
+    @pytest.fixture(scope="class")
+    def machines(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """Kernel and snapshots of all clauses."""
+        return tmp_path_factory.mktemp("machines")
+
+    @pytest.fixture
+    def backend(self, state: Path, machines: Path) -> Backend:
+        return MicrovmBackend(state_dir=state, machines=machines)

@@ -11,7 +11,7 @@ import pytest
 from ringfence.policy.compiled import Limits, SandboxProfile
 from ringfence.sandbox import microvm_profile as plans
 from ringfence.sandbox.microvm_image import archive, vmlinux
-from ringfence.sandbox.profile import HostFacts, Tools
+from ringfence.sandbox.profile import HostFacts, ImageRoot, Tools
 
 FACTS = HostFacts(
     as_root=True,
@@ -61,7 +61,7 @@ def test_the_device_is_shown_where_the_processor_helps_and_nowhere_else() -> Non
 
 
 def test_what_is_exported_lies_below_a_root_without_proc() -> None:
-    options = plans.share_options(RULES, FACTS)
+    options = plans.share_options(RULES, FACTS, FACTS)
     assert "/export/workspace" in options
     assert "/export/opt/ringfence/bin/claude" in options
     places = [b for a, b in itertools.pairwise(options) if a == "--proc"]
@@ -69,11 +69,21 @@ def test_what_is_exported_lies_below_a_root_without_proc() -> None:
     assert not any("/mnt/egress" in word for word in options)
 
 
+def test_beside_an_image_the_file_server_has_the_hosts_programs_and_exports_the_images() -> None:
+    image = ImageRoot(path="/images/x/rootfs", directories=("usr",), links={"bin": "usr/bin"})
+    facts = replace(FACTS, image=image)
+    options = plans.share_options(RULES, facts, FACTS)
+    mounts = [tuple(options[i + 1 : i + 3]) for i, w in enumerate(options) if w == "--ro-bind"]
+    assert ("/usr", "/usr") in mounts
+    assert (f"{facts.stage}/image/usr", "/export/usr") in mounts
+    assert "/usr" not in [source for source, place in mounts if place.startswith(plans.EXPORT)]
+
+
 def test_only_an_ordinary_users_file_server_gives_up_no_groups() -> None:
     """Root has cleared them before; a user's namespace cannot."""
     user = replace(FACTS, as_root=False, uid=1234)
-    assert "--seccomp" not in plans.share_options(RULES, FACTS)
-    options = plans.share_options(RULES, user)
+    assert "--seccomp" not in plans.share_options(RULES, FACTS, FACTS)
+    options = plans.share_options(RULES, user, user)
     assert options[options.index("--seccomp") + 1] == str(plans.SECOND)
 
 

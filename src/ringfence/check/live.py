@@ -11,12 +11,13 @@ from typing import Any
 
 from ringfence.check import acts, artefacts, hostside
 from ringfence.check.finding import Finding, Outcome
+from ringfence.check.ground import Ground
 from ringfence.check.hostside import Judge, Stage, Verdict
 from ringfence.check.judge import judge
 from ringfence.check.own import OwnProbes, is_own
 from ringfence.check.place import Lane, MakeBackend, Place, run_inside
 from ringfence.check.probes.definition import Probe
-from ringfence.check.twins import Twins, confirmed, words
+from ringfence.check.twins import words
 from ringfence.errors import RingfenceError, UnavailableError
 from ringfence.policy.compiled import Limits, SandboxProfile
 from ringfence.sandbox.protocol import Control, ControlState
@@ -109,15 +110,15 @@ class Attack:
         judged = self._pick(lambda p: p.check.id in hostside.JUDGES and not p.residual)
         async with Place(self._make_backend, self._profile) as place:
             began = time.monotonic()
-            lanes = [await place.lane()]
+            grounds = [await Ground.open(place)]
             self.start_seconds = time.monotonic() - began
-            self.controls = lanes[0].sandbox.controls
+            self.controls = grounds[0].lane.sandbox.controls
             wanted = min(LANES, 1 + len(shared) // 4)
-            lanes += [await place.lane() for _ in range(wanted - 1)]
+            grounds += [await Ground.open(place) for _ in range(wanted - 1)]
             queue = _queue(shared)
             async with asyncio.TaskGroup() as group:
-                for lane in lanes:
-                    group.create_task(self._lane(place, lane, queue))
+                for ground in grounds:
+                    group.create_task(self._lane(place, ground, queue))
                 group.create_task(self._limits(place, [p for p in inside if p.limits]))
                 group.create_task(self._artefacts(place))
                 group.create_task(self._alone(place, alone))
@@ -140,22 +141,30 @@ class Attack:
             if reason:
                 self._tell(probe, (Outcome.NOT_AVAILABLE, reason), 0.0)
 
-    async def _lane(self, place: Place, lane: Lane, queue: asyncio.Queue[list[Probe]]) -> None:
-        twins = Twins(place, lane)
+    async def _lane(self, place: Place, ground: Ground, queue: asyncio.Queue[list[Probe]]) -> None:
         while not queue.empty():
-            await self._group(place, lane, twins, queue.get_nowait())
+            probes, tried = queue.get_nowait(), ground.lane
+            found = await self._group(place, ground, probes)
+            for probe, (verdict, seconds) in zip(probes, found, strict=True):
+                broke = verdict[0] is Outcome.ERROR
+                if broke and (await ground.renewed() or ground.lane is not tried):
+                    [(verdict, seconds)] = await self._group(place, ground, [probe])  # noqa: PLW2901
+                self._tell(probe, verdict, seconds)
 
-    async def _group(self, place: Place, lane: Lane, twins: Twins, probes: Sequence[Probe]) -> None:
+    async def _group(
+        self, place: Place, ground: Ground, probes: Sequence[Probe]
+    ) -> list[tuple[Verdict, float]]:
         """Probes of one twin, one after the other; it runs beside the last of them and counts for
         all, since it began when each had begun.
         """
-        ended = [await self._try(place, lane, probe) for probe in probes[:-1]]
+        ended = [await self._try(place, ground.lane, probe) for probe in probes[:-1]]
         last, wrong = await asyncio.gather(
-            self._try(place, lane, probes[-1]), confirmed(twins, probes[-1].twin)
+            self._try(place, ground.lane, probes[-1]), ground.confirm(probes[-1].twin)
         )
-        for probe, (verdict, seconds) in zip(probes, [*ended, last], strict=True):
-            passed = verdict[0] is Outcome.PASS
-            self._tell(probe, (Outcome.ERROR, wrong) if passed and wrong else verdict, seconds)
+        return [
+            ((Outcome.ERROR, wrong) if wrong and verdict[0] is Outcome.PASS else verdict, seconds)
+            for verdict, seconds in [*ended, last]
+        ]
 
     async def _try(self, place: Place, lane: Lane, probe: Probe) -> tuple[Verdict, float]:
         """One probe without its twin: its verdict, and how long it took."""
@@ -187,39 +196,39 @@ class Attack:
             verdict, seconds = await own.verdict(probe)
             self._tell(probe, verdict, seconds)
 
-    async def _attack(self, place: Place, lane: Lane, twins: Twins, probe: Probe) -> None:
+    async def _attack(self, place: Place, ground: Ground, probe: Probe) -> None:
         """A probe that leaves its twin no room: the twin runs after it."""
-        verdict, seconds = await self._try(place, lane, probe)
+        verdict, seconds = await self._try(place, ground.lane, probe)
+        if verdict[0] is Outcome.ERROR and await ground.renewed():
+            verdict, seconds = await self._try(place, ground.lane, probe)
         if verdict[0] is Outcome.PASS:
-            wrong = await confirmed(twins, probe.twin)
-            verdict = (Outcome.ERROR, wrong) if wrong else _read_back(probe, lane, verdict)
+            if probe.check.id in _MAY_DIE:
+                await ground.renewed()
+            wrong = await ground.confirm(probe.twin)
+            verdict = (Outcome.ERROR, wrong) if wrong else _read_back(probe, ground.lane, verdict)
         self._tell(probe, verdict, seconds)
 
     async def _limits(self, place: Place, probes: Sequence[Probe]) -> None:
         """The twin is looked for after the attack: beside it, it would meet the same limit."""
-        if not probes:
-            return
-        small = replace(self._profile, limits=_SMALL)
-        lane = await place.lane(profile=small)
-        twins = Twins(place, lane)
-        for probe in probes:
-            await self._attack(place, lane, twins, probe)
+        if probes:
+            ground = await Ground.open(place, replace(self._profile, limits=_SMALL))
+            for probe in probes:
+                await self._attack(place, ground, probe)
 
     async def _alone(self, place: Place, probes: Sequence[Probe]) -> None:
         if probes:
-            lane = await place.lane()
-            twins = Twins(place, lane)
+            ground = await Ground.open(place)
             for probe in probes:
-                await self._attack(place, lane, twins, probe)
+                await self._attack(place, ground, probe)
 
     async def _judges(self, place: Place, probes: Sequence[Probe]) -> None:
         if probes:
-            lane = await place.lane()
-            twins, stage = Twins(place, lane), Stage(place=place, lane=lane)
+            ground = await Ground.open(place)
+            stage = Stage(place=place, lane=ground.lane)
             for probe in probes:
-                await self._judge(stage, twins, probe, hostside.JUDGES[probe.check.id])
+                await self._judge(stage, ground, probe, hostside.JUDGES[probe.check.id])
 
-    async def _judge(self, stage: Stage, twins: Twins | None, probe: Probe, look: Judge) -> None:
+    async def _judge(self, stage: Stage, ground: Ground | None, probe: Probe, look: Judge) -> None:
         began, before = time.monotonic(), stage.lane.canaries.hits()
         try:
             verdict = await look(stage, probe)
@@ -229,8 +238,8 @@ class Attack:
         hits = stage.lane.canaries.hits()[len(before) :]
         if hits:
             verdict = Outcome.FAIL, f"reached on the host: {', '.join(hits)}"
-        if twins is not None and verdict[0] is Outcome.PASS:
-            wrong = await twins.confirm(probe.twin)
+        if ground is not None and verdict[0] is Outcome.PASS:
+            wrong = await ground.confirm(probe.twin)
             verdict = (Outcome.ERROR, wrong) if wrong else verdict
         self._tell(probe, verdict, seconds)
 

@@ -6,15 +6,13 @@ twin was seen to work, so that a probe that wrecks its sandbox costs no verdict 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Awaitable, Callable
 
 from ringfence.check.finding import Outcome
+from ringfence.check.ground import Ground
 from ringfence.check.hostside import Verdict
 from ringfence.check.place import Lane, Place
 from ringfence.check.probes.definition import Probe
-from ringfence.check.twins import Twins, confirmed
-from ringfence.errors import RingfenceError
 
 Attempt = Callable[[Lane, Probe], Awaitable[tuple[Verdict, float]]]
 """One probe without its twin: its verdict, and how many seconds it took."""
@@ -25,17 +23,20 @@ class OwnProbes:
 
     def __init__(self, place: Place, attempt: Attempt) -> None:
         self._place, self._attempt = place, attempt
-        self._lane: Lane | None = None
+        self._ground: Ground | None = None
 
     async def verdict(self, probe: Probe) -> tuple[Verdict, float]:
         """The next one's. Raises UnavailableError when no sandbox can be started."""
-        verdict, seconds = await self._attempt(await self._current(), probe)
-        wrong = await self._confirm(probe)
+        if self._ground is None:
+            self._ground = await Ground.open(self._place)
+        ground = self._ground
+        verdict, seconds = await self._attempt(ground.lane, probe)
+        wrong = await ground.confirm(probe.twin)
         if wrong:
-            wrong = await self._renewed(probe)
+            wrong = await _renewed(ground, probe)
             if not wrong and verdict[0] is Outcome.PASS:
-                verdict, seconds = await self._attempt(await self._current(), probe)
-                wrong = await self._confirm(probe) and await self._renewed(probe)
+                verdict, seconds = await self._attempt(ground.lane, probe)
+                wrong = await ground.confirm(probe.twin) and await _renewed(ground, probe)
         if verdict[0] is not Outcome.PASS:
             return verdict, seconds
         if wrong:
@@ -44,23 +45,11 @@ class OwnProbes:
             return (Outcome.NOT_AVAILABLE, f"{probe.blind}; no canary of the host was hit"), seconds
         return verdict, seconds
 
-    async def _current(self) -> Lane:
-        return self._lane or await self._fresh()
 
-    async def _fresh(self) -> Lane:
-        if self._lane is not None:
-            with contextlib.suppress(OSError, RingfenceError):  # the place closes it once more
-                await self._lane.sandbox.close()
-        self._lane = await self._place.lane()
-        return self._lane
-
-    async def _confirm(self, probe: Probe) -> str:
-        return await confirmed(Twins(self._place, await self._current()), probe.twin)
-
-    async def _renewed(self, probe: Probe) -> str:
-        """A fresh sandbox; empty when the twin works in it, otherwise what did not."""
-        await self._fresh()
-        return await self._confirm(probe)
+async def _renewed(ground: Ground, probe: Probe) -> str:
+    """A fresh sandbox; empty when the twin works in it, otherwise what did not."""
+    await ground.renew()
+    return await ground.confirm(probe.twin)
 
 
 def is_own(probe: Probe) -> bool:

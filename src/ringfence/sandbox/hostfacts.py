@@ -244,6 +244,14 @@ def system_links() -> tuple[dict[str, str], dict[str, bool]]:
     return links, existing
 
 
+def with_own_programs(facts: HostFacts) -> HostFacts:
+    """The same place with the host's programs in it where an image's would be: for what runs
+    beside the agent and is ours.
+    """
+    links, existing = system_links()
+    return replace(facts, image=None, links=links, existing={**facts.existing, **existing})
+
+
 def with_workspace(
     facts: HostFacts, rules: SandboxProfile, workspace: Path, found: Scan
 ) -> HostFacts:

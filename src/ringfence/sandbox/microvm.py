@@ -96,13 +96,14 @@ class MicrovmSandbox(StagedSandbox):
         """
         self._machine = machine
         machine.adopt(self._groups.paths)
+        own = hostfacts.with_own_programs(self._facts)
         ends = files_socket(self._spec.state_dir)
         unmade = os.memfd_create("seccomp", os.MFD_CLOEXEC)
         try:
             os.write(unmade, seccomp.unmade(platform.machine(), "setgroups"))
             os.lseek(unmade, 0, os.SEEK_SET)
             files = await self._helper(
-                microvm_profile.share_options(self._spec.profile, self._facts),
+                microvm_profile.share_options(self._spec.profile, self._facts, own),
                 microvm_profile.share_argv(virtiofsd),
                 _FILES_RLIMITS,
                 [ends[0].fileno(), *(() if self._facts.as_root else (unmade,))],
@@ -118,7 +119,7 @@ class MicrovmSandbox(StagedSandbox):
         self._control, theirs = socket.socketpair()
         with theirs:
             self._relay = await self._helper(
-                microvm_profile.relay_options(self._facts, sys.base_prefix),
+                microvm_profile.relay_options(own, sys.base_prefix),
                 [_PYTHON, "-IS", "/relay/relay.py"],
                 _RELAY_RLIMITS,
                 [theirs.fileno(), machine.port.fileno()],
@@ -289,6 +290,11 @@ class MicrovmBackend(StagedBackend):
     @property
     def reads_programs(self) -> bool:
         """See StagedBackend: virtiofsd reads claude, and the guest makes it execute-only."""
+        return True
+
+    @property
+    def from_images(self) -> bool:
+        """See StagedBackend: virtiofsd exports the image's files in place of the host's."""
         return True
 
     def check(self) -> None:

@@ -146,9 +146,10 @@ def place_plan(
     return {**plan, "files": {**plan["files"], **files}}
 
 
-def share_options(rules: SandboxProfile, facts: HostFacts) -> list[str]:
+def share_options(rules: SandboxProfile, facts: HostFacts, own: HostFacts) -> list[str]:
     """bubblewrap's, around virtiofsd: what a program sees under bubblewrap, below EXPORT, where a
-    chroot leaves behind the /proc that virtiofsd itself needs.
+    chroot leaves behind the /proc that virtiofsd itself needs. `own`: `facts` with the host's
+    programs, virtiofsd among them, where those have an image's.
     """
     inner = [
         *("--perms", "0755", "--size", str(1 << 20), "--tmpfs", "/"),
@@ -170,7 +171,7 @@ def share_options(rules: SandboxProfile, facts: HostFacts) -> list[str]:
         *_enclosed(name="files", filtered=False),
         *unmade,
         *capabilities,
-        *program_mounts(facts),
+        *program_mounts(own),
         *("--proc", "/proc", "--dev", "/dev", "--dir", "/tmp", "--dir", "/run"),  # noqa: S108
         *_below_export(inner),
         *("--remount-ro", "/", "--chdir", "/"),

@@ -132,7 +132,7 @@ class StagedBackend(ABC):
             raise UnavailableError(
                 "isolation-unavailable",
                 f"{self.name} cannot start from an image, and the policy names {profile.image}",
-                hint="isolation.backend: bubblewrap, container or gvisor",
+                hint="isolation.backend: bubblewrap, container, gvisor or microvm",
             )
 
     async def start(self, spec: SandboxSpec) -> StagedSandbox:
