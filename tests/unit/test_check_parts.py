@@ -21,6 +21,7 @@ from ringfence.check.hostside import ALONE, JUDGES, LAST
 from ringfence.check.judge import Saw, judge
 from ringfence.check.probes.definition import FAMILIES, built_in, read_attacks
 from ringfence.check.spool import Spool
+from ringfence.cli import checktable
 from ringfence.config import Config
 from ringfence.errors import CallerError, DeniedError
 from ringfence.policy.compile import compile_policy
@@ -472,3 +473,18 @@ def test_canaries_sing_when_they_are_reached_and_not_for_the_host(tmp_path: Path
     finally:
         canaries.close()
     assert not canaries.alive()
+
+
+def test_a_log_of_a_build_hears_of_a_long_check_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(checktable.time, "monotonic", lambda: now[0])
+    with checktable.progress() as tell:
+        for _ in range(5):
+            now[0] += 20.0
+            tell(finding(Outcome.FAIL, isolation="microvm"))
+    assert capsys.readouterr().err.splitlines() == [
+        "microvm: 2 answered, last X-1",
+        "microvm: 4 answered, last X-1",
+    ]

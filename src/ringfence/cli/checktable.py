@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
@@ -27,25 +28,32 @@ _TITLES = {
     Kind.PROBE: "Probes that got out, or gave no verdict",
     Kind.STATIC: "Static findings: what the policy, the host and its versions say",
 }
+_QUIET_SECONDS = 30.0
 _NOUNS = {Kind.STATIC.value: "static checks", Kind.PROBE.value: "live probes"}
 
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[Finding], None]]:
     """On a terminal, whatever is printed to standard output: how many are answered, and each
-    failure as it comes.
+    failure as it comes. Elsewhere a line now and then: a build that is silent for long is ended.
     """
     console = Console(stderr=True, highlight=False)
     done: list[Finding] = []
+    spoke = time.monotonic()
     with console.status("starting a fence to attack") as status:
 
         def tell(finding: Finding) -> None:
+            nonlocal spoke
             done.append(finding)
             where = finding.isolation or "host"
-            status.update(f"{where}: {len(done)} answered, last {escape(finding.check.id)}")
-            # elsewhere than on a terminal the table alone says it, once
+            words = f"{where}: {len(done)} answered, last {escape(finding.check.id)}"
+            status.update(words)
+            # elsewhere than on a terminal the table alone says what failed, once
             if console.is_terminal and finding.outcome in _BAD:
                 console.print(_headline(finding))
+            elif not console.is_terminal and time.monotonic() - spoke > _QUIET_SECONDS:
+                spoke = time.monotonic()
+                console.print(words)
 
         yield tell
 
