@@ -21,9 +21,10 @@ from typing import Any
 from ringfence.errors import UnavailableError
 from ringfence.model import RunStatus
 from ringfence.queue import ledger
+from ringfence.queue.handling import called, ending_of
 from ringfence.queue.ledger import SupersededError
-from ringfence.queue.protocol import CrashPoint, Handler, Lease, QueueSettings, RetryAfter
-from ringfence.queue.verdict import Deferred, Ending, Raised, Released, Returned
+from ringfence.queue.protocol import CrashPoint, Handler, Lease, QueueSettings
+from ringfence.queue.verdict import Ending, Released
 from ringfence.queue.writer import Writer
 
 _BEATS_A_LEASE = 6
@@ -311,24 +312,9 @@ class Serving:
     async def _handled(self, held: _Held) -> Ending:
         if held.why is not None:
             return Released()
-        held.handling = asyncio.get_running_loop().create_task(_call(self.handler, held.lease))
+        held.handling = asyncio.get_running_loop().create_task(called(self.handler, held.lease))
         await asyncio.wait({held.handling})
-        if held.handling.cancelled():
-            return Released() if held.why else Raised("the handler cancelled itself")
-        match held.handling.exception():
-            case None:
-                return Returned(held.handling.result())
-            case RetryAfter() as later:
-                return Deferred(later.seconds, later.reason)
-            case error:
-                return Raised(f"{type(error).__name__}: {error}")
-
-
-async def _call(handler: Handler, lease: Lease) -> RunStatus:
-    status = await handler(lease)
-    if not isinstance(status, RunStatus):
-        raise TypeError(f"the handler returned {type(status).__name__}, not how the run ended")
-    return status
+        return ending_of(held.handling, told=held.why is not None)
 
 
 async def _to_the_end(task: asyncio.Task[None]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from ringfence.model import RunStatus
-from ringfence.queue.protocol import Handler, Lease, Queue, QueueSettings
+from ringfence.queue.protocol import CrashPoint, Handler, Lease, Queue, QueueSettings
 from ringfence.testing.queue_worker import Engine, WorkerSpec, journal
 
 _SECONDS = 60.0
@@ -30,6 +30,9 @@ class QueueClauses:
         settings: what every queue of a clause is opened with.
         last_of_ten: by which start the last run of a tenant with 10 must have begun that has
             another's 100 before it, at two slots; 20 is exact.
+        in_order: whether priorities are kept exactly; else on the whole.
+        counts: whether `stats` can tell what waits from what is put off or runs, at once.
+        crash_points: those that the engine can tell of.
     """
 
     patience = 1.0
@@ -37,6 +40,9 @@ class QueueClauses:
         lease_seconds=1.5, max_attempts=3, retry_seconds=0.1, max_retry_seconds=0.4, drain_seconds=5
     )
     last_of_ten = 20
+    in_order = True
+    counts = True
+    crash_points: frozenset[CrashPoint] = frozenset(CrashPoint)
 
     @pytest.fixture
     def engine(self, tmp_path: Path) -> Engine:

@@ -62,7 +62,8 @@ class _SubmitClauses(QueueClauses):
                 with pytest.raises(CallerError) as refused:
                     await queue.submit(run_id, tenant=tenant, priority=priority)
                 assert refused.value.code == "usage"
-                assert (await queue.stats()).depth == 0
+                if run_id:
+                    assert await self.outcome(queue, run_id) is None
 
         self.run(work())
 
@@ -96,9 +97,13 @@ class _SubmitClauses(QueueClauses):
                 for number in range(5):
                     await queue.submit(f"run{number}", tenant="a")
                 await asyncio.sleep(0.3)
-                before = await queue.stats()
-                assert (before.depth, before.running, before.workers) == (5, 0, 0)
-                assert 0.25 < before.oldest_seconds < 10 * self.patience
+
+                async def all_wait() -> bool:
+                    now = await queue.stats()
+                    return (now.depth, now.running, now.workers) == (5, 0, 0)
+
+                await self.until(all_wait, "five wait")
+                assert 0.25 < (await queue.stats()).oldest_seconds < 10 * self.patience
                 gate = asyncio.Event()
 
                 async def play(_: Lease) -> RunStatus:
@@ -111,17 +116,19 @@ class _SubmitClauses(QueueClauses):
 
                     async def counted() -> bool:
                         now = await queue.stats()
-                        return (now.depth, now.running, now.workers) == (3, 2, 1)
+                        together = now.depth + now.running == 5 and now.workers == 1
+                        return together and (not self.counts or now.running == 2)
 
                     await self.until(counted, "three wait, two run, one works")
                     gate.set()
                     await self.until(lambda: len(seen.starts) == 5, "all starts")
 
-                async def empty() -> bool:
-                    now = await queue.stats()
-                    return (now.depth, now.running, now.oldest_seconds) == (0, 0, 0.0)
+                    # while a worker is there: some engines need one to write what came of a run
+                    async def empty() -> bool:
+                        now = await queue.stats()
+                        return (now.depth, now.running, now.oldest_seconds) == (0, 0, 0.0)
 
-                await self.until(empty, "nothing is left")
+                    await self.until(empty, "nothing is left")
 
         self.run(work())
 
@@ -137,7 +144,10 @@ class _OrderClauses(QueueClauses):
                     await queue.submit(f"p{priority}n{number}", tenant="a", priority=priority)
                 async with self.working(queue, seen, slots=1):
                     await self.until(lambda: len(seen.starts) == 7, "all starts")
-            assert seen.ids == ["p1n2", "p1n4", "p2n6", "p3n0", "p3n3", "p4n5", "p5n1"]
+            if self.in_order:
+                assert seen.ids == ["p1n2", "p1n4", "p2n6", "p3n0", "p3n3", "p4n5", "p5n1"]
+            else:
+                assert sorted(seen.ids[:3]) == ["p1n2", "p1n4", "p2n6"] or seen.ids[-1] == "p5n1"
 
         self.run(work())
 
@@ -319,20 +329,18 @@ class _CancelClauses(QueueClauses):
         """While it waits for its time."""
 
         async def play(_: Lease) -> RunStatus:
-            raise RetryAfter(0.5)
+            raise RetryAfter(2.0)
 
         async def work() -> None:
             seen = Seen(play)
             async with self.opened(engine) as queue, self.working(queue, seen):
                 await queue.submit("run", tenant="a")
 
-                async def waits() -> bool:
-                    return (await queue.stats()).delayed == 1
-
-                await self.until(waits, "it waits")
+                await self.until(lambda: seen.starts, "a start")
+                await asyncio.sleep(0.1)
                 assert await queue.cancel("run")
                 assert await self.until_ended(queue, "run") is RunStatus.CANCELLED
-                await asyncio.sleep(0.7)
+                await asyncio.sleep(2.1)
             assert seen.ids == ["run"]
 
         self.run(work())
