@@ -1,10 +1,10 @@
-"""`python -m benchmarks [audit|egress|spawn|memory|isolation|container|warm] …`: by default all."""
+"""`python -m benchmarks [audit|egress|spawn|memory|isolation|container|warm|queue] …`: by default all."""
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks import audit, container, egress, isolation, memory, spawn, warm
+from benchmarks import audit, container, egress, isolation, memory, queue, spawn, warm
 
 ALL = {
     "audit": audit.main,
@@ -14,6 +14,7 @@ ALL = {
     "isolation": lambda: isolation.main([]),
     "container": lambda: container.main([]),
     "warm": lambda: warm.main([]),
+    "queue": lambda: queue.main([]),
 }
 
 

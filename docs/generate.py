@@ -216,6 +216,23 @@ def isolation() -> str:
     return "\n".join(lines) + "\n"
 
 
+def states() -> str:
+    from ringfence.states import ATTEMPT, RUN, AttemptEvent, RunEvent
+
+    lines = ["# States", "", "Drawn from `ringfence.states`; there are no other moves.", ""]
+    for title, table in (("Run", RUN), ("Attempt", ATTEMPT)):
+        lines += [f"## {title}", "", "```mermaid", "stateDiagram-v2"]
+        lines.append(f"    [*] --> {next(iter(table)).value}")
+        for status, moves in table.items():
+            lines += [f"    {status.value} --> {to.value}: {by.value}" for by, to in moves.items()]
+            if set(moves) <= {RunEvent.REPLAY}:
+                lines.append(f"    {status.value} --> [*]")
+        lines += ["```", ""]
+    names = [f"`{event.value}`" for event in (*RunEvent, *AttemptEvent)]
+    lines += [f"Events: {', '.join(names)}. `replay` is an operator's, and of dead letters only."]
+    return "\n".join(lines) + "\n"
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "errors.md": errors,
     "events.md": events,
@@ -223,6 +240,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "cli.md": command_line,
     "isolation.md": isolation,
     "checks.md": checks,
+    "states.md": states,
     "attacks.md": coverage,
     "scenario.md": scenario,
     "policy.schema.json": schema,

@@ -111,6 +111,8 @@ CODES: dict[str, str] = {
     "session-unknown": "No session of that id exists in this state directory.",
     "session-busy": "Another run holds the session.",
     "session-frame-refused": "A transcript frame from inside named another session or a bad path.",
+    # queue
+    "engine-unavailable": "The queue's engine does not answer.",
     # vault
     "credential-name": "A credential's name has a form of its own; a value is not one.",
     "credential-value": "A credential's value holds characters that no header may carry.",

@@ -87,12 +87,69 @@ class Usage:
 
 
 class RunStatus(StrEnum):
-    """How a run ended."""
+    """Where a run stands; the last four are ends. The moves between them: `ringfence.states`."""
 
+    QUEUED = "queued"
+    LEASED = "leased"
+    """A worker holds the right to it; nothing of it has been done."""
+    RUNNING = "running"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
     EXPIRED = "expired"
+
+
+class AttemptStatus(StrEnum):
+    """Where one try of a run stands."""
+
+    STARTED = "started"
+    SETTLED = "settled"
+    """Its worker told what came of it, be it an end, an error or the run handed back."""
+    LOST = "lost"
+    """Its worker fell silent, and the run was taken from it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """The execution of one user turn, as the queue knows it. Times are seconds since the epoch.
+
+    Attributes:
+        priority: 1 is served first, 5 last.
+        attempt: number of the latest attempt, 0 before the first; it is the fencing token, and
+            only ever grows.
+        failures: attempts since the last replay that raised or were lost.
+        dead: in the dead letters: it failed because its attempts were used up.
+        reason: one line, why it was put back or failed; empty after success.
+    """
+
+    run_id: str
+    tenant: str
+    priority: int
+    status: RunStatus
+    attempt: int
+    failures: int
+    dead: bool
+    reason: str
+    submitted: float
+    changed: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attempt:
+    """One try of a run: one lease, one sandbox.
+
+    Attributes:
+        number: from 1, growing; what an attempt writes is void once there is a higher one.
+        worker: who held the lease.
+        ended: seconds since the epoch; None while it is STARTED.
+    """
+
+    run_id: str
+    number: int
+    worker: str
+    status: AttemptStatus
+    started: float
+    ended: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

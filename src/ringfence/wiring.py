@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ringfence.config import Config, load_config
 
 if TYPE_CHECKING:
+    from ringfence.queue.protocol import Queue
     from ringfence.sandbox.protocol import Backend
     from ringfence.sandbox.registry import Backends
     from ringfence.worker.launch import Launcher
@@ -61,6 +62,13 @@ def backends(config: Config) -> Backends:
     from ringfence.sandbox.registry import Backends
 
     return Backends({name: partial(make, config) for name, make in technologies().items()})
+
+
+def queue(config: Config) -> Queue:
+    """The queue of this host."""
+    from ringfence.queue.embedded import EmbeddedQueue
+
+    return EmbeddedQueue(config.state_dir / "queue" / "queue.sqlite")
 
 
 def main() -> None:

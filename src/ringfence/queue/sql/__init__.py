@@ -1,0 +1,1 @@
+"""Schema and statements of the embedded queue."""
