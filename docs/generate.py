@@ -233,11 +233,36 @@ def states() -> str:
     return "\n".join(lines) + "\n"
 
 
+def api() -> str:
+    from ringfence.config import GatewaySettings
+    from ringfence.gateway.app import create_app
+    from ringfence.gateway.support import public_routes, served
+
+    lines = ["# Routes of the gateway", ""]
+    lines += ["The public Managed Agents API, as the official client calls it; what is not served"]
+    lines += ["answers 404 with `not_supported` and the route's name. How to use it:"]
+    lines += ["[how to](../how-to/gateway.md).", "", "| route | served |", "|---|---|"]
+    here = served(create_app(None, None))
+    lines += [
+        f"| `{method} {path}` | {'yes' if (method, path) in here else 'no'} |"
+        for method, path in public_routes()
+    ]
+    own = sorted(here - set(public_routes()), key=lambda pair: pair[1])
+    lines += ["", "Ours, without a key:", "", "| route |", "|---|", "| `GET /openapi.json` |"]
+    lines += [f"| `{method} {path}` |" for method, path in own]
+    lines += ["", "## Settings", "", inspect.getdoc(GatewaySettings) or "", ""]
+    lines += ["| setting | default |", "|---|---|"]
+    for name, field in GatewaySettings.model_fields.items():
+        lines.append(f"| `gateway.{name}` | `{field.default!r}` |")
+    return "\n".join(lines) + "\n"
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "errors.md": errors,
     "events.md": events,
     "controls.md": controls,
     "cli.md": command_line,
+    "api.md": api,
     "isolation.md": isolation,
     "checks.md": checks,
     "states.md": states,

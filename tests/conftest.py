@@ -6,7 +6,9 @@ import os
 import signal
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -88,3 +90,24 @@ def _scrubbed_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[Any]:
+    """A PostgreSQL of this process; made by the first test that wants it, in about a second."""
+    from postgres import missing, postgres
+
+    if reason := missing():
+        pytest.skip(reason)
+    with postgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A new, empty database of either kind, for one file of tests."""
+    from gateway_rig import postgres_place, sqlite_place
+
+    if request.param == "sqlite":
+        return sqlite_place(tmp_path_factory.mktemp("platform"))
+    return postgres_place(request.getfixturevalue("postgres_server"))

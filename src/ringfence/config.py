@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
 
 from ringfence.errors import CallerError
 
@@ -112,6 +119,32 @@ class WarmSettings(_Frozen):
     member_mb: int = Field(default=256, ge=1)
 
 
+class GatewaySettings(_Frozen):
+    """The gateway's own limits, and what the operator has settled about environments' networks.
+
+    Attributes:
+        host, port: where it listens. TLS is a load balancer's; the host is loopback unless set.
+        max_body_kb: largest body of a request.
+        body_seconds: how long a body may take to arrive.
+        requests_per_minute: of one API key, in one gateway process.
+        failures_per_minute: requests without a good key from one address, in one process.
+        concurrency: requests at a time; more are answered 503.
+        unrestricted: `policy` lets an environment ask for every host that the operator's policy
+            names at once; nothing makes it reach more.
+        package_hosts: what `allow_package_managers` stands for; each must be in the policy, too.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8470, ge=0, le=65_535)
+    max_body_kb: int = Field(default=1024, ge=1, le=65_536)
+    body_seconds: float = Field(default=30.0, gt=0, le=3600)
+    requests_per_minute: float = Field(default=1200.0, gt=0)
+    failures_per_minute: float = Field(default=60.0, gt=0)
+    concurrency: int = Field(default=256, ge=1)
+    unrestricted: Literal["refuse", "policy"] = "refuse"
+    package_hosts: tuple[str, ...] = ()
+
+
 class Config(_Frozen):
     """Everything the operator may set.
 
@@ -127,6 +160,7 @@ class Config(_Frozen):
     providers: dict[str, Provider] = Field(default_factory=dict)
     egress: EgressSettings = EgressSettings()
     warm: WarmSettings = WarmSettings()
+    gateway: GatewaySettings = GatewaySettings()
     uid_base: int = Field(default=2_000_000, ge=1000)
     uid_count: int = Field(default=65_536, ge=1)
     egress_uid: int = Field(default=1_999_999, ge=1)
@@ -138,6 +172,10 @@ class Config(_Frozen):
     machines: Path | None = None
     """Directory where kernels and saved virtual machines are kept; by default one of the state
     directory. Whoever can write there decides what guests run."""
+
+    database: SecretStr | None = None
+    """postgresql:// URL of the platform's database; by default SQLite in the state directory. It
+    holds a password, so that nothing prints it."""
 
     @field_validator("state_dir", "runtime", "machines")
     @classmethod

@@ -13,8 +13,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ringfence.config import Config, load_config
+from ringfence.errors import UnavailableError
 
 if TYPE_CHECKING:
+    from ringfence.control.platform import Platform
     from ringfence.queue.protocol import Queue
     from ringfence.sandbox.protocol import Backend
     from ringfence.sandbox.registry import Backends
@@ -71,6 +73,29 @@ def queue(config: Config) -> Queue:
     return EmbeddedQueue(config.state_dir / "queue" / "queue.sqlite")
 
 
+def platform(config: Config) -> Platform:
+    """What the gateway and its commands need. Nothing is connected yet.
+
+    Raises:
+        UnavailableError: `platform-missing`, `store-unavailable`.
+        CallerError: `settings-invalid`.
+    """
+    try:
+        from ringfence.control.platform import Platform
+        from ringfence.store.database import open_postgresql, open_sqlite
+    except ModuleNotFoundError as error:
+        raise UnavailableError(
+            "platform-missing",
+            f"{error.name} is not installed",
+            hint="pip install 'ringfence[platform]'",
+        ) from None
+    if config.database is not None:
+        database = open_postgresql(config.database.get_secret_value())
+    else:
+        database = open_sqlite(config.state_dir / "platform" / "platform.sqlite")
+    return Platform(database=database, settings=config.gateway)
+
+
 def main() -> None:
     """Entry of the `ringfence` command."""
     from ringfence.cli.context import AppContext
@@ -83,7 +108,11 @@ def main() -> None:
     try:
         config = load_config()
         context = AppContext(
-            config=config, launcher=lambda: launcher(config), run=again, backends=technologies()
+            config=config,
+            launcher=lambda: launcher(config),
+            run=again,
+            backends=technologies(),
+            platform=lambda: platform(config),
         )
         app(obj=context)
     except Exception as error:  # noqa: BLE001  no traceback reaches a user

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ringfence.config import Config
 
 if TYPE_CHECKING:
+    from ringfence.control.platform import Platform
     from ringfence.sandbox.protocol import Backend
     from ringfence.worker.launch import Launcher
 
@@ -24,6 +25,7 @@ class AppContext:
             imports the Agent SDK.
         backends: every isolation technology by its name in policies, strongest choice of a
             bare host first; made for a configuration.
+        platform: makes what the gateway and its commands need; imports its libraries.
         run: entry for `sessions resume`: called with the argv of `ringfence run`.
     """
 
@@ -31,6 +33,7 @@ class AppContext:
     launcher: Callable[[], Launcher]
     run: Callable[[list[str]], Any]
     backends: Mapping[str, Callable[[Config], Backend]] = field(default_factory=dict)
+    platform: Callable[[], Platform] | None = None
 
     @property
     def state_dir(self) -> Path:

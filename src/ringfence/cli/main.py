@@ -14,9 +14,11 @@ from ringfence.cli import (
     doctor,
     image,
     isolation,
+    keys,
     patch,
     policy,
     run,
+    serve,
     sessions,
     simulator,
     vault,
@@ -61,3 +63,5 @@ app.add_typer(vault.app, name="vault")
 app.add_typer(patch.app, name="patch")
 app.add_typer(image.app, name="image")
 app.add_typer(simulator.app, name="simulator")
+serve.register(app)
+app.add_typer(keys.app, name="keys")

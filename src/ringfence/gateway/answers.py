@@ -1,0 +1,103 @@
+"""Shapes of answers, for the OpenAPI document: as the official client's types have them."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+
+class Model(BaseModel):
+    """A model, spelled out."""
+
+    id: str
+    effort: dict[str, str]
+    inference_geo: None
+    speed: Literal["standard"]
+
+
+class Agent(BaseModel):
+    """One version of an agent."""
+
+    id: str
+    type: Literal["agent"]
+    name: str
+    description: str | None
+    model: Model
+    system: str | None
+    tools: list[dict[str, Any]]
+    mcp_servers: list[dict[str, str]]
+    skills: list[None]
+    multiagent: None
+    metadata: dict[str, str]
+    execution_identity: dict[str, str]
+    version: int
+    created_at: datetime
+    updated_at: datetime
+    archived_at: datetime | None
+
+
+class AgentPage(BaseModel):
+    """A page of agents, or of versions of one."""
+
+    data: list[Agent]
+    next_page: str | None
+
+
+class Environment(BaseModel):
+    """An environment; `ringfence` is ours."""
+
+    id: str
+    type: Literal["environment"]
+    name: str
+    description: str | None
+    config: dict[str, Any]
+    metadata: dict[str, str]
+    scope: Literal["organization"]
+    ringfence: dict[str, Any]
+    created_at: datetime
+    updated_at: datetime
+    archived_at: datetime | None
+
+
+class EnvironmentPage(BaseModel):
+    """A page of environments."""
+
+    data: list[Environment]
+    next_page: str | None
+
+
+class EnvironmentDeleted(BaseModel):
+    """What is left of one."""
+
+    id: str
+    type: Literal["environment_deleted"]
+
+
+class ErrorDetails(BaseModel):
+    """What a program branches on."""
+
+    error_code: str
+
+
+class ErrorObject(BaseModel):
+    """The error itself."""
+
+    type: str
+    message: str
+    details: ErrorDetails
+
+
+class Error(BaseModel):
+    """Every answer that is no success."""
+
+    type: Literal["error"]
+    error: ErrorObject
+    request_id: str
+
+
+class Health(BaseModel):
+    """Whether the process lives, or is ready."""
+
+    status: Literal["ok"]

@@ -1,0 +1,127 @@
+"""The application: routes, the OpenAPI document, and errors in the public shape."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+import ringfence
+from ringfence.config import GatewaySettings
+from ringfence.control.tenancy import Ceiling, problems
+from ringfence.errors import CallerError, RingfenceError
+from ringfence.gateway import agents, answers, environments, health
+from ringfence.gateway.guard import OPEN, Guard
+from ringfence.gateway.support import refusal
+from ringfence.gateway.wire import answer
+from ringfence.store.database import Database
+
+
+def create_app(database: Database | None, ceiling: Ceiling | None) -> FastAPI:
+    """Routes without what stands before them. Without a database only its document is of use."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            if database is not None:
+                await database.close()
+
+    app = FastAPI(
+        title="ringfence",
+        version=ringfence.__version__,
+        # the interactive pages load scripts from elsewhere
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        redirect_slashes=False,
+        exception_handlers={
+            RingfenceError: _ours,
+            RequestValidationError: _malformed,
+            HTTPException: _unrouted,
+        },
+    )
+    app.state.database = database
+    app.state.ceiling = ceiling
+    for router in (agents.router, environments.router, health.router):
+        app.include_router(router)
+    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
+    return app
+
+
+def guarded(app: FastAPI, database: Database, settings: GatewaySettings) -> ASGIApp:
+    """What is served: the application behind its guard."""
+    return Guard(app, database, settings)
+
+
+def _answered(
+    request: Request,
+    error: RingfenceError,
+    status: int | None = None,
+    headers: dict[str, str] | None = None,
+) -> Response:
+    what = answer(error, request.state.request_id, status=status)
+    return JSONResponse(what.body, what.status, {**(headers or {}), **what.headers})
+
+
+async def _ours(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RingfenceError)  # noqa: S101  how it is registered
+    return _answered(request, error)
+
+
+async def _malformed(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)  # noqa: S101  how it is registered
+    found = [{**item, "loc": item["loc"][1:]} for item in error.errors()]
+    if any(item["loc"][0] == "path" for item in error.errors()):
+        # an id that cannot be one names nothing
+        return _answered(request, CallerError("route-unknown", "not found"))
+    return _answered(request, CallerError("request-invalid", "; ".join(problems(found))))
+
+
+async def _unrouted(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)  # noqa: S101  how it is registered
+    if error.status_code == 405:
+        why = CallerError("route-unknown", f"{request.method} is not for this path")
+        return _answered(request, why, 405, dict(error.headers or {}))
+    if error.status_code == 404:
+        return _answered(request, refusal(request.method, request.url.path))
+    return _answered(request, CallerError("request-invalid", str(error.detail)), error.status_code)
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    """OpenAPI, with the errors that there are and without the framework's own."""
+    if app.openapi_schema:
+        return app.openapi_schema
+    document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    schemas = document["components"]["schemas"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    for model in (answers.ErrorDetails, answers.ErrorObject, answers.Error):
+        schemas[model.__name__] = model.model_json_schema(
+            ref_template="#/components/schemas/{model}"
+        )
+        schemas[model.__name__].pop("$defs", None)
+    failed = {
+        "description": "An error",
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+    }
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+            operation["responses"]["default"] = failed
+            if path not in OPEN:
+                operation["security"] = [{"key": []}, {"bearer": []}]
+    document["components"]["securitySchemes"] = {
+        "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+        "bearer": {"type": "http", "scheme": "bearer"},
+    }
+    app.openapi_schema = document
+    return document

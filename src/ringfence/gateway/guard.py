@@ -1,0 +1,203 @@
+"""What stands before every route: request ids, authentication, limits, and errors as the wire has
+them.
+
+Below `/v1` nothing is reached without a key, whatever a route says of itself: a new route is
+closed until it is asked for with one. Authentication comes before the body is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from dataclasses import dataclass
+
+import structlog
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ringfence.config import GatewaySettings
+from ringfence.control import keys
+from ringfence.control.tenancy import Caller
+from ringfence.errors import CallerError, DeniedError, RingfenceError, UnavailableError
+from ringfence.gateway.limits import Buckets
+from ringfence.gateway.wire import Answer, answer
+from ringfence.store.database import Database
+
+OPEN = frozenset({"/healthz", "/readyz", "/openapi.json"})
+"""Paths that ask for no key; they say nothing of any tenant."""
+
+_LOG = structlog.get_logger("ringfence.gateway")
+
+
+class RateError(DeniedError):
+    """Too much; `wait` is the seconds until there is room."""
+
+    def __init__(self, wait: float) -> None:
+        super().__init__("request-rate", "too many requests")
+        self.wait = wait
+
+
+@dataclass(kw_only=True, slots=True)
+class _Exchange:
+    """One request on its way."""
+
+    request_id: str
+    started: bool = False
+    status: int = 0
+
+
+class Guard:
+    """The outermost application."""
+
+    def __init__(self, app: ASGIApp, database: Database, settings: GatewaySettings) -> None:
+        self._app = app
+        self._database = database
+        self._settings = settings
+        rate = settings.requests_per_minute
+        self._by_key = Buckets(per_minute=rate, burst=max(1.0, rate / 10))
+        failures = settings.failures_per_minute
+        self._by_address = Buckets(per_minute=failures, burst=max(1.0, failures))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self._app(scope, receive, send)
+            return
+        exchange = _Exchange(request_id=f"req_{secrets.token_hex(12)}")
+        scope.setdefault("state", {})["request_id"] = exchange.request_id
+        begun = time.monotonic()
+        try:
+            await self._admit(scope)
+            body = await self._body(scope, receive)
+            await self._app(scope, _replay(body, receive), _with_id(send, exchange))
+        except RingfenceError as error:
+            wait = error.wait if isinstance(error, RateError) else None
+            await _refuse(send, exchange, answer(error, exchange.request_id, wait=wait))
+        except Exception as error:
+            _LOG.exception("request failed", request_id=exchange.request_id)
+            known = UnavailableError("internal", "internal error")
+            if exchange.started:
+                raise known from error
+            await _refuse(send, exchange, answer(known, exchange.request_id))
+        finally:
+            self._note(scope, exchange, time.monotonic() - begun)
+
+    def _note(self, scope: Scope, exchange: _Exchange, seconds: float) -> None:
+        caller: Caller | None = scope["state"].get("caller")
+        _LOG.info(
+            "request",
+            request_id=exchange.request_id,
+            method=scope["method"],
+            path=scope["path"],
+            status=exchange.status,
+            seconds=round(seconds, 4),
+            tenant=caller and caller.tenant,
+            key=caller and caller.key_id,
+        )
+
+    async def _admit(self, scope: Scope) -> None:
+        if scope["path"] in OPEN:
+            return
+        headers = Headers(scope=scope)
+        try:
+            text = key_of(headers)
+            async with self._database.reading() as connection:
+                caller = await keys.authenticate(connection, text)
+        except DeniedError:
+            address = (scope.get("client") or ("",))[0]
+            if wait := self._by_address.take(str(address), time.monotonic()):
+                raise RateError(wait) from None
+            raise
+        if wait := self._by_key.take(caller.key_id, time.monotonic()):
+            raise RateError(wait)
+        named = headers.get("anthropic-workspace-id")
+        if named is not None and named != caller.tenant:
+            raise DeniedError(
+                "workspace-mismatch", "anthropic-workspace-id: not the workspace of this API key"
+            )
+        scope["state"]["caller"] = caller
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        """The whole body, so that no route waits for a slow sender or holds an endless one."""
+        headers = Headers(scope=scope)
+        if headers.get("content-encoding", "identity") != "identity":
+            raise CallerError("request-invalid", "Content-Encoding: send the body as it is")
+        most = self._settings.max_body_kb * 1024
+        stated = headers.get("content-length", "")
+        if stated.isdecimal() and int(stated[:20]) > most:
+            raise _too_large(most)
+        chunks = bytearray()
+        try:
+            async with asyncio.timeout(self._settings.body_seconds):
+                more = True
+                while more:
+                    message = await receive()
+                    chunks += message.get("body", b"")
+                    more = message.get("more_body", False)
+                    if len(chunks) > most:
+                        raise _too_large(most)
+        except TimeoutError:
+            raise CallerError("request-too-slow", "the body did not arrive in time") from None
+        return bytes(chunks)
+
+
+def _too_large(most: int) -> CallerError:
+    return CallerError("request-too-large", f"the body is larger than {most} bytes")
+
+
+def key_of(headers: Headers) -> str:
+    """The API key of a request, from `x-api-key` or `Authorization: Bearer`.
+
+    Raises:
+        DeniedError: `api-key-missing`; `api-key-invalid` when the two differ, or one comes twice:
+            which of them counts must not be a matter of who reads.
+    """
+    found = headers.getlist("x-api-key")
+    for value in headers.getlist("authorization"):
+        scheme, _, token = value.partition(" ")
+        found.append(token.strip() if scheme.lower() == "bearer" else "")
+    if not found:
+        raise DeniedError("api-key-missing", "x-api-key: a key is required")
+    if len(set(found)) != 1:
+        raise DeniedError("api-key-invalid", "invalid API key")
+    return found[0]
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    sent = False
+
+    async def again() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+def _with_id(send: Send, exchange: _Exchange) -> Send:
+    async def named(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            exchange.started, exchange.status = True, message["status"]
+            kept = [pair for pair in message["headers"] if pair[0].lower() != b"request-id"]
+            message = {
+                **message,
+                "headers": [*kept, (b"request-id", exchange.request_id.encode())],
+            }
+        await send(message)
+
+    return named
+
+
+async def _refuse(send: Send, exchange: _Exchange, what: Answer) -> None:
+    exchange.status = what.status
+    body = json.dumps(what.body).encode()
+    headers = [(name.encode(), value.encode()) for name, value in what.headers.items()]
+    headers += [(b"content-type", b"application/json")]
+    headers += [(b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": what.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

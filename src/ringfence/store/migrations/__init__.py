@@ -1,0 +1,1 @@
+"""Alembic's place: `env.py` and one file a revision."""

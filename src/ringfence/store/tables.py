@@ -1,0 +1,144 @@
+"""The platform's tables, the same on SQLite and PostgreSQL.
+
+The tenant is the first column of every primary key beside the tenants' own: a query that forgets
+it reads no index, and a foreign key cannot lead from one tenant to another. Times are whole
+microseconds since 1970, UTC. A body is canonical JSON text: what is stored is what is compared,
+and no database has an opinion about it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Dialect,
+    ForeignKeyConstraint,
+    Index,
+    Integer,
+    MetaData,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+from sqlalchemy.types import TypeDecorator
+
+METADATA = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(referred_table_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+
+class Json(TypeDecorator[Any]):
+    """A JSON value as canonical text: sorted keys, no blanks, nothing that is not JSON."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:  # noqa: ARG002
+        """Value to text. Raises ValueError for NaN and infinities."""
+        return None if value is None else canonical(value)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> Any:  # noqa: ARG002
+        """Text to value."""
+        return None if value is None else json.loads(value)
+
+
+def canonical(value: Any) -> str:
+    """One spelling of a JSON value."""
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
+
+
+TENANTS = Table(
+    "tenants",
+    METADATA,
+    Column("id", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    PrimaryKeyConstraint("id"),
+    UniqueConstraint("name"),
+)
+
+# `hash` is SHA-256 (hex) of the whole key, which is 256 random bits: nothing to guess, so nothing
+# to make slow; `prefix` is what people see.
+API_KEYS = Table(
+    "api_keys",
+    METADATA,
+    Column("tenant_id", Text, nullable=False),
+    Column("id", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("prefix", Text, nullable=False),
+    Column("hash", Text, nullable=False),
+    Column("scopes", Json, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger),
+    Column("revoked_at", BigInteger),
+    Column("replaced_by", Text),
+    PrimaryKeyConstraint("tenant_id", "id"),
+    UniqueConstraint("hash"),
+    UniqueConstraint("id"),
+    ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
+)
+
+AGENTS = Table(
+    "agents",
+    METADATA,
+    Column("tenant_id", Text, nullable=False),
+    Column("id", Text, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("archived_at", BigInteger),
+    PrimaryKeyConstraint("tenant_id", "id"),
+    ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
+    Index(None, "tenant_id", "created_at", "id"),
+)
+
+AGENT_VERSIONS = Table(
+    "agent_versions",
+    METADATA,
+    Column("tenant_id", Text, nullable=False),
+    Column("agent_id", Text, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("body", Json, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    PrimaryKeyConstraint("tenant_id", "agent_id", "version"),
+    ForeignKeyConstraint(["tenant_id", "agent_id"], ["agents.tenant_id", "agents.id"]),
+)
+
+ENVIRONMENTS = Table(
+    "environments",
+    METADATA,
+    Column("tenant_id", Text, nullable=False),
+    Column("id", Text, nullable=False),
+    Column("body", Json, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("updated_at", BigInteger, nullable=False),
+    Column("archived_at", BigInteger),
+    PrimaryKeyConstraint("tenant_id", "id"),
+    ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
+    Index(None, "tenant_id", "created_at", "id"),
+)
+
+# The answer to a request that carried an Idempotency-Key, written in the transaction of its
+# effect: there is never an effect without its record, nor a record of what did not happen.
+IDEMPOTENCY = Table(
+    "idempotency",
+    METADATA,
+    Column("tenant_id", Text, nullable=False),
+    Column("key", Text, nullable=False),
+    Column("fingerprint", Text, nullable=False),
+    Column("answer", Json),
+    Column("created_at", BigInteger, nullable=False),
+    PrimaryKeyConstraint("tenant_id", "key"),
+    ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
+    Index(None, "created_at"),
+)

@@ -1,0 +1,88 @@
+"""`ringfence keys` and `ringfence serve` as programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from anthropic import Anthropic, AuthenticationError
+
+
+def ringfence(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ringfence", *arguments],
+        env={**os.environ, "RINGFENCE_STATE_DIR": str(state)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_keys_and_serve(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    made = ringfence(state, "keys", "create", "--tenant", "acme", "--json")
+    assert made.returncode == 0, made.stderr
+    first = json.loads(made.stdout)
+    assert ringfence(state, "keys", "create", "--tenant", "a", "--scope", "all").returncode == 2
+    server = subprocess.Popen(
+        [sys.executable, "-m", "ringfence", "serve", "--preset", "ci", "--port", "0"],
+        env={**os.environ, "RINGFENCE_STATE_DIR": str(state)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        url = server.stdout.readline().strip()
+        assert url.startswith("http://127.0.0.1:")
+        port = url.rpartition(":")[2]
+        taken = ringfence(state, "serve", "--port", port)
+        assert (taken.returncode, "address-in-use" in taken.stderr) == (4, True)
+        with Anthropic(base_url=url, api_key=first["key"], timeout=60) as client:
+            agent = client.beta.agents.create(name="x", model="m")
+            rotated = ringfence(state, "keys", "rotate", first["id"], "--json")
+            assert rotated.returncode == 0, rotated.stderr
+            with pytest.raises(AuthenticationError):
+                client.beta.agents.list()
+        second = json.loads(rotated.stdout)
+        with Anthropic(base_url=url, api_key=second["key"], timeout=60) as client:
+            assert [one.id for one in client.beta.agents.list()] == [agent.id]
+            assert ringfence(state, "keys", "revoke", second["id"]).returncode == 0
+            with pytest.raises(AuthenticationError):
+                client.beta.agents.list()
+        listed = ringfence(state, "keys", "list", "--json")
+        states = {one["id"]: one["state"] for one in json.loads(listed.stdout)}
+        assert states == {first["id"]: "expired", second["id"]: "revoked"}
+        assert first["key"] not in listed.stdout
+        server.send_signal(signal.SIGTERM)
+        out, err = server.communicate(timeout=60)
+    finally:
+        server.kill()
+        server.wait()
+    assert (server.returncode, out) in {(0, ""), (-signal.SIGTERM, "")}
+    assert first["key"] not in err
+    assert any(json.loads(line).get("status") == 401 for line in err.splitlines())
+
+
+def test_without_the_extra_the_hint_names_it(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['sqlalchemy'] = None\n"
+        "sys.argv = ['ringfence', 'keys', 'list']\n"
+        "from ringfence.wiring import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "RINGFENCE_STATE_DIR": str(tmp_path / "state")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 4
+    assert "platform-missing" in done.stderr
+    assert "ringfence[platform]" in done.stderr

@@ -1,0 +1,132 @@
+"""A gateway with a real database, in the test's loop or behind a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import uvicorn
+
+from postgres import Postgres
+from ringfence.config import GatewaySettings
+from ringfence.control import keys
+from ringfence.control.narrowing import NetworkRules
+from ringfence.control.tenancy import Ceiling
+from ringfence.gateway.app import create_app, guarded
+from ringfence.policy.load import from_mapping
+from ringfence.store.database import Database, open_postgresql, open_sqlite
+
+CEILING = from_mapping(
+    {
+        "version": 1,
+        "preset": "ci",
+        "network": {
+            "allowed_hosts": ["api.anthropic.com", "docs.example.com", "*.build.example.com"]
+        },
+    }
+)
+
+
+@dataclass(kw_only=True)
+class Place:
+    """Where a database is; `server` when it is PostgreSQL."""
+
+    path: Path | None = None
+    server: Postgres | None = None
+    name: str = ""
+
+    def open(self) -> Database:
+        if self.server is not None:
+            return open_postgresql(self.server.url(self.name))
+        assert self.path is not None
+        return open_sqlite(self.path)
+
+
+def sqlite_place(tmp: Path) -> Place:
+    return Place(path=tmp / "platform" / "platform.sqlite")
+
+
+def postgres_place(server: Postgres) -> Place:
+    import asyncpg
+
+    name = f"t{uuid.uuid4().hex}"
+
+    async def make() -> None:
+        connection = await asyncpg.connect(server.url("postgres"))
+        await connection.execute(f"CREATE DATABASE {name}")
+        await connection.close()
+
+    asyncio.run(make())
+    return Place(server=server, name=name)
+
+
+@dataclass(kw_only=True)
+class Rig:
+    """A migrated database, and an application on it."""
+
+    place: Place
+    settings: GatewaySettings = field(default_factory=GatewaySettings)
+    network: NetworkRules = field(default_factory=NetworkRules)
+    made: dict[str, keys.NewKey] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        async def prepare() -> None:
+            database = self.place.open()
+            await database.migrate()
+            await database.close()
+
+        asyncio.run(prepare())
+
+    def key(self, tenant: str = "acme", **options: Any) -> keys.NewKey:
+        """The same for the same question."""
+        question = repr((tenant, options))
+        if question not in self.made:
+            self.made[question] = self._key(tenant, **options)
+        return self.made[question]
+
+    def _key(self, tenant: str, **options: Any) -> keys.NewKey:
+        async def make() -> keys.NewKey:
+            database = self.place.open()
+            async with database.writing() as connection:
+                made = await keys.create(connection, tenant=tenant, name="test", **options)
+            await database.close()
+            return made
+
+        return asyncio.run(make())
+
+    def app(self, database: Database) -> Any:
+        return create_app(database, Ceiling(policy=CEILING, network=self.network))
+
+    @contextmanager
+    def serving(self) -> Iterator[str]:
+        """The gateway behind a socket of its own; its base URL."""
+        database = self.place.open()
+        app = guarded(self.app(database), database, self.settings)
+        server = uvicorn.Server(
+            uvicorn.Config(app, port=0, log_config=None, access_log=False, ws="none")
+        )
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        for _ in range(2000):
+            if server.started:
+                break
+            threading.Event().wait(0.01)
+        assert server.started
+        port = server.servers[0].sockets[0].getsockname()[1]
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.should_exit = True
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+def caller(base: str, key: str, **headers: str) -> httpx2.Client:
+    return httpx2.Client(base_url=base, headers={"x-api-key": key, **headers}, timeout=30)

@@ -1,0 +1,147 @@
+"""The platform's schema, on both databases: what the tables say is what the migrations make."""
+
+from __future__ import annotations
+
+import asyncio
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
+
+from gateway_rig import Place
+from ringfence.control import keys
+from ringfence.control.tenancy import Caller
+from ringfence.errors import DeniedError, UnavailableError
+from ringfence.store import agents
+from ringfence.store.database import open_postgresql, open_sqlite
+from ringfence.store.migrate import newest
+from ringfence.store.tables import METADATA
+
+
+@pytest.fixture
+async def database(place: Place) -> Any:
+    found = place.open()
+    await found.migrate()
+    yield found
+    await found.close()
+
+
+async def test_the_schema_is_the_sum_of_the_migrations(database: Any) -> None:
+    async with database.reading() as connection:
+        difference = await connection.run_sync(
+            lambda sync: compare_metadata(MigrationContext.configure(sync), METADATA)
+        )
+    assert difference == []
+
+
+async def test_several_processes_migrate_at_once(place: Place) -> None:
+    several = [place.open() for _ in range(4)]
+    await asyncio.gather(*(one.migrate() for one in several))
+    for one in several:
+        await one.ping()
+        await one.close()
+
+
+async def test_a_schema_of_a_newer_version_is_refused(place: Place, database: Any) -> None:
+    change = "UPDATE alembic_version SET version_num = :number"
+    async with database.writing() as connection:
+        await connection.execute(text(change), {"number": "9999"})
+    try:
+        other = place.open()
+        with pytest.raises(UnavailableError) as caught:
+            await other.migrate()
+        assert caught.value.code == "store-unavailable"
+        assert "9999" in caught.value.message
+        await other.close()
+    finally:
+        async with database.writing() as connection:
+            await connection.execute(text(change), {"number": newest()})
+
+
+async def test_a_row_cannot_belong_to_two_tenants(database: Any) -> None:
+    async with database.writing() as connection:
+        mine = (await keys.create(connection, tenant="a", name="k")).row.tenant_id
+        theirs = (await keys.create(connection, tenant="b", name="k")).row.tenant_id
+        await agents.add(connection, mine, "agent_1", {}, 1)
+    with pytest.raises(IntegrityError):
+        async with database.writing() as connection:
+            await connection.execute(
+                text(
+                    "INSERT INTO agent_versions (tenant_id, agent_id, version, body, created_at)"
+                    " VALUES (:tenant, 'agent_1', 2, '{}', 1)"
+                ),
+                {"tenant": theirs},
+            )
+
+
+async def test_the_key_is_nowhere_in_the_database(place: Place, database: Any) -> None:
+    async with database.writing() as connection:
+        made = await keys.create(connection, tenant="a", name="k")
+        rows = (await connection.execute(text("SELECT * FROM api_keys"))).all()
+    assert made.text not in repr(rows)
+    assert made.text not in repr(made)
+    assert made.text.startswith(made.row.prefix)
+    assert len(made.text) - len(made.row.prefix) >= 35
+
+
+async def test_a_key_lives_and_ends(database: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def whose(text_: str) -> Caller | None:
+        async with database.reading() as connection:
+            try:
+                return await keys.authenticate(connection, text_)
+            except DeniedError:
+                return None
+
+    async with database.writing() as connection:
+        old = await keys.create(connection, tenant="a", name="k", days=10)
+        other = await keys.create(connection, tenant="a", name="k")
+    assert await whose(old.text)
+    async with database.writing() as connection:
+        new = await keys.rotate(connection, old.row.id, grace_days=1)
+    assert await whose(old.text)
+    assert await whose(new.text)
+    later = keys.now() + 2 * keys.DAY
+    with monkeypatch.context() as patch:
+        patch.setattr(keys, "now", lambda: later)
+        assert await whose(old.text) is None
+        assert await whose(new.text)
+        patch.setattr(keys, "now", lambda: later + 20 * keys.DAY)
+        assert await whose(new.text) is None
+    async with database.writing() as connection:
+        await keys.revoke(connection, new.row.id)
+    assert await whose(new.text) is None
+    assert await whose(other.text)
+
+
+def test_a_sqlite_file_is_private(tmp_path: Path) -> None:
+    path = tmp_path / "state" / "x.sqlite"
+    asyncio.run(_made(path))
+    modes = {stat.S_IMODE(one.stat().st_mode) for one in path.parent.iterdir()}
+    assert modes == {0o600}
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    link = tmp_path / "state" / "link.sqlite"
+    link.symlink_to(path)
+    with pytest.raises(UnavailableError):
+        open_sqlite(link)
+
+
+async def _made(path: Path) -> None:
+    database = open_sqlite(path)
+    await database.migrate()
+    async with database.reading():
+        pass
+    await database.close()
+
+
+@pytest.mark.parametrize("url", ["mysql://u:hunter2@h/d", "hunter2", "sqlite:///hunter2"])
+def test_a_url_that_is_none_is_refused_without_being_printed(url: str) -> None:
+    from ringfence.errors import CallerError
+
+    with pytest.raises(CallerError) as caught:
+        open_postgresql(url)
+    assert "hunter2" not in caught.value.render()

@@ -1,0 +1,270 @@
+"""An environment can only narrow the operator's policy, whatever it says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ringfence.control.environment_shapes import EnvironmentDefinition, resolved
+from ringfence.control.narrowing import NetworkRules, narrow
+from ringfence.errors import CallerError, DeniedError
+from ringfence.policy.compile import compile_policy
+from ringfence.policy.decide import Outcome, decide_host, host_rule
+from ringfence.policy.diff import diff
+from ringfence.policy.document import PolicyDocument
+from ringfence.policy.load import PRESETS, from_mapping
+
+HOSTS = (
+    "api.anthropic.com",
+    "a.example.com",
+    "b.example.com",
+    "c.b.example.com",
+    "other.example.org",
+)
+WILD = ("*.example.com", "*.b.example.com")
+PATHS = ("/srv/data", "/srv/data/deep", "/srv/other", "/workspace", "/workspace/sub")
+
+
+def environment(networking: dict[str, Any] | None = None, **block: Any) -> EnvironmentDefinition:
+    config: dict[str, Any] = {"type": "cloud"}
+    if networking is not None:
+        config["networking"] = networking
+    return EnvironmentDefinition.model_validate({"name": "x", "config": config, "ringfence": block})
+
+
+def limited(*hosts: str, **more: Any) -> dict[str, Any]:
+    return {"type": "limited", "allowed_hosts": list(hosts), **more}
+
+
+grants = st.lists(
+    st.builds(
+        lambda host, port, paths, opaque: {
+            "host": host,
+            "port": port,
+            "paths": [] if opaque else paths,
+            "opaque": opaque,
+        },
+        st.sampled_from([*HOSTS[1:], *WILD]),
+        st.sampled_from([443, 8443]),
+        st.lists(st.sampled_from(["GET /v1/**", "POST /v1/a"]), max_size=2, unique=True),
+        st.booleans(),
+    ),
+    max_size=5,
+    unique_by=lambda grant: (grant["host"], grant["port"]),
+)
+
+
+@st.composite
+def ceilings(draw: st.DrawFn) -> PolicyDocument:
+    model = draw(st.booleans())
+    values: dict[str, Any] = {
+        "version": 1,
+        "preset": draw(st.sampled_from(PRESETS)),
+        "network": {"allowed_hosts": [*(["api.anthropic.com"] if model else []), *draw(grants)]},
+        "execution": {"max_memory_mb": draw(st.sampled_from([256, 2048])), "cpus": 1.5},
+        "isolation": draw(
+            st.sampled_from(
+                [
+                    {},
+                    {"backend": "gvisor"},
+                    {"backend": "microvm", "emulation": "allow"},
+                    {"threat_model": "internal_team"},
+                    {"backend": "auto", "threat_model": "hostile_multi_tenant"},
+                ]
+            )
+        ),
+        "filesystem": {
+            "readable_paths": draw(st.sampled_from([[], ["/srv/data"]])),
+            "blocked_paths": ["/srv/secret"],
+            "hidden": ["*.key"],
+        },
+    }
+    return from_mapping(values)
+
+
+@st.composite
+def environments(draw: st.DrawFn) -> EnvironmentDefinition:
+    def maybe(strategy: st.SearchStrategy[Any]) -> Any:
+        return draw(st.none() | strategy)
+
+    paths = st.lists(st.sampled_from(PATHS), max_size=2)
+    network = draw(
+        st.none()
+        | st.just({"type": "unrestricted"})
+        | st.builds(
+            lambda hosts, mcp, packages: limited(
+                *hosts, allow_mcp_servers=mcp, allow_package_managers=packages
+            ),
+            st.lists(st.sampled_from([*HOSTS, *WILD]), max_size=3),
+            st.booleans(),
+            st.booleans(),
+        )
+    )
+    block = {
+        "isolation": maybe(
+            st.sampled_from(["auto", "bubblewrap", "runtime", "container", "gvisor", "microvm"])
+        ),
+        "threat_model": maybe(
+            st.sampled_from(["own_code", "internal_team", "hostile_multi_tenant"])
+        ),
+        "hosting": maybe(st.sampled_from(["long_running", "multi_agent"])),
+        "filesystem": maybe(
+            st.fixed_dictionaries(
+                {},
+                optional={
+                    "workspace": st.sampled_from(["review", "direct", "readonly"]),
+                    "readable_paths": paths,
+                    "writable_paths": paths,
+                    "blocked_paths": st.just(["/srv/data/deep"]),
+                    "hidden": st.just(["*.secret"]),
+                    "tmp_exec": st.just(False),
+                    "exec_in_workspace": st.just(False),
+                },
+            )
+        ),
+        "execution": maybe(
+            st.fixed_dictionaries(
+                {},
+                optional={
+                    "max_memory_mb": st.sampled_from([64, 1024, 9000]),
+                    "cpus": st.sampled_from([0.5, 3.0]),
+                    "allow_subprocess": st.just(False),
+                },
+            )
+        ),
+    }
+    return environment(network, **block)
+
+
+@settings(max_examples=120)
+@given(
+    ceilings(),
+    environments(),
+    st.booleans(),
+    st.lists(st.sampled_from(HOSTS), max_size=2),
+    st.sampled_from([(), ("a.example.com",)]),
+)
+def test_what_is_compiled_never_allows_more_than_the_ceiling(
+    ceiling: PolicyDocument,
+    asked: EnvironmentDefinition,
+    unrestricted: bool,
+    mcp_hosts: list[str],
+    package_hosts: tuple[str, ...],
+) -> None:
+    rules = NetworkRules(unrestricted=unrestricted, package_hosts=package_hosts)
+    try:
+        narrowed = narrow(ceiling, asked, rules, mcp_hosts=mcp_hosts)
+    except (DeniedError, CallerError):
+        return
+    assert not diff(ceiling, narrowed).widens
+    # by the code that decides at run time, which neither narrowing nor diff is made of
+    most, least = compile_policy(ceiling).egress, compile_policy(narrowed).egress
+    for host in HOSTS:
+        for port in (443, 8443):
+            if decide_host(least, host, port).outcome is Outcome.ALLOW:
+                assert decide_host(most, host, port).outcome is Outcome.ALLOW
+                one, other = host_rule(least, host, port), host_rule(most, host, port)
+                assert one is not None
+                assert other is not None
+                assert (one.paths, one.opaque) == (other.paths, other.opaque)
+    # spelled out, it means the same
+    again = EnvironmentDefinition.model_validate(resolved(asked))
+    assert narrow(ceiling, again, rules, mcp_hosts=mcp_hosts) == narrowed
+
+
+def test_narrowing_is_not_refusing_everything() -> None:
+    ceiling = from_mapping(
+        {
+            "version": 1,
+            "preset": "developer",
+            "network": {"allowed_hosts": ["api.anthropic.com", "*.example.com"]},
+            "filesystem": {"readable_paths": ["/srv/data"]},
+        }
+    )
+    asked = environment(
+        limited("a.example.com"),
+        isolation="gvisor",
+        hosting="long_running",
+        filesystem={"readable_paths": ["/srv/data/deep"], "workspace": "readonly"},
+        execution={"max_memory_mb": 100},
+    )
+    narrowed = narrow(ceiling, asked, NetworkRules())
+    assert [grant.host for grant in narrowed.network.allowed_hosts] == [
+        "api.anthropic.com",
+        "a.example.com",
+    ]
+    assert narrowed.filesystem.readable_paths == ("/srv/data/deep",)
+    assert narrowed.filesystem.workspace == "readonly"
+    assert narrowed.execution.max_memory_mb == 100
+    assert narrowed.execution.pids == ceiling.execution.pids
+    assert (narrowed.isolation.backend, narrowed.hosting.pattern) == ("gvisor", "long-running")
+
+
+def test_without_networking_only_the_model_is_reached() -> None:
+    ceiling = from_mapping(
+        {"version": 1, "network": {"allowed_hosts": ["api.anthropic.com", "a.example.com"]}}
+    )
+    narrowed = narrow(ceiling, environment(), NetworkRules())
+    assert [grant.host for grant in narrowed.network.allowed_hosts] == ["api.anthropic.com"]
+
+
+def test_unrestricted_is_refused_until_the_operator_settles_it() -> None:
+    ceiling = from_mapping({"version": 1, "network": {"allowed_hosts": ["a.example.com"]}})
+    asked = environment({"type": "unrestricted"})
+    with pytest.raises(DeniedError) as caught:
+        narrow(ceiling, asked, NetworkRules())
+    assert caught.value.code == "unrestricted-denied"
+    allowed = narrow(ceiling, asked, NetworkRules(unrestricted=True))
+    assert allowed.network == ceiling.network
+
+
+def test_a_wildcard_keeps_the_narrower_lines_below_it() -> None:
+    ceiling = from_mapping(
+        {
+            "version": 1,
+            "network": {
+                "allowed_hosts": [
+                    "*.example.com",
+                    {"host": "a.example.com", "paths": ["GET /v1/**"]},
+                ]
+            },
+        }
+    )
+    narrowed = narrow(ceiling, environment(limited("*.example.com")), NetworkRules())
+    rule = host_rule(compile_policy(narrowed).egress, "a.example.com", 443)
+    assert rule is not None
+    assert [path.path for path in rule.paths] == ["/v1/**"]
+
+
+@pytest.mark.parametrize(
+    ("networking", "block", "word"),
+    [
+        (limited("evil.example.net"), {}, "evil.example.net"),
+        (limited("*.example.net"), {}, "*.example.net"),
+        (limited(allow_package_managers=True), {}, "allow_package_managers"),
+        (None, {"execution": {"cpus": 3.0}}, "execution.cpus"),
+        (None, {"isolation": "runtime"}, "isolation"),
+        (None, {"isolation": "auto"}, "threat_model"),
+        (None, {"threat_model": "own_code", "isolation": "auto"}, "isolation"),
+        (None, {"filesystem": {"readable_paths": ["/srv/other"]}}, "/srv/other"),
+        (None, {"filesystem": {"writable_paths": ["/srv/data"]}}, "/srv/data"),
+        (None, {"filesystem": {"workspace": "direct"}}, "workspace"),
+    ],
+)
+def test_what_is_wider_is_refused_by_its_name(
+    networking: dict[str, Any] | None, block: dict[str, Any], word: str
+) -> None:
+    ceiling = from_mapping(
+        {
+            "version": 1,
+            "network": {"allowed_hosts": ["a.example.com"]},
+            "filesystem": {"readable_paths": ["/srv/data"], "workspace": "review"},
+            "isolation": {"backend": "container"},
+            "execution": {"cpus": 2.0},
+        }
+    )
+    with pytest.raises(DeniedError, match=word.replace("*", r"\*")):
+        narrow(ceiling, environment(networking, **block), NetworkRules())
