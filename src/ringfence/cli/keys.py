@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from ringfence.control.keys import NewKey
+    from ringfence.control.platform import Platform
     from ringfence.store.keys import KeyRow
 
 app = typer.Typer(
@@ -43,11 +44,12 @@ def create(
 ) -> None:
     """Make a key and print it."""
     with clear_errors(as_json=json):
+        platform = _made(context)
         from ringfence.control.keys import SCOPES, create
 
         scopes = tuple(scope) if scope else SCOPES
         made = _do(
-            context,
+            platform,
             lambda tx: create(tx, tenant=tenant, name=name, scopes=scopes, days=expires_days),
         )
         _print(made, json=json)
@@ -57,9 +59,10 @@ def create(
 def list_(context: typer.Context, *, json: Json = False) -> None:
     """Keys of all tenants: prefix, scopes and state; never a key."""
     with clear_errors(as_json=json):
+        platform = _made(context)
         from ringfence.control.keys import every
 
-        rows = [_shown(row) for row in _do(context, every)]
+        rows = [_shown(row) for row in _do(platform, every)]
         if json:
             print_json(rows)
             return
@@ -84,26 +87,32 @@ def rotate(
 ) -> None:
     """Make a key with the same scopes in the place of another."""
     with clear_errors(as_json=json):
+        platform = _made(context)
         from ringfence.control.keys import rotate
 
-        _print(_do(context, lambda tx: rotate(tx, key_id, grace_days=grace_days)), json=json)
+        _print(_do(platform, lambda tx: rotate(tx, key_id, grace_days=grace_days)), json=json)
 
 
 @app.command("revoke", epilog="Example: ringfence keys revoke key_…")
 def revoke(context: typer.Context, key_id: str) -> None:
     """End a key, from the next request on."""
     with clear_errors():
+        platform = _made(context)
         from ringfence.control.keys import revoke
 
-        row = _do(context, lambda tx: revoke(tx, key_id))
+        row = _do(platform, lambda tx: revoke(tx, key_id))
         typer.echo(f"{row.id} ({row.prefix}…) is revoked", err=True)
 
 
-def _do(context: typer.Context, act: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-    """One transaction on the platform's database."""
+def _made(context: typer.Context) -> Platform:
+    """Asked for before anything of the platform is imported: it says what is not installed."""
     state: AppContext = context.obj
     assert state.platform is not None  # noqa: S101  the composition root sets it
-    platform = state.platform()
+    return state.platform()
+
+
+def _do(platform: Platform, act: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+    """One transaction on the platform's database."""
 
     async def whole() -> T:
         async with platform.opened() as database, database.writing() as connection:
