@@ -39,9 +39,11 @@ def cache() -> Path:
 def ringfence_image(
     state: Path, *arguments: str | Path, **environment: str
 ) -> subprocess.CompletedProcess[str]:
+    # RINGFENCE_TEST_CACHE is the tests' own, and no setting of ringfence
+    outer = {name: value for name, value in os.environ.items() if not name.startswith("RINGFENCE_")}
     return subprocess.run(
         [sys.executable, "-m", "ringfence", "image", *arguments],
-        env={**os.environ, "RINGFENCE_STATE_DIR": str(state), **environment},
+        env={**outer, "RINGFENCE_STATE_DIR": str(state), **environment},
         capture_output=True,
         text=True,
         check=False,

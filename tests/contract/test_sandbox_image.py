@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from backends import needs
+from backends import machines, needs
 from images import copy_of_small
 from ringfence.images.store import ImageStore
 from ringfence.policy.compiled import SandboxProfile
@@ -30,6 +30,12 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     copy_of_small(place)
     yield place / "images"
     shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Kernel and snapshots of every clause's machines."""
+    return machines() or tmp_path_factory.mktemp("machines")
 
 
 # the first to come builds the image, of files of the host; under load that takes its time
@@ -89,11 +95,6 @@ class TestMicrovm(ImageContract):
     patience = 6.0
     rules = replace(ImageContract.rules, emulation=True)
 
-    @pytest.fixture(scope="class")
-    def machines(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """Kernel and snapshots of all clauses."""
-        return tmp_path_factory.mktemp("machines")
-
     @pytest.fixture
-    def backend(self, state: Path, machines: Path) -> Backend:
-        return MicrovmBackend(state_dir=state, machines=machines)
+    def backend(self, state: Path, saved: Path) -> Backend:
+        return MicrovmBackend(state_dir=state, machines=saved)

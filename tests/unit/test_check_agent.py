@@ -11,6 +11,7 @@ from ringfence.check import agent, takenover
 from ringfence.check.finding import Outcome
 from ringfence.check.theatre import Act
 from ringfence.model import RunResult, RunStatus
+from ringfence.sandbox.protocol import INSIDE_CLAUDE
 
 
 def _played(**changed: Any) -> agent.Played:
@@ -113,3 +114,16 @@ def test_an_agent_that_is_taken_over_is_seen(
     judged = takenover.JUDGES[probe]
     assert judged(STAGE, _acts())[0] is Outcome.PASS
     assert judged(STAGE, _acts(**changed))[0].value == outcome
+
+
+def test_a_call_that_starts_a_second_claude_has_all_the_time_that_a_call_can_have() -> None:
+    """On an emulated processor the Bash tool's own two minutes end it before it says anything."""
+    calls = [
+        step["input"]
+        for steps in takenover.scripts(STAGE).values()
+        for step in steps
+        if step.get("tool") == "Bash"
+    ]
+    slow = [call for call in calls if INSIDE_CLAUDE in call["command"]]
+    assert len(slow) == 2
+    assert all((call.get("timeout") == 600_000) == (call in slow) for call in calls)
