@@ -87,6 +87,11 @@ class ContainerBackend(StagedBackend):
         check_runtime(self._runtime(profile), self._uids[0])
         return super().probe(profile)
 
+    def engine(self, profile: SandboxProfile) -> str:
+        """See Engined of the protocol."""
+        name = self._runtime(profile).name
+        return "podman with crun" if name == "podman" else name
+
     def enclose(self, rules: SandboxProfile, facts: HostFacts, program: Program) -> dict[str, Any]:
         """See StagedBackend."""
         return container_plan(self._runtime(rules), rules, facts, program)

@@ -126,6 +126,11 @@ class GvisorBackend(StagedBackend):
         check_runsc(find_runsc(), self._uids[0], self._caller(profile))
         return super().probe(profile)
 
+    def engine(self, profile: SandboxProfile) -> str:
+        """See Engined of the protocol."""
+        caller = self._caller(profile)
+        return "runsc" if caller is None else f"{caller.name} with runsc"
+
     def _caller(self, rules: SandboxProfile) -> Path | None:
         return find_engine(self._engine if rules.engine == "auto" else rules.engine)
 
