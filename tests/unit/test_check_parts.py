@@ -276,7 +276,8 @@ def test_only_what_makes_containers_here_is_judged(monkeypatch: pytest.MonkeyPat
     assert judged(only_crun, "auto", 0) == {"crun"}
     assert judged(all_there, "auto", 1000) == {"crun"}
     assert judged(all_there, "crun", 0) == {"crun"}
-    assert judged(all_there, "podman", 0) == {"podman", "runc", "crun"}
+    assert judged(all_there, "podman", 0) == {"podman", "crun"}
+    assert judged(all_there, "docker", 0) == {"docker", "runc", "crun"}
 
 
 def test_a_report_says_what_made_the_sandboxes(capsys: pytest.CaptureFixture[str]) -> None:
