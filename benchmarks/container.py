@@ -2,7 +2,9 @@
 
 `python -m benchmarks.container [rounds [runtime …]]`. The raw side of a container is `RUNTIME run` with the
 very configuration that ringfence gave its own, run by root; ours makes the place, joins the
-control groups, reads everything back and throws it all away.
+control groups, reads everything back and throws it all away. `podman run --rm` with the same mounts,
+ids, filter and limits is measured beside each container, as the tool that most people would take;
+docker's daemon has to run for `docker run`, and none is started here.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from ringfence.policy.compiled import SandboxProfile
-from ringfence.sandbox import hostfacts, oci, seccomp
-from ringfence.sandbox.container import RUNTIMES, ContainerBackend
+from ringfence.sandbox import hostfacts, oci, podman, seccomp
+from ringfence.sandbox.container import ENGINES, ContainerBackend
 from ringfence.sandbox.gvisor import FLAGS, GvisorBackend
 from ringfence.sandbox.profile import PATH
 from ringfence.sandbox.protocol import Backend, SandboxSpec
@@ -45,6 +47,7 @@ def bundle(place: Path, runtime: str) -> Path:
     stage = place / "stage"
     for name in ("etc", "tmp", "shm", "home", "workspace"):
         (stage / name).mkdir(parents=True)
+    (stage / "etc" / "hostname").write_text("sandbox\n")
     for path in (place, stage, *stage.iterdir()):
         path.chmod(0o755)
     facts = hostfacts.empty_place()
@@ -77,28 +80,71 @@ def bundle(place: Path, runtime: str) -> Path:
     return root.parent
 
 
+_LEFT_OUT = {
+    *("--pidfile", "--runtime", "--ipc", "--network", "--pid", "--cgroups", "--pids-limit"),
+    *("--dns", "--ulimit"),
+}
+"""Of our options to podman, each with a value: what only one in a sandbox's own namespaces and
+control groups is told.
+"""
+
+
+_LIMITS = (
+    *("--network", "none", "--memory", "2g", "--cpus", "2", "--pids-limit", "256"),
+    *("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"),
+)
+
+
+def podman_words(place: Path) -> list[str]:
+    """`podman run` as a user would type it for the same container, crun below it. Its storage stays
+    from round to round, where ours is new each time.
+    """
+    settings = json.loads((place / "bundle" / "config.json").read_text())
+    options, _ = podman.run_options(settings, str(place / "bundle"), {"PATH": PATH})
+    split = options.index("run")
+    words = ["podman", *_kept(options[:split]), "--runtime", str(shutil.which("crun", path=PATHS))]
+    words += ["run", "--rm", *_LIMITS]
+    (place / "bundle" / "seccomp.json").write_text(json.dumps(settings["linux"]["seccomp"]))
+    return words + _kept(options[split + 1 :])
+
+
+def _kept(options: list[str]) -> list[str]:
+    """Without those, and without our /dev: podman makes its own, and a terminal's."""
+    kept: list[str] = []
+    words = iter(options)
+    for word in words:
+        if word in _LEFT_OUT:
+            next(words)
+        elif word in {"--tmpfs", "--volume"}:
+            value = next(words)
+            kept += [] if value.startswith("/dev:") or ":/dev/pts:" in value else [word, value]
+        elif word != "--detach":
+            kept.append(word)
+    return kept
+
+
+def command(runtime: str, place: Path, number: int) -> list[str]:
+    """The raw tool's command line for the bundle."""
+    program = str(shutil.which(runtime, path=PATHS))
+    if runtime == "podman":
+        words = podman_words(place)
+    else:
+        words = [program, "--root", str(place / "state"), *(FLAGS if runtime == "runsc" else ())]
+        words += ["run"] if runtime == "runsc" else ["run", "--no-new-keyring"]
+        words += ["--bundle", str(place / "bundle"), f"bench-{os.getpid()}-{number}"]
+    if runtime not in {"crun", "podman"}:
+        return words
+    # crun stops at a mix of control group versions; ringfence hides them from it
+    hide = 'umount /sys/fs/cgroup/unified 2>/dev/null; exec "$@"'
+    private = ["unshare", "-m", "--propagation", "private"]
+    return [*private, "sh", "-c", hide, "sh", *words]
+
+
 def raw(runtime: str, place: Path, number: int) -> tuple[float, float]:
     """Seconds of one `run`, and processor seconds."""
-    gvisor = runtime.endswith("runsc")
-    words = [runtime, "--root", str(place / "state"), *(FLAGS if gvisor else ())]
-    words += ["run"] if gvisor else ["run", "--no-new-keyring"]
-    # crun stops at a mix of control group versions; ringfence hides them from it
-    hide = "umount /sys/fs/cgroup/unified 2>/dev/null; " if runtime.endswith("crun") else ""
-    words = [*words, "--bundle", str(place / "bundle"), f"bench-{os.getpid()}-{number}"]
-    if hide:
-        words = [
-            "unshare",
-            "-m",
-            "--propagation",
-            "private",
-            "sh",
-            "-c",
-            hide + 'exec "$@"',
-            "sh",
-            *words,
-        ]
+    words = command(runtime, place, number)
     start, before = time.perf_counter(), spent()
-    subprocess.run(words, check=True, stdin=subprocess.DEVNULL)
+    subprocess.run(words, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start, spent() - before
 
 
@@ -127,8 +173,9 @@ async def ours(backend: Backend, place: Path) -> tuple[float, float, float]:
 
 
 async def compare(runtime: str, rounds: int) -> dict[str, list[float]]:
-    """Times of both, alternating."""
-    kinds = ("raw", "ours", "one more", "raw cpu", "ours cpu")
+    """Times of both, and of podman beside a container, in turn."""
+    beside = runtime in {"runc", "crun"} and shutil.which("podman", path=PATHS) is not None
+    kinds = ("raw", "ours", "one more", "raw cpu", "ours cpu", *(("podman",) if beside else ()))
     times: dict[str, list[float]] = {name: [] for name in kinds}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         place = Path(name)
@@ -141,18 +188,21 @@ async def compare(runtime: str, rounds: int) -> dict[str, list[float]]:
             else ContainerBackend(state_dir=place / "state", engine=runtime)
         )
         backend.warm()
-        program = str(shutil.which(runtime, path=PATHS))
         try:
             for number in range(rounds + 1):
                 await asyncio.sleep(0.8)  # a worker's spare launcher is ready again
                 whole, processor, more = await ours(backend, place)
-                plain, cpu = await asyncio.to_thread(raw, program, place, number)
+                plain, cpu = await asyncio.to_thread(raw, runtime, place, number)
+                podmans, _ = (
+                    await asyncio.to_thread(raw, "podman", place, number) if beside else (0.0, 0.0)
+                )
                 if number:  # the first round warms the page cache
                     times["ours"].append(whole)
                     times["one more"].append(more)
                     times["raw"].append(plain)
                     times["ours cpu"].append(processor)
                     times["raw cpu"].append(cpu)
+                    times.get("podman", []).append(podmans)
         finally:
             await backend.close()
     return times
@@ -165,7 +215,7 @@ def main(arguments: list[str]) -> None:
         return
     rounds = int(arguments[0]) if arguments else 15
     summary: Callable[[list[float]], float] = statistics.median
-    for runtime in arguments[1:] or (*RUNTIMES, "runsc"):
+    for runtime in arguments[1:] or (*ENGINES, "runsc"):
         if shutil.which(runtime, path=PATHS) is None:
             print(f"{runtime}: apt-get install {runtime}")
             continue
@@ -177,6 +227,12 @@ def main(arguments: list[str]) -> None:
                 f"{runtime} {name:9} median {summary(values) * 1000:5.0f} ms   best "
                 f"{min(values) * 1000:5.0f} ms   {summary(values) / base:.2f}x of raw, best to "
                 f"best {min(values) / min(beside):.2f}x (target 1.20)"
+            )
+        if podmans := times.get("podman"):
+            whole = times["ours"]
+            print(
+                f"{runtime} ours beside `podman run`: {summary(whole) / summary(podmans):.2f}x, best "
+                f"to best {min(whole) / min(podmans):.2f}x"
             )
 
 

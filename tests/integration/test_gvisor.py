@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -114,11 +115,22 @@ def test_the_kernel_inside_is_not_the_hosts(tmp_path: Path) -> None:
     run(work)
 
 
-def test_what_runs_on_the_host_has_no_rights_there(tmp_path: Path) -> None:
+PODMAN = pytest.param(
+    "podman",
+    marks=pytest.mark.skipif(
+        shutil.which("podman", path="/usr/bin") is None,
+        reason="podman is not installed: apt-get install podman",
+    ),
+)
+CALLERS = pytest.mark.parametrize("caller", ["auto", PODMAN])
+
+
+@CALLERS
+def test_what_runs_on_the_host_has_no_rights_there(tmp_path: Path, caller: str) -> None:
     """Also of a sentry that its guest has taken over: ids of no account, filters, no network."""
 
     async def work() -> None:
-        async with sandbox_of(tmp_path) as sandbox:
+        async with sandbox_of(tmp_path, engine=caller) as sandbox:
             process = await standing(sandbox)
             found = members(sandbox)
             network = os.stat(f"/proc/{os.getpid()}/ns/net").st_ino
@@ -141,7 +153,9 @@ def test_what_runs_on_the_host_has_no_rights_there(tmp_path: Path) -> None:
                 assert f"Max processes {limit} {limit} " in limits(held[name])
                 if AS_ROOT:
                     assert not Path(f"/proc/{held[name]}/root/etc/shadow").exists()
-            assert "runsc" not in found.values()  # it is gone when the program runs
+            # they are gone when the program runs, and podman's monitor is there
+            assert not {"runsc", "/usr/bin/podman"} & set(found.values())
+            assert ("/usr/bin/conmon" in found.values()) is (caller == "podman")
             await process.kill()
 
     run(work)
@@ -278,10 +292,19 @@ def _processor_seconds(pids: set[int]) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-@pytest.mark.parametrize("which", ["runsc-sandbox", "runsc-gofer", "first", "launcher"])
-def test_whoever_is_killed_takes_the_rest_along(tmp_path: Path, which: str) -> None:
+DEATHS = [
+    *(("auto", name) for name in ("runsc-sandbox", "runsc-gofer", "first", "launcher")),
+    *(
+        pytest.param("podman", name, marks=PODMAN.marks)
+        for name in ("runsc-sandbox", "runsc-gofer", "/usr/bin/conmon")
+    ),
+]
+
+
+@pytest.mark.parametrize(("caller", "which"), DEATHS)
+def test_whoever_is_killed_takes_the_rest_along(tmp_path: Path, caller: str, which: str) -> None:
     async def work() -> None:
-        async with sandbox_of(tmp_path) as sandbox:
+        async with sandbox_of(tmp_path, engine=caller) as sandbox:
             process = await standing(sandbox)
             found = members(sandbox)
             launcher = process._monitor.pid
@@ -356,8 +379,9 @@ def test_a_sentry_without_room_for_threads_is_contained(
     run(work)
 
 
+@CALLERS
 def test_a_sentry_with_more_rights_than_planned_does_not_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caller: str
 ) -> None:
     """Read back from the kernel: here the plan allows less than runsc gives. And before the first
     instruction of a program: not one file is written.
@@ -365,7 +389,7 @@ def test_a_sentry_with_more_rights_than_planned_does_not_run(
     write = ["bash", "-c", "echo ran > /tmp/ran; sleep 30"]
 
     async def work() -> None:
-        async with sandbox_of(tmp_path) as sandbox:
+        async with sandbox_of(tmp_path, engine=caller) as sandbox:
             with monkeypatch.context() as patch:
                 patch.setattr(gvisor, "SENTRY_CAPABILITIES", 0)
                 with pytest.raises(UnavailableError) as caught:
@@ -378,6 +402,100 @@ def test_a_sentry_with_more_rights_than_planned_does_not_run(
             assert (await shell(sandbox, "ls /tmp"))[1] == "ran\n"
 
     run(work)
+
+
+LIAR = """#!/bin/sh
+for word; do
+  shift
+  [ "$word" = --rootfs ] && set -- "$@" LIE
+  set -- "$@" "$word"
+done
+exec /usr/bin/podman "$@"
+"""
+LIES = {
+    "shown": ("--volume /usr/share:/shown", "/shown shows /usr/share"),
+    "open": ("--read-only=false", "root is another, or writable"),
+    "capability": ("--cap-add SETUID", "capabilities are"),
+    "user": ("--user 0:5", "the user is 0:5"),
+    "words": ("--annotation dev.gvisor.flag=x", "words for gVisor"),
+    "limit": ("--ulimit fsize=1:1", "RLIMIT_FSIZE"),
+}
+
+
+@pytest.fixture
+def lying(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Has gVisor called by a podman that is asked for more than we ask."""
+    place = Path("/usr/local/lib/ringfence-test") / str(os.getpid())  # the sandbox's ids read it
+    place.mkdir(parents=True)
+
+    def lie(words: str) -> None:
+        liar = place / "podman"
+        liar.write_text(LIAR.replace("LIE", words))
+        liar.chmod(0o755)
+        monkeypatch.setattr(gvisor, "find_engine", lambda _: liar)
+        monkeypatch.setattr(gvisor, "check_runsc", lambda *_: None)
+
+    yield lie
+    shutil.rmtree(place)
+    with contextlib.suppress(OSError):
+        place.parent.rmdir()  # unless a test beside this one has its own there
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("lie", [pytest.param(name, marks=PODMAN.marks) for name in LIES])
+def test_what_podman_asks_beyond_ours_stops_the_start(
+    tmp_path: Path, lie: str, lying: Callable[[str], None]
+) -> None:
+    """It is read before gVisor is started; nobody could look at what gVisor made of it."""
+    words, difference = LIES[lie]
+
+    async def work() -> None:
+        async with sandbox_of(tmp_path, engine="podman") as sandbox:
+            lying(words)
+            with pytest.raises(UnavailableError) as caught:
+                await sandbox.exec(["true"])
+            assert caught.value.code == "sandbox-start-failed"
+            assert difference in caught.value.message
+            # neither podman's variables nor its options are the program's
+            lying("--env SHOWN=x --no-hosts")
+            assert await shell(sandbox, "echo fine$SHOWN") == (0, "fine\n")
+
+    run(work)
+
+
+@pytest.mark.parametrize("caller", [PODMAN])
+def test_the_programs_environment_is_on_no_command_line(tmp_path: Path, caller: str) -> None:
+    """While podman makes the container, which every user of the host can watch."""
+
+    async def work() -> None:
+        async with sandbox_of(tmp_path, engine=caller) as sandbox:
+            canary = f"canary-{new_id('sb')}"
+            seen: list[bytes] = []
+            starting = asyncio.ensure_future(
+                sandbox.exec(["sh", "-c", "echo $SECRET"], environment={"SECRET": canary})
+            )
+            while not starting.done():
+                seen += [_words(entry) for entry in Path("/proc").glob("[0-9]*")]
+                await asyncio.sleep(0.01)
+            process = await starting
+            assert await process.read() == canary.encode() + b"\n"
+            assert any(b"--rootfs" in words for words in seen)  # podman was looked at
+            assert not any(canary.encode() in words for words in seen)
+
+    run(work)
+
+
+def _words(entry: Path) -> bytes:
+    with contextlib.suppress(OSError):
+        return (entry / "cmdline").read_bytes()
+    return b""
+
+
+def test_docker_calls_no_gvisor(tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError) as caught:
+        GvisorBackend(state_dir=tmp_path).probe(SandboxProfile(engine="docker"))
+    assert caught.value.code == "isolation-unavailable"
+    assert "podman" in caught.value.hint
 
 
 def test_without_runsc_the_mend_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,7 +532,9 @@ def _orphans() -> set[int]:
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             words = (entry / "cmdline").read_bytes()
-            if status(int(entry.name))["PPid"] == "1" and re.match(rb"runsc|.*/launch\.py", words):
+            if status(int(entry.name))["PPid"] == "1" and re.match(
+                rb"runsc|.*/conmon|.*/launch\.py", words
+            ):
                 found.add(int(entry.name))
     return found
 
@@ -424,17 +544,24 @@ def _own(path: Path) -> bool:
     return path.name.startswith(f"ringfence-{os.getpid()}-")
 
 
-@pytest.mark.parametrize(
-    ("count", "at_once"), [(12, 4), pytest.param(500, 8, marks=pytest.mark.storm)]
-)
+MANY = [
+    ("auto", 12, 4),
+    pytest.param("podman", 4, 4, marks=PODMAN.marks),
+    *(pytest.param(caller, 500, 8, marks=pytest.mark.storm) for caller in ("auto", "podman")),
+]
+
+
+@pytest.mark.parametrize(("caller", "count", "at_once"), MANY)
 @pytest.mark.timeout(1800)
-def test_many_sandboxes_leave_nothing(tmp_path: Path, count: int, at_once: int) -> None:
+def test_many_sandboxes_leave_nothing(
+    tmp_path: Path, caller: str, count: int, at_once: int
+) -> None:
     where = place(tmp_path)
 
     async def one(backend: GvisorBackend, number: int) -> None:
         spec = SandboxSpec(
             sandbox_id=new_id("sb"),
-            profile=PROFILE,
+            profile=replace(PROFILE, engine=caller),
             workspace=where / "workspace",
             state_dir=where / "state",
         )

@@ -25,8 +25,13 @@ from ringfence.cli import checktable
 from ringfence.config import Config
 from ringfence.errors import CallerError, DeniedError
 from ringfence.policy.compile import compile_policy
+from ringfence.policy.compiled import SandboxProfile
 from ringfence.policy.load import from_mapping, load_policy
-from ringfence.sandbox.protocol import Control, ControlState
+from ringfence.sandbox import container, gvisor
+from ringfence.sandbox.bubblewrap import BubblewrapBackend
+from ringfence.sandbox.container import ContainerBackend
+from ringfence.sandbox.gvisor import GvisorBackend
+from ringfence.sandbox.protocol import Control, ControlState, engine_of
 
 CHECK = Check(
     id="X-1", line=Line.NETWORK, layer="network", title="A <b>title</b>", severity=Severity.HIGH,
@@ -271,7 +276,39 @@ def test_only_what_makes_containers_here_is_judged(monkeypatch: pytest.MonkeyPat
     assert judged(only_crun, "auto", 0) == {"crun"}
     assert judged(all_there, "auto", 1000) == {"crun"}
     assert judged(all_there, "crun", 0) == {"crun"}
-    assert judged(all_there, "podman", 0) == {"podman", "runc", "crun"}
+    assert judged(all_there, "podman", 0) == {"podman", "crun"}
+    assert judged(all_there, "docker", 0) == {"docker", "runc", "crun"}
+
+
+def test_a_report_says_what_made_the_sandboxes(capsys: pytest.CaptureFixture[str]) -> None:
+    tried = report.Tried(name="bubblewrap", available=True, engine="podman with crun")
+    one = replace(result(finding(Outcome.PASS)), isolations=(tried,))
+    assert one.to_json()["isolations"][0]["engine"] == "podman with crun"
+    assert "made by podman with crun" in render.html(one)
+    checktable.print_table(one)
+    assert "podman with crun" in capsys.readouterr().out
+    assert "made by" not in render.html(result(finding(Outcome.PASS)))
+
+
+def test_a_backend_names_its_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(container, "find_runtime", lambda name, **_: Path("/usr/bin") / name)
+    monkeypatch.setattr(gvisor, "find_engine", lambda name: None if name == "auto" else Path(name))
+    backends = [kind(state_dir=tmp_path) for kind in (ContainerBackend, GvisorBackend)]
+    for engine, wanted in (
+        ("podman", ["podman with crun", "podman with runsc"]),
+        ("auto", ["auto", "runsc"]),
+    ):
+        profile = SandboxProfile(engine=engine)
+        assert [engine_of(backend, profile) for backend in backends] == wanted
+    assert engine_of(BubblewrapBackend(state_dir=tmp_path), SandboxProfile()) == ""
+
+
+def test_podman_is_judged_where_it_calls_gvisor() -> None:
+    old = versions.Installed(version="0.1")
+    for engine, wanted in (("podman", Outcome.FAIL), ("auto", Outcome.NOT_AVAILABLE)):
+        found = versions.findings(["gvisor"], lambda _: old, engine=engine)
+        outcomes = {f.outcome for f in found if f.check.id.startswith("VER-podman")}
+        assert outcomes == {wanted}
 
 
 def test_the_engines_are_those_of_the_backend() -> None:

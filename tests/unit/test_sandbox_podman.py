@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +13,12 @@ from ringfence.errors import CallerError
 from ringfence.model import WorkspaceMode
 from ringfence.policy.compiled import SandboxProfile
 from ringfence.sandbox import oci, podman, seccomp
+from ringfence.sandbox.gvisor import gvisor_config
 from ringfence.sandbox.profile import HostFacts, Tools
+from ringfence.sandbox.staged import Program
+
+sys.path.append(str(Path(podman.__file__).parent))
+from launch_gvisor_podman import compare
 
 FACTS = HostFacts(
     as_root=True,
@@ -107,3 +115,75 @@ def test_the_one_id_of_an_ordinary_user() -> None:
     assert values(words, "--uidmap") == values(words, "--gidmap") == ["1000:0:1"]
     assert "--userns" not in words
     assert values(options()[0], "--userns") == ["host"]
+
+
+# --- gVisor below podman: what podman wrote, beside what it was to write
+
+WANTED = gvisor_config(
+    SandboxProfile(workspace_mode=WorkspaceMode.READONLY), FACTS, Program(["prog"], {}, "/")
+)
+BUNDLE = "/mnt/bundle"
+
+
+def written() -> dict[str, Any]:
+    """As podman writes it: no capability, files of its own, and no word on memory."""
+    one = json.loads(json.dumps(WANTED))
+    one["process"] |= {"capabilities": {}, "env": ["HOSTNAME=sandbox"], "args": ["x"]}
+    one["root"]["path"] = f"{BUNDLE}/rootfs"
+    one["mounts"].append(
+        {"destination": "/run/.containerenv", "type": "bind", "source": f"{BUNDLE}/run/c/x",
+         "options": ["bind", "rprivate", "ro"]}
+    )  # fmt: skip
+    return one
+
+
+def test_what_podman_wrote_is_what_was_asked_for() -> None:
+    assert compare(written(), WANTED, BUNDLE) == []
+
+
+def _edit(place: str, **change: Any) -> Any:
+    def edit(one: dict[str, Any]) -> None:
+        (mount,) = [m for m in one["mounts"] if m["destination"] == place]
+        mount.update(change)
+
+    return edit
+
+
+DIFFERENCES: list[tuple[Any, str]] = [
+    (lambda one: one["process"]["user"].update(additionalGids=[5]), "more groups"),
+    (lambda one: one["process"]["user"].update(uid=1), "the user is 1:0"),
+    (lambda one: one["process"].update(noNewPrivileges=False), "noNewPrivileges is False"),
+    (lambda one: one["process"].update(rlimits=[]), "RLIMIT_CORE is not 0"),
+    (lambda one: one["process"].update(capabilities={"bounding": ["CAP_CHOWN"]}), "bounding"),
+    (lambda one: one["root"].update(readonly=False), "writable"),
+    (lambda one: one["root"].update(path="/"), "the root is another"),
+    (lambda one: one.update(hooks={"prestart": [{"path": "/x"}]}), "hooks"),
+    (lambda one: one.update(annotations={"dev.gvisor.spec.x": "y"}), "words for gVisor"),
+    (lambda one: one["linux"].update(devices=[{"path": "/dev/kvm"}]), "devices"),
+    (_edit("/usr", options=["rbind", "nosuid", "nodev"]), "/usr is mounted without ro"),
+    (_edit("/etc", source="/etc"), "/etc shows /etc"),
+    (_edit("/sys/fs/cgroup", type="tmpfs"), "of another kind"),
+    (_edit("/run/.containerenv", options=["bind"]), "/run/.containerenv shows"),
+    (_edit("/run/.containerenv", source="/root"), "/run/.containerenv shows /root"),
+    (_edit("/proc", type="none", options=["rbind"], source="/proc"), "/proc shows /proc"),
+    (lambda one: one["mounts"].remove(one["mounts"][0]), "/usr is not mounted"),
+]
+
+
+@pytest.mark.parametrize(("change", "difference"), DIFFERENCES)
+def test_what_podman_wrote_beyond_that_is_named(change: Any, difference: str) -> None:
+    one = written()
+    change(one)
+    assert any(difference in word for word in compare(one, WANTED, BUNDLE))
+
+
+def test_what_podman_is_asked_for_gvisor() -> None:
+    """No capability and no seccomp profile of its own, and neither gVisor's /dev nor its groups."""
+    words, _ = podman.run_options(WANTED, BUNDLE, {})
+    assert values(words, "--security-opt")[:2] == ["no-new-privileges", "seccomp=unconfined"]
+    assert values(words, "--ulimit")[0] == "core=0:0"
+    assert values(words, "--user") == ["0:0"]
+    assert "--cap-add" not in " ".join(words)
+    shown = [one.split(":")[1] for one in values(words, "--volume")]
+    assert "/dev/fuse" in shown
+    assert not {"/dev", "/dev/pts", "/sys/fs/cgroup"} & set(shown)

@@ -199,7 +199,8 @@ def _matrix_html(result: Result) -> str:
         )
         times = f"<td>{seconds(tried.start_seconds)}</td><td>{tried.seconds:.1f} s</td>"
         why = f"<br><small>{_text(tried.why)}</small>" if tried.why else ""
-        rows.append(f"<tr><td>{_text(tried.name)}{why}</td>{cells}{times}</tr>")
+        by = f"<br><small>made by {_text(tried.engine)}</small>" if tried.engine else ""
+        rows.append(f"<tr><td>{_text(tried.name)}{by}{why}</td>{cells}{times}</tr>")
     body = "".join(rows)
     return f"<h2>Isolation</h2><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 

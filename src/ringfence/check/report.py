@@ -32,12 +32,14 @@ class Tried:
 
     Attributes:
         available: it could start here; otherwise `why` says what to install or set.
+        engine: which program makes its sandboxes, where there is more than one that could.
         start_seconds: until its first sandbox had started; None when it was not attacked.
     """
 
     name: str
     available: bool
     why: str = ""
+    engine: str = ""
     start_seconds: float | None = None
     seconds: float = 0.0
 
@@ -76,6 +78,7 @@ class Result:
                     "name": tried.name,
                     "available": tried.available,
                     "why": tried.why,
+                    "engine": tried.engine,
                     "start_seconds": tried.start_seconds,
                     "seconds": round(tried.seconds, 3),
                 }

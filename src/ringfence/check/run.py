@@ -20,7 +20,7 @@ from ringfence.errors import CallerError, RingfenceError
 from ringfence.policy.compile import compile_policy
 from ringfence.policy.compiled import CompiledPolicy
 from ringfence.policy.document import PolicyDocument
-from ringfence.sandbox.protocol import Backend, ControlState, not_held, stopping
+from ringfence.sandbox.protocol import Backend, ControlState, engine_of, not_held, stopping
 
 Factories = Mapping[str, Callable[[Config], Backend]]
 Tell = Callable[[Finding], None]
@@ -133,6 +133,7 @@ async def _isolation(question: Question, policy: CompiledPolicy, name: str, tell
     return Tried(
         name=name,
         available=True,
+        engine=engine_of(backend, policy.sandbox),
         start_seconds=attack.start_seconds,
         seconds=time.monotonic() - began,
     )

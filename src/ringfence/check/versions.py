@@ -108,6 +108,8 @@ def _engines(engine: str, look: Lookup) -> Collection[str]:
     if engine == "auto":
         here = (name for name in order if look(data()["programs"][name]) is not None)
         return [next(here, order[0])]
+    if engine == "podman":
+        return list(data()["engines"]["podman"])
     return [engine] if engine in order else [engine, *data()["engines"]["root"]]
 
 

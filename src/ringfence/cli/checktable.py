@@ -126,6 +126,8 @@ def _matrix(result: Result) -> Table:
         cells = [cell(result.findings, tried.name, layer) for tried in result.isolations]
         table.add_row(layer, *(f"[{_STYLES[outcome]}]{text}[/]" for outcome, text in cells))
     table.add_section()
+    if any(one.engine for one in result.isolations):
+        table.add_row("made by", *(one.engine or "-" for one in result.isolations))
     table.add_row("first start", *(seconds(one.start_seconds) for one in result.isolations))
     table.add_row("whole", *(seconds(one.seconds or None) for one in result.isolations))
     return table

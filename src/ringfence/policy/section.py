@@ -44,7 +44,8 @@ class Audit(Section):
 class Isolation(Section):
     """The technology by name; `auto`, the default under a `threat_model`, takes what fits that best
     of what this host can run, and nothing weaker. Without either it is bubblewrap.
-    `engine` is what makes containers; `auto` takes the first found.
+    `engine` is what makes containers; `auto` takes the first found. For gvisor `podman` has podman
+    call it.
 
     Attributes:
         emulation: whether a virtual machine may run on a processor emulated in software.

@@ -87,6 +87,11 @@ class ContainerBackend(StagedBackend):
         check_runtime(self._runtime(profile), self._uids[0])
         return super().probe(profile)
 
+    def engine(self, profile: SandboxProfile) -> str:
+        """See Engined of the protocol."""
+        name = self._runtime(profile).name
+        return "podman with crun" if name == "podman" else name
+
     def enclose(self, rules: SandboxProfile, facts: HostFacts, program: Program) -> dict[str, Any]:
         """See StagedBackend."""
         return container_plan(self._runtime(rules), rules, facts, program)
@@ -118,7 +123,10 @@ def container_plan(
     }
     if runtime.name == "podman":
         beneath = find_runtime("crun", as_root=facts.as_root)
-        return plan | podman_plan(runtime, beneath, settings, facts.stage, program.environment)
+        bundle = f"{facts.stage}/bundle"
+        own = (*_OPTIONS["crun"][0], "--root", f"{bundle}/state", "--log", f"{bundle}/log")
+        script = podman.runtime_script(" ".join([str(beneath), *own]))
+        return plan | podman.plan(str(runtime), script, settings, bundle, program.environment)
     before, create = _OPTIONS[runtime.name]
     return plan | {
         "phase": "oci",
@@ -127,38 +135,6 @@ def container_plan(
         "gate_is_read": runtime.name == "runc",
         "hide_control_groups": runtime.name == "crun",
         "config": json.dumps(settings, ensure_ascii=True),
-    }
-
-
-def podman_plan(
-    engine: Path,
-    runtime: Path,
-    settings: Mapping[str, Any],
-    stage: str,
-    environment: Mapping[str, str],
-) -> dict[str, Any]:
-    """What the plan has for podman in place of a runtime: it makes the configuration itself."""
-    bundle = f"{stage}/bundle"
-    before, _ = _OPTIONS[runtime.name]
-    own = ("--root", f"{bundle}/state", "--log", f"{bundle}/log")
-    options, inherited = podman.run_options(settings, bundle, environment)
-    return {
-        "phase": "podman",
-        "engine": [str(engine), *options],
-        "environment": {
-            **inherited,
-            "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
-            "HOME": bundle,
-            "CONTAINERS_CONF": f"{bundle}/containers.conf",
-            "CONTAINERS_STORAGE_CONF": f"{bundle}/storage.conf",
-        },
-        "files": {
-            **podman.engine_files([str(runtime), *before, *own], bundle),
-            "seccomp.json": podman.seccomp_profile(settings),
-        },
-        "gates": list(podman.GATES),
-        "read_only": [m["destination"] for m in settings["mounts"] if "rro" in m["options"]],
-        "config": "",
     }
 
 

@@ -17,7 +17,7 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,17 +25,20 @@ from typing import Any
 from ringfence.errors import UnavailableError
 from ringfence.model import WorkspaceMode
 from ringfence.policy.compiled import Limits, SandboxProfile
-from ringfence.sandbox import gvisor_init, hostfacts, oci
+from ringfence.sandbox import gvisor_init, hostfacts, oci, podman
+from ringfence.sandbox.container import find_runtime
 from ringfence.sandbox.enforce import STAGED
 from ringfence.sandbox.launcher import rehearse
 from ringfence.sandbox.profile import PATH, HostFacts, bare_plan
-from ringfence.sandbox.protocol import INSIDE_UID, Control
+from ringfence.sandbox.protocol import INSIDE_UID, Control, ControlState
 from ringfence.sandbox.staged import Program, StagedBackend
 
 _PATHS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MEND = "apt-get install runsc; on Debian bookworm: apt-get install -t bookworm-backports runsc"
 _BLOCK = 65_536
 _BLOCKS = 4_096
+
+_CALLERS = ("podman", "docker")
 
 FLAGS = (
     "--platform=systrap",
@@ -79,12 +82,18 @@ class GvisorBackend(StagedBackend):
     """`Backend` of the protocol."""
 
     def __init__(
-        self, *, state_dir: Path, uid_base: int = 2_000_000, uid_count: int = 65_536
+        self,
+        *,
+        state_dir: Path,
+        uid_base: int = 2_000_000,
+        uid_count: int = 65_536,
+        engine: str = "auto",
     ) -> None:
         super().__init__(state_dir=state_dir, uid_base=uid_base, uid_count=uid_count)
         # behind the single uids of other backends; the lease of a block is shared with containers
         first = uid_base + uid_count
         self._uids = range(first + INSIDE_UID, first + _BLOCK * _BLOCKS, _BLOCK)
+        self._engine = engine
 
     words = HOW
 
@@ -110,7 +119,20 @@ class GvisorBackend(StagedBackend):
 
     def check(self) -> None:
         """See StagedBackend."""
-        check_runsc(find_runsc(), self._uids[0])
+        check_runsc(find_runsc(), self._uids[0], find_engine(self._engine))
+
+    def probe(self, profile: SandboxProfile) -> Sequence[ControlState]:
+        """See the protocol."""
+        check_runsc(find_runsc(), self._uids[0], self._caller(profile))
+        return super().probe(profile)
+
+    def engine(self, profile: SandboxProfile) -> str:
+        """See Engined of the protocol."""
+        caller = self._caller(profile)
+        return "runsc" if caller is None else f"{caller.name} with runsc"
+
+    def _caller(self, rules: SandboxProfile) -> Path | None:
+        return find_engine(self._engine if rules.engine == "auto" else rules.engine)
 
     def creators(self, facts: HostFacts) -> list[int]:
         """See StagedBackend: the gofer makes a file as who it is, and then gives it away."""
@@ -126,13 +148,65 @@ class GvisorBackend(StagedBackend):
 
     def enclose(self, rules: SandboxProfile, facts: HostFacts, program: Program) -> dict[str, Any]:
         """See StagedBackend."""
-        return gvisor_plan(find_runsc(), rules, facts, program, self.host_limits(rules.limits).pids)
+        tasks, engine = self.host_limits(rules.limits).pids, self._caller(rules)
+        return gvisor_plan(find_runsc(), rules, facts, program, tasks, engine=engine)
 
 
 def gvisor_plan(
-    runsc: Path, rules: SandboxProfile, facts: HostFacts, program: Program, host_tasks: int
+    runsc: Path,
+    rules: SandboxProfile,
+    facts: HostFacts,
+    program: Program,
+    host_tasks: int,
+    *,
+    engine: Path | None = None,
 ) -> dict[str, Any]:
-    """The plan of launch.py's second phase, without cgroups, rlimits and parent. PURE."""
+    """The plan of launch.py's second phase, without cgroups, rlimits and parent. With `engine`
+    podman calls gVisor. PURE.
+    """
+    settings = gvisor_config(rules, facts, program)
+    plan: dict[str, Any] = {
+        "phase": "gvisor",
+        "stage": facts.stage,
+        "as_root": facts.as_root,
+        "map": block_map(facts),
+        "runtime": [str(runsc), *FLAGS],
+        "gate": gvisor_init.GATE,
+        "links": dict(facts.links),
+        "config": json.dumps(settings, ensure_ascii=True),
+        "capabilities": {"sentry": SENTRY_CAPABILITIES, "gofer": GOFER_CAPABILITIES},
+        "host_rlimits": {
+            "RLIMIT_CORE": 0,
+            "RLIMIT_NPROC": host_tasks,
+            "RLIMIT_MSGQUEUE": 0,
+            "RLIMIT_RTPRIO": 0,
+        },
+    }
+    return (
+        plan if engine is None else plan | _below_podman(engine, plan["runtime"], settings, facts)
+    )
+
+
+def _below_podman(
+    engine: Path, runtime: Sequence[str], settings: Mapping[str, Any], facts: HostFacts
+) -> dict[str, Any]:
+    bundle = f"{facts.stage}/bundle"
+    command = " ".join([*runtime, "--root", f"{bundle}/state"])
+    mounts = [*settings["mounts"], *podman.in_place_of_podmans(settings)]
+    wanted = {**settings, "mounts": mounts}
+    script = podman.sandbox_script(command, gvisor_init.GATE)
+    # the words of the first program are put in their place past podman's command line
+    asked = {**settings, "process": {**settings["process"], "args": [gvisor_init.PERL]}}
+    return {
+        **podman.plan(str(engine), script, asked, bundle, {}),
+        "phase": "gvisor_podman",
+        "gate": podman.GATE,
+        "wanted": json.dumps(wanted, ensure_ascii=True),
+    }
+
+
+def gvisor_config(rules: SandboxProfile, facts: HostFacts, program: Program) -> dict[str, Any]:
+    """The configuration that runsc is to have. PURE."""
     one_id = not facts.as_root
     settings = oci.config(
         rules,
@@ -153,23 +227,7 @@ def gvisor_plan(
         if mount["destination"] == "/dev":
             # there a device on a read-only mount cannot be written to: /dev is gVisor's root's
             mount["options"] = [word for word in mount["options"] if word != "ro"]
-    return {
-        "phase": "gvisor",
-        "stage": facts.stage,
-        "as_root": facts.as_root,
-        "map": block_map(facts),
-        "runtime": [str(runsc), *FLAGS],
-        "gate": gvisor_init.GATE,
-        "links": dict(facts.links),
-        "config": json.dumps(settings, ensure_ascii=True),
-        "capabilities": {"sentry": SENTRY_CAPABILITIES, "gofer": GOFER_CAPABILITIES},
-        "host_rlimits": {
-            "RLIMIT_CORE": 0,
-            "RLIMIT_NPROC": host_tasks,
-            "RLIMIT_MSGQUEUE": 0,
-            "RLIMIT_RTPRIO": 0,
-        },
-    }
+    return settings
 
 
 _NO_FUSE = {"destination": "/dev/fuse", "type": "bind", "options": ["rbind", "ro", "noexec"]}
@@ -214,7 +272,18 @@ def find_runsc() -> Path:
 
 
 @functools.cache
-def check_runsc(runsc: Path, uid: int) -> None:
+def find_engine(engine: str) -> Path | None:
+    """What calls runsc for a policy's engine; None where we do. What makes containers of this
+    kernel only has no part in it.
+
+    Raises:
+        UnavailableError: `isolation-unavailable`.
+    """
+    return find_runtime(engine, as_root=os.geteuid() == 0) if engine in _CALLERS else None
+
+
+@functools.cache
+def check_runsc(runsc: Path, uid: int, engine: Path | None = None) -> None:
     """Try, not guess: a program that does nothing, its kernel read back like every other.
 
     Raises:
@@ -222,13 +291,14 @@ def check_runsc(runsc: Path, uid: int) -> None:
     """
     facts = hostfacts.empty_place(uid)
     rules = SandboxProfile(workspace_mode=WorkspaceMode.READONLY)
-    plan = gvisor_plan(runsc, rules, facts, Program(["true"], {"PATH": PATH}, "/"), OWN_TASKS * 2)
+    program = Program(["true"], {"PATH": PATH}, "/")
+    plan = gvisor_plan(runsc, rules, facts, program, OWN_TASKS * 2, engine=engine)
     place = {**bare_plan(facts), "files": {"etc/hostname": "sandbox\n"}, "workspace_exec": True}
     words = rehearse(place, {**plan, "cgroups": [], "rlimits": {}, "parent": os.getpid()})
     if words is not None:
         raise UnavailableError(
             "isolation-unavailable",
-            f"{runsc} cannot start a sandbox: {words}",
+            f"{engine or runsc} cannot start a sandbox: {words}",
             hint=f"it needs user namespaces (sysctl user.max_user_namespaces=10000) and a runsc "
             f"with systrap: {_MEND}",
         )

@@ -469,7 +469,7 @@ def main() -> int:
                 os.close(descriptor)
             inside = True
             plan, descriptors = receive(control)
-        if plan["phase"] in {"oci", "podman", "gvisor"}:
+        if plan["phase"] in {"oci", "podman", "gvisor", "gvisor_podman"}:
             _later_phase(f"launch_{plan['phase']}").become(plan, descriptors, inside=inside)
         become(plan, descriptors, inside=inside)
     except OSError as error:

@@ -50,8 +50,8 @@ def _run(plan: Plan, stdio: tuple[int, int, int], tell: int, seen: Plan) -> int:
         raise OSError(errno.EPROTO, "runsc made no sandbox")
     with open(pid_file) as file:
         sentry = int(file.read())
-    differences = [] if _ended(sentry) else _verify(sentry, seen["network"], plan)
-    if differences:
+    differences = verify(sentry, seen["network"], plan)
+    if differences and not _ended(sentry):
         raise OSError(errno.EPROTO, "gVisor is not what was asked for: " + differences[0])
     nothing = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     for descriptor in stdio:
@@ -67,10 +67,13 @@ def _ended(sentry: int) -> bool:
     return os.waitid(os.P_PID, sentry, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def _verify(sentry: int, network: str, plan: Plan) -> list[str]:
-    """What of sentry and gofer differs from what has to hold a sentry that was taken over."""
+def verify(sentry: int, network: str, plan: Plan, *, parent: int = 1) -> list[str]:
+    """What of sentry and gofer differs from what has to hold a sentry that was taken over. Nothing
+    that it says counts once the sentry has ended, which is for the caller to see. `parent` is whose
+    children both are.
+    """
     wrong = []
-    processes = {"sentry": sentry, **dict.fromkeys(("gofer",), _gofer(sentry))}
+    processes = {"sentry": sentry, "gofer": _gofer(sentry, parent)}
     for name, pid in processes.items():
         if pid == 0:
             wrong.append("there is no gofer")
@@ -81,7 +84,7 @@ def _verify(sentry: int, network: str, plan: Plan) -> list[str]:
                 wrong.append("sentry: network namespace is not the sandbox's")
         except (FileNotFoundError, ProcessLookupError):
             pass  # a short program is over by now, and its sentry with it
-    return [] if _ended(sentry) else wrong
+    return wrong
 
 
 def _one(name: str, pid: int, plan: Plan) -> list[str]:
@@ -101,8 +104,8 @@ def _one(name: str, pid: int, plan: Plan) -> list[str]:
     return wrong + oci.in_groups(pid, plan["cgroups"])
 
 
-def _gofer(sentry: int) -> int:
-    """The other child of ours."""
-    with open("/proc/self/task/1/children") as file:
+def _gofer(sentry: int, parent: int) -> int:
+    """The other child."""
+    with open(f"/proc/{parent}/task/{parent}/children") as file:
         others = [int(word) for word in file.read().split() if int(word) != sentry]
     return others[0] if others else 0

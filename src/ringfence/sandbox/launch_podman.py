@@ -47,13 +47,13 @@ def _run(plan: Plan, stdio: Stdio, tell: int, seen: Plan) -> int:
     kernel.mount("proc", "/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
     oci.put_away_control_groups(hidden=True)
     bundle = f"{plan['stage']}/bundle"
-    made, go = _make_bundle(plan, bundle)
-    _shut_below(plan["read_only"])
-    podman = _call(plan, bundle, stdio)
-    if not _made(made, podman):
-        return _refused(bundle, tell)
-    pid = int(_content(f"{bundle}/pid"))
-    monitor = _parent(pid)
+    made, go = make_bundle(plan, bundle)
+    shut_below(plan["read_only"])
+    podman = call(plan, bundle, numbered(stdio))
+    if not was_made(made, podman):
+        return refused(bundle, tell)
+    pid = int(content(f"{bundle}/pid"))
+    monitor = parent(pid)
     oci.limit(pid, plan["rlimits"])
     oci.insist(oci.place(pid, plan, seen))
     oci.insist(oci.in_groups(monitor, plan["cgroups"]))
@@ -63,7 +63,7 @@ def _run(plan: Plan, stdio: Stdio, tell: int, seen: Plan) -> int:
     code = oci.until_program(pid, podman)
     if code is None:
         oci.insist(oci.status(pid, plan["expect"]["status"]))
-        _bury(podman)
+        bury(podman, bundle)
     nothing = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     for descriptor in stdio:
         os.dup2(nothing, descriptor, inheritable=False)
@@ -71,10 +71,10 @@ def _run(plan: Plan, stdio: Stdio, tell: int, seen: Plan) -> int:
     if code is not None:
         return code
     oci.let_go(pid)
-    return _end(bundle, *watched)
+    return end(bundle, *watched)
 
 
-def _make_bundle(plan: Plan, bundle: str) -> tuple[int, int]:
+def make_bundle(plan: Plan, bundle: str) -> tuple[int, int]:
     """Its two FIFOs, open at both ends: nobody then waits for somebody who is dead."""
     oci.make_bundle(plan, bundle)
     for name in (*_DIRECTORIES, _TERMINALS):
@@ -91,7 +91,7 @@ def _make_bundle(plan: Plan, bundle: str) -> tuple[int, int]:
     return gates[0], gates[1]
 
 
-def _shut_below(places: list[str]) -> None:
+def shut_below(places: list[str]) -> None:
     """There is no word of podman's for what is mounted below a mount that it shows read-only."""
     for path in places:
         kernel.mount(path, path, None, kernel.MS_BIND | kernel.MS_REC)
@@ -100,28 +100,32 @@ def _shut_below(places: list[str]) -> None:
         os.close(view)
 
 
-def _call(plan: Plan, bundle: str, stdio: Stdio) -> int:
-    """Start podman; its process id."""
+def call(plan: Plan, bundle: str, handed: dict[int, int]) -> int:
+    """Start podman; its process id. `handed` are descriptors by the number they get there."""
     pid = os.fork()
     if pid == 0:
         try:
             flags = os.O_CREAT | os.O_WRONLY | os.O_APPEND
             said, nothing = os.open(f"{bundle}/said", flags, 0o600), os.open("/dev/null", os.O_RDWR)
-            wanted = {0: nothing, 1: said, 2: said}
-            wanted |= {_STDIO + number: one for number, one in enumerate(stdio)}
+            wanted = {0: nothing, 1: said, 2: said, **handed}
             # upwards first, so that none lands on another before it is read
             high = {n: fcntl.fcntl(one, fcntl.F_DUPFD, 128) for n, one in wanted.items()}
             for number, descriptor in high.items():
                 os.dup2(descriptor, number)
-            os.closerange(3, _STDIO)
-            os.closerange(_STDIO + len(stdio), 4096)
+            os.closerange(3, min(handed))
+            os.closerange(max(handed) + 1, 4096)
             os.execve(plan["engine"][0], plan["engine"], plan["environment"])
         finally:
             os._exit(oci.NOT_FOUND)
     return pid
 
 
-def _made(made: int, podman: int) -> bool:
+def numbered(stdio: Stdio) -> dict[int, int]:
+    """The descriptors that become the program's, by their numbers in what podman calls."""
+    return {_STDIO + number: one for number, one in enumerate(stdio)}
+
+
+def was_made(made: int, podman: int) -> bool:
     """Wait for who stands in the runtime's place to say that the container is made, or for podman
     to end without.
     """
@@ -134,44 +138,47 @@ def _made(made: int, podman: int) -> bool:
     return made in ready
 
 
-def _refused(bundle: str, tell: int) -> int:
-    words = oci.last_words(bundle) or _said(bundle)
+def refused(bundle: str, tell: int) -> int:
+    """The status of a program that cannot be run; raises what podman said of any other refusal."""
+    words = oci.last_words(bundle) or said(bundle)
     if code := oci.program_refused(words):
         os.write(tell, b"1")
         return code
     raise OSError(errno.EPROTO, f"podman: {words}")
 
 
-def _said(bundle: str) -> str:
-    return (_content(f"{bundle}/said").strip().splitlines() or ["it said nothing"])[-1]
+def said(bundle: str) -> str:
+    """Podman's last words."""
+    return (content(f"{bundle}/said").strip().splitlines() or ["it said nothing"])[-1]
 
 
-def _content(path: str) -> str:
+def content(path: str) -> str:
+    """All of a small file."""
     with open(path) as file:
         return file.read()
 
 
-def _parent(pid: int) -> int:
+def parent(pid: int) -> int:
     """Who has to be podman's monitor, or nobody would hold what it holds."""
-    stat = _content(f"/proc/{pid}/stat")
+    stat = content(f"/proc/{pid}/stat")
     parent = int(stat[stat.rindex(")") + 2 :].split()[1])
-    name = _content(f"/proc/{parent}/comm").strip()
+    name = content(f"/proc/{parent}/comm").strip()
     if name != "conmon":
         raise OSError(errno.EPROTO, f"the parent of the container is {name} and not its monitor")
     return parent
 
 
-def _bury(podman: int) -> None:
+def bury(podman: int, bundle: str) -> None:
     """It is gone before the program runs: what podman does late, it does to one that stands."""
     try:
         code = oci.exit_code(os.waitpid(podman, 0)[1])
     except ChildProcessError:
         return  # until_program saw it end, and well
     if code != 0:
-        raise OSError(errno.EPROTO, "podman did not start the container")
+        raise OSError(errno.EPROTO, f"podman did not start the container: {said(bundle)}")
 
 
-def _end(bundle: str, program: int, monitor: int) -> int:
+def end(bundle: str, program: int, monitor: int) -> int:
     """The program's exit status, as its parent writes it down; of a monitor that ends before it,
     that of what we end with it.
     """
@@ -185,6 +192,6 @@ def _end(bundle: str, program: int, monitor: int) -> int:
     while time.monotonic() < limit:
         for name in os.listdir(place):
             if len(name) == _ID_LENGTH:  # written under another name first
-                return int(_content(f"{place}/{name}"))
+                return int(content(f"{place}/{name}"))
         time.sleep(0.001)
     return _KILLED

@@ -404,6 +404,24 @@ def not_held(backend: Backend) -> Mapping[str, str]:
 
 
 @runtime_checkable
+class Engined(Protocol):
+    """A backend whose sandboxes more than one program can make."""
+
+    def engine(self, profile: SandboxProfile) -> str:
+        """Which of them makes those of a policy here, for people: `podman with crun`.
+
+        Raises:
+            UnavailableError: `isolation-unavailable`.
+        """
+        ...
+
+
+def engine_of(backend: Backend, profile: SandboxProfile) -> str:
+    """What makes the sandboxes of a policy; empty where there is nothing to choose."""
+    return backend.engine(profile) if isinstance(backend, Engined) else ""
+
+
+@runtime_checkable
 class WaitingBackend(Backend, Protocol):
     """A technology whose sandboxes can be started before their workspace is known. One that cannot
     put a mount under programs that run is none, and its runs start cold.
