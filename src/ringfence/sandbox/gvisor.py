@@ -30,7 +30,7 @@ from ringfence.sandbox.enforce import STAGED
 from ringfence.sandbox.launcher import rehearse
 from ringfence.sandbox.profile import PATH, HostFacts, bare_plan
 from ringfence.sandbox.protocol import INSIDE_UID, Control
-from ringfence.sandbox.staged import Program, StagedBackend
+from ringfence.sandbox.staged import EnclosingBackend, Program
 
 _PATHS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MEND = "apt-get install runsc; on Debian bookworm: apt-get install -t bookworm-backports runsc"
@@ -75,7 +75,7 @@ HOW = {
 """What this backend does for each control."""
 
 
-class GvisorBackend(StagedBackend):
+class GvisorBackend(EnclosingBackend):
     """`Backend` of the protocol."""
 
     def __init__(
@@ -125,7 +125,7 @@ class GvisorBackend(StagedBackend):
         )
 
     def enclose(self, rules: SandboxProfile, facts: HostFacts, program: Program) -> dict[str, Any]:
-        """See StagedBackend."""
+        """See EnclosingBackend."""
         return gvisor_plan(find_runsc(), rules, facts, program, self.host_limits(rules.limits).pids)
 
 
