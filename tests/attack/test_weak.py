@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import struct
 import sys
 import tempfile
@@ -21,10 +22,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from fence import PROFILE
 
+from ringfence.check import takenover
 from ringfence.check.finding import Outcome, exit_status
 from ringfence.check.live import Attack
 from ringfence.check.probes.definition import Probe, Twin, built_in
-from ringfence.sandbox import bubblewrap, profile
+from ringfence.sandbox import bubblewrap, profile, staged
 from ringfence.sandbox.bubblewrap import BubblewrapBackend
 
 Weaken = Callable[[Any, Any], None]
@@ -218,6 +220,71 @@ def test_a_daemon_that_outlives() -> None:
     assert asyncio.run(run())[0] is Outcome.FAIL
 
 
+SEARCHES = ("SEC-03", "SEC-04", "SEC-15", "AUD-04", "NET-16", "FS-11")
+
+
+def test_searches_find_what_is_mounted(options: list[Any], shared: str) -> None:
+    """Files, a socket and a device, each a mount of its own or below one: a search that stays on
+    one file system, or believes what a directory says of a kind, sees none of them.
+    """
+    place = Path(shared)
+    texts = {
+        "log.sqlite": "",
+        "server.key": "PRIVATE KEY",
+        "kept.txt": "sk-ant-api03-x",
+        "vault.json": "",
+    }
+    for name, text in texts.items():
+        (place / name).write_text(text)
+        (place / name).chmod(0o644)
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(f"{shared}/docker.sock")
+        more = ("--ro-bind", shared, "/srv/ringfence")
+        more += ("--bind", f"{shared}/docker.sock", "/opt/docker.sock")
+
+        def show(found: list[str], _: Any) -> list[str]:
+            device = found.index("/dev") + 1  # before it is made read-only
+            found[device:device] = ["--dev-bind", "/dev/null", "/dev/sdz"]
+            return before_the_end(found, *more)
+
+        options.append(show)
+        found = attacked(nothing, *SEARCHES)
+    assert {name: outcome.value for name, (outcome, _) in found.items()} == dict.fromkeys(
+        SEARCHES, "fail"
+    ), found
+    assert "/opt/docker.sock" in found["NET-16"][1] or "/srv/" in found["NET-16"][1]
+
+
+def test_a_key_that_claude_was_started_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(staged.BASE_ENVIRONMENT, "LEFT", takenover.KEY)
+    assert attacked(nothing, "SEC-06")["SEC-06"][0] is Outcome.FAIL
+
+
+YES = ("SEC-04", "grep", "good")
+QUIET = {"quiet": "exit 1", "good": "exit 0", "killed": "kill -9 $$"}
+
+
+@pytest.mark.parametrize("how", QUIET)
+def test_a_search_that_breaks_is_no_pass(options: list[Any], shared: str, how: str) -> None:
+    """Programs that searches are made of find nothing, or are killed, one after the other."""
+    blind = Path(shared) / "blind"
+    blind.write_text(f"#!/bin/bash\n{QUIET[how]}\n")
+    blind.chmod(0o755)
+    uses = {
+        "find": ("SEC-04", "SEC-15", "AUD-04", "NET-16"),
+        "grep": ("SEC-01", "SEC-02", "SEC-03", "SEC-04", "SEC-14", "PROC-03"),
+        "cat": ("SEC-02", "PROC-03"),
+    }
+    for program, ids in uses.items():
+        path = os.path.realpath(f"/usr/bin/{program}")
+        options[:] = [lambda found, _, at=path: before_the_end(found, "--ro-bind", str(blind), at)]
+        # to a grep that says yes, every file holds a key
+        found = attacked(nothing, *(i for i in ids if (i, program, how) != YES))
+        # by its own word, and not because what works beside it did not
+        assert {outcome for outcome, _ in found.values()} == {Outcome.ERROR}, (program, found)
+        assert all("to no verdict" in why or "killed" in why for _, why in found.values()), found
+
+
 def test_an_agent_that_finds_a_canary(options: list[Any]) -> None:
     """An extra mount, seen through a real claude."""
 
@@ -248,7 +315,6 @@ def test_an_agent_that_finds_another_session(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_call_that_nobody_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the clock of calls the run's own ends it, which is not what was asked."""
     from ringfence.agent.calls import ToolCalls
-    from ringfence.check import takenover
 
     monkeypatch.setattr(ToolCalls, "_late", lambda *_: None)
     monkeypatch.setattr(takenover, "SECONDS", 20.0)

@@ -60,7 +60,7 @@ def _acts(**changed: Act) -> dict[str, Act]:
     overdue = {"error": {"code": "tool-timeout"}, "status": RunStatus.FAILED}
     timed_out = {"type": "tool.finished", "outcome": "timeout"}
     acts_played = {
-        "OWNER-ACT": _act(reach, reach, "lied"),
+        "OWNER-ACT": _act(reach, reach, "lied", "searched 3 processes"),
         "RESUME-ACT": _act(sent="said-1"),
         "OTHER-ACT": _act("uid=1000 No conversation found looked"),
         "PARENT-ACT": _act(error={"code": "witness-violated"}, status=RunStatus.FAILED),
@@ -85,6 +85,8 @@ QUICK = {"records": ({"type": "tool.finished", "outcome": "timeout"},)}
         ("AGT-22", {"OWNER_ACT": _act("lied", status=RunStatus.FAILED)}, "fail"),
         ("AGT-22", {"OWNER_ACT": _act("lied", records=({"type": "x", "y": "\x1b[2J"},))}, "fail"),
         ("AGT-22", {"OWNER_ACT": _act("uid=1000 tried")}, "error"),
+        ("SEC-06", {"OWNER_ACT": _act("searched 3", sent=takenover.KEY)}, "fail"),
+        ("SEC-06", {"OWNER_ACT": _act("AssertionError: not found")}, "error"),
         ("AGT-21", {"OTHER_ACT": _act("said-1 looked", sent="said-1")}, "fail"),
         ("AGT-21", {"OTHER_ACT": _act("/home/agent/.claude/projects/x/y.jsonl looked")}, "fail"),
         ("AGT-21", {"RESUME_ACT": _act(sent="nothing of before")}, "error"),

@@ -80,6 +80,21 @@ def test_judging(command: str, saw: Saw, outcome: str) -> None:
     assert "s3cret" not in evidence
 
 
+def test_silence_is_no_pass_of_a_built_in_probe() -> None:
+    """A search that breaks or is cut off is as quiet as one that found nothing."""
+    for said in ("", "/srv/key\n", "what was planted is not found\n"):
+        silent = Saw(output=said, status=0)
+        assert judge("x", silent, ())[0] is Outcome.PASS
+        assert judge("x", silent, (), must_say=True)[0] is Outcome.ERROR
+    said = Saw(output="contained\n", status=0)
+    assert judge("x", said, (), must_say=True)[0] is Outcome.PASS
+    for probe in built_in():
+        if not (probe.host or probe.residual):
+            assert any(word in probe.command for word in ("esc(", "verdict ", "contained"))
+            assert "; echo contained" not in probe.command or "find" not in probe.command
+            assert "-xdev" not in probe.command, "an extra mount is what has to be found"
+
+
 @pytest.mark.parametrize("size", [10, 700_000, 5_000_000])
 def test_a_verdict_is_found_however_much_is_printed(size: int) -> None:
     for said, outcome in (("ESCAPED late", "fail"), ("s3cret", "fail"), ("fine", "pass")):

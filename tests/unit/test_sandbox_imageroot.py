@@ -177,9 +177,6 @@ class HostOnly(StagedBackend):
     def check(self) -> None:
         pass
 
-    def enclose(self, *_: object) -> dict[str, object]:
-        raise NotImplementedError
-
 
 class FromImages(HostOnly):
     from_images = True

@@ -33,7 +33,7 @@ async def verdicts(
             {"match": prompt, "steps": steps} for prompt, steps in takenover.scripts(stage).items()
         ]
         scenario = Scenario.model_validate({"scenes": scenes, "default": agent.STEPS})
-        async with theatre(place, make_backend, profile, claude, scenario) as on:
+        async with theatre(place, make_backend, profile, claude, scenario, takenover.KEY) as on:
             return {**await _hostile(on, ids), **await _taken_over(on, stage, ids)}
 
 

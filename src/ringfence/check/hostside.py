@@ -58,7 +58,7 @@ class Stage:
 
     def judged(self, probe: Probe, saw: Saw) -> Verdict:
         """The verdict that would be given without the host's eyes."""
-        return judge(probe.command, saw, (self.place.secret, self.place.key))
+        return judge(probe.command, saw, (self.place.secret, self.place.key), must_say=True)
 
 
 Judge = Callable[[Stage, Probe], Awaitable[Verdict]]

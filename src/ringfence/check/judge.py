@@ -34,7 +34,12 @@ class Saw:
 
 
 def judge(
-    command: str, saw: Saw, secrets: Sequence[str], *, believe: bool = True
+    command: str,
+    saw: Saw,
+    secrets: Sequence[str],
+    *,
+    believe: bool = True,
+    must_say: bool = False,
 ) -> tuple[Outcome, str]:
     """Outcome and evidence of a probe that gives its verdict inside.
 
@@ -43,6 +48,9 @@ def judge(
         saw: how it ended.
         secrets: values that must not be in the output; never repeated in the evidence.
         believe: its own words count; otherwise only what the host saw does, and PASS says no more.
+        must_say: a pass is the line `contained`, said when it came to its end; a search that broke
+            or was cut off is as quiet as one that found nothing. An operator's own probes, in
+            the shared format, say only what escaped.
     """
     lines = _COLOUR.sub("", saw.output).splitlines()
     escape = _reached(saw, secrets)
@@ -52,7 +60,7 @@ def judge(
         return Outcome.FAIL, escape
     if not believe:
         return Outcome.PASS, _last(lines)
-    broken = _broken(command, lines, saw)
+    broken = _broken(lines, saw, must_say=must_say or "esc(" in command)
     if broken:
         return Outcome.ERROR, f"{broken}: {_last(lines)}"
     return Outcome.PASS, _last(lines)
@@ -66,14 +74,14 @@ def _reached(saw: Saw, secrets: Sequence[str]) -> str:
     return ""
 
 
-def _broken(command: str, lines: Sequence[str], saw: Saw) -> str:
+def _broken(lines: Sequence[str], saw: Saw, *, must_say: bool) -> str:
     if saw.status is None:
         return "no verdict in time"
     if "Traceback (most recent call last)" in saw.output:
         return "the probe broke"
     if saw.status == 127 or any(_MISSING.match(line) for line in lines):
         return "the probe misses a program"
-    if "esc(" in command and not any(line.startswith("contained") for line in lines):
+    if must_say and not any(line.startswith("contained") for line in lines):
         return f"the probe came to no verdict (status {saw.status})"
     return _stopped(saw)
 

@@ -183,8 +183,13 @@ class Attack:
             return (Outcome.ERROR, words(error)), time.monotonic() - began
         seconds = time.monotonic() - began
         hits = lane.canaries.hits()[len(before) :]
-        believe = not probe.blind
-        verdict = judge(probe.command, replace(saw, hits=hits), secrets, believe=believe)
+        verdict = judge(
+            probe.command,
+            replace(saw, hits=hits),
+            secrets,
+            believe=not probe.blind,
+            must_say=not is_own(probe),
+        )
         if probe.check.id in _MAY_DIE and saw.status == _KILLED and verdict[0] is Outcome.ERROR:
             # gVisor's kernel is within the same limit, and dies with what it ran
             verdict = Outcome.PASS, "the limit ended the program and all that was around it"

@@ -285,15 +285,15 @@ class Place:
         return sandbox, workspace
 
     def _workspace(self, sandbox_id: str) -> Path:
-        """A folder with the helper, a file to read and a secret to hide; anybody's, because the
+        """A folder with the helpers, a file to read and a secret to hide; anybody's, because the
         uid of a sandbox is not ours.
         """
         workspace = self.directory / f"workspace-{sandbox_id}"
         workspace.mkdir()
         workspace.chmod(0o755)
-        helper = (resources.files("ringfence.check.probes") / "h.py").read_text()
+        shipped = resources.files("ringfence.check.probes")
         files = {
-            "h.py": helper,
+            **{name: (shipped / name).read_text() for name in ("h.py", "search.sh")},
             "README.md": "a workspace to attack from\n",
             ".env": f"SECRET={self.secret}\n",
         }

@@ -141,8 +141,10 @@ async def theatre(
     profile: SandboxProfile,
     claude: Path | None,
     scenario: Scenario,
+    key: str,
 ) -> AsyncIterator[Theatre]:
-    """Everything in a directory of the caller's, and ended on leaving.
+    """Everything in a directory of the caller's, and ended on leaving; `key` is the credential that
+    egress holds.
 
     Raises:
         UnavailableError: as a worker that cannot start.
@@ -159,7 +161,7 @@ async def theatre(
             make_backends=lambda found: Backends(
                 {profile.isolation: lambda: make_backend(found.state_dir)}
             ),
-            environment_key="sk-ant-check-of-a-host",
+            environment_key=key,
         )
         # nobody is there to be asked: what is not granted is denied
         station = await stack.enter_async_context(launcher.station(DenyApprover()))

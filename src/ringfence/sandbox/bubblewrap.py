@@ -9,13 +9,13 @@ from ringfence.sandbox import hostfacts
 from ringfence.sandbox.enforce import STAGED
 from ringfence.sandbox.profile import HostFacts, enclose_options, exec_plan, refuse_waiting
 from ringfence.sandbox.protocol import WaitingSpec
-from ringfence.sandbox.staged import Program, StagedBackend, StagedSandbox
+from ringfence.sandbox.staged import EnclosedSandbox, EnclosingBackend, Program
 
 HOW = STAGED
 """What this backend does for each control."""
 
 
-class BubblewrapBackend(StagedBackend):
+class BubblewrapBackend(EnclosingBackend):
     """`WaitingBackend` of the protocol: what is mounted on a shared mount of the place appears in
     bubblewrap's own namespaces, which an OCI runtime and a kernel in user space do not follow.
     """
@@ -36,12 +36,12 @@ class BubblewrapBackend(StagedBackend):
         """See StagedBackend."""
         hostfacts.check_user_namespaces()
 
-    async def start_waiting(self, spec: WaitingSpec) -> StagedSandbox:
+    async def start_waiting(self, spec: WaitingSpec) -> EnclosedSandbox:
         """See the protocol."""
         refuse_waiting(spec.profile)
         return await self._start(spec)
 
     def enclose(self, rules: SandboxProfile, facts: HostFacts, program: Program) -> dict[str, Any]:
-        """See StagedBackend."""
+        """See EnclosingBackend."""
         options = enclose_options(rules, facts, environment=program.environment, cwd=program.cwd)
         return exec_plan(facts, options, program.argv)

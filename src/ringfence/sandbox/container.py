@@ -24,7 +24,7 @@ from ringfence.sandbox.enforce import STAGED
 from ringfence.sandbox.launcher import rehearse
 from ringfence.sandbox.profile import PATH, HostFacts, bare_plan
 from ringfence.sandbox.protocol import INSIDE_UID, ControlState
-from ringfence.sandbox.staged import Program, StagedBackend
+from ringfence.sandbox.staged import EnclosingBackend, Program
 
 RUNTIMES = ("runc", "crun")
 """What `auto` takes, in this order."""
@@ -49,7 +49,7 @@ HOW = STAGED
 """What this backend does for each control."""
 
 
-class ContainerBackend(StagedBackend):
+class ContainerBackend(EnclosingBackend):
     """`Backend` of the protocol."""
 
     def __init__(
@@ -93,7 +93,7 @@ class ContainerBackend(StagedBackend):
         return "podman with crun" if name == "podman" else name
 
     def enclose(self, rules: SandboxProfile, facts: HostFacts, program: Program) -> dict[str, Any]:
-        """See StagedBackend."""
+        """See EnclosingBackend."""
         return container_plan(self._runtime(rules), rules, facts, program)
 
     def _runtime(self, rules: SandboxProfile) -> Path:

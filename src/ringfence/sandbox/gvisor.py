@@ -31,7 +31,7 @@ from ringfence.sandbox.enforce import STAGED
 from ringfence.sandbox.launcher import rehearse
 from ringfence.sandbox.profile import PATH, HostFacts, bare_plan
 from ringfence.sandbox.protocol import INSIDE_UID, Control, ControlState
-from ringfence.sandbox.staged import Program, StagedBackend
+from ringfence.sandbox.staged import EnclosingBackend, Program
 
 _PATHS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MEND = "apt-get install runsc; on Debian bookworm: apt-get install -t bookworm-backports runsc"
@@ -78,7 +78,7 @@ HOW = {
 """What this backend does for each control."""
 
 
-class GvisorBackend(StagedBackend):
+class GvisorBackend(EnclosingBackend):
     """`Backend` of the protocol."""
 
     def __init__(
@@ -147,7 +147,7 @@ class GvisorBackend(StagedBackend):
         )
 
     def enclose(self, rules: SandboxProfile, facts: HostFacts, program: Program) -> dict[str, Any]:
-        """See StagedBackend."""
+        """See EnclosingBackend."""
         tasks, engine = self.host_limits(rules.limits).pids, self._caller(rules)
         return gvisor_plan(find_runsc(), rules, facts, program, tasks, engine=engine)
 

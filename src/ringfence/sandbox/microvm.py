@@ -35,17 +35,11 @@ from ringfence.sandbox.microvm_processor import Processor, Processors
 from ringfence.sandbox.profile import HostFacts, exec_plan
 from ringfence.sandbox.protocol import (
     INSIDE_PROXY_PORT,
-    INSIDE_WORKSPACE,
     Control,
     ControlState,
     SandboxSpec,
 )
-from ringfence.sandbox.staged import (
-    BASE_ENVIRONMENT,
-    Program,
-    StagedBackend,
-    StagedSandbox,
-)
+from ringfence.sandbox.staged import Program, StagedBackend, StagedSandbox
 from ringfence.sandbox.stdio import SocketProcess
 
 _SETUP_SECONDS = 90.0
@@ -174,21 +168,11 @@ class MicrovmSandbox(StagedSandbox):
             for end in ends:
                 end.close()
 
-    async def exec(
-        self,
-        argv: Sequence[str],
-        *,
-        environment: Mapping[str, str] | None = None,
-        cwd: str = INSIDE_WORKSPACE,
-        merge_stderr: bool = False,
-    ) -> SocketProcess:
-        """See the protocol."""
-        if self._stopped:
-            raise UnavailableError("sandbox-start-failed", "the sandbox is stopped")
-        program = {
-            "argv": list(argv),
-            "environment": {**BASE_ENVIRONMENT, **(environment or {})},
-            "cwd": cwd,
+    async def _begin(self, program: Program, *, merge_stderr: bool) -> SocketProcess:
+        asked = {
+            "argv": list(program.argv),
+            "environment": dict(program.environment),
+            "cwd": program.cwd,
             "merge": merge_stderr,
         }
         pairs = [socket.socketpair() for _ in range(4)]
@@ -200,7 +184,7 @@ class MicrovmSandbox(StagedSandbox):
             theirs[2].close()
         else:
             handed.append(theirs[2])
-        body = json.dumps(program).encode("utf-8", "surrogateescape")
+        body = json.dumps(asked).encode("utf-8", "surrogateescape")
         try:
             await asyncio.to_thread(self._send, {"op": "exec", "program": body}, handed)
         except BaseException as error:
@@ -217,14 +201,7 @@ class MicrovmSandbox(StagedSandbox):
             on_release=self._processes.discard,
             on_stuck=self._give_up,
         )
-        self._processes.add(process)
-        try:
-            await process.started()
-        except BaseException:
-            await process.kill()
-            await process.release()
-            raise
-        return process
+        return await self.started(process)
 
     async def _give_up(self) -> None:
         """A guest that does not end a program is ended itself."""
@@ -316,10 +293,6 @@ class MicrovmBackend(StagedBackend):
     def host_limits(self, limits: Limits) -> Limits:
         """See StagedBackend."""
         return microvm_profile.host_limits(limits)
-
-    def enclose(self, rules: SandboxProfile, facts: HostFacts, program: Program) -> dict[str, Any]:
-        """Programs run in the machine, never beside it."""
-        raise NotImplementedError
 
     async def _ready_snapshots(self) -> Snapshots:
         async with self._making:

@@ -32,7 +32,7 @@ from ringfence.sandbox.runtime_profile import (
     runtime_options,
     runtime_plan,
 )
-from ringfence.sandbox.staged import Program, StagedBackend
+from ringfence.sandbox.staged import EnclosingBackend, Program
 
 _PACKAGE = "@anthropic-ai/sandbox-runtime"
 _OLDEST, _OLDEST_NODE = (0, 0, 83), (22, 12, 0)
@@ -71,7 +71,7 @@ HOW = {
 """What this backend does for each control."""
 
 
-class RuntimeBackend(StagedBackend):
+class RuntimeBackend(EnclosingBackend):
     """`Backend` of the protocol, and `Subset`: a part of the contract."""
 
     def __init__(self, *, prefix: Path | None = None, **shared: Any) -> None:
@@ -106,7 +106,7 @@ class RuntimeBackend(StagedBackend):
         return runtime_plan(rules, _without_socket(facts), find(self._prefix))
 
     def enclose(self, rules: SandboxProfile, facts: HostFacts, program: Program) -> dict[str, Any]:
-        """See StagedBackend."""
+        """See EnclosingBackend."""
         facts = _without_socket(facts)
         options = runtime_options(rules, facts)
         options += [*environment_options(program.environment), "--chdir", "/run/runtime"]

@@ -1,8 +1,9 @@
 """A sandbox in a prepared place: what all technologies that share this kernel's mounts have alike.
 
 `launch.py` prepares the place: namespaces, the workspace's view, masks, sized file systems, the
-listener. What encloses a program in it (bubblewrap, an OCI runtime) is one function of the backend
-from the rules, the facts and the program to the plan of the second phase.
+listener. What encloses a program in it (bubblewrap, an OCI runtime) is one function of an
+`EnclosingBackend` from the rules, the facts and the program to the plan of the second phase. A
+machine gets its programs another way, and has the place alone.
 
 Never as euid 0: started by root, every sandbox gets a host uid of its own, because uid 1000 in a
 namespace that root made is the kernel's root and can write /proc/sys (measured; a regression
@@ -58,7 +59,7 @@ class Program(NamedTuple):
 
 
 class StagedBackend(ABC):
-    """`Backend` of the protocol, less what encloses."""
+    """`Backend` of the protocol, less what starts a sandbox in the place."""
 
     words: ClassVar[Mapping[Control, Enforcement]] = enforce.STAGED
     """What it does for each control; `HOW` of its module, which the docs are made of."""
@@ -84,14 +85,6 @@ class StagedBackend(ABC):
     def place(self, rules: SandboxProfile, facts: profile.HostFacts) -> dict[str, Any]:
         """The plan of launch.py's first phase; what a technology needs beside it is added here."""
         return profile.prepare_plan(rules, facts)
-
-    @abstractmethod
-    def enclose(
-        self, rules: SandboxProfile, facts: profile.HostFacts, program: Program
-    ) -> dict[str, Any]:
-        """Rules, facts, program → plan of launch.py's second phase, without cgroups, rlimits and
-        parent.
-        """
 
     @property
     def reads_programs(self) -> bool:
@@ -135,17 +128,6 @@ class StagedBackend(ABC):
                 hint="isolation.backend: bubblewrap, container, gvisor or microvm",
             )
 
-    async def start(self, spec: SandboxSpec) -> StagedSandbox:
-        """See the protocol."""
-        return await self._start(spec)
-
-    async def _start(self, spec: SandboxSpec | WaitingSpec) -> StagedSandbox:
-        states = self.probe(spec.profile)
-        enforce.refuse(states, spec.profile)
-        return await StagedSandbox.start(
-            spec, states, self._uids, self._state_dir, self._spare, self
-        )
-
     def warm(self) -> None:
         """See the protocol."""
         self._spare.keep()
@@ -155,8 +137,8 @@ class StagedBackend(ABC):
         await self._spare.close()
 
 
-class StagedSandbox:
-    """`Sandbox` of the protocol."""
+class StagedSandbox(ABC):
+    """`Sandbox` of the protocol, less how a program is begun in it."""
 
     def __init__(
         self,
@@ -301,8 +283,11 @@ class StagedSandbox:
         if self._stopped:
             raise UnavailableError("sandbox-start-failed", "the sandbox is stopped")
         program = Program(argv, {**BASE_ENVIRONMENT, **(environment or {})}, cwd)
-        plan = self._backend.enclose(self._spec.profile, self._facts, program)
-        return await self.run(plan, enforce.rlimits(self._spec.profile), merge_stderr=merge_stderr)
+        return await self._begin(program, merge_stderr=merge_stderr)
+
+    @abstractmethod
+    async def _begin(self, program: Program, *, merge_stderr: bool) -> SocketProcess:
+        """Start it, with `started`. Raises UnavailableError `sandbox-start-failed`."""
 
     async def run(
         self,
@@ -319,7 +304,11 @@ class StagedSandbox:
             "rlimits": dict(rlimits),
             "parent": os.getpid(),
         }
-        process = self._spawn(plan, merge_stderr=merge_stderr, more=more)
+        return await self.started(self._spawn(plan, merge_stderr=merge_stderr, more=more))
+
+    async def started(self, process: SocketProcess) -> SocketProcess:
+        """Wait until it is; from now on it ends with the sandbox, and one that never starts now."""
+        self._processes.add(process)
         try:
             await process.started()
         except BaseException:
@@ -359,7 +348,7 @@ class StagedSandbox:
                 end.close()
         for end in ours:
             end.setblocking(False)
-        process = SocketProcess(
+        return SocketProcess(
             launcher.process,
             stdin=ours[0],
             stdout=ours[1],
@@ -367,8 +356,6 @@ class StagedSandbox:
             status=ours[3],
             on_release=self._processes.discard,
         )
-        self._processes.add(process)
-        return process
 
     async def copy_in(self, files: Mapping[str, bytes]) -> None:
         """See the protocol."""
@@ -452,6 +439,40 @@ class StagedSandbox:
             self._lease.release()
         if self._image is not None:
             self._image.release()
+
+
+class EnclosingBackend(StagedBackend):
+    """One that starts every program in the place, enclosed."""
+
+    @abstractmethod
+    def enclose(
+        self, rules: SandboxProfile, facts: profile.HostFacts, program: Program
+    ) -> dict[str, Any]:
+        """Rules, facts, program → plan of launch.py's second phase, without cgroups, rlimits and
+        parent.
+        """
+
+    async def start(self, spec: SandboxSpec) -> EnclosedSandbox:
+        """See the protocol."""
+        return await self._start(spec)
+
+    async def _start(self, spec: SandboxSpec | WaitingSpec) -> EnclosedSandbox:
+        states = self.probe(spec.profile)
+        enforce.refuse(states, spec.profile)
+        return await EnclosedSandbox.start(
+            spec, states, self._uids, self._state_dir, self._spare, self
+        )
+
+
+class EnclosedSandbox(StagedSandbox):
+    """`Sandbox` of the protocol; its backend is an `EnclosingBackend`."""
+
+    _backend: EnclosingBackend
+
+    async def _begin(self, program: Program, *, merge_stderr: bool) -> SocketProcess:
+        rules = self._spec.profile
+        plan = self._backend.enclose(rules, self._facts, program)
+        return await self.run(plan, enforce.rlimits(rules), merge_stderr=merge_stderr)
 
 
 def _hold_image(rules: SandboxProfile, state_dir: Path, backend: StagedBackend) -> HeldImage | None:
