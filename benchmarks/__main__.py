@@ -1,10 +1,10 @@
-"""`python -m benchmarks [audit|egress|spawn|memory|isolation|container|warm] …`: by default all."""
+"""`python -m benchmarks [audit|egress|spawn|memory|isolation|container|machine|warm] …`: by default all."""
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks import audit, container, egress, isolation, memory, spawn, warm
+from benchmarks import audit, container, egress, isolation, machine, memory, spawn, warm
 
 ALL = {
     "audit": audit.main,
@@ -13,6 +13,7 @@ ALL = {
     "memory": lambda: memory.main([]),
     "isolation": lambda: isolation.main([]),
     "container": lambda: container.main([]),
+    "machine": lambda: machine.main([]),
     "warm": lambda: warm.main([]),
 }
 
