@@ -1,10 +1,10 @@
-"""`python -m benchmarks [audit|egress|spawn|memory|isolation|container|warm|queue] …`: by default all."""
+"""`python -m benchmarks [audit|egress|spawn|memory|isolation|container|machine|warm|queue] …`: all by default."""
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks import audit, container, egress, isolation, memory, queue, spawn, warm
+from benchmarks import audit, container, egress, isolation, machine, memory, queue, spawn, warm
 
 ALL = {
     "audit": audit.main,
@@ -13,6 +13,7 @@ ALL = {
     "memory": lambda: memory.main([]),
     "isolation": lambda: isolation.main([]),
     "container": lambda: container.main([]),
+    "machine": lambda: machine.main([]),
     "warm": lambda: warm.main([]),
     "queue": lambda: queue.main([]),
 }

@@ -6,6 +6,7 @@ are those of a busy host, and most of this runs in `make test-all` alone.
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from importlib import resources
@@ -16,6 +17,8 @@ import yaml
 from harness import Box, script
 
 from backends import machines, needs
+from images import copy_of_small
+from ringfence.images.store import ImageStore
 from ringfence.sandbox.microvm import MicrovmBackend
 
 pytestmark = [needs("microvm"), pytest.mark.timeout(1800)]
@@ -79,6 +82,31 @@ def test_claude_does_the_demos_task_in_a_machine(box: Box) -> None:
     decided = [r for r in box.records() if r["type"] == "tool.decided"]
     assert [r["name"] for r in decided] == ["Bash", "Read", "Bash", "Edit", "Bash"]
     assert {r["outcome"] for r in decided} == {"allow"}
+
+
+@pytest.mark.storm
+def test_an_agent_in_an_image_in_a_machine_finds_the_images_files(box: Box) -> None:
+    """The host's claude, the image's programs, the guest's kernel: and nothing of the host's."""
+    copy_of_small(box.place / "made")
+    (box.place / "made" / "images").rename(box.state / "images")
+    listed = ImageStore(box.state).find("small").rootfs / "var/lib/dpkg/status"
+    command = "sha256sum </var/lib/dpkg/status >seen; uname -r >>seen"
+    box.policy(
+        {
+            "preset": "strict",
+            "isolation": MACHINE,
+            "filesystem": {"image": "small"},
+            "execution": LONG,
+        }
+    )
+    steps = [{"tool": "Bash", "input": {"command": command}}, {"text": "seen"}]
+    done = box.run(script(*steps), seconds=1700, **SHARED)
+    assert done.code == 0, done.err + done.out
+    assert done.json["changed_files"] == ["seen"]
+    assert hashlib.sha256(listed.read_bytes()).hexdigest() in done.json["patch"]
+    assert "-cloud-amd64" in done.json["patch"]
+    (started,) = [record for record in box.records() if record["type"] == "sandbox.started"]
+    assert started["image"].startswith("sha256:")
 
 
 def _tests(place: Path) -> subprocess.CompletedProcess[bytes]:
