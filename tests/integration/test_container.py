@@ -98,7 +98,7 @@ LIES = {
         " p['capabilities'][s] = ['CAP_NET_RAW']",
         "Cap",
     ),
-    "no filter": ("c['linux'].pop('seccomp')", "Seccomp"),
+    "no filter": ("c['linux'].pop('seccomp'); c.pop('annotations', None)", "Seccomp"),
     "another user": ("p['user'].update(uid=0, gid=0)", "Uid"),
     "a writable root": ("c['root']['readonly'] = False", "/ is mounted without ro"),
     "a writable /usr": (
