@@ -225,7 +225,7 @@ def test_one_that_acts_before_its_run_is_ended(
     monkeypatch.setenv("RINGFENCE_CLAUDE", str(liar))
     lies = {".liar.py": (box.workspace / ".liar.py").read_bytes()}
     monkeypatch.setattr(
-        warm, "stand_in", lambda _: warmplace.StandIn(kind="liar", placeholders=lies)
+        warm, "stand_in", lambda *_, **__: warmplace.StandIn(kind="liar", placeholders=lies)
     )
 
     async def work() -> None:

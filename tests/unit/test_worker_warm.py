@@ -303,7 +303,7 @@ def _tree(place: Path, head: bytes | None) -> Path:
     ],
 )
 def test_what_stands_in_for_a_tree(tmp_path: Path, head: bytes | None, kind: str | None) -> None:
-    found = stand_in(_tree(tmp_path, head))
+    found = stand_in(_tree(tmp_path, head), git=True)
     assert (found.kind if found else None) == kind
 
 
@@ -319,7 +319,7 @@ def test_what_is_no_plain_tree_starts_cold(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "d" / ".git" / "HEAD")
     (tmp_path / "e" / ".git").mkdir(parents=True)
     for name in "abcde":
-        assert stand_in(tmp_path / name) is None, name
+        assert stand_in(tmp_path / name, git=True) is None, name
 
 
 # what is left of dead workers

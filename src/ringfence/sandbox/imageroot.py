@@ -62,6 +62,17 @@ def digest_of(state_dir: Path, name: str) -> str:
     return store.ImageStore(state_dir).find(name).digest
 
 
+def has_file(state_dir: Path, name: str, paths: Iterable[str]) -> bool:
+    """Whether an image has a regular file at one of these absolute paths, without links.
+
+    Raises:
+        CallerError: `image-unknown`.
+        UnavailableError: `image-damaged`.
+    """
+    with _opened(store.ImageStore(state_dir).find(name).rootfs) as top:
+        return any(_is_file(top, path.lstrip("/")) for path in paths)
+
+
 def hold(
     state_dir: Path, name: str, *, blocked: Iterable[str] = (), needed: Sequence[str] = ()
 ) -> HeldImage:

@@ -32,7 +32,7 @@ from ringfence.worker.ends import broken_off, to_the_end
 from ringfence.worker.ids import new_id
 from ringfence.worker.prepare import claude_settings, narrowed, pinned
 from ringfence.worker.warmkey import may_wait, warm_key
-from ringfence.worker.warmplace import StandIn, stand_in
+from ringfence.worker.warmplace import StandIn, has_git, stand_in
 from ringfence.worker.warmplan import Waiting, Want, plan
 
 _LATER_SECONDS = 1.0
@@ -116,14 +116,20 @@ class WarmPool:
     def recipe(
         self, policy: CompiledPolicy, request: RunRequest, backend: Backend
     ) -> Recipe | None:
-        """What would serve a request in this technology; None when nothing that waits can."""
+        """What would serve a request in this technology; None when nothing that waits can.
+
+        Raises:
+            CallerError: `image-unknown`.
+            UnavailableError: `image-damaged`.
+        """
         policy, claude = narrowed(policy, request), self._claude
         policy = pinned(policy, self._config.state_dir)
         if self._config.warm.size == 0 or claude is None or not may_wait(policy, request):
             return None
         if not isinstance(backend, WaitingBackend):
             return None
-        place = stand_in(Path(request.workspace))
+        git = has_git(policy.sandbox.image, self._config.state_dir)
+        place = stand_in(Path(request.workspace), git=git)
         if place is None:
             return None
         settings = claude_settings(policy, request, session_id="", run_id="", sandbox_id="")

@@ -15,6 +15,7 @@ import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ringfence.sandbox.imageroot import has_file
 from ringfence.sandbox.protocol import INSIDE_WORKSPACE, WAITING_GATE
 
 _SYSTEM = "/usr/local/bin:/usr/bin:/bin"
@@ -39,9 +40,21 @@ class StandIn:
     programs: dict[str, str] = field(default_factory=dict)
 
 
-def stand_in(workspace: Path) -> StandIn | None:
+def has_git(image: str | None, state_dir: Path) -> bool:
+    """Whether there is a git inside: the image's, by its name or digest, or else the host's.
+
+    Raises:
+        CallerError: `image-unknown`.
+        UnavailableError: `image-damaged`.
+    """
+    if image is None:
+        return shutil.which("git", path=_SYSTEM) is not None
+    return has_file(state_dir, image, (f"{place}/git" for place in _SYSTEM.split(":")))
+
+
+def stand_in(workspace: Path, *, git: bool) -> StandIn | None:
     """For a workspace of the host; None where none does: a linked working tree, a HEAD of an
-    unusual form, a host without git.
+    unusual form, no `git` inside (ours would stand in for one that is not there).
     """
     try:
         status = os.lstat(workspace / ".git")
@@ -50,7 +63,7 @@ def stand_in(workspace: Path) -> StandIn | None:
     except OSError:
         return None
     head = _head(workspace / ".git" / "HEAD") if stat.S_ISDIR(status.st_mode) else None
-    if head is None or shutil.which("git", path=_SYSTEM) is None:
+    if head is None or not git:
         return None
     return StandIn(
         kind=f"git {head.decode().strip()}",
