@@ -188,7 +188,7 @@ def test_narrowing_is_not_refusing_everything() -> None:
         limited("a.example.com"),
         isolation="gvisor",
         hosting="long_running",
-        filesystem={"readable_paths": ["/srv/data/deep"], "workspace": "readonly"},
+        filesystem={"readable_paths": ["/srv/data"], "workspace": "readonly"},
         execution={"max_memory_mb": 100},
     )
     narrowed = narrow(ceiling, asked, NetworkRules())
@@ -196,7 +196,7 @@ def test_narrowing_is_not_refusing_everything() -> None:
         "api.anthropic.com",
         "a.example.com",
     ]
-    assert narrowed.filesystem.readable_paths == ("/srv/data/deep",)
+    assert narrowed.filesystem.readable_paths == ("/srv/data",)
     assert narrowed.filesystem.workspace == "readonly"
     assert narrowed.execution.max_memory_mb == 100
     assert narrowed.execution.pids == ceiling.execution.pids
@@ -251,6 +251,7 @@ def test_a_wildcard_keeps_the_narrower_lines_below_it() -> None:
         (None, {"threat_model": "own_code", "isolation": "auto"}, "isolation"),
         (None, {"filesystem": {"readable_paths": ["/srv/other"]}}, "/srv/other"),
         (None, {"filesystem": {"writable_paths": ["/srv/data"]}}, "/srv/data"),
+        (None, {"filesystem": {"readable_paths": ["/srv/data/deep"]}}, "/srv/data/deep"),
         (None, {"filesystem": {"workspace": "direct"}}, "workspace"),
     ],
 )

@@ -224,8 +224,11 @@ def _paths(
     if stated is None:
         return
     for path in stated:
-        if not any(below(path, place) for place in allowed):
-            raise _wider(f"filesystem.{key}: {path}", "a path outside of the operator's policy")
+        # below a directory of the host a link may lead anywhere, and the mount would follow it
+        if path not in allowed and not below(path, WORKSPACE):
+            raise _wider(
+                f"filesystem.{key}: {path}", "a path that the operator's policy does not name"
+            )
     section[key] = list(dict.fromkeys(stated))
 
 
@@ -269,7 +272,8 @@ def _isolation(values: dict[str, Any], ceiling: PolicyDocument, block: Ringfence
     if backend == "auto" and model is None:
         raise _wider("isolation: auto", "a choice without a threat_model to choose by")
     profile = compile_policy(ceiling).sandbox
-    least = floor(profile.isolation, profile.threat_model, emulation=profile.emulation)
+    # where a machine need not be emulated the policy's own choice is a real one
+    least = floor(profile.isolation, profile.threat_model, emulation=False)
     name = backend or "bubblewrap"
     if floor(name, model) < least:
         raise _wider(f"isolation: {name}", f"a weaker boundary than the policy's ({least})")

@@ -135,6 +135,9 @@ class Guard:
                 more = True
                 while more:
                     message = await receive()
+                    if message["type"] == "http.disconnect":
+                        # what has come is the beginning of a request, and might mean another
+                        raise CallerError("request-invalid", "the body broke off")
                     chunks += message.get("body", b"")
                     more = message.get("more_body", False)
                     if len(chunks) > most:

@@ -8,6 +8,8 @@ from ringfence.model import RunStatus
 from ringfence.queue.protocol import Handler, Lease, RetryAfter
 from ringfence.queue.verdict import Deferred, Ending, Raised, Released, Returned
 
+_MOST = 2_000
+
 
 async def called(handler: Handler, lease: Lease) -> RunStatus:
     """The handler's answer. Raises TypeError for one that is no status."""
@@ -27,4 +29,5 @@ def ending_of(handling: asyncio.Task[RunStatus], *, told: bool) -> Ending:
         case RetryAfter() as later:
             return Deferred(later.seconds, later.reason)
         case error:
-            return Raised(f"{type(error).__name__}: {error}")
+            # it may quote what came from inside, and an engine's history has a limit
+            return Raised(f"{type(error).__name__}: {error}"[:_MOST])

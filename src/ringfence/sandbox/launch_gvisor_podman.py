@@ -59,6 +59,7 @@ def _run(plan: Plan, stdio: Stdio, tell: int, seen: Plan) -> int:
     if wrong:
         raise OSError(errno.EPROTO, "gVisor is not what was asked for: " + wrong[0])
     oci.insist(oci.in_groups(monitor, plan["cgroups"]))
+    _insist_apart(sentry, monitor)
     nothing = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     for descriptor in stdio:
         os.dup2(nothing, descriptor, inheritable=False)
@@ -89,8 +90,32 @@ def _settle(said: bytes, wanted: Any, bundle: str) -> None:
         raise OSError(errno.EPROTO, "podman asks gVisor for something else: " + differences[0])
     for name in _OURS:
         found["process"][name] = wanted["process"][name]
+    found["linux"].update(_apart(found["linux"].get("namespaces", [])))
     with open(f"{place}/config.json", "w") as file:
         json.dump(found, file)
+
+
+def _apart(namespaces: Any) -> Any:
+    """A user namespace for sentry and gofer, with the ids of this one.
+
+    gVisor leaves CAP_SYS_PTRACE to the sentry and lets it attach to any process: podman's monitor,
+    of the same ids and held by no filter, must not be within its reach (user_namespaces(7)).
+    """
+    maps = {}
+    for kind in ("uid", "gid"):
+        with open(f"/proc/self/{kind}_map") as file:
+            lines = [[int(word) for word in line.split()] for line in file]
+        maps[f"{kind}Mappings"] = [
+            {"containerID": first, "hostID": first, "size": size} for first, _, size in lines
+        ]
+    return {"namespaces": [*namespaces, {"type": "user"}], **maps}
+
+
+def _insist_apart(sentry: int, monitor: int) -> None:
+    """Raise OSError where the sentry is in the user namespace of podman's monitor."""
+    spaces = [os.readlink(f"/proc/{pid}/ns/user") for pid in (sentry, monitor)]
+    if spaces[0] == spaces[1]:
+        raise OSError(errno.EPROTO, "gVisor's sentry could trace podman's monitor")
 
 
 def compare(found: Any, wanted: Any, bundle: str) -> list[str]:

@@ -144,7 +144,7 @@ def plan(
         },
         "files": files,
         "gates": list(GATES),
-        "read_only": [m["destination"] for m in settings["mounts"] if "rro" in m["options"]],
+        "read_only": [m["source"] for m in settings["mounts"] if "rro" in m["options"]],
         "config": "",
     }
 

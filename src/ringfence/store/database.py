@@ -91,7 +91,9 @@ def open_sqlite(path: Path) -> Database:
             "store-unavailable", f"{path} cannot be used: {words(error)}"
         ) from None
     url = URL.create("sqlite+aiosqlite", database=str(path))
-    engine = create_async_engine(url, connect_args={"timeout": _WAIT}, pool_timeout=_WAIT)
+    engine = create_async_engine(
+        url, connect_args={"timeout": _WAIT}, pool_timeout=_WAIT, hide_parameters=True
+    )
     event.listen(engine.sync_engine, "connect", _prepare_sqlite)
     event.listen(engine.sync_engine, "begin", _begin_sqlite)
     return Database(engine)
@@ -140,6 +142,8 @@ def open_postgresql(text_url: str) -> Database:
         pool_timeout=_WAIT,
         # a server that was restarted is met by the next request, not by an error of the last one
         pool_pre_ping=True,
+        # an error that is logged would else hold what tenants wrote
+        hide_parameters=True,
         connect_args={
             "timeout": _WAIT,
             "server_settings": {
