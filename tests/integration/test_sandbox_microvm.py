@@ -202,15 +202,29 @@ def test_a_trial_boot_is_a_real_one_in_time_or_says_why(
     assert left(state)["processes"] == 0
 
 
+THERE: set[str] = set()
+"""Children of this process that are of other tests: servers that all of them share."""
+
+
+def children() -> set[str]:
+    own = os.getpid()
+    return set(Path(f"/proc/{own}/task/{own}/children").read_text().split())
+
+
+@pytest.fixture(autouse=True)
+def _there() -> None:
+    THERE.clear()
+    THERE.update(children())
+
+
 def left(state: Path) -> dict[str, Any]:
     """What a sandbox could leave behind that is ours to count."""
     own = os.getpid()
-    children = Path(f"/proc/{own}/task/{own}/children").read_text().split()
     # others of the host mount and unmount as they like
     places = (hostfacts.stage(), str(state), "stage", "scratch")
     mounts = [line.split()[:2] for line in Path("/proc/self/mounts").read_text().splitlines()]
     return {
-        "processes": len(children),
+        "processes": len(children() - THERE),
         "descriptors": len(os.listdir("/proc/self/fd")),
         "mounts": [mount for mount in mounts if any(one in places for one in mount)],
         "groups": sorted(str(path) for path in Path("/sys/fs/cgroup").glob(f"*/ringfence-{own}-*")),

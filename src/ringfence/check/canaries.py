@@ -65,6 +65,10 @@ class Canaries:
         """All that was reached so far, in order; the process counts when it is dead or stopped,
         the file when it was changed.
         """
+        # connections are taken in their order: once ours is answered, each before it is counted
+        with contextlib.suppress(OSError):
+            self._heard_tcp()
+            self._heard_abstract()
         with self._lock:
             reached = list(self._reached)
         if self.process.poll() is not None:
