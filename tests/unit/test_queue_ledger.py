@@ -47,6 +47,27 @@ def test_the_file_and_the_tables_have_the_same_moves(db: sqlite3.Connection) -> 
     assert set(db.execute("SELECT kind, before, after FROM move")) == moves
 
 
+def test_an_attempt_cannot_settle_the_next_one_of_the_same_worker(db: sqlite3.Connection) -> None:
+    """The worker is the same, so that the number alone tells them apart."""
+    ledger.submit(db, "run", "a", 3)
+    ledger.register(db, "w")
+    (first,) = ledger.lease(db, "w", 1)
+    ledger.settle(db, "w", "run", first.attempt, Released(), settings=SETTINGS)
+    (second,) = ledger.lease(db, "w", 1)
+    assert second.attempt == first.attempt + 1
+    for act in (
+        lambda: ledger.start(db, "w", "run", first.attempt),
+        lambda: ledger.settle(
+            db, "w", "run", first.attempt, Returned(RunStatus.FAILED), settings=SETTINGS
+        ),
+    ):
+        with pytest.raises(ledger.SupersededError):
+            act()
+    ledger.start(db, "w", "run", second.attempt)
+    done = Returned(RunStatus.SUCCEEDED)
+    assert ledger.settle(db, "w", "run", second.attempt, done, settings=SETTINGS) == "succeeded"
+
+
 @pytest.mark.parametrize("before", list(RunStatus))
 @pytest.mark.parametrize("after", list(RunStatus))
 def test_the_file_refuses_any_other_move(

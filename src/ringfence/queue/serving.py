@@ -149,12 +149,12 @@ class Serving:
             with contextlib.suppress(UnavailableError, TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._beat()
+            self._lose_if_silent()
             # apart from our own: a beat must not wait for a reclaim
             with contextlib.suppress(UnavailableError, TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._miss()
-            if time.monotonic() - self._beaten > self.settings.lease_seconds * 2 / 3:
-                self._lose()
+            self._lose_if_silent()
             await asyncio.sleep(pause if self._beaten else 0.02)
 
     async def _beat(self) -> None:
@@ -173,6 +173,10 @@ class Serving:
                 return
         # the time before it was written: others cannot have seen it earlier
         self._beaten = began
+
+    def _lose_if_silent(self) -> None:
+        if time.monotonic() - self._beaten > self.settings.lease_seconds * 2 / 3:
+            self._lose()
 
     def _lose(self) -> None:
         """Given up, or cut off for so long that we may have been: everything in hand is void."""
