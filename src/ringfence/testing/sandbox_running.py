@@ -183,10 +183,12 @@ class RunningClauses(SandboxClauses):
             pytest.skip("this host does not limit processes for us")
         storm = (
             "python3 -c '\nimport os, time\nn = 0\ntry:\n while n < 500:\n  if os.fork() == 0:\n"
-            "   time.sleep(30); os._exit(0)\n  n += 1\nexcept OSError: pass\nprint(n)'; true"
+            "   time.sleep(300); os._exit(0)\n  n += 1\nexcept OSError: pass\nprint(n)'; true"
         )
         _, output = self.inside(backend, self.spec(backend, place), storm)
-        assert 5 < int(output) < 64
+        # near the limit, and far from 500: a kernel of its own may count late while it is busy, and
+        # what the host's counts is read back by another clause
+        assert 5 < int(output) < 128
 
     def test_limits_are_read_back(self, backend: Backend, place: Path) -> None:
         """The started sandbox claims what the probe did, and all that a policy cannot do without."""
