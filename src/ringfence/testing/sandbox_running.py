@@ -186,9 +186,9 @@ class RunningClauses(SandboxClauses):
             "   time.sleep(300); os._exit(0)\n  n += 1\nexcept OSError: pass\nprint(n)'; true"
         )
         _, output = self.inside(backend, self.spec(backend, place), storm)
-        # near the limit, and far from 500: a kernel of its own may count late while it is busy, and
-        # what the host's counts is read back by another clause
-        assert 5 < int(output) < 128
+        # a kernel of its own may count late while it is busy: the host's count, which another clause
+        # reads back, is the one that holds
+        assert 5 < int(output) < (64 if self.shares_a_kernel else 128)
 
     def test_limits_are_read_back(self, backend: Backend, place: Path) -> None:
         """The started sandbox claims what the probe did, and all that a policy cannot do without."""
