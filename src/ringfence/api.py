@@ -169,12 +169,13 @@ class Worker:
     async def warm(self, **options: Unpack[RunOptions]) -> int:
         """Keep sandboxes waiting for runs with these options, and wait until they are ready.
 
-        Returns how many wait: 0 where the settings keep none, or where such a run cannot be served
-        by one that was started before it (a command, a resumed session, MCP servers, paths of the
-        host that are written to, an isolation other than bubblewrap). Of the workspace only counts
-        what `claude` looks at as it starts: whether it is a git working tree, and on which branch.
+        Returns how many wait: 0 where the settings keep none. Of the workspace only counts what
+        `claude` looks at as it starts: whether it is a git working tree, and on which branch.
 
         Raises:
+            CallerError: `warm-refused`: such a run cannot be served by a sandbox that was started
+                before it (a resumed session, MCP servers, paths of the host that are written to,
+                an isolation other than bubblewrap).
             RingfenceError: why none of them can be started.
         """
         from ringfence.worker.prepare import narrowed
@@ -182,13 +183,18 @@ class Worker:
         asked = _asked("", **options)
         station = self._up()
         _noted(station, asked)
-        if station.warm is None:
+        if station.warm is None or station.config.warm.size == 0:
             return 0
         rules = narrowed(asked.policy, asked.request).sandbox
         picked = await asyncio.to_thread(station.backends.pick, rules)
         recipe = station.warm.recipe(asked.policy, asked.request, picked.backend)
         if recipe is None:
-            return 0
+            why = station.warm.why_none(asked.policy, asked.request, picked.backend)
+            raise CallerError(
+                "warm-refused",
+                f"no sandbox can wait for such a run: {why}",
+                hint="run it without `warm`: it starts a sandbox of its own",
+            )
         station.warm.want(recipe)
         return await station.warm.ready(recipe)
 

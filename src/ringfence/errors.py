@@ -145,6 +145,8 @@ CODES: dict[str, str] = {
     "vault-refused": "The vault's file or key was changed, or can be read by others.",
     # egress
     "egress-unavailable": "The egress process is gone or not configured; nothing can leave.",
+    # warm pool
+    "warm-refused": "No sandbox can wait for such a run; it is served by one of its own.",
     # images
     "image-invalid": "An image definition says something vague, unknown or unobtainable.",
     "image-unknown": "No image of that name or digest is in this state directory.",

@@ -18,6 +18,7 @@ from stand_in import install
 
 import ringfence
 from backends import available
+from ringfence.errors import CallerError
 from ringfence.simulator.server import Simulator
 from ringfence.worker import warm, warmplace
 from ringfence.worker.warm import Member
@@ -173,7 +174,9 @@ def test_an_isolation_that_takes_no_workspace_later_starts_cold(
     async def work() -> None:
         async with ringfence.Worker() as worker:
             assert await worker.warm(**call) == 1
-            assert await worker.warm(isolation=name, **call) == 0
+            with pytest.raises(CallerError, match=f"isolation {name}") as refused:
+                await worker.warm(isolation=name, **call)
+            assert refused.value.code == "warm-refused"
             (member,) = members(worker)
             result = await worker.run(script({"text": "ok"}), isolation=name, **call)
             assert (result.status, result.text) == ("succeeded", "ok")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from ringfence.sandbox.profile import HostFacts, Tools
 from ringfence.sandbox.staged import Program
 
 sys.path.append(str(Path(podman.__file__).parent))
+from launch_gvisor import verify
 from launch_gvisor_podman import compare
 
 FACTS = HostFacts(
@@ -187,3 +190,10 @@ def test_what_podman_is_asked_for_gvisor() -> None:
     shown = [one.split(":")[1] for one in values(words, "--volume")]
     assert "/dev/fuse" in shown
     assert not {"/dev", "/dev/pts", "/sys/fs/cgroup"} & set(shown)
+
+
+def test_a_sentry_that_is_gone_is_not_one_that_holds() -> None:
+    with subprocess.Popen(["/bin/true"]) as process:
+        process.wait()
+    wrong = verify(process.pid, "net:[1]", {}, parent=os.getpid())
+    assert "sentry: it is gone" in wrong

@@ -25,7 +25,7 @@ from ringfence.policy.compiled import CompiledPolicy, McpServer
 from ringfence.policy.load import from_mapping
 from ringfence.worker.egressdir import EgressDirectory, sweep
 from ringfence.worker.warm import WarmPool
-from ringfence.worker.warmkey import PER_RUN, may_wait, warm_key
+from ringfence.worker.warmkey import PER_RUN, obstacle, warm_key
 from ringfence.worker.warmplace import stand_in
 from ringfence.worker.warmplan import Plan, Waiting, Want, plan
 
@@ -196,7 +196,8 @@ def test_which_runs_may_wait(
         tools=dataclasses.replace(POLICY.tools, **tools),
         sandbox=dataclasses.replace(POLICY.sandbox, writable=writable),
     )
-    assert may_wait(policy, RunRequest(prompt="", workspace="/w", **request_)) == waits
+    found = obstacle(policy, RunRequest(prompt="", workspace="/w", **request_))
+    assert (found is None) == waits
 
 
 # how many, how long

@@ -83,7 +83,7 @@ def verify(sentry: int, network: str, plan: Plan, *, parent: int = 1) -> list[st
             if name == "sentry" and os.readlink(f"/proc/{pid}/ns/net") != network:
                 wrong.append("sentry: network namespace is not the sandbox's")
         except (FileNotFoundError, ProcessLookupError):
-            pass  # a short program is over by now, and its sentry with it
+            wrong.append(f"{name}: it is gone")
     return wrong
 
 

@@ -31,7 +31,7 @@ from ringfence.worker.egressdir import EgressDirectory
 from ringfence.worker.ends import broken_off, to_the_end
 from ringfence.worker.ids import new_id
 from ringfence.worker.prepare import claude_settings, narrowed, pinned
-from ringfence.worker.warmkey import may_wait, warm_key
+from ringfence.worker.warmkey import obstacle, warm_key
 from ringfence.worker.warmplace import StandIn, has_git, stand_in
 from ringfence.worker.warmplan import Waiting, Want, plan
 
@@ -124,7 +124,7 @@ class WarmPool:
         """
         policy, claude = narrowed(policy, request), self._claude
         policy = pinned(policy, self._config.state_dir)
-        if self._config.warm.size == 0 or claude is None or not may_wait(policy, request):
+        if self._config.warm.size == 0 or claude is None or obstacle(policy, request):
             return None
         if not isinstance(backend, WaitingBackend):
             return None
@@ -140,6 +140,15 @@ class WarmPool:
             )
         except (TypeError, OSError):
             return None
+
+    def why_none(self, policy: CompiledPolicy, request: RunRequest, backend: Backend) -> str:
+        """Words for a person to whom `recipe` gave none."""
+        found = obstacle(narrowed(policy, request), request)
+        if found is not None:
+            return found
+        if not isinstance(backend, WaitingBackend):
+            return f"isolation {backend.name} cannot take a workspace into a sandbox that runs"
+        return "the workspace's branch cannot be read, or an option has no form to compare it by"
 
     def take(self, recipe: Recipe) -> Member | None:
         """The one that waited longest of those fit to serve, which is the caller's from now on."""

@@ -23,17 +23,23 @@ the run's; the store is lent at the hand-over; nothing is written to debug_stder
 process's standard error unless somebody sets it, by a transport that is not the SDK's."""
 
 
-def may_wait(policy: CompiledPolicy, request: RunRequest) -> bool:
-    """Whether a run can be served by a `claude` that was started before it.
+def obstacle(policy: CompiledPolicy, request: RunRequest) -> str | None:
+    """Why a run cannot be served by a `claude` that was started before it; None when it can.
 
     A command is none; a resumed session has files that come before the start; MCP servers start
     with `claude`, and what they need (a file of the workspace, the way out) is not there yet; what
     is written to other paths of the host belongs to the workspace's owner (docs/decisions/0012).
     """
     writable = [path for path in policy.sandbox.writable if not _of_workspace(path)]
-    return not (
-        request.command or request.resume or request.fork or policy.tools.mcp_servers or writable
-    )
+    for found, what in (
+        (request.command, "a command is no run of claude"),
+        (request.resume or request.fork, "a session that goes on has files that come first"),
+        (policy.tools.mcp_servers, "MCP servers start with claude, and need the run's own way out"),
+        (writable, f"{', '.join(writable)}: the host's, and the workspace's owner writes there"),
+    ):
+        if found:
+            return what
+    return None
 
 
 def _of_workspace(path: str) -> bool:
