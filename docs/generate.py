@@ -217,10 +217,10 @@ def isolation() -> str:
 
 
 def states() -> str:
-    from ringfence.states import ATTEMPT, RUN, AttemptEvent, RunEvent
+    from ringfence.states import ATTEMPT, RUN, SESSION, AttemptEvent, RunEvent, SessionEvent
 
     lines = ["# States", "", "Drawn from `ringfence.states`; there are no other moves.", ""]
-    for title, table in (("Run", RUN), ("Attempt", ATTEMPT)):
+    for title, table in (("Run", RUN), ("Attempt", ATTEMPT), ("Session", SESSION)):
         lines += [f"## {title}", "", "```mermaid", "stateDiagram-v2"]
         lines.append(f"    [*] --> {next(iter(table)).value}")
         for status, moves in table.items():
@@ -228,9 +228,27 @@ def states() -> str:
             if set(moves) <= {RunEvent.REPLAY}:
                 lines.append(f"    {status.value} --> [*]")
         lines += ["```", ""]
-    names = [f"`{event.value}`" for event in (*RunEvent, *AttemptEvent)]
+    names = [f"`{event.value}`" for event in (*RunEvent, *AttemptEvent, *SessionEvent)]
     lines += [f"Events: {', '.join(names)}. `replay` is an operator's, and of dead letters only."]
     return "\n".join(lines) + "\n"
+
+
+def _session_support() -> list[str]:
+    from ringfence.control import event_shapes as events
+    from ringfence.control import session_shapes as sessions
+
+    ways = dict.fromkeys(events.SENT, "is sent")
+    ways |= dict.fromkeys(sorted(events.TOLD | events.MOVES), "is told")
+    lines = ["Of a session's events; what is not here does not happen, and what is sent without"]
+    lines += ["being here is refused by its name:", "", "| event | |", "|---|---|"]
+    lines += [f"| `{kind}` | {ways[kind]} |" for kind in events.EVENT_TYPES if kind in ways]
+    lines += ["| `session.deleted` | ends a stream |", ""]
+    refused = [f"a resource of type `{kind}`" for kind in sorted(sessions.RESOURCES)]
+    refused = [text for text in refused if text.split("`")[1] not in sessions.MOUNTED]
+    refused += [] if sessions.VAULTS else ["`vault_ids`"]
+    refused += [*events.REFUSED.values(), "sources of type `url` and `file`", "threads"]
+    lines += [f"Refused by name in sessions and events: {'; '.join(refused)}."]
+    return lines
 
 
 def api() -> str:
@@ -247,8 +265,9 @@ def api() -> str:
         f"| `{method} {path}` | {'yes' if (method, path) in here else 'no'} |"
         for method, path in public_routes()
     ]
+    lines += ["", *_session_support(), ""]
     own = sorted(here - set(public_routes()), key=lambda pair: pair[1])
-    lines += ["", "Ours, without a key:", "", "| route |", "|---|", "| `GET /openapi.json` |"]
+    lines += ["Ours, without a key:", "", "| route |", "|---|", "| `GET /openapi.json` |"]
     lines += [f"| `{method} {path}` |" for method, path in own]
     lines += ["", "## Settings", "", inspect.getdoc(GatewaySettings) or "", ""]
     lines += ["| setting | default |", "|---|---|"]

@@ -44,7 +44,8 @@ def serve(
         int | None, typer.Option(min=0, max=65_535, help="8470 by default; 0 takes a free one.")
     ] = None,
 ) -> None:
-    """Serve the public Managed Agents API: agents and environments, for callers with a key.
+    """Serve the public Managed Agents API: agents, environments and sessions, for callers with a
+    key.
 
     Plain HTTP: TLS belongs to the load balancer before it. Standard output gets one line, the
     address, when requests are taken; logs go to standard error.
@@ -77,6 +78,7 @@ async def _serve(platform: Platform, ceiling: Ceiling, listener: socket.socket) 
     import uvicorn
 
     from ringfence.gateway.app import create_app, guarded
+    from ringfence.gateway.serving import Server, bound_unread
 
     structlog.configure(
         processors=[
@@ -89,8 +91,9 @@ async def _serve(platform: Platform, ceiling: Ceiling, listener: socket.socket) 
     )
     settings = platform.settings
     async with platform.opened() as database:
-        app = create_app(database, ceiling)
-        server = uvicorn.Server(
+        queue = platform.queue()
+        app = create_app(database, ceiling, queue, settings)
+        server = Server(
             uvicorn.Config(
                 guarded(app, database, settings),
                 log_config=None,
@@ -101,11 +104,16 @@ async def _serve(platform: Platform, ceiling: Ceiling, listener: socket.socket) 
                 ws="none",
                 limit_concurrency=settings.concurrency,
                 timeout_graceful_shutdown=30,
-            )
+            ),
+            app.state.fanout,
         )
+        bound_unread(listener)
         name, number = listener.getsockname()[:2]
         place = f"[{name}]" if ":" in name else name
         # the socket listens already: what comes before the first turn waits in its backlog
         sys.stdout.write(f"http://{place}:{number}\n")
         sys.stdout.flush()
-        await server.serve(sockets=[listener])
+        try:
+            await server.serve(sockets=[listener])
+        finally:
+            await queue.close()
