@@ -121,6 +121,8 @@ CODES: dict[str, str] = {
     "environment-not-found": "No environment of that id exists for this caller.",
     "environment-archived": "The environment is archived, so that it can only be read.",
     "environment-denied": "An environment asks for more than the operator's policy allows.",
+    "agent-denied": "An agent asks for more than the operator's policy allows.",
+    "hosting-unsupported": "The environment's hosting pattern is not served by this version.",
     "unrestricted-denied": "The operator has not allowed `unrestricted` networking.",
     "request-invalid": "A request or a definition is malformed, or says what is not supported.",
     "page-invalid": "A page cursor is not one that was handed out.",
