@@ -217,10 +217,10 @@ def isolation() -> str:
 
 
 def states() -> str:
-    from ringfence.states import ATTEMPT, RUN, AttemptEvent, RunEvent
+    from ringfence.states import ATTEMPT, RUN, SESSION, AttemptEvent, RunEvent, SessionEvent
 
     lines = ["# States", "", "Drawn from `ringfence.states`; there are no other moves.", ""]
-    for title, table in (("Run", RUN), ("Attempt", ATTEMPT)):
+    for title, table in (("Run", RUN), ("Attempt", ATTEMPT), ("Session", SESSION)):
         lines += [f"## {title}", "", "```mermaid", "stateDiagram-v2"]
         lines.append(f"    [*] --> {next(iter(table)).value}")
         for status, moves in table.items():
@@ -228,7 +228,7 @@ def states() -> str:
             if set(moves) <= {RunEvent.REPLAY}:
                 lines.append(f"    {status.value} --> [*]")
         lines += ["```", ""]
-    names = [f"`{event.value}`" for event in (*RunEvent, *AttemptEvent)]
+    names = [f"`{event.value}`" for event in (*RunEvent, *AttemptEvent, *SessionEvent)]
     lines += [f"Events: {', '.join(names)}. `replay` is an operator's, and of dead letters only."]
     return "\n".join(lines) + "\n"
 

@@ -124,6 +124,7 @@ CODES: dict[str, str] = {
     "agent-denied": "An agent asks for more than the operator's policy allows.",
     "hosting-unsupported": "The environment's hosting pattern is not served by this version.",
     "unrestricted-denied": "The operator has not allowed `unrestricted` networking.",
+    "attempt-superseded": "A later attempt has the turn, or it is over; nothing was written.",
     "request-invalid": "A request or a definition is malformed, or says what is not supported.",
     "page-invalid": "A page cursor is not one that was handed out.",
     "api-key-missing": "A request carries no API key.",

@@ -109,6 +109,19 @@ class AttemptStatus(StrEnum):
     """Its worker fell silent, and the run was taken from it."""
 
 
+class SessionStatus(StrEnum):
+    """Where a session stands; the words are the public API's."""
+
+    IDLE = "idle"
+    """It waits for its caller."""
+    RUNNING = "running"
+    """A turn is queued or being carried out."""
+    RESCHEDULING = "rescheduling"
+    """An attempt came to no end; the turn waits for the next one."""
+    TERMINATED = "terminated"
+    """Nothing is taken any more."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """The execution of one user turn, as the queue knows it. Times are seconds since the epoch.

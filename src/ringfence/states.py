@@ -1,4 +1,4 @@
-"""Every move of a run and of an attempt, as two tables. No status changes but by them.
+"""Every move of a run, an attempt and a session, as tables. No status changes but by them.
 
 A table is status by event: what is not in it cannot happen, and asking for it raises and changes
 nothing. The code that moves runs computes the next status here; the queue's file refuses any other
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from types import MappingProxyType
 
-from ringfence.model import AttemptStatus, RunStatus
+from ringfence.model import AttemptStatus, RunStatus, SessionStatus
 
 
 class RunEvent(StrEnum):
@@ -41,6 +41,22 @@ class AttemptEvent(StrEnum):
 
     SETTLE = "settle"
     LOSE = "lose"
+
+
+class SessionEvent(StrEnum):
+    """What can happen to a session."""
+
+    BEGIN = "begin"
+    """A turn begins: there is a message, or the last answer that was waited for."""
+    CONTINUE = "continue"
+    """A turn has ended and messages wait: the next one begins at once."""
+    RESCHEDULE = "reschedule"
+    """The turn's attempt came to no end, and another will be made."""
+    RESUME = "resume"
+    """The next attempt begins."""
+    SETTLE = "settle"
+    """The turn has ended."""
+    TERMINATE = "terminate"
 
 
 _Q, _L, _R = RunStatus.QUEUED, RunStatus.LEASED, RunStatus.RUNNING
@@ -74,6 +90,28 @@ ATTEMPT: Mapping[AttemptStatus, Mapping[AttemptEvent, AttemptStatus]] = MappingP
     }
 )
 
+_TERMINATE = {SessionEvent.TERMINATE: SessionStatus.TERMINATED}
+_SETTLE = {SessionEvent.SETTLE: SessionStatus.IDLE, **_TERMINATE}
+
+SESSION: Mapping[SessionStatus, Mapping[SessionEvent, SessionStatus]] = MappingProxyType(
+    {
+        SessionStatus.IDLE: MappingProxyType(
+            {SessionEvent.BEGIN: SessionStatus.RUNNING, **_TERMINATE}
+        ),
+        SessionStatus.RUNNING: MappingProxyType(
+            {
+                SessionEvent.CONTINUE: SessionStatus.RUNNING,
+                SessionEvent.RESCHEDULE: SessionStatus.RESCHEDULING,
+                **_SETTLE,
+            }
+        ),
+        SessionStatus.RESCHEDULING: MappingProxyType(
+            {SessionEvent.RESUME: SessionStatus.RUNNING, **_SETTLE}
+        ),
+        SessionStatus.TERMINATED: MappingProxyType({}),
+    }
+)
+
 ENDS: Mapping[RunStatus, RunEvent] = MappingProxyType(
     {
         RunStatus.SUCCEEDED: RunEvent.SUCCEED,
@@ -103,3 +141,11 @@ def attempt_after(status: AttemptStatus, event: AttemptEvent) -> AttemptStatus:
         return ATTEMPT[status][event]
     except KeyError:
         raise IllegalMoveError(f"an attempt that is {status.value} cannot {event.value}") from None
+
+
+def session_after(status: SessionStatus, event: SessionEvent) -> SessionStatus:
+    """The session's next status. Raises IllegalMoveError."""
+    try:
+        return SESSION[status][event]
+    except KeyError:
+        raise IllegalMoveError(f"a session that is {status.value} cannot {event.value}") from None

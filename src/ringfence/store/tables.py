@@ -13,6 +13,7 @@ from typing import Any
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     Dialect,
     ForeignKeyConstraint,
@@ -141,4 +142,85 @@ IDEMPOTENCY = Table(
     PrimaryKeyConstraint("tenant_id", "key"),
     ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
     Index(None, "created_at"),
+)
+
+# The row is the state machine of one conversation; who moves it has it locked. `position` is that
+# of the newest event; `attempt` the highest that claimed the turn, 0 before the first; `agent`
+# the definition as it was resolved; `pending` the actions of the last stop, each with the event
+# that answered it; `unqueued_at` since when the current turn waits to be handed to the queue,
+# NULL when the queue has it or there is none. The queue carries the id alone, so it is unique
+# across tenants.
+SESSIONS = Table(
+    "sessions",
+    METADATA,
+    Column("tenant_id", Text, nullable=False),
+    Column("id", Text, nullable=False),
+    Column("agent_id", Text, nullable=False),
+    Column("agent_version", Integer, nullable=False),
+    Column("agent", Json, nullable=False),
+    Column("environment_id", Text, nullable=False),
+    Column("title", Text),
+    Column("metadata", Json, nullable=False),
+    Column("resources", Json, nullable=False),
+    Column("vault_ids", Json, nullable=False),
+    Column("budget", Json),
+    Column("status", Text, nullable=False),
+    Column("turn", Integer, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("unqueued_at", BigInteger),
+    Column("position", BigInteger, nullable=False),
+    Column("pending", Json, nullable=False),
+    Column("transcript", Text, nullable=False),
+    Column("transcript_begun", Boolean, nullable=False),
+    Column("workspace", Text),
+    Column("usage", Json, nullable=False),
+    Column("active_us", BigInteger, nullable=False),
+    Column("running_since", BigInteger),
+    Column("created_at", BigInteger, nullable=False),
+    Column("updated_at", BigInteger, nullable=False),
+    Column("archived_at", BigInteger),
+    PrimaryKeyConstraint("tenant_id", "id"),
+    UniqueConstraint("id"),
+    ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
+    ForeignKeyConstraint(
+        ["tenant_id", "environment_id"], ["environments.tenant_id", "environments.id"]
+    ),
+    Index(None, "tenant_id", "created_at", "id"),
+    Index(None, "tenant_id", "agent_id", "created_at", "id"),
+    Index(None, "tenant_id", "environment_id"),
+    Index(None, "unqueued_at"),
+)
+
+# Append-only: of a row only the moment and the turn that took it are filled in later. Positions of
+# a session are 1, 2, 3…, given out under the session's lock, so that whoever has seen position n
+# has seen all below it.
+EVENTS = Table(
+    "events",
+    METADATA,
+    Column("tenant_id", Text, nullable=False),
+    Column("session_id", Text, nullable=False),
+    Column("position", BigInteger, nullable=False),
+    Column("id", Text, nullable=False),
+    Column("type", Text, nullable=False),
+    Column("body", Json, nullable=False),
+    Column("turn", Integer),
+    Column("created_at", BigInteger, nullable=False),
+    Column("processed_at", BigInteger),
+    PrimaryKeyConstraint("tenant_id", "session_id", "position"),
+    UniqueConstraint("tenant_id", "session_id", "id"),
+    ForeignKeyConstraint(["tenant_id", "session_id"], ["sessions.tenant_id", "sessions.id"]),
+    Index(None, "tenant_id", "session_id", "turn", "type"),
+)
+
+# How a turn ended. The key is what makes it end once.
+TURNS = Table(
+    "turns",
+    METADATA,
+    Column("tenant_id", Text, nullable=False),
+    Column("session_id", Text, nullable=False),
+    Column("turn", Integer, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("ended_at", BigInteger, nullable=False),
+    PrimaryKeyConstraint("tenant_id", "session_id", "turn"),
+    ForeignKeyConstraint(["tenant_id", "session_id"], ["sessions.tenant_id", "sessions.id"]),
 )

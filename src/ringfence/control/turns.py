@@ -1,0 +1,475 @@
+"""Turns: what a worker does with a session, each act fenced by the attempt's number.
+
+A turn is one run of the queue: `run_id` is the session's id, a dot, and the turn's number. The
+session's row is the state machine (`ringfence.states.SESSION`); every function here locks it, so
+that two attempts follow each other, and writes all or nothing in the caller's transaction
+(`database.writing()`). An attempt writes only while it is the highest that claimed the turn and
+the turn is not over: what an older one brings raises `Superseded`, and leaves nothing.
+
+An attempt that is lost leaves the events it appended and the usage it told; the next one gets the
+same messages and answers again, and what the transcript holds is not asked for twice.
+
+The order of acts: `claim`, then any number of `append` and `inbox`, then `settle`, or `put_off`
+when the attempt comes to no end. Nothing from inside a sandbox reaches these functions but as the
+body of an event.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ringfence.control.journal import (
+    ANSWERS,
+    INTERRUPTS,
+    MESSAGES,
+    Journal,
+    budget_left,
+    new_event_id,
+    usage_of,
+    with_usage,
+)
+from ringfence.errors import CallerError
+from ringfence.model import RunStatus, SessionStatus, Usage
+from ringfence.states import ENDS, SessionEvent
+from ringfence.store import environments, events, sessions
+from ringfence.store.events import EventRow
+from ringfence.store.sessions import SessionRow
+
+STOP_REASONS = frozenset(
+    {"end_turn", "requires_action", "retries_exhausted", "budget_reached", "refusal"}
+)
+"""Types of `stop_reason` in the official client's `session.status_idle`."""
+
+_REASON_MOST = 2_000
+
+__all__ = ["new_event_id"]
+
+
+class Superseded(CallerError):  # noqa: N818  it tells the attempt to stop, and nothing is wrong
+    """The turn belongs to a later attempt, or is over. Nothing was written."""
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__("attempt-superseded", f"{run_id}: a later attempt has it, or it is over")
+
+
+class ActionKind(StrEnum):
+    """What the caller owes a tool call."""
+
+    CONFIRMATION = "confirmation"
+    """Yes or no, by `user.tool_confirmation`; an expired one counts as no."""
+    RESULT = "result"
+    """The result of a custom tool, by `user.custom_tool_result`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Action:
+    """A tool call that a turn stopped at.
+
+    Attributes:
+        event_id: of the `agent.tool_use`, `agent.mcp_tool_use` or `agent.custom_tool_use` event;
+            what callers name, and what `session.status_idle` lists.
+        tool_use_id: the model's own id of the call, in the transcript.
+    """
+
+    event_id: str
+    tool_use_id: str
+    name: str
+    kind: ActionKind
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewEvent:
+    """An event to be appended.
+
+    Attributes:
+        body: the public shape without `id`, `type` and `processed_at`.
+        id: from `new_event_id`, when another event of the same act must name it; None has one
+            made.
+    """
+
+    type: str
+    body: Mapping[str, Any] = field(default_factory=dict)
+    id: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Message:
+    """A `user.message`. content: its blocks, JSON, in the public shape."""
+
+    position: int
+    event_id: str
+    content: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """The right of one attempt to one turn, and what it is about.
+
+    Attributes:
+        agent: the resolved definition, with `id` and `version`.
+        environment: the environment's body as it is today: today's rules hold.
+        messages: what the turn has to answer, in order; on a later attempt the same again, with
+            those that `inbox` took.
+        pending: the tool calls at which the last turn stopped; `answers`: body of the event that
+            answered each, by `Action.event_id`. A body has `type`.
+        transcript: UUID of the Agent SDK's session; `transcript_begun`: an attempt has said that
+            it holds something.
+        workspace: reference of the last snapshot.
+        budget_left: dollars; 0.0 when the budget is spent or cannot be measured, None without.
+    """
+
+    tenant: str
+    session_id: str
+    turn: int
+    attempt: int
+    agent: dict[str, Any]
+    environment_id: str
+    environment: dict[str, Any]
+    messages: tuple[Message, ...]
+    pending: tuple[Action, ...]
+    answers: Mapping[str, dict[str, Any]]
+    transcript: str
+    transcript_begun: bool
+    workspace: str | None
+    budget_left: float | None
+    usage: Usage
+    vault_ids: tuple[str, ...]
+    resources: tuple[dict[str, Any], ...]
+    metadata: Mapping[str, str]
+    title: str | None
+
+    @property
+    def run_id(self) -> str:
+        """The run's name in the queue."""
+        return run_id_of(self.session_id, self.turn)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settled:
+    """A turn that is over. next_run: of the turn that began in its place, to be submitted to the
+    queue for `tenant`, then told to `queued`; the sweep does so for who dies between.
+    """
+
+    status: RunStatus
+    tenant: str = ""
+    next_run: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inbox:
+    """What arrived since a position.
+
+    Attributes:
+        interrupt: a `user.interrupt`.
+        messages: that no turn has taken; the current one has, when it was asked to `take`.
+        last_position: where the next look begins.
+        terminated: this attempt has nothing more to write: the session is gone or terminated, the
+            turn is over or a later attempt's.
+    """
+
+    interrupt: bool
+    messages: tuple[Message, ...]
+    last_position: int
+    terminated: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TurnEnd:
+    """How a turn ends.
+
+    Attributes:
+        status: the run's end.
+        stop_reason: public shape, `{"type": …}`; with `pending` it is `requires_action`, and made
+            here.
+        usage: what was used since the last `append` that told of any.
+        workspace: reference of the new snapshot; None keeps the old one.
+        terminate: the session takes nothing more.
+    """
+
+    status: RunStatus
+    stop_reason: Mapping[str, Any] = field(default_factory=lambda: {"type": "end_turn"})
+    events: Sequence[NewEvent] = ()
+    usage: Usage = field(default_factory=Usage)
+    workspace: str | None = None
+    transcript_begun: bool = True
+    pending: Sequence[Action] = ()
+    terminate: bool = False
+
+
+def run_id_of(session_id: str, turn: int) -> str:
+    """The run's name in the queue."""
+    return f"{session_id}.{turn}"
+
+
+def failure(message: str, *, kind: str = "unknown_error", retry: str = "exhausted") -> NewEvent:
+    """A `session.error`. kind: a type of error of the public shapes; retry: `retrying`,
+    `exhausted` (the turn is dead, the caller may go on) or `terminal`.
+    """
+    error = {"type": kind, "message": message[:_REASON_MOST], "retry_status": {"type": retry}}
+    return NewEvent(type="session.error", body={"error": error})
+
+
+async def claim(connection: AsyncConnection, run_id: str, attempt: int) -> Turn | Settled:
+    """Take a turn for an attempt of the queue, and all that waits for it.
+
+    Raises:
+        Superseded: an attempt with this number or a higher one was here.
+        CallerError: `run-unknown`.
+    """
+    session, number = _parsed(run_id)
+    row = await sessions.find(connection, session)
+    if row is None:
+        return Settled(status=RunStatus.CANCELLED)
+    ended = await sessions.end_of(connection, row, number)
+    if ended is not None:
+        return Settled(status=ended, tenant=row.tenant_id)
+    if number != row.turn:
+        raise CallerError("run-unknown", f"{run_id} has not begun")
+    if attempt <= row.attempt:
+        raise Superseded(run_id)
+    journal = Journal(connection, row)
+    if row.attempt == 0:
+        await journal.take((*MESSAGES, *ANSWERS))
+    else:
+        _resume(journal)
+    journal.set(attempt=attempt, unqueued_at=None)
+    await journal.write()
+    return await _turn(connection, journal.row)
+
+
+def _resume(journal: Journal) -> None:
+    if journal.row.status is SessionStatus.RUNNING:
+        journal.move(SessionEvent.RESCHEDULE)
+        journal.say("session.status_rescheduled")
+    journal.move(SessionEvent.RESUME)
+    journal.say("session.status_running")
+
+
+async def append(
+    connection: AsyncConnection,
+    turn: Turn,
+    new: Sequence[NewEvent],
+    *,
+    usage: Usage | None = None,
+    transcript_begun: bool = False,
+) -> tuple[str, ...]:
+    """Events of the running turn; their ids. `usage`: what was used since the last one told.
+
+    Raises:
+        Superseded.
+    """
+    journal = await _held(connection, turn)
+    said = [journal.say(one.type, dict(one.body), identity=one.id).id for one in new]
+    _account(journal, usage or Usage(), begun=transcript_begun)
+    await journal.write()
+    return tuple(said)
+
+
+async def inbox(
+    connection: AsyncConnection, turn: Turn, after_position: int = 0, *, take: bool = False
+) -> Inbox:
+    """What arrived after a position; the first look begins at 0, so that what was sent while the
+    turn was queued is seen, on every attempt. `take` needs `database.writing()`.
+
+    Raises:
+        Superseded: with `take` alone; a look says `terminated`.
+    """
+    journal = await _held(connection, turn) if take else None
+    row = await sessions.get(connection, turn.tenant, turn.session_id)
+    where = (connection, turn.tenant, turn.session_id)
+    waiting = await events.waiting(*where, (*MESSAGES, *INTERRUPTS), after_position)
+    seen = await events.of_turn(*where, INTERRUPTS, turn.turn, after_position)
+    found = [event for event in waiting if event.type in MESSAGES]
+    interrupt = bool(seen) or len(found) != len(waiting)
+    if journal is not None:
+        await journal.take((*MESSAGES, *INTERRUPTS))
+    return Inbox(
+        interrupt=interrupt,
+        messages=tuple(_message(event) for event in found),
+        last_position=max((event.position for event in (*waiting, *seen)), default=after_position),
+        terminated=row is None or not _holds(row, turn),
+    )
+
+
+async def put_off(connection: AsyncConnection, turn: Turn) -> None:
+    """The attempt comes to no end and another will be made, as when a limit was reached.
+
+    Raises:
+        Superseded.
+    """
+    journal = await _held(connection, turn)
+    journal.move(SessionEvent.RESCHEDULE)
+    journal.say("session.status_rescheduled")
+    await journal.write()
+
+
+async def settle(connection: AsyncConnection, turn: Turn, end: TurnEnd) -> Settled:
+    """End the turn. Where messages wait and nothing stands against it, the next one begins.
+
+    Raises:
+        Superseded.
+        ValueError: an end that is none, or a stop reason that the public shapes do not have.
+    """
+    if end.status not in ENDS or end.stop_reason.get("type") not in STOP_REASONS:
+        raise ValueError(f"{end.status} with {end.stop_reason} is no end of a turn")
+    journal = await _held(connection, turn)
+    for one in end.events:
+        journal.say(one.type, dict(one.body), identity=one.id)
+    _account(journal, end.usage, begun=end.transcript_begun)
+    if end.workspace is not None:
+        journal.set(workspace=end.workspace)
+    journal.set(pending=[{**asdict(action), "answer": None} for action in end.pending])
+    reason = dict(end.stop_reason)
+    if end.pending:
+        reason = requires_action([action.event_id for action in end.pending])
+    return await _over(journal, end.status, reason, terminate=end.terminate)
+
+
+async def abandon(connection: AsyncConnection, run_id: str, reason: str) -> Settled:
+    """The queue has given the run up: the session waits for its caller again, whatever attempt
+    still runs. A turn that is over stays as it ended. `reason`: one line, shown to the caller.
+
+    Raises:
+        CallerError: `run-unknown`.
+    """
+    session, number = _parsed(run_id)
+    row = await sessions.find(connection, session)
+    if row is None:
+        return Settled(status=RunStatus.CANCELLED)
+    ended = await sessions.end_of(connection, row, number)
+    if ended is not None:
+        return Settled(status=ended, tenant=row.tenant_id)
+    if number != row.turn:
+        raise CallerError("run-unknown", f"{run_id} has not begun")
+    journal = Journal(connection, row)
+    dead = failure(reason)
+    journal.say(dead.type, dict(dead.body))
+    journal.set(pending=[])
+    return await _over(journal, RunStatus.FAILED, {"type": "retries_exhausted"})
+
+
+async def _over(
+    journal: Journal, status: RunStatus, reason: dict[str, Any], *, terminate: bool = False
+) -> Settled:
+    """End the current turn of a locked session; the rest of its row has been set."""
+    # an interrupt that came too late must not stop the next turn
+    await journal.take(INTERRUPTS)
+    if reason["type"] == "retries_exhausted":
+        # the client's types: the turn is dead, queued inputs are flushed
+        await journal.take(MESSAGES)
+    row = journal.row
+    await sessions.add_end(journal.connection, row, status, journal.moment)
+    journal.set(unqueued_at=None)
+    if terminate:
+        journal.move(SessionEvent.TERMINATE)
+        journal.say("session.status_terminated")
+    elif reason["type"] in _GOES_ON and budget_left(row) != 0.0 and await journal.waits(MESSAGES):
+        journal.begin(SessionEvent.CONTINUE)
+    else:
+        journal.move(SessionEvent.SETTLE)
+        journal.say("session.status_idle", {"stop_reason": reason})
+    await journal.write()
+    begun = journal.row.turn != row.turn
+    following = run_id_of(row.id, journal.row.turn) if begun else None
+    return Settled(status=status, tenant=row.tenant_id, next_run=following)
+
+
+_GOES_ON = frozenset({"end_turn", "refusal"})
+
+
+def requires_action(event_ids: Sequence[str]) -> dict[str, Any]:
+    """The stop reason of a session that waits for its caller."""
+    return {"type": "requires_action", "event_ids": list(event_ids)}
+
+
+async def unqueued(
+    connection: AsyncConnection, before: int, limit: int = 100
+) -> list[tuple[str, str]]:
+    """Runs (id, tenant) that wait to be submitted since before a moment, in microseconds.
+
+    Whoever committed the turn submits it at once; a process that dies between is made good by
+    whoever sweeps. Submission is idempotent, so that two sweepers do no harm.
+    """
+    found = await sessions.unqueued(connection, before, limit)
+    return [(run_id_of(session, turn), tenant) for tenant, session, turn in found]
+
+
+async def queued(connection: AsyncConnection, run_id: str) -> None:
+    """The queue has a run on its disk."""
+    session, number = _parsed(run_id)
+    await sessions.queued(connection, session, number)
+
+
+def _parsed(run_id: str) -> tuple[str, int]:
+    match = re.fullmatch(r"([A-Za-z0-9_-]{1,110})\.([1-9][0-9]{0,9})", run_id, re.ASCII)
+    if match is None:
+        raise CallerError("run-unknown", f"{run_id[:64]!r} is no turn of a session")
+    return match[1], int(match[2])
+
+
+def _holds(row: SessionRow, turn: Turn) -> bool:
+    return (row.turn, row.attempt, row.status) == (turn.turn, turn.attempt, SessionStatus.RUNNING)
+
+
+async def _held(connection: AsyncConnection, turn: Turn) -> Journal:
+    row = await sessions.find(connection, turn.session_id)
+    if row is None or row.tenant_id != turn.tenant or not _holds(row, turn):
+        raise Superseded(turn.run_id)
+    return Journal(connection, row)
+
+
+def _account(journal: Journal, usage: Usage, *, begun: bool) -> None:
+    if usage != Usage():
+        journal.set(usage=with_usage(journal.row, usage))
+    if begun and not journal.row.transcript_begun:
+        journal.set(transcript_begun=True)
+
+
+def _message(event: EventRow) -> Message:
+    return Message(position=event.position, event_id=event.id, content=event.body["content"])
+
+
+async def _turn(connection: AsyncConnection, row: SessionRow) -> Turn:
+    where = (connection, row.tenant_id, row.id)
+    taken = await events.of_turn(*where, MESSAGES, row.turn)
+    answers = {
+        event.id: {"type": event.type, **event.body}
+        for event in await events.of_turn(*where, ANSWERS, row.turn)
+    }
+    place = await environments.get(connection, row.tenant_id, row.environment_id)
+    assert place is not None  # noqa: S101  a foreign key keeps it
+    names = ("event_id", "tool_use_id", "name")
+    return Turn(
+        tenant=row.tenant_id,
+        session_id=row.id,
+        turn=row.turn,
+        attempt=row.attempt,
+        agent=row.agent,
+        environment_id=row.environment_id,
+        environment=place.body,
+        messages=tuple(_message(event) for event in taken),
+        pending=tuple(
+            Action(kind=ActionKind(one["kind"]), **{name: one[name] for name in names})
+            for one in row.pending
+        ),
+        answers={
+            one["event_id"]: answers[one["answer"]]
+            for one in row.pending
+            if one["answer"] in answers
+        },
+        transcript=row.transcript,
+        transcript_begun=row.transcript_begun,
+        workspace=row.workspace,
+        budget_left=budget_left(row),
+        usage=usage_of(row),
+        vault_ids=tuple(row.vault_ids),
+        resources=tuple(row.resources),
+        metadata=row.metadata,
+        title=row.title,
+    )

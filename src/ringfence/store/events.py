@@ -1,0 +1,166 @@
+"""Events of sessions, as rows: appended, read by position, and marked when a turn takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from sqlalchemy import Select, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ringfence.store.tables import EVENTS as TABLE
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EventRow:
+    """One event. Times in microseconds since 1970.
+
+    Attributes:
+        position: 1, 2, 3… within the session.
+        body: the public shape without id, type and processed_at.
+        turn: the turn that made it or took it; None while it waits to be taken.
+        processed_at: None while it waits.
+    """
+
+    position: int
+    id: str
+    type: str
+    body: dict[str, Any]
+    turn: int | None
+    created_at: int
+    processed_at: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EventPage:
+    """What of the list is asked for.
+
+    Attributes:
+        beyond: position of the last event already seen; None begins at the end of the order.
+        since, until, after, before: bounds of `processed_at` in microseconds; the last two
+            exclusive. What has not been processed passes no bound.
+    """
+
+    limit: int
+    ascending: bool = True
+    beyond: int | None = None
+    types: tuple[str, ...] = ()
+    since: int | None = None
+    until: int | None = None
+    after: int | None = None
+    before: int | None = None
+
+
+_NAMES = tuple(field.name for field in fields(EventRow))
+
+
+def _query(tenant: str, session: str) -> Select[Any]:
+    query = select(*(TABLE.c[name] for name in _NAMES))
+    return query.where(TABLE.c.tenant_id == tenant, TABLE.c.session_id == session)
+
+
+async def _read(connection: AsyncConnection, query: Select[Any]) -> list[EventRow]:
+    rows = await connection.execute(query)
+    return [EventRow(**dict(zip(_NAMES, row, strict=True))) for row in rows]
+
+
+async def add(
+    connection: AsyncConnection, tenant: str, session: str, rows: Sequence[EventRow]
+) -> None:
+    """Append to a session that this transaction has locked."""
+    if rows:
+        values = [
+            {
+                "tenant_id": tenant,
+                "session_id": session,
+                **{name: getattr(row, name) for name in _NAMES},
+            }
+            for row in rows
+        ]
+        await connection.execute(insert(TABLE), values)
+
+
+async def take(
+    connection: AsyncConnection,
+    tenant: str,
+    session: str,
+    types: Sequence[str],
+    *,
+    turn: int,
+    moment: int,
+) -> None:
+    """Let a turn have what waits of some types."""
+    await connection.execute(
+        update(TABLE)
+        .where(
+            TABLE.c.tenant_id == tenant,
+            TABLE.c.session_id == session,
+            TABLE.c.turn.is_(None),
+            TABLE.c.type.in_(types),
+        )
+        .values(turn=turn, processed_at=moment)
+    )
+
+
+async def waiting(
+    connection: AsyncConnection, tenant: str, session: str, types: Sequence[str], beyond: int = 0
+) -> Sequence[EventRow]:
+    """What no turn has taken, of some types, in order."""
+    query = _query(tenant, session).where(
+        TABLE.c.turn.is_(None), TABLE.c.type.in_(types), TABLE.c.position > beyond
+    )
+    return await _read(connection, query.order_by(TABLE.c.position))
+
+
+async def of_turn(
+    connection: AsyncConnection,
+    tenant: str,
+    session: str,
+    types: Sequence[str],
+    turn: int,
+    beyond: int = 0,
+) -> Sequence[EventRow]:
+    """What a turn has taken or made, of some types, in order."""
+    query = _query(tenant, session).where(
+        TABLE.c.turn == turn, TABLE.c.type.in_(types), TABLE.c.position > beyond
+    )
+    return await _read(connection, query.order_by(TABLE.c.position))
+
+
+async def named(
+    connection: AsyncConnection, tenant: str, session: str, identities: Sequence[str]
+) -> Sequence[EventRow]:
+    """Events by their ids, in order."""
+    query = _query(tenant, session).where(TABLE.c.id.in_(identities))
+    return await _read(connection, query.order_by(TABLE.c.position))
+
+
+async def beyond(
+    connection: AsyncConnection, tenant: str, session: str, position: int, limit: int
+) -> Sequence[EventRow]:
+    """What follows a position, in order."""
+    query = _query(tenant, session).where(TABLE.c.position > position)
+    return await _read(connection, query.order_by(TABLE.c.position).limit(limit))
+
+
+async def page(
+    connection: AsyncConnection, tenant: str, session: str, wanted: EventPage
+) -> Sequence[EventRow]:
+    """One page in the order of positions; one more than the limit when there is."""
+    position, moment = TABLE.c.position, TABLE.c.processed_at
+    query = _query(tenant, session)
+    if wanted.beyond is not None:
+        up = wanted.ascending
+        query = query.where(position > wanted.beyond if up else position < wanted.beyond)
+    if wanted.types:
+        query = query.where(TABLE.c.type.in_(wanted.types))
+    bounds = (
+        (wanted.since, moment.__ge__),
+        (wanted.until, moment.__le__),
+        (wanted.after, moment.__gt__),
+        (wanted.before, moment.__lt__),
+    )
+    query = query.where(*(holds(value) for value, holds in bounds if value is not None))
+    order = position if wanted.ascending else position.desc()
+    return await _read(connection, query.order_by(order).limit(wanted.limit + 1))
