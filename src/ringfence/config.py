@@ -292,7 +292,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 # Read elsewhere, by programs that have no configuration of their own.
-_NOT_SETTINGS = frozenset({"RINGFENCE_LOG"})
+_NOT_SETTINGS = frozenset({"RINGFENCE_LOG", "RINGFENCE_URL", "RINGFENCE_API_KEY"})
 
 
 def _scalar(name: str, text: str) -> Any:

@@ -122,6 +122,7 @@ CODES: dict[str, str] = {
     "environment-archived": "The environment is archived, so that it can only be read.",
     "environment-denied": "An environment asks for more than the operator's policy allows.",
     "agent-denied": "An agent asks for more than the operator's policy allows.",
+    "turn-unsupported": "A session asks for something that workers of this version do not do.",
     "hosting-unsupported": "The environment's hosting pattern is not served by this version.",
     "unrestricted-denied": "The operator has not allowed `unrestricted` networking.",
     "attempt-superseded": "A later attempt has the turn, or it is over; nothing was written.",
@@ -138,6 +139,7 @@ CODES: dict[str, str] = {
     "request-rate": "More requests than the gateway takes from one key or address.",
     "not-supported": "The route exists in the public API, and this version does not serve it.",
     "route-unknown": "There is no such route, or not with that method.",
+    "gateway-unavailable": "The gateway does not answer, or not as a gateway does.",
     "address-in-use": "The gateway cannot listen at its address.",
     # vault
     "credential-name": "A credential's name has a form of its own; a value is not one.",

@@ -66,11 +66,14 @@ def backends(config: Config) -> Backends:
     return Backends({name: partial(make, config) for name, make in technologies().items()})
 
 
-def queue(config: Config) -> Queue:
+def queue(config: Config, drain_seconds: float = 30.0) -> Queue:
     """The queue of this host."""
     from ringfence.queue.embedded import EmbeddedQueue
+    from ringfence.queue.protocol import QueueSettings
 
-    return EmbeddedQueue(config.state_dir / "queue" / "queue.sqlite")
+    return EmbeddedQueue(
+        config.state_dir / "queue" / "queue.sqlite", QueueSettings(drain_seconds=drain_seconds)
+    )
 
 
 def platform(config: Config) -> Platform:
@@ -113,6 +116,7 @@ def main() -> None:
             run=again,
             backends=technologies(),
             platform=lambda: platform(config),
+            queue=lambda drain: queue(config, drain),
         )
         app(obj=context)
     except Exception as error:  # noqa: BLE001  no traceback reaches a user

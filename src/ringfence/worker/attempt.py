@@ -18,12 +18,20 @@ from pathlib import Path
 
 from ringfence.agent.claude import GRACE_SECONDS, ClaudeDriver, Run
 from ringfence.agent.command import run_command
-from ringfence.agent.messages import Notice, Progress, Text, TurnEnded
+from ringfence.agent.messages import (
+    ModelAnswered,
+    ModelAsked,
+    Notice,
+    Progress,
+    Text,
+    TurnEnded,
+)
 from ringfence.channel.messages import (
     AddListener,
     AnyMessage,
     CloseSandbox,
     EgressDenied,
+    ModelCalled,
     OpenSandbox,
     ToolDecided,
     WitnessViolated,
@@ -77,7 +85,9 @@ class Attempt:
         self._stated, self._policy = policy, narrowed(policy, request)
         self._control, self._on_message = control, on_message
         self.run_id, self._sandbox_id = new_id("run"), new_id("sb")
-        self._session_id = "" if request.command else request.resume or str(uuid.uuid4())
+        self._session_id = request.resume or request.session_id or str(uuid.uuid4())
+        if request.command:
+            self._session_id = ""
         self._mode = request.permission_mode or self._policy.tools.permission_mode
         self._started = time.monotonic()
         self._usage = Usage()
@@ -405,7 +415,7 @@ class Attempt:
                 self._on_message(Progress(waits_for="agent"))
                 await driver.start()
             self._on_message(Progress(waits_for="ready"))
-            async for message in driver.turn(request.prompt):
+            async for message in driver.turn(request.prompt, request.prompt_id):
                 if isinstance(message, TurnEnded):
                     self._outcome.ended = message
                 self._on_message(message)
@@ -448,6 +458,8 @@ class Attempt:
             self._on_message(Notice(kind="egress_denied", text=text))
             if message.reason.startswith("budget-exhausted"):
                 self._outcome.hindrance = budget_spent(message.reason)
+        elif isinstance(message, ModelCalled):
+            self._on_message(_called(message))
         elif isinstance(message, WitnessViolated):
             self._outcome.fail(witness_error(message.reason))
             self._on_message(Notice(kind="witness_violated", text=message.reason))
@@ -501,3 +513,17 @@ class Attempt:
             "session_id": self._session_id,
             "sandbox_id": self._sandbox_id,
         }
+
+
+def _called(message: ModelCalled) -> ModelAsked | ModelAnswered:
+    if not message.over:
+        return ModelAsked(request_id=message.request_id)
+    usage = Usage(
+        input_tokens=message.input_tokens,
+        output_tokens=message.output_tokens,
+        cache_creation_input_tokens=message.cache_creation_input_tokens,
+        cache_read_input_tokens=message.cache_read_input_tokens,
+        requests=1,
+        cost_usd=message.cost_usd,
+    )
+    return ModelAnswered(request_id=message.request_id, status=message.status, usage=usage)
