@@ -29,7 +29,7 @@ from ringfence.worker.turn import (
     request_of,
     spent,
 )
-from ringfence.worker.workspaces import Workspaces
+from ringfence.worker.session_dirs import SessionDirectories
 
 POLICY = compile_policy(from_mapping({"version": 1, "preset": "ci"}))
 PLAN = RunPlan(policy=POLICY, model="m", effort="low", system_prompt=None, hosting="ephemeral")
@@ -190,7 +190,7 @@ def test_slots_and_room_come_from_memory() -> None:
 async def test_a_sessions_directory_is_the_one_place_that_may_be_shown(tmp_path: Path) -> None:
     state = tmp_path / "state"
     state.mkdir(mode=0o700)
-    place = await Workspaces(state).open("sesn_1")
+    place = await SessionDirectories(state).open("sesn_1")
     assert place.stat().st_mode & 0o777 == 0o700
     refuse_workspace(place, state)
     refuse_exposed(state, [str(place)])
@@ -203,7 +203,7 @@ async def test_a_sessions_directory_is_the_one_place_that_may_be_shown(tmp_path:
         with pytest.raises(DeniedError):
             refuse_exposed(state, [str(path)])
     with pytest.raises(CallerError):
-        await Workspaces(state).open("../audit")
-    await Workspaces(state).remove("sesn_1")
+        await SessionDirectories(state).open("../audit")
+    await SessionDirectories(state).remove("sesn_1")
     assert not place.exists()
     assert state.exists()

@@ -133,7 +133,7 @@ async def turn_handler(
     from ringfence.agent.permissions import DenyApprover
     from ringfence.worker.memory import Memory
     from ringfence.worker.turn import TurnHandler
-    from ringfence.worker.workspaces import Workspaces
+    from ringfence.worker.session_dirs import SessionDirectories
 
     launcher = state.launcher()
     _refuse_without_credential(launcher, document)
@@ -143,7 +143,7 @@ async def turn_handler(
             database=database,
             queue=queue,
             ceiling=ceiling,
-            workspaces=Workspaces(state.state_dir),
+            workspaces=SessionDirectories(state.state_dir),
             room=Memory().wait,
         )
 

@@ -41,7 +41,7 @@ from ringfence.worker.launch import attempt
 from ringfence.worker.public_events import PublicEvents, cut_off, model_failure, storable
 from ringfence.worker.station import Station
 from ringfence.worker.telling import Telling
-from ringfence.worker.workspaces import Workspaces
+from ringfence.worker.session_dirs import SessionDirectories
 
 MAX_ATTEMPTS = 24
 """Attempts of one turn, those that the model put off included: then it ends for its caller."""
@@ -76,7 +76,7 @@ class TurnHandler:
     database: Database
     queue: Queue
     ceiling: Ceiling
-    workspaces: Workspaces
+    workspaces: SessionDirectories
     room: Callable[[], float] = lambda: 0.0
 
     async def __call__(self, lease: Lease) -> RunStatus:

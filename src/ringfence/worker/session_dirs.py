@@ -21,7 +21,7 @@ from ringfence.sandbox.saved import load_changes
 _SESSION = re.compile(r"[A-Za-z0-9_-]{1,110}", re.ASCII)
 
 
-class Workspaces:
+class SessionDirectories:
     """Below one state directory."""
 
     def __init__(self, state_dir: Path) -> None:
