@@ -12,6 +12,7 @@ from ringfence.config import Config
 if TYPE_CHECKING:
     from ringfence.control.platform import Platform
     from ringfence.queue.protocol import Queue
+    from ringfence.record.session_base import SessionStore
     from ringfence.sandbox.protocol import Backend
     from ringfence.worker.launch import Launcher
 
@@ -28,6 +29,7 @@ class AppContext:
             bare host first; made for a configuration.
         platform: makes what the gateway and its commands need; imports its libraries.
         queue: the queue, for a worker that drains for so many seconds.
+        sessions: opens the store of transcripts.
         run: entry for `sessions resume`: called with the argv of `ringfence run`.
     """
 
@@ -37,6 +39,7 @@ class AppContext:
     backends: Mapping[str, Callable[[Config], Backend]] = field(default_factory=dict)
     platform: Callable[[], Platform] | None = None
     queue: Callable[[float], Queue] | None = None
+    sessions: Callable[[], SessionStore] | None = None
 
     @property
     def state_dir(self) -> Path:

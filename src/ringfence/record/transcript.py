@@ -65,9 +65,13 @@ def encode_entry(entry: Entry) -> str:
 
 
 def entry_uuid(entry: Entry) -> str | None:
-    """The entry's idempotency key, if it has one."""
+    """The entry's idempotency key, if it has one that every store can keep: an unpaired surrogate
+    is no UTF-8, and PostgreSQL has no NUL.
+    """
     value = entry.get("uuid")
-    return value if isinstance(value, str) and 0 < len(value) <= 128 else None
+    if not isinstance(value, str) or not 0 < len(value) <= 128:
+        return None
+    return value if value.isascii() and value.isprintable() else None
 
 
 def tool_use_ids(entries: Iterable[Entry]) -> Iterator[str]:

@@ -173,11 +173,12 @@ class Attempt:
             return None
         sessions, request = self._station.sessions, self._request
         if request.resume is not None:
-            sessions.require(request.resume)
+            await asyncio.to_thread(sessions.require, request.resume)
             if request.fork:
                 self._session_id = str(uuid.uuid4())
-        lease = sessions.lease(self._session_id, self.run_id)
-        stack.callback(lease.release)
+        # cancelled here it may be taken all the same; then it runs out
+        lease = await asyncio.to_thread(sessions.lease, self._session_id, self.run_id)
+        stack.push_async_callback(asyncio.to_thread, lease.release)
         await stack.enter_async_context(heartbeat(lease))
         return lease
 
@@ -237,17 +238,17 @@ class Attempt:
                 run_id=self.run_id,
                 session_id=self._session_id,
                 rules=egress_to_json(self._policy.egress),
-                known_tool_uses=self._known_tool_uses(),
+                known_tool_uses=await self._known_tool_uses(),
             )
         finally:
             listener.close()
         stack.push_async_callback(self._close_egress)
         return directory.path
 
-    def _known_tool_uses(self) -> list[str]:
+    async def _known_tool_uses(self) -> list[str]:
         if self._request.resume is None:
             return []
-        return self._station.sessions.tool_use_ids(self._session_id)
+        return await asyncio.to_thread(self._station.sessions.tool_use_ids, self._session_id)
 
     async def _close_egress(self) -> None:
         try:
@@ -269,7 +270,9 @@ class Attempt:
             stack.push_async_callback(member.sandbox.close)
             await member.sandbox.attach(Path(request.workspace))
             return member.sandbox
-        resumed = request.resume is not None
+        files = None
+        if request.resume is not None:
+            files = await asyncio.to_thread(station.sessions.materialise, self._session_id)
         spec = SandboxSpec(
             sandbox_id=self._sandbox_id,
             profile=self._policy.sandbox,
@@ -277,7 +280,7 @@ class Attempt:
             state_dir=station.config.state_dir,
             egress_dir=egress_dir,
             claude=None if request.command else station.claude,
-            home_files=station.sessions.materialise(self._session_id) if resumed else None,
+            home_files=files,
             ca_certificate=station.ca_certificate,
         )
         sandbox = await picked.backend.start(spec)
