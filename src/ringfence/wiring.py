@@ -182,6 +182,7 @@ def main() -> None:
             run=again,
             backends=technologies(),
             sessions=lambda: session_store(config),
+            snapshots=lambda: workspaces(config),
             platform=lambda: platform(config),
             queue=lambda drain: queue(config, drain),
         )

@@ -19,6 +19,7 @@ from ringfence.record.transcript import Progress, progress
 from ringfence.sandbox.opening import refuse_workspace
 from ringfence.worker.memory import Memory, available_mb, slots_for
 from ringfence.worker.prepare import refuse_exposed
+from ringfence.worker.session_dirs import SessionDirectories
 from ringfence.worker.turn import (
     GO_ON,
     LOST_FILES,
@@ -29,7 +30,6 @@ from ringfence.worker.turn import (
     request_of,
     spent,
 )
-from ringfence.worker.session_dirs import SessionDirectories
 
 POLICY = compile_policy(from_mapping({"version": 1, "preset": "ci"}))
 PLAN = RunPlan(policy=POLICY, model="m", effort="low", system_prompt=None, hosting="ephemeral")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ringfence.record.session_base import SessionStore
     from ringfence.sandbox.protocol import Backend
     from ringfence.worker.launch import Launcher
+    from ringfence.worker.workspaces import WorkspaceStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,7 @@ class AppContext:
         platform: makes what the gateway and its commands need; imports its libraries.
         queue: the queue, for a worker that drains for so many seconds.
         sessions: opens the store of transcripts.
+        snapshots: opens the store of workspaces.
         run: entry for `sessions resume`: called with the argv of `ringfence run`.
     """
 
@@ -40,6 +42,7 @@ class AppContext:
     platform: Callable[[], Platform] | None = None
     queue: Callable[[float], Queue] | None = None
     sessions: Callable[[], SessionStore] | None = None
+    snapshots: Callable[[], WorkspaceStore] | None = None
 
     @property
     def state_dir(self) -> Path:

@@ -132,9 +132,10 @@ async def turn_handler(
     """
     from ringfence.agent.permissions import DenyApprover
     from ringfence.worker.memory import Memory
-    from ringfence.worker.turn import TurnHandler
     from ringfence.worker.session_dirs import SessionDirectories
+    from ringfence.worker.turn import TurnHandler
 
+    assert state.snapshots is not None  # noqa: S101  the composition root sets it
     launcher = state.launcher()
     _refuse_without_credential(launcher, document)
     async with launcher.station(DenyApprover()) as station:
@@ -143,7 +144,7 @@ async def turn_handler(
             database=database,
             queue=queue,
             ceiling=ceiling,
-            workspaces=SessionDirectories(state.state_dir),
+            workspaces=SessionDirectories(state.state_dir, state.snapshots()),
             room=Memory().wait,
         )
 

@@ -21,6 +21,8 @@ from ringfence.worker.turn import TurnHandler
 _SWEEP_SECONDS = 3.0
 _GRACE_US = 2_000_000
 """A turn whose gateway has not yet told the queue; its submission is idempotent."""
+_FILES_SECONDS = 3600.0
+"""Files of a session that the database does not know are kept for so long."""
 _FILES_EVERY = 20
 """Sweeps between two looks at the sessions' files."""
 
@@ -73,7 +75,7 @@ class Sweeper:
     async def _forget(self) -> None:
         if self.handler is None:
             return
-        for name in self.handler.workspaces.names():
+        for name in self.handler.workspaces.unused(_FILES_SECONDS):
             async with self.database.reading() as connection:
                 known = await sessions.find(connection, name)
             if known is None:

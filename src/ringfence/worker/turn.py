@@ -25,6 +25,7 @@ from ringfence.control.run_plan import RunPlan, run_plan
 from ringfence.control.tenancy import Ceiling
 from ringfence.control.turns import NewEvent, Settled, Superseded, Turn, TurnEnd, failure
 from ringfence.errors import (
+    AgentError,
     CallerError,
     DeniedError,
     RingfenceError,
@@ -32,6 +33,7 @@ from ringfence.errors import (
 )
 from ringfence.model import RunRequest, RunResult, RunStatus, Usage, WorkspaceMode
 from ringfence.queue.protocol import Lease, Queue, RetryAfter
+from ringfence.record.session_base import SessionStore
 from ringfence.record.transcript import Progress, progress
 from ringfence.store import events as rows
 from ringfence.store.database import Database
@@ -39,12 +41,13 @@ from ringfence.worker.control import RunControl
 from ringfence.worker.ends import to_the_end
 from ringfence.worker.launch import attempt
 from ringfence.worker.public_events import PublicEvents, cut_off, model_failure, storable
+from ringfence.worker.session_dirs import SessionDirectories
 from ringfence.worker.station import Station
 from ringfence.worker.telling import Telling
-from ringfence.worker.session_dirs import SessionDirectories
 
-MAX_ATTEMPTS = 24
-"""Attempts of one turn, those that the model put off included: then it ends for its caller."""
+MAX_TIMES_AWAY = 12
+"""How often a turn waits for a model that does not answer, the client's own retries apart: in all
+about forty minutes. Then it ends for its caller."""
 
 GO_ON = (
     "The machine on which this was worked on stopped before it was done. What was done stands "
@@ -57,6 +60,7 @@ LOST_FILES = " Files are as they were before the user's last message: make lost 
 
 _PASSING = frozenset({0, 408, 429, 500, 502, 503, 504, 529})
 """Statuses of the model's answer after which another attempt makes sense; 0: there was none."""
+_AWAY = "the model did not answer"
 _FIRST_WAIT, _LONGEST_WAIT = 10.0, 300.0
 _INBOX_SECONDS = 0.5
 _BUSY_SECONDS = 5.0
@@ -126,11 +130,21 @@ class TurnHandler:
         if said is not None and said[0] is Progress.DONE and view is not WorkspaceMode.REVIEW:
             return await self.settle(turn, await self._done(turn, said[1], lost))
         request = request_of(turn, plan, prompt, said[0] if said else None)
-        work = _Work(self, turn, plan, await self._placed(turn, request), lost)
-        return await work.run()
+        try:
+            request = await self._placed(turn, request)
+        except CallerError as error:
+            return await self.settle(turn, refused(error))
+        return await _Work(self, turn, plan, request, lost).run()
 
     async def _placed(self, turn: Turn, request: RunRequest) -> RunRequest:
-        return replace(request, workspace=str(await self.workspaces.open(turn.session_id)))
+        place = await self.workspaces.open(
+            turn.session_id, tenant=turn.tenant, reference=turn.workspace
+        )
+        return replace(request, workspace=str(place))
+
+    def sessions(self, tenant: str) -> SessionStore:
+        """Transcripts of a tenant: another's are unknown there."""
+        return self.station.sessions.for_tenant(tenant)
 
     def progress(self, turn: Turn) -> tuple[Progress, str] | None:
         """How far the transcript has come with this turn; None without a transcript.
@@ -139,7 +153,7 @@ class TurnHandler:
             UnavailableError: `transcript-lost`: it was begun, and is not here.
         """
         try:
-            entries = self.station.sessions.transcript(turn.transcript)
+            entries = self.sessions(turn.tenant).transcript(turn.transcript)
         except CallerError:
             if turn.transcript_begun:
                 raise UnavailableError(
@@ -173,6 +187,14 @@ class TurnHandler:
             for row in found
             if row.type.endswith("_use") and row.id not in ended
         ]
+
+    async def times_away(self, turn: Turn) -> int:
+        """How often this turn has been put off because the model did not answer."""
+        async with self.database.reading() as connection:
+            told = await rows.of_turn(
+                connection, turn.tenant, turn.session_id, ("session.error",), turn.turn
+            )
+        return sum(str(row.body["error"]["message"]).startswith(_AWAY) for row in told)
 
     async def _done(self, turn: Turn, words: str, lost: Sequence[NewEvent]) -> TurnEnd:
         """The agent had ended, and its worker died before it could say so."""
@@ -232,7 +254,7 @@ class _Work:
     async def _attempt(self) -> RunResult:
         try:
             return await attempt(
-                self._handler.station,
+                replace(self._handler.station, sessions=self._handler.sessions(self._turn.tenant)),
                 self._plan.policy,
                 self._request,
                 control=self._control,
@@ -298,9 +320,25 @@ class _Work:
             await handler.workspaces.keep(result.run_id)
         except CallerError as error:
             end = replace(end, events=[*end.events, failure(_words(error))])
+        workspace = None
+        if self._plan.hosting == "hybrid":
+            workspace, problems = await self._snapshot()
+            end = replace(end, workspace=workspace, events=[*end.events, *problems])
         begun = await asyncio.to_thread(handler.progress, self._turn) is not None
         end = replace(end, usage=spent(result.usage, self._telling.used), transcript_begun=begun)
-        return await handler.settle(self._turn, end)
+        status = await handler.settle(self._turn, end)
+        if workspace is not None:
+            await handler.workspaces.settled(self._turn.session_id, workspace)
+        return status
+
+    async def _snapshot(self) -> tuple[str | None, list[NewEvent]]:
+        """The workspace as it is now, kept for whichever host goes on; or why it is not."""
+        turn = self._turn
+        try:
+            kept = await self._handler.workspaces.save(turn.session_id, tenant=turn.tenant)
+        except AgentError as error:
+            return None, [failure(_words(error))]
+        return kept, []
 
     def _model_failed(self, result: RunResult) -> bool:
         failed = result.error is not None and result.error["code"] == "agent-failed"
@@ -308,18 +346,18 @@ class _Work:
 
     async def _later(self) -> RunStatus:
         """The model could not answer: the turn waits, and costs nobody a worker meanwhile."""
-        status, turn = self._public.last_status, self._turn
-        words = f"the model did not answer (HTTP {status})" if status else "the model is away"
-        if turn.attempt >= MAX_ATTEMPTS:
-            told = [model_failure(status, f"{words}, {turn.attempt} times", retry="exhausted")]
+        status, turn, handler = self._public.last_status, self._turn, self._handler
+        words = f"{_AWAY} (HTTP {status})" if status else _AWAY
+        before = await handler.times_away(turn)
+        if before + 1 >= MAX_TIMES_AWAY:
+            told = [model_failure(status, f"{words}, {before + 1} times", retry="exhausted")]
             end = TurnEnd(
                 status=RunStatus.FAILED, stop_reason={"type": "retries_exhausted"}, events=told
             )
-            return await self._handler.settle(turn, end)
-        wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (turn.attempt - 1))
-        async with self._handler.database.writing() as connection:
+            return await handler.settle(turn, end)
+        async with handler.database.writing() as connection:
             await turns.append(connection, turn, [model_failure(status, words, retry="retrying")])
-        raise RetryAfter(wait, words)
+        raise RetryAfter(min(_LONGEST_WAIT, _FIRST_WAIT * 2**before), words)
 
 
 def prompt_id(turn: Turn) -> str:
