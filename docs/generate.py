@@ -233,6 +233,24 @@ def states() -> str:
     return "\n".join(lines) + "\n"
 
 
+def _session_support() -> list[str]:
+    from ringfence.control import event_shapes as events
+    from ringfence.control import session_shapes as sessions
+
+    ways = dict.fromkeys(events.SENT, "is sent")
+    ways |= dict.fromkeys(sorted(events.TOLD | events.MOVES), "is told")
+    lines = ["Of a session's events; what is not here does not happen, and what is sent without"]
+    lines += ["being here is refused by its name:", "", "| event | |", "|---|---|"]
+    lines += [f"| `{kind}` | {ways[kind]} |" for kind in events.EVENT_TYPES if kind in ways]
+    lines += ["| `session.deleted` | ends a stream |", ""]
+    refused = [f"a resource of type `{kind}`" for kind in sorted(sessions.RESOURCES)]
+    refused = [text for text in refused if text.split("`")[1] not in sessions.MOUNTED]
+    refused += [] if sessions.VAULTS else ["`vault_ids`"]
+    refused += [*events.REFUSED.values(), "sources of type `url` and `file`", "threads"]
+    lines += [f"Refused by name in sessions and events: {'; '.join(refused)}."]
+    return lines
+
+
 def api() -> str:
     from ringfence.config import GatewaySettings
     from ringfence.gateway.app import create_app
@@ -247,8 +265,9 @@ def api() -> str:
         f"| `{method} {path}` | {'yes' if (method, path) in here else 'no'} |"
         for method, path in public_routes()
     ]
+    lines += ["", *_session_support(), ""]
     own = sorted(here - set(public_routes()), key=lambda pair: pair[1])
-    lines += ["", "Ours, without a key:", "", "| route |", "|---|", "| `GET /openapi.json` |"]
+    lines += ["Ours, without a key:", "", "| route |", "|---|", "| `GET /openapi.json` |"]
     lines += [f"| `{method} {path}` |" for method, path in own]
     lines += ["", "## Settings", "", inspect.getdoc(GatewaySettings) or "", ""]
     lines += ["| setting | default |", "|---|---|"]

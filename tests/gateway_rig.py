@@ -20,7 +20,9 @@ from ringfence.control import keys
 from ringfence.control.narrowing import NetworkRules
 from ringfence.control.tenancy import Ceiling
 from ringfence.gateway.app import create_app, guarded
+from ringfence.gateway.serving import Server
 from ringfence.policy.load import from_mapping
+from ringfence.queue.embedded import EmbeddedQueue
 from ringfence.store.database import Database, open_postgresql, open_sqlite
 
 CEILING = from_mapping(
@@ -75,6 +77,7 @@ class Rig:
     settings: GatewaySettings = field(default_factory=GatewaySettings)
     network: NetworkRules = field(default_factory=NetworkRules)
     made: dict[str, keys.NewKey] = field(default_factory=dict)
+    queue: Path | None = None
 
     def __post_init__(self) -> None:
         async def prepare() -> None:
@@ -101,16 +104,26 @@ class Rig:
 
         return asyncio.run(make())
 
-    def app(self, database: Database) -> Any:
-        return create_app(database, Ceiling(policy=CEILING, network=self.network))
+    def app(self, database: Database, queue: Any = None) -> Any:
+        ceiling = Ceiling(policy=CEILING, network=self.network)
+        return create_app(database, ceiling, queue, self.settings)
 
     @contextmanager
     def serving(self) -> Iterator[str]:
         """The gateway behind a socket of its own; its base URL."""
         database = self.place.open()
-        app = guarded(self.app(database), database, self.settings)
-        server = uvicorn.Server(
-            uvicorn.Config(app, port=0, log_config=None, access_log=False, ws="none")
+        queue = self.queue and EmbeddedQueue(self.queue)
+        app = self.app(database, queue)
+        server = Server(
+            uvicorn.Config(
+                guarded(app, database, self.settings),
+                port=0,
+                log_config=None,
+                access_log=False,
+                ws="none",
+                timeout_graceful_shutdown=20,
+            ),
+            app.state.fanout,
         )
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
@@ -126,6 +139,8 @@ class Rig:
             server.should_exit = True
             thread.join(30)
             assert not thread.is_alive()
+            if queue:
+                asyncio.run(queue.close())
 
 
 def caller(base: str, key: str, **headers: str) -> httpx2.Client:

@@ -128,7 +128,10 @@ class GatewaySettings(_Frozen):
         body_seconds: how long a body may take to arrive.
         requests_per_minute: of one API key, in one gateway process.
         failures_per_minute: requests without a good key from one address, in one process.
-        concurrency: requests at a time; more are answered 503.
+        concurrency: connections at a time, event streams among them; more are answered 503.
+        streams: event streams at a time, in one process; streams_per_tenant: of one tenant.
+        stream_alive_seconds: silence of a stream after which a comment goes out.
+        stream_write_seconds: a stream whose reader takes nothing for so long is cut.
         unrestricted: `policy` lets an environment ask for every host that the operator's policy
             names at once; nothing makes it reach more.
         package_hosts: what `allow_package_managers` stands for; each must be in the policy, too.
@@ -140,7 +143,11 @@ class GatewaySettings(_Frozen):
     body_seconds: float = Field(default=30.0, gt=0, le=3600)
     requests_per_minute: float = Field(default=1200.0, gt=0)
     failures_per_minute: float = Field(default=60.0, gt=0)
-    concurrency: int = Field(default=256, ge=1)
+    concurrency: int = Field(default=1024, ge=1)
+    streams: int = Field(default=768, ge=0)
+    streams_per_tenant: int = Field(default=512, ge=0)
+    stream_alive_seconds: float = Field(default=15.0, gt=0, le=3600)
+    stream_write_seconds: float = Field(default=20.0, gt=0, le=3600)
     unrestricted: Literal["refuse", "policy"] = "refuse"
     package_hosts: tuple[str, ...] = ()
 
@@ -180,6 +187,22 @@ class SnapshotSettings(_Frozen):
     max_entries: int = Field(default=200_000, ge=1, le=2_000_000)
 
 
+class QueueEngine(_Frozen):
+    """Where runs wait for a worker.
+
+    Attributes:
+        engine: `embedded` is a file of the state directory, for one host; `temporal` a cluster.
+        address: `host:port` of the cluster's frontend.
+        namespace: of the cluster.
+        name: task queue, so that several platforms can share a namespace.
+    """
+
+    engine: Literal["embedded", "temporal"] = "embedded"
+    address: str = "127.0.0.1:7233"
+    namespace: str = "default"
+    name: str = "ringfence"
+
+
 class Config(_Frozen):
     """Everything the operator may set.
 
@@ -198,6 +221,7 @@ class Config(_Frozen):
     gateway: GatewaySettings = GatewaySettings()
     s3: S3Settings = S3Settings()
     snapshots: SnapshotSettings = SnapshotSettings()
+    queue: QueueEngine = QueueEngine()
     uid_base: int = Field(default=2_000_000, ge=1000)
     uid_count: int = Field(default=65_536, ge=1)
     egress_uid: int = Field(default=1_999_999, ge=1)

@@ -72,7 +72,23 @@ def backends(config: Config) -> Backends:
 
 
 def queue(config: Config, drain_seconds: float = 30.0) -> Queue:
-    """The queue of this host."""
+    """The queue of the settings. Nothing of a cluster is connected yet.
+
+    Raises:
+        UnavailableError: `store-unavailable`; `engine-unavailable` without the extra `temporal`.
+    """
+    if config.queue.engine == "temporal":
+        try:
+            from ringfence.queue.temporal import TemporalQueue
+        except ModuleNotFoundError as error:
+            raise UnavailableError(
+                "engine-unavailable",
+                f"{error.name} is not installed",
+                hint="pip install 'ringfence[temporal]'",
+            ) from None
+        return TemporalQueue(
+            config.queue.address, config.queue.name, namespace=config.queue.namespace
+        )
     from ringfence.queue.embedded import EmbeddedQueue
     from ringfence.queue.protocol import QueueSettings
 
@@ -162,7 +178,7 @@ def platform(config: Config) -> Platform:
         database = open_postgresql(config.database.get_secret_value())
     else:
         database = open_sqlite(config.state_dir / "platform" / "platform.sqlite")
-    return Platform(database=database, settings=config.gateway)
+    return Platform(database=database, settings=config.gateway, queue=lambda: queue(config))
 
 
 def main() -> None:

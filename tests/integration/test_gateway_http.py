@@ -57,7 +57,37 @@ BODIES: dict[tuple[str, str], dict[str, Any]] = {
     ("POST", "/v1/agents/{agent_id}"): {"name": "stolen"},
     ("POST", "/v1/environments"): {"name": "x"},
     ("POST", "/v1/environments/{environment_id}"): {"name": "stolen"},
+    ("POST", "/v1/sessions"): {"agent": "{agent_id}", "environment_id": "{environment_id}"},
+    ("POST", "/v1/sessions/{session_id}"): {"title": "stolen"},
+    ("POST", "/v1/sessions/{session_id}/events"): {
+        "events": [{"type": "user.message", "content": [{"type": "text", "text": "stolen"}]}]
+    },
 }
+MISSING = {"agent_id": "agent_no", "environment_id": "env_no", "session_id": "sesn_no"}
+# what is refused for its state, and no longer for whose it is
+STATE = {("DELETE", "/v1/environments/{environment_id}"): {409}}
+
+
+def body_for(method: str, path: str, ids: dict[str, str]) -> Any:
+    body = BODIES.get((method, path))
+    return body and json.loads(filled(json.dumps(body), ids))
+
+
+def names_one(method: str, path: str) -> bool:
+    """Whether the path or the body names a thing of somebody's."""
+    text = path + json.dumps(BODIES.get((method, path)))
+    return any("{" + name + "}" in text for name in MISSING)
+
+
+def asked(client: httpx2.Client, method: str, target: str, **options: Any) -> httpx2.Response:
+    """The answer; of one that does not end, its beginning."""
+    with client.stream(method, target, **options) as answer:
+        if answer.headers["content-type"].startswith("text/event-stream"):
+            assert next(answer.iter_raw()).startswith(b"retry: ")
+            answer._content = b""
+        else:
+            answer.read()
+    return answer
 
 
 def test_there_are_routes() -> None:
@@ -69,8 +99,8 @@ def test_every_route_asks_for_a_key_and_one_scope(
     rig: Rig, base: str, method: str, path: str
 ) -> None:
     """From the route table, so that a new route is asked, too."""
-    target = filled(path, {"agent_id": "agent_x", "environment_id": "env_x"})
-    body = BODIES.get((method, path))
+    target = filled(path, MISSING)
+    body = body_for(method, path, MISSING)
     with httpx2.Client(base_url=base) as nobody:
         refused(nobody.request(method, target, json=body), 401, "api_key_missing")
         answers = {}
@@ -84,10 +114,12 @@ def test_every_route_asks_for_a_key_and_one_scope(
 
 
 def all_text(client: httpx2.Client) -> str:
-    return "".join(
+    """All that can be listed, but for how long ago it was made."""
+    text = "".join(
         client.get(path, params={"include_archived": "true", "limit": 100}).text
-        for path in ("/v1/agents", "/v1/environments")
+        for path in ("/v1/agents", "/v1/environments", "/v1/sessions")
     )
+    return re.sub(r'"duration_seconds":[0-9.e-]+', "", text)
 
 
 @pytest.mark.parametrize(("method", "path"), CLOSED)
@@ -96,31 +128,32 @@ def test_a_tenant_reaches_nothing_of_another(
 ) -> None:
     agent = acme.post("/v1/agents", json=AGENT).json()["id"]
     environment = acme.post("/v1/environments", json={"name": "of acme"}).json()["id"]
-    ids = {"agent_id": agent, "environment_id": environment}
-    target = filled(path, ids)
+    started = {"agent": agent, "environment_id": environment, "title": "of acme"}
+    session = acme.post("/v1/sessions", json=started).json()["id"]
+    ids = {"agent_id": agent, "environment_id": environment, "session_id": session}
+    target, body = filled(path, ids), body_for(method, path, ids)
     before = all_text(acme)
     with caller(base, rig.key("rival").text) as rival:
-        answer = rival.request(method, target, json=BODIES.get((method, path)))
+        answer = asked(rival, method, target, json=body)
         assert "of acme" not in answer.text
-        if "{" in path:
+        if names_one(method, path):
             assert answer.status_code == 404
             assert answer.json()["error"]["type"] == "not_found_error"
             # the same words as for what never was
-            missing = {"agent_id": "agent_no", "environment_id": "env_no"}
             twin = rival.request(
-                method, filled(path, missing), json=BODIES.get((method, path))
+                method, filled(path, MISSING), json=body_for(method, path, MISSING)
             ).json()
             known = answer.json()["error"]["message"]
-            for real, other in zip(ids.values(), missing.values(), strict=True):
-                known = known.replace(real, other)
+            for name, real in ids.items():
+                known = known.replace(real, MISSING[name])
             assert known == twin["error"]["message"]
         else:
             assert answer.status_code == 200
-            assert agent not in answer.text
-            assert environment not in answer.text
+            assert not any(one in answer.text for one in ids.values())
     assert all_text(acme) == before
     # the allowed twin: its owner does reach it
-    assert acme.request(method, target, json=BODIES.get((method, path))).status_code == 200
+    wanted = STATE.get((method, path), {200})
+    assert asked(acme, method, target, json=body).status_code in wanted
 
 
 def test_a_cursor_of_another_tenant_shows_only_ones_own(
@@ -199,7 +232,8 @@ def test_what_is_no_id_is_not_found(acme: httpx2.Client, identity: str) -> None:
 def test_methods_and_paths_that_are_none(acme: httpx2.Client) -> None:
     refused(acme.put("/v1/agents"), 405, "route_unknown")
     refused(acme.get("/v1/nothing"), 404, "route_unknown")
-    refused(acme.get("/v1/sessions/s/events/stream"), 404, "not_supported")
+    refused(acme.get("/v1/sessions/s/threads"), 404, "not_supported")
+    refused(acme.get("/v1/sessions/s/events/stream"), 404, "session_not_found")
     refused(acme.get("/v1/agents/"), 404, "route_unknown")
 
 

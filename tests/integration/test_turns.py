@@ -277,6 +277,11 @@ async def test_what_is_no_turn_is_refused(database: Database, session: str) -> N
         await did(database, turns.settle, turn, replace(DONE, status=RunStatus.RUNNING))
     with pytest.raises(ValueError):
         await did(database, turns.settle, turn, replace(DONE, stop_reason={"type": "tired"}))
+    for kind in ("user.message", "session.status_idle", "nothing"):
+        with pytest.raises(ValueError):
+            await did(database, turns.append, turn, [NewEvent(type=kind)])
+        with pytest.raises(ValueError):
+            await did(database, turns.settle, turn, replace(DONE, events=[NewEvent(type=kind)]))
     # another tenant's hand on it is no hand
     with pytest.raises(Superseded):
         await did(database, turns.append, replace(turn, tenant="other"), [message("x")])

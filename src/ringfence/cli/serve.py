@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from ringfence.control.platform import Platform
     from ringfence.control.tenancy import Ceiling
+    from ringfence.queue.protocol import Queue
     from ringfence.store.database import Database
 
 
@@ -49,7 +50,8 @@ def serve(
         int | None, typer.Option(min=0, max=65_535, help="8470 by default; 0 takes a free one.")
     ] = None,
 ) -> None:
-    """Serve the public Managed Agents API: agents and environments, for callers with a key.
+    """Serve the public Managed Agents API: agents, environments and sessions, for callers with a
+    key.
 
     Plain HTTP: TLS belongs to the load balancer before it. Standard output gets one line, the
     address, when requests are taken; logs go to standard error.
@@ -103,6 +105,7 @@ def gateway_server(
     platform: Platform,
     database: Database,
     ceiling: Ceiling,
+    queue: Queue,
     *,
     signals: bool = True,
 ) -> uvicorn.Server:
@@ -110,15 +113,16 @@ def gateway_server(
     import uvicorn
 
     from ringfence.gateway.app import create_app, guarded
+    from ringfence.gateway.serving import Server
 
-    class Quiet(uvicorn.Server):
+    class Quiet(Server):
         @contextmanager
         def capture_signals(self) -> Iterator[None]:
             yield
 
     settings = platform.settings
-    app = create_app(database, ceiling)
-    return (uvicorn.Server if signals else Quiet)(
+    app = create_app(database, ceiling, queue, settings)
+    return (Server if signals else Quiet)(
         uvicorn.Config(
             guarded(app, database, settings),
             log_config=None,
@@ -129,15 +133,23 @@ def gateway_server(
             ws="none",
             limit_concurrency=settings.concurrency,
             timeout_graceful_shutdown=30,
-        )
+        ),
+        app.state.fanout,
     )
 
 
 async def _serve(platform: Platform, ceiling: Ceiling, listener: socket.socket) -> None:
+    from ringfence.gateway.serving import bound_unread
+
     log_to_stderr()
     async with platform.opened() as database:
-        server = gateway_server(platform, database, ceiling)
+        queue = platform.queue()
+        server = gateway_server(platform, database, ceiling, queue)
+        bound_unread(listener)
         # the socket listens already: what comes before the first turn waits in its backlog
         sys.stdout.write(f"{address_of(listener)}\n")
         sys.stdout.flush()
-        await server.serve(sockets=[listener])
+        try:
+            await server.serve(sockets=[listener])
+        finally:
+            await queue.close()

@@ -76,6 +76,7 @@ async def _up(
     *,
     json: bool,
 ) -> None:
+    from ringfence.gateway.serving import bound_unread
     from ringfence.worker.platform import serve_turns
 
     log_to_stderr()
@@ -88,7 +89,8 @@ async def _up(
         handler = await stack.enter_async_context(
             turn_handler(state, document, database, queue, ceiling)
         )
-        server = gateway_server(platform, database, ceiling, signals=False)
+        server = gateway_server(platform, database, ceiling, queue, signals=False)
+        bound_unread(listener)
         _announce(address_of(listener), await _first_key(database), json=json)
         loop = asyncio.get_running_loop()
         serving = loop.create_task(server.serve(sockets=[listener]))

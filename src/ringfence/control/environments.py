@@ -17,6 +17,7 @@ from ringfence.control.narrowing import narrow
 from ringfence.control.tenancy import Caller, Ceiling, moment, new_id, validated
 from ringfence.errors import CallerError
 from ringfence.store import environments as rows
+from ringfence.store import sessions
 from ringfence.store.database import now
 from ringfence.store.paging import Page
 
@@ -91,9 +92,19 @@ async def archive(connection: AsyncConnection, caller: Caller, identity: str) ->
 
 
 async def delete(connection: AsyncConnection, caller: Caller, identity: str) -> dict[str, Any]:
-    """Forget it. Raises as `retrieve` does."""
-    if not await rows.remove(connection, caller.tenant, identity):
-        raise _missing(identity)
+    """Forget it, when no session stands in it.
+
+    Raises:
+        CallerError: `environment-not-found`, `environment-in-use`.
+    """
+    await _get(connection, caller, identity, lock=True)
+    if await sessions.in_environment(connection, caller.tenant, identity):
+        raise CallerError(
+            "environment-in-use",
+            f"environment {identity} has sessions",
+            hint="delete them first, or archive the environment",
+        )
+    await rows.remove(connection, caller.tenant, identity)
     return {"id": identity, "type": "environment_deleted"}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -10,15 +10,17 @@ from ringfence.config import GatewaySettings
 from ringfence.control.narrowing import NetworkRules
 from ringfence.control.tenancy import Ceiling
 from ringfence.policy.document import PolicyDocument
+from ringfence.queue.protocol import Queue
 from ringfence.store.database import Database
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Platform:
-    """A database, not yet connected, and the operator's settings."""
+    """A database, not yet connected, the operator's settings, and what makes the queue."""
 
     database: Database
     settings: GatewaySettings
+    queue: Callable[[], Queue]
 
     def ceiling(self, policy: PolicyDocument) -> Ceiling:
         """What the operator's policy and settings allow together."""

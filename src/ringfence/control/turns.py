@@ -24,6 +24,7 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from ringfence.control.event_shapes import TOLD
 from ringfence.control.journal import (
     ANSWERS,
     INTERRUPTS,
@@ -88,6 +89,7 @@ class NewEvent:
     """An event to be appended.
 
     Attributes:
+        type: one of `event_shapes.TOLD`.
         body: the public shape without `id`, `type` and `processed_at`.
         id: from `new_event_id`, when another event of the same act must name it; None has one
             made.
@@ -263,7 +265,9 @@ async def append(
 
     Raises:
         Superseded.
+        ValueError: a type that no worker tells.
     """
+    _tellable(new)
     journal = await _held(connection, turn)
     said = [journal.say(one.type, dict(one.body), identity=one.id).id for one in new]
     _account(journal, usage or Usage(), begun=transcript_begun)
@@ -314,10 +318,12 @@ async def settle(connection: AsyncConnection, turn: Turn, end: TurnEnd) -> Settl
 
     Raises:
         Superseded.
-        ValueError: an end that is none, or a stop reason that the public shapes do not have.
+        ValueError: an end that is none, a stop reason that the public shapes do not have, a type
+            of event that no worker tells.
     """
     if end.status not in ENDS or end.stop_reason.get("type") not in STOP_REASONS:
         raise ValueError(f"{end.status} with {end.stop_reason} is no end of a turn")
+    _tellable(end.events)
     journal = await _held(connection, turn)
     for one in end.events:
         journal.say(one.type, dict(one.body), identity=one.id)
@@ -422,6 +428,11 @@ async def _held(connection: AsyncConnection, turn: Turn) -> Journal:
     if row is None or row.tenant_id != turn.tenant or not _holds(row, turn):
         raise Superseded(turn.run_id)
     return Journal(connection, row)
+
+
+def _tellable(new: Sequence[NewEvent]) -> None:
+    if wrong := sorted({one.type for one in new} - TOLD):
+        raise ValueError(f"no worker tells {', '.join(wrong)}")
 
 
 def _account(journal: Journal, usage: Usage, *, begun: bool) -> None:

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from ringfence.model import SessionStatus
+
 
 class Model(BaseModel):
     """A model, spelled out."""
@@ -73,6 +75,63 @@ class EnvironmentDeleted(BaseModel):
 
     id: str
     type: Literal["environment_deleted"]
+
+
+class Session(BaseModel):
+    """A session."""
+
+    id: str
+    type: Literal["session"]
+    agent: dict[str, Any]
+    environment_id: str
+    title: str | None
+    metadata: dict[str, str]
+    resources: list[dict[str, Any]]
+    vault_ids: list[str]
+    budget: dict[str, Any] | None
+    status: SessionStatus
+    stats: dict[str, float]
+    usage: dict[str, Any]
+    outcome_evaluations: list[None]
+    deployment_id: None
+    created_at: datetime
+    updated_at: datetime
+    archived_at: datetime | None
+
+
+class SessionPage(BaseModel):
+    """A page of sessions."""
+
+    data: list[Session]
+    next_page: str | None
+
+
+class SessionDeleted(BaseModel):
+    """What is left of one."""
+
+    id: str
+    type: Literal["session_deleted"]
+
+
+class Event(BaseModel, extra="allow"):
+    """An event; each type has fields of its own. processed_at: null while it waits."""
+
+    id: str
+    type: str
+    processed_at: datetime | None
+
+
+class EventPage(BaseModel):
+    """A page of events."""
+
+    data: list[Event]
+    next_page: str | None
+
+
+class SentEvents(BaseModel):
+    """Events that were sent, as they are kept."""
+
+    data: list[Event]
 
 
 class ErrorDetails(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,23 +16,41 @@ from starlette.types import ASGIApp
 
 import ringfence
 from ringfence.config import GatewaySettings
+from ringfence.control.outbox import Outbox
 from ringfence.control.tenancy import Ceiling, problems
 from ringfence.errors import CallerError, RingfenceError
-from ringfence.gateway import agents, answers, environments, health
+from ringfence.gateway import agents, answers, environments, events, health, sessions
+from ringfence.gateway.fanout import Fanout
 from ringfence.gateway.guard import OPEN, Guard
+from ringfence.gateway.streams import Pace
 from ringfence.gateway.support import refusal
 from ringfence.gateway.wire import answer
+from ringfence.queue.protocol import Queue
 from ringfence.store.database import Database
 
 
-def create_app(database: Database | None, ceiling: Ceiling | None) -> FastAPI:
-    """Routes without what stands before them. Without a database only its document is of use."""
+def create_app(
+    database: Database | None,
+    ceiling: Ceiling | None,
+    queue: Queue | None = None,
+    settings: GatewaySettings | None = None,
+) -> FastAPI:
+    """Routes without what stands before them. Without a database only its document is of use;
+    without a queue another process hands the runs over.
+    """
+    bounds = settings or GatewaySettings()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        loop = asyncio.get_running_loop()
+        loops = [one.run() for one in (app.state.fanout, app.state.outbox) if one is not None]
+        tasks = [loop.create_task(one) for one in loops]
         try:
             yield
         finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             if database is not None:
                 await database.close()
 
@@ -51,7 +70,18 @@ def create_app(database: Database | None, ceiling: Ceiling | None) -> FastAPI:
     )
     app.state.database = database
     app.state.ceiling = ceiling
-    for router in (agents.router, environments.router, health.router):
+    app.state.fanout = app.state.outbox = None
+    if database is not None:
+        app.state.fanout = Fanout(database, total=bounds.streams, each=bounds.streams_per_tenant)
+        app.state.outbox = queue and Outbox(database, queue)
+    app.state.pace = Pace(alive=bounds.stream_alive_seconds, write=bounds.stream_write_seconds)
+    for router in (
+        agents.router,
+        environments.router,
+        sessions.router,
+        events.router,
+        health.router,
+    ):
         app.include_router(router)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app

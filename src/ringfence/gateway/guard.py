@@ -12,6 +12,7 @@ import json
 import secrets
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 from starlette.datastructures import Headers
@@ -103,9 +104,7 @@ class Guard:
             return
         headers = Headers(scope=scope)
         try:
-            text = key_of(headers)
-            async with self._database.reading() as connection:
-                caller = await keys.authenticate(connection, text)
+            caller = await self._authenticated(headers)
         except DeniedError:
             address = (scope.get("client") or ("",))[0]
             if wait := self._by_address.take(str(address), time.monotonic()):
@@ -119,6 +118,13 @@ class Guard:
                 "workspace-mismatch", "anthropic-workspace-id: not the workspace of this API key"
             )
         scope["state"]["caller"] = caller
+        # an answer that lasts asks again whether its key still opens
+        scope["state"]["authenticate"] = partial(self._authenticated, headers)
+
+    async def _authenticated(self, headers: Headers) -> Caller:
+        text = key_of(headers)
+        async with self._database.reading() as connection:
+            return await keys.authenticate(connection, text)
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """The whole body, so that no route waits for a slow sender or holds an endless one."""

@@ -105,10 +105,16 @@ class ListParameters(PageParameters):
 
     include_archived: bool = False
 
-    def wanted(self) -> Page:
+    def wanted(self, *, since: int | None = None, until: int | None = None) -> Page:
         """As the store has it. Raises CallerError `page-invalid`."""
         after = None if self.page is None else tuple(position(self.page, int, str))
-        return Page(limit=self.limit, after=after, archived=self.include_archived)
+        return Page(
+            limit=self.limit,
+            after=after,
+            archived=self.include_archived,
+            since=since,
+            until=until,
+        )
 
 
 Nothing = Annotated[NoParameters, Query()]

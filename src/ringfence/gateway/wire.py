@@ -28,6 +28,10 @@ class Answer:
 _STATUS: dict[str, tuple[int, str]] = {
     "agent-not-found": (404, "not_found_error"),
     "environment-not-found": (404, "not_found_error"),
+    "session-not-found": (404, "not_found_error"),
+    "environment-in-use": (409, "conflict_error"),
+    "session-running": (409, "conflict_error"),
+    "streams-exhausted": (429, "rate_limit_error"),
     "not-supported": (404, "not_found_error"),
     "route-unknown": (404, "not_found_error"),
     "version-conflict": (409, "conflict_error"),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sqlalchemy import Select, and_, delete, insert, or_, select, update
+from sqlalchemy import Select, and_, delete, false, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ringfence.model import RunStatus, SessionStatus
@@ -54,6 +54,7 @@ class SessionPage:
     Attributes:
         ascending: oldest first.
         after, before: bounds of the creation time in microseconds, exclusive.
+        nothing: a filter that no session passes.
     """
 
     page: Page
@@ -63,6 +64,7 @@ class SessionPage:
     agent_id: str | None = None
     agent_version: int | None = None
     statuses: tuple[SessionStatus, ...] = ()
+    nothing: bool = False
 
 
 _NAMES = tuple(field.name for field in fields(SessionRow))
@@ -155,6 +157,8 @@ def _filters(wanted: SessionPage) -> list[Any]:
         found.append(TABLE.c.agent_id == wanted.agent_id)
         if wanted.agent_version is not None:
             found.append(TABLE.c.agent_version == wanted.agent_version)
+    if wanted.nothing:
+        found.append(false())
     if wanted.statuses:
         found.append(TABLE.c.status.in_(wanted.statuses))
     return found
@@ -166,6 +170,13 @@ async def in_environment(connection: AsyncConnection, tenant: str, environment: 
         TABLE.c.tenant_id == tenant, TABLE.c.environment_id == environment
     )
     return (await connection.execute(query.limit(1))).first() is not None
+
+
+async def heads(connection: AsyncConnection, identities: Sequence[str]) -> dict[str, int]:
+    """The newest position of each session that there is."""
+    query = select(TABLE.c.id, TABLE.c.position).where(TABLE.c.id.in_(identities))
+    found = await connection.execute(query)
+    return {row.id: row.position for row in found}
 
 
 async def unqueued(

@@ -12,15 +12,14 @@ import contextlib
 from dataclasses import dataclass, field
 
 from ringfence.control import turns
+from ringfence.control.outbox import Outbox
 from ringfence.errors import CallerError, RingfenceError
 from ringfence.queue.protocol import Queue
 from ringfence.store import sessions
-from ringfence.store.database import Database, now
+from ringfence.store.database import Database
 from ringfence.worker.turn import TurnHandler
 
 _SWEEP_SECONDS = 3.0
-_GRACE_US = 2_000_000
-"""A turn whose gateway has not yet told the queue; its submission is idempotent."""
 _FILES_SECONDS = 3600.0
 """Files of a session that the database does not know are kept for so long."""
 _FILES_EVERY = 20
@@ -46,19 +45,11 @@ class Sweeper:
 
     async def sweep(self) -> None:
         """One look. Raises UnavailableError."""
-        await self._submit()
+        await Outbox(self.database, self.queue).sweep()
         await self._bury()
         if self._sweeps % _FILES_EVERY == 0:
             await self._forget()
         self._sweeps += 1
-
-    async def _submit(self) -> None:
-        async with self.database.reading() as connection:
-            found = await turns.unqueued(connection, now() - _GRACE_US)
-        for run_id, tenant in found:
-            await self.queue.submit(run_id, tenant=tenant)
-            async with self.database.writing() as connection:
-                await turns.queued(connection, run_id)
 
     async def _bury(self) -> None:
         """Dead letters of the queue end their turns, so that their callers can go on."""

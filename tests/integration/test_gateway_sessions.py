@@ -1,0 +1,449 @@
+"""Sessions through the official client, unmodified; the worker is played by the seam's own acts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import anthropic
+import pytest
+from anthropic import Anthropic
+
+from gateway_rig import Rig, caller
+from session_rig import Worker
+
+TOOLS: Any = [
+    {"type": "agent_toolset_20260401"},
+    {
+        "type": "custom",
+        "name": "ticket",
+        "description": "Makes a ticket",
+        "input_schema": {"type": "object"},
+    },
+]
+
+
+@pytest.fixture(scope="module")
+def rig(place: Any, tmp_path_factory: pytest.TempPathFactory) -> Rig:
+    return Rig(place=place, queue=tmp_path_factory.mktemp("queue") / "queue.sqlite")
+
+
+@pytest.fixture(scope="module")
+def base(rig: Rig) -> Iterator[str]:
+    assert rig.queue
+    with rig.serving() as url, Worker(rig.place, rig.queue).working():
+        yield url
+
+
+@pytest.fixture
+def client(rig: Rig, base: str) -> Iterator[Anthropic]:
+    with Anthropic(base_url=base, api_key=rig.key().text, max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture
+def agent(client: Anthropic) -> str:
+    return client.beta.agents.create(name="a", model="claude-opus-5-5", tools=TOOLS).id
+
+
+@pytest.fixture
+def place_id(client: Anthropic) -> str:
+    return client.beta.environments.create(name="e", config={"type": "cloud"}).id
+
+
+def message(text: str) -> Any:
+    return {"type": "user.message", "content": [{"type": "text", "text": text}]}
+
+
+def until_idle(stream: Any) -> list[Any]:
+    events = []
+    for event in stream:
+        events.append(event)
+        if event.type == "session.status_idle":
+            break
+    return events
+
+
+def test_the_quickstart(client: Anthropic, agent: str, place_id: str) -> None:
+    session = client.beta.sessions.create(agent=agent, environment_id=place_id, title="Quick")
+    assert (session.status, session.agent.id, session.agent.version) == ("idle", agent, 1)
+    assert session.id.startswith("sesn_")
+    assert "metadata" not in (session.agent.model_extra or {})
+    with client.beta.sessions.events.stream(session.id) as stream:
+        sent = client.beta.sessions.events.send(session.id, events=[message("hello")])
+        events = until_idle(stream)
+    assert sent.data
+    assert sent.data[0].type == "user.message"
+    assert sent.data[0].processed_at is None
+    assert [event.type for event in events] == [
+        "user.message",
+        "session.status_running",
+        "agent.message",
+        "session.status_idle",
+    ]
+    assert events[2].content[0].text == "did hello"
+    assert events[3].stop_reason.type == "end_turn"
+    after = client.beta.sessions.retrieve(session.id)
+    assert after.status == "idle"
+    assert after.usage.input_tokens == 7
+    assert after.usage.list_cost
+    assert (after.usage.list_cost.amount, after.usage.list_cost.currency) == ("1", "USD")
+    assert after.stats.active_seconds
+    assert after.stats.duration_seconds
+    assert 0 < after.stats.active_seconds <= after.stats.duration_seconds
+    listed = list(client.beta.sessions.events.list(session.id, limit=2))
+    assert [event.id for event in listed] == [event.id for event in events]
+    assert all(event.processed_at for event in listed)
+
+
+def test_initial_events_begin_the_first_turn(client: Anthropic, agent: str, place_id: str) -> None:
+    session = client.beta.sessions.create(
+        agent={"type": "agent", "id": agent, "version": 1},
+        environment_id=place_id,
+        initial_events=[message("one"), message("more")],
+        metadata={"a": "b"},
+    )
+    assert session.status == "running"
+    events = _settled(client, session.id)
+    assert [event.type for event in events].count("user.message") == 2
+    assert events[-2].content[0].text == "did more"
+
+
+def _settled(client: Anthropic, session: str) -> list[Any]:
+    """All events once the session is idle, from the beginning."""
+    for _ in range(1000):
+        events = list(client.beta.sessions.events.list(session))
+        if events and events[-1].type == "session.status_idle":
+            return events
+    raise AssertionError(events)
+
+
+def test_a_tool_call_waits_for_its_yes(client: Anthropic, agent: str, place_id: str) -> None:
+    session = client.beta.sessions.create(
+        agent=agent, environment_id=place_id, initial_events=[message("two")]
+    )
+    events = _settled(client, session.id)
+    reason: Any = events[-1].stop_reason
+    assert reason.type == "requires_action"
+    first, second = reason.event_ids
+    assert [event.id for event in events if event.type == "agent.tool_use"] == [first, second]
+
+    def send(*sent: Any) -> Any:
+        return client.beta.sessions.events.send(session.id, events=list(sent))
+
+    def allow(identity: str, **more: Any) -> Any:
+        kind = "user.tool_confirmation"
+        return {"type": kind, "tool_use_id": identity, "result": "allow", **more}
+
+    before = len(events)
+    wrong: list[Any] = [
+        allow("sevt_no"),
+        {"type": "user.custom_tool_result", "custom_tool_use_id": first},
+        allow(first, deny_message="no"),
+    ]
+    for one in wrong:
+        with pytest.raises(anthropic.BadRequestError):
+            send(allow(second), one)
+    assert len(list(client.beta.sessions.events.list(session.id))) == before
+
+    # a message waits for the answers, and fewer than all tell the rest again
+    send(message("meanwhile"))
+    send(allow(second))
+    rest: Any = list(client.beta.sessions.events.list(session.id))[-1]
+    assert (rest.type, rest.stop_reason.event_ids) == ("session.status_idle", [first])
+    with pytest.raises(anthropic.BadRequestError) as caught:
+        send(allow(second))
+    assert caught.value.error_code == "event_unexpected"
+    send({**allow(first), "result": "deny", "deny_message": "not that"})
+    events = _settled(client, session.id)
+    assert "'deny_message': 'not that'" in events[-2].content[0].text
+    assert events[-1].stop_reason.type == "end_turn"
+    assert all(event.processed_at for event in events)
+
+
+def test_a_custom_tool_is_executed_by_the_caller(
+    client: Anthropic, agent: str, place_id: str
+) -> None:
+    session = client.beta.sessions.create(
+        agent=agent, environment_id=place_id, initial_events=[message("custom")]
+    )
+    events = _settled(client, session.id)
+    (call,) = [event for event in events if event.type == "agent.custom_tool_use"]
+    with pytest.raises(anthropic.BadRequestError):
+        client.beta.sessions.events.send(
+            session.id,
+            events=[{"type": "user.tool_confirmation", "tool_use_id": call.id, "result": "allow"}],
+        )
+    client.beta.sessions.events.send(
+        session.id,
+        events=[
+            {
+                "type": "user.custom_tool_result",
+                "custom_tool_use_id": call.id,
+                "content": [{"type": "text", "text": "T-1"}],
+            }
+        ],
+    )
+    assert "T-1" in _settled(client, session.id)[-2].content[0].text
+
+
+def test_an_interrupt_ends_the_turn_and_what_waits_is_the_next(
+    client: Anthropic, agent: str, place_id: str
+) -> None:
+    session = client.beta.sessions.create(
+        agent=agent, environment_id=place_id, initial_events=[message("wait")]
+    )
+    client.beta.sessions.events.send(session.id, events=[message("after")])
+    with pytest.raises(anthropic.ConflictError) as caught:
+        client.beta.sessions.delete(session.id)
+    assert caught.value.error_code == "session_running"
+    for act in (
+        lambda: client.beta.sessions.archive(session.id),
+        lambda: client.beta.sessions.update(session.id, agent={"tools": []}),
+    ):
+        with pytest.raises(anthropic.ConflictError):
+            act()
+    client.beta.sessions.events.send(session.id, events=[{"type": "user.interrupt"}])
+    events = _settled(client, session.id)
+    said = [event.content[0].text for event in events if event.type == "agent.message"]
+    assert said == ["did wait", "did after"]
+    # at rest it stops nothing
+    client.beta.sessions.events.send(session.id, events=[{"type": "user.interrupt"}])
+    assert client.beta.sessions.retrieve(session.id).status == "idle"
+
+
+def test_events_are_listed_by_order_type_and_time(
+    client: Anthropic, agent: str, place_id: str
+) -> None:
+    session = client.beta.sessions.create(
+        agent=agent, environment_id=place_id, initial_events=[message("x")]
+    )
+    events = _settled(client, session.id)
+
+    def listed(**query: Any) -> list[str]:
+        return [one.id for one in client.beta.sessions.events.list(session.id, **query)]
+
+    everything = [event.id for event in events]
+    assert listed(order="desc", limit=1) == everything[::-1]
+    only = [event.id for event in events if event.type in {"agent.message", "user.message"}]
+    assert listed(types=["agent.message", "user.message"]) == only
+    assert listed(types=["workflow_run.error"]) == []
+    when = events[2].processed_at
+    assert listed(created_at_gte=when) == [e.id for e in events if e.processed_at >= when]
+    assert listed(created_at_gt=when) == [e.id for e in events if e.processed_at > when]
+    assert listed(created_at_lt=when) == [e.id for e in events if e.processed_at < when]
+    assert listed(created_at_lte=when) == [e.id for e in events if e.processed_at <= when]
+
+
+def test_sessions_are_listed_by_what_they_are(rig: Rig, base: str) -> None:
+    key = rig.key("lists").text
+    with Anthropic(base_url=base, api_key=key, max_retries=0) as client:
+        place = client.beta.environments.create(name="e").id
+        agents = [client.beta.agents.create(name=n, model="m").id for n in "ab"]
+        client.beta.agents.update(agents[0], name="c")
+        made = [
+            client.beta.sessions.create(agent=agents[n % 2], environment_id=place) for n in range(5)
+        ]
+        ids = [one.id for one in made]
+
+        def listed(**query: Any) -> list[str]:
+            return [one.id for one in client.beta.sessions.list(**query)]
+
+        assert listed(limit=2) == ids[::-1]
+        assert listed(limit=2, order="asc") == ids
+        assert listed(agent_id=agents[1]) == [ids[3], ids[1]]
+        assert listed(agent_id=agents[0], agent_version=2, limit=1) == ids[::2][::-1]
+        assert listed(agent_id=agents[0], agent_version=1) == []
+        when = made[2].created_at
+        assert listed(created_at_gt=when, order="asc") == ids[3:]
+        assert listed(created_at_gte=when, order="asc") == ids[2:]
+        assert listed(created_at_lt=when, order="asc") == ids[:2]
+        assert listed(created_at_lte=when, order="asc") == ids[:3]
+        assert listed(statuses=["idle", "terminated"]) == ids[::-1]
+        assert listed(statuses=["running"]) == []
+        assert listed(deployment_id="d") == listed(memory_store_id="m") == []
+        client.beta.sessions.archive(ids[0])
+        assert listed(order="asc") == ids[1:]
+        assert listed(order="asc", include_archived=True) == ids
+
+
+def test_a_session_is_changed_and_its_stream_says_so(
+    client: Anthropic, agent: str, place_id: str
+) -> None:
+    session = client.beta.sessions.create(
+        agent=agent, environment_id=place_id, metadata={"keep": "1", "drop": "2"}
+    )
+    with client.beta.sessions.events.stream(session.id) as stream:
+        changed = client.beta.sessions.update(
+            session.id, title="New", metadata={"drop": None, "add": "3"}, agent={"tools": []}
+        )
+        event: Any = next(iter(stream))
+    assert (changed.title, changed.metadata) == ("New", {"keep": "1", "add": "3"})
+    assert changed.agent.tools == []
+    assert event.type == "session.updated"
+    assert (event.title, event.metadata, event.agent.tools) == ("New", changed.metadata, [])
+    assert client.beta.agents.retrieve(agent).tools != []
+    # what changes nothing says nothing
+    client.beta.sessions.update(session.id, title="New", metadata={"keep": "1"})
+    assert len(list(client.beta.sessions.events.list(session.id))) == 1
+
+
+def test_overrides_are_the_sessions_alone(client: Anthropic, agent: str, place_id: str) -> None:
+    session = client.beta.sessions.create(
+        agent={
+            "type": "agent_with_overrides",
+            "id": agent,
+            "model": "claude-haiku-4-5",
+            "system": "Be brief.",
+            "tools": [],
+        },
+        environment_id=place_id,
+    )
+    assert session.agent.model.id == "claude-haiku-4-5"
+    assert (session.agent.system, session.agent.tools) == ("Be brief.", [])
+    assert client.beta.agents.retrieve(agent).system is None
+
+
+def test_a_budget_is_held_and_only_raised(client: Anthropic, agent: str, place_id: str) -> None:
+    def limit(cents: str) -> Any:
+        return {"type": "limit", "max_list_cost": {"amount": cents, "currency": "USD"}}
+
+    session = client.beta.sessions.create(
+        agent=agent, environment_id=place_id, budget=limit("1"), initial_events=[message("x")]
+    )
+    _settled(client, session.id)
+    client.beta.sessions.events.send(session.id, events=[message("y")])
+    events = _settled(client, session.id)
+    assert events[-1].stop_reason.type == "budget_reached"
+    with pytest.raises(anthropic.BadRequestError) as caught:
+        client.beta.sessions.update(session.id, budget=limit("0"))
+    assert caught.value.error_code == "budget_not_raised"
+    raised = client.beta.sessions.update(session.id, budget=limit("500"))
+    assert raised.budget
+    assert raised.budget.max_list_cost.amount == "500"
+    # the message that waited is answered now
+    assert _settled(client, session.id)[-2].content[0].text == "did y"
+    assert client.beta.sessions.update(session.id, budget=None).budget is None
+    with pytest.raises(anthropic.BadRequestError) as caught:
+        client.beta.sessions.update(session.id, budget=limit("500"))
+    assert caught.value.error_code == "budget_create_only"
+    unknown = client.beta.agents.create(name="x", model="no-such-model").id
+    with pytest.raises(anthropic.BadRequestError) as caught:
+        client.beta.sessions.create(agent=unknown, environment_id=place_id, budget=limit("1"))
+    assert caught.value.error_code == "model_not_budgetable"
+
+
+def test_what_is_archived_or_gone(client: Anthropic, agent: str, place_id: str) -> None:
+    session = client.beta.sessions.create(agent=agent, environment_id=place_id)
+    with pytest.raises(anthropic.ConflictError) as caught:
+        client.beta.environments.delete(place_id)
+    assert caught.value.error_code == "environment_in_use"
+    archived = client.beta.sessions.archive(session.id)
+    assert client.beta.sessions.archive(session.id).archived_at == archived.archived_at
+    for act in (
+        lambda: client.beta.sessions.events.send(session.id, events=[message("x")]),
+        lambda: client.beta.sessions.update(session.id, title="x"),
+    ):
+        with pytest.raises(anthropic.BadRequestError) as refused:
+            act()
+        assert refused.value.error_code == "session_archived"
+    gone = client.beta.sessions.delete(session.id)
+    assert (gone.id, gone.type) == (session.id, "session_deleted")
+    with pytest.raises(anthropic.NotFoundError) as missing:
+        client.beta.sessions.retrieve(session.id)
+    assert missing.value.error_code == "session_not_found"
+    client.beta.environments.delete(place_id)
+    # neither starts a session any more
+    with pytest.raises(anthropic.NotFoundError):
+        client.beta.sessions.create(agent=agent, environment_id=place_id)
+    client.beta.agents.archive(agent)
+    with pytest.raises(anthropic.BadRequestError) as refused:
+        client.beta.sessions.create(agent=agent, environment_id=place_id)
+    assert refused.value.error_code == "agent_archived"
+
+
+@pytest.mark.parametrize(
+    ("extra", "name"),
+    [
+        ({"resources": [{"type": "memory_store", "memory_store_id": "m"}]}, "memory_store"),
+        ({"resources": [{"type": "github_repository", "url": "u"}]}, "github_repository"),
+        (
+            {"initial_events": [{"type": "user.define_outcome", "description": "d"}]},
+            "user.define_outcome",
+        ),
+    ],
+)
+def test_what_is_not_carried_out_is_refused_by_name(
+    client: Anthropic, agent: str, place_id: str, extra: Any, name: str
+) -> None:
+    with pytest.raises(anthropic.BadRequestError) as caught:
+        client.beta.sessions.create(agent=agent, environment_id=place_id, **extra)
+    assert name in caught.value.message
+    assert caught.value.error_code == "request_invalid"
+
+
+IMAGE = {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}
+
+
+@pytest.mark.parametrize(
+    ("event", "allowed"),
+    [
+        ({"type": "user.message", "content": [{"type": "image", "source": IMAGE}]}, True),
+        ({"type": "user.message", "content": [{"type": "text", "text": "x"}]}, True),
+        ({"type": "user.message", "content": []}, False),
+        ({"type": "user.message", "content": [{"type": "text", "text": ""}]}, False),
+        ({"type": "user.message", "content": [{"type": "text", "text": "x", "more": 1}]}, False),
+        ({"type": "user.message", "content": "x"}, False),
+        (
+            {
+                "type": "user.message",
+                "content": [{"type": "image", "source": {"type": "url", "url": "https://x/y"}}],
+            },
+            False,
+        ),
+        (
+            {
+                "type": "user.message",
+                "content": [{"type": "image", "source": {**IMAGE, "data": "no base64"}}],
+            },
+            False,
+        ),
+        ({"type": "user.message", "content": [{"type": "redacted"}]}, False),
+        ({"type": "user.interrupt"}, True),
+        ({"type": "user.interrupt", "session_thread_id": "t"}, False),
+        ({"type": "user.tool_result", "tool_use_id": "x"}, False),
+        ({"type": "system.message", "content": []}, False),
+        ({"type": "agent.message", "content": []}, False),
+        ({"type": "session.status_idle"}, False),
+    ],
+)
+def test_what_may_be_sent(rig: Rig, base: str, event: Any, allowed: bool) -> None:
+    with caller(base, rig.key("sender").text) as client:
+        agent = client.post("/v1/agents", json={"name": "a", "model": "m"}).json()["id"]
+        place = client.post("/v1/environments", json={"name": "e"}).json()["id"]
+        made = {"agent": agent, "environment_id": place}
+        session = client.post("/v1/sessions", json=made).json()["id"]
+        path = f"/v1/sessions/{session}/events"
+        answer = client.post(path, json={"events": [event]})
+        assert answer.status_code == (200 if allowed else 400), answer.text
+        assert bool(client.get(path).json()["data"]) == allowed
+        # all or none
+        mixed = client.post(path, json={"events": [event, {"type": "nothing"}]})
+        assert mixed.status_code == 400
+
+
+def test_events_that_are_sent_twice_with_one_key_are_there_once(
+    rig: Rig, base: str, client: Anthropic, agent: str, place_id: str
+) -> None:
+    session = client.beta.sessions.create(agent=agent, environment_id=place_id)
+    keyed = {"Idempotency-Key": f"send-{session.id}"}
+    first = client.beta.sessions.events.send(
+        session.id, events=[message("once")], extra_headers=keyed
+    )
+    _settled(client, session.id)
+    again = client.beta.sessions.events.send(
+        session.id, events=[message("once")], extra_headers=keyed
+    )
+    assert first == again
+    events = _settled(client, session.id)
+    assert [event.type for event in events].count("user.message") == 1
