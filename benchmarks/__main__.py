@@ -1,10 +1,21 @@
-"""`python -m benchmarks [audit|egress|spawn|memory|isolation|container|machine|warm|queue] …`: all by default."""
+"""`python -m benchmarks [audit|egress|spawn|memory|isolation|container|machine|warm|queue|snapshots] …`: all by default."""
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks import audit, container, egress, isolation, machine, memory, queue, spawn, warm
+from benchmarks import (
+    audit,
+    container,
+    egress,
+    isolation,
+    machine,
+    memory,
+    queue,
+    snapshots,
+    spawn,
+    warm,
+)
 
 ALL = {
     "audit": audit.main,
@@ -16,6 +27,7 @@ ALL = {
     "machine": lambda: machine.main([]),
     "warm": lambda: warm.main([]),
     "queue": lambda: queue.main([]),
+    "snapshots": lambda: snapshots.main([]),
 }
 
 

@@ -152,6 +152,41 @@ class GatewaySettings(_Frozen):
     package_hosts: tuple[str, ...] = ()
 
 
+class S3Settings(_Frozen):
+    """How buckets are reached that `session_store` and `blob_store` name.
+
+    Attributes:
+        endpoint: of a store that is not Amazon's; only here may it be plain http.
+        region: what requests are signed for.
+        access_key_id, secret_access_key: without both, the credentials of the host's own role.
+    """
+
+    endpoint: str | None = None
+    region: str = "us-east-1"
+    access_key_id: str | None = None
+    secret_access_key: SecretStr | None = None
+
+    @field_validator("endpoint")
+    @classmethod
+    def _endpoint(cls, value: str | None) -> str | None:
+        parts = urlsplit(value or "https://s3")
+        if parts.scheme not in {"http", "https"} or not parts.hostname or parts.query:
+            raise ValueError("write it as https://host[:port]")
+        return value and value.rstrip("/")
+
+
+class SnapshotSettings(_Frozen):
+    """What of a workspace is kept at most; one with more is refused, and its turn says so.
+
+    Attributes:
+        max_mb: megabytes of all its files, as long as they claim to be: holes count.
+        max_entries: files, directories and links.
+    """
+
+    max_mb: int = Field(default=4096, ge=1)
+    max_entries: int = Field(default=200_000, ge=1, le=2_000_000)
+
+
 class QueueEngine(_Frozen):
     """Where runs wait for a worker.
 
@@ -184,6 +219,8 @@ class Config(_Frozen):
     egress: EgressSettings = EgressSettings()
     warm: WarmSettings = WarmSettings()
     gateway: GatewaySettings = GatewaySettings()
+    s3: S3Settings = S3Settings()
+    snapshots: SnapshotSettings = SnapshotSettings()
     queue: QueueEngine = QueueEngine()
     uid_base: int = Field(default=2_000_000, ge=1000)
     uid_count: int = Field(default=65_536, ge=1)
@@ -200,6 +237,29 @@ class Config(_Frozen):
     database: SecretStr | None = None
     """postgresql:// URL of the platform's database; by default SQLite in the state directory. It
     holds a password, so that nothing prints it."""
+
+    session_store: SecretStr | None = None
+    """Where transcripts lie: postgresql://…, redis[s]://… or s3://bucket/prefix; by default SQLite
+    in the state directory. It may hold a password, so that nothing prints it."""
+
+    blob_store: str | None = None
+    """Where snapshots of workspaces lie: s3://bucket/prefix or an absolute directory; by default
+    one of the state directory."""
+
+    @field_validator("session_store")
+    @classmethod
+    def _session_store(cls, value: SecretStr | None) -> SecretStr | None:
+        kinds = ("postgresql://", "redis://", "rediss://", "s3://")
+        if value is not None and not value.get_secret_value().startswith(kinds):
+            raise ValueError("write postgresql://…, redis[s]://… or s3://bucket/prefix")
+        return value
+
+    @field_validator("blob_store")
+    @classmethod
+    def _blob_store(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("s3://", "/")):
+            raise ValueError("write s3://bucket/prefix or an absolute directory")
+        return value
 
     @field_validator("state_dir", "runtime", "machines")
     @classmethod
@@ -316,7 +376,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 # Read elsewhere, by programs that have no configuration of their own.
-_NOT_SETTINGS = frozenset({"RINGFENCE_LOG"})
+_NOT_SETTINGS = frozenset({"RINGFENCE_LOG", "RINGFENCE_URL", "RINGFENCE_API_KEY"})
 
 
 def _scalar(name: str, text: str) -> Any:

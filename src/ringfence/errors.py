@@ -103,6 +103,8 @@ CODES: dict[str, str] = {
     "workspace-refused": "The workspace is a directory of the host itself, or of ringfence.",
     # store, record
     "store-unavailable": "A database of the state directory cannot be opened.",
+    "blob-missing": "A part of a stored workspace or transcript is not there any more.",
+    "blob-damaged": "A part of a stored workspace or transcript is not what was written.",
     "audit-key-refused": "The key of the audit log can be read by others, or is damaged.",
     "recorder-unavailable": "The recorder is gone; nothing that must be recorded first may happen.",
     "audit-quota-reached": "A sandbox has used up its share of the audit log; it alone must stop.",
@@ -114,7 +116,7 @@ CODES: dict[str, str] = {
     # queue
     "engine-unavailable": "The queue's engine does not answer.",
     # platform: a code is the wire's `error_code` with hyphens
-    "platform-missing": "The platform's libraries are not installed: the extra `platform`.",
+    "platform-missing": "Libraries of an extra are not installed: `platform`, `redis` or `s3`.",
     "agent-not-found": "No agent, or no such version of it, exists for this caller.",
     "agent-archived": "The agent is archived, so that it can only be read.",
     "version-conflict": "The agent was changed since the version that the update names.",
@@ -122,6 +124,9 @@ CODES: dict[str, str] = {
     "environment-archived": "The environment is archived, so that it can only be read.",
     "environment-in-use": "Sessions stand in the environment, so that it cannot be deleted.",
     "environment-denied": "An environment asks for more than the operator's policy allows.",
+    "agent-denied": "An agent asks for more than the operator's policy allows.",
+    "turn-unsupported": "A session asks for something that workers of this version do not do.",
+    "hosting-unsupported": "The environment's hosting pattern is not served by this version.",
     "unrestricted-denied": "The operator has not allowed `unrestricted` networking.",
     "session-not-found": "No session of that id exists for this caller.",
     "session-archived": "The session is archived, so that it can only be read.",
@@ -146,6 +151,7 @@ CODES: dict[str, str] = {
     "request-rate": "More requests than the gateway takes from one key or address.",
     "not-supported": "The route exists in the public API, and this version does not serve it.",
     "route-unknown": "There is no such route, or not with that method.",
+    "gateway-unavailable": "The gateway does not answer, or not as a gateway does.",
     "address-in-use": "The gateway cannot listen at its address.",
     # vault
     "credential-name": "A credential's name has a form of its own; a value is not one.",
@@ -200,6 +206,9 @@ CODES: dict[str, str] = {
     "permission-mode-denied": "The policy does not permit the permission mode that was asked for.",
     "workspace-mode-denied": "The policy does not permit the workspace mode that was asked for.",
     "isolation-denied": "The isolation that was asked for is weaker than the policy's.",
+    "snapshot-unknown": "No snapshot of a workspace has that reference.",
+    "snapshot-refused": "A workspace has more than a snapshot may hold, or cannot be read.",
+    "snapshot-unsteady": "A workspace went on changing while its snapshot was taken.",
     "state-refused": "The state directory cannot be used: it is not ours, or cannot be made.",
     "state-exposed": "A directory of the run would show the agent the state directory.",
     "claude-missing": "The claude binary is not installed.",

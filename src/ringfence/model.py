@@ -173,7 +173,10 @@ class RunRequest:
         prompt: the user's turn; for a command, the TASK in its environment.
         workspace: absolute path of a directory of the host.
         command: argv to run instead of `claude`; empty for the agent.
+        prompt_id: UUID that the turn has in the transcript; None has one made.
         resume: session to go on with; None starts a new one.
+        session_id: UUID of a session that is started; None has one made.
+        effort: how hard the model works, `low` to `max`; None leaves it to `claude`.
         timeout_seconds: wall clock of the run; None takes the policy's. It can only shorten.
         max_budget_usd: dollars of the run; None takes the policy's. It can only lower.
         isolation: technology in place of the policy's; at least as strong.
@@ -194,6 +197,9 @@ class RunRequest:
     fork: bool = False
     environment: tuple[tuple[str, str], ...] = ()
     isolation: str | None = None
+    prompt_id: str | None = None
+    session_id: str | None = None
+    effort: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

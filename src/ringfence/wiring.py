@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ringfence.config import Config, load_config
@@ -18,9 +20,11 @@ from ringfence.errors import UnavailableError
 if TYPE_CHECKING:
     from ringfence.control.platform import Platform
     from ringfence.queue.protocol import Queue
+    from ringfence.record.session_base import SessionStore
     from ringfence.sandbox.protocol import Backend
     from ringfence.sandbox.registry import Backends
     from ringfence.worker.launch import Launcher
+    from ringfence.worker.workspaces import WorkspaceStore
 
 
 def launcher(config: Config) -> Launcher:
@@ -30,6 +34,7 @@ def launcher(config: Config) -> Launcher:
     return Launcher(
         config=config,
         make_backends=backends,
+        make_sessions=session_store,
         environment_key=os.environ.get("ANTHROPIC_API_KEY", "").strip() or None,
     )
 
@@ -66,7 +71,7 @@ def backends(config: Config) -> Backends:
     return Backends({name: partial(make, config) for name, make in technologies().items()})
 
 
-def queue(config: Config) -> Queue:
+def queue(config: Config, drain_seconds: float = 30.0) -> Queue:
     """The queue of the settings. Nothing of a cluster is connected yet.
 
     Raises:
@@ -85,8 +90,72 @@ def queue(config: Config) -> Queue:
             config.queue.address, config.queue.name, namespace=config.queue.namespace
         )
     from ringfence.queue.embedded import EmbeddedQueue
+    from ringfence.queue.protocol import QueueSettings
 
-    return EmbeddedQueue(config.state_dir / "queue" / "queue.sqlite")
+    return EmbeddedQueue(
+        config.state_dir / "queue" / "queue.sqlite", QueueSettings(drain_seconds=drain_seconds)
+    )
+
+
+def session_store(config: Config) -> SessionStore:
+    """Where transcripts lie; connected.
+
+    Raises:
+        UnavailableError: `platform-missing`, `store-unavailable`.
+        CallerError: `settings-invalid`.
+    """
+    url = config.session_store.get_secret_value() if config.session_store is not None else ""
+    kind = url.partition("://")[0]
+    with _extra({"postgresql": "platform", "redis": "redis", "rediss": "redis", "s3": "s3"}, kind):
+        if kind == "postgresql":
+            from ringfence.record.sessions_postgres import PostgresSessionStore
+
+            return PostgresSessionStore(url)
+        if kind in {"redis", "rediss"}:
+            from ringfence.record.sessions_redis import RedisSessionStore
+
+            return RedisSessionStore(url)
+        if kind == "s3":
+            from ringfence.record.sessions_s3 import S3SessionStore
+
+            return S3SessionStore(url, config.s3)
+    from ringfence.record.sessions import SqliteSessionStore
+
+    return SqliteSessionStore(config.state_dir / "sessions.sqlite")
+
+
+def workspaces(config: Config) -> WorkspaceStore:
+    """Where snapshots of workspaces lie. Raises as `session_store`."""
+    place = config.blob_store or str(config.state_dir / "blobs")
+    kind = "s3" if place.startswith("s3://") else "directory"
+    with _extra({"s3": "s3", "directory": "platform"}, kind):
+        from ringfence.store.blobs import BlobStore, DirectoryObjects, Objects
+        from ringfence.worker.workspaces import SnapshotLimits, WorkspaceStore
+
+        objects: Objects
+        if kind == "s3":
+            from ringfence.store.s3 import S3Objects
+
+            objects = S3Objects(place, config.s3)
+        else:
+            objects = DirectoryObjects(Path(place))
+    limits = config.snapshots
+    return WorkspaceStore(
+        BlobStore(objects),
+        SnapshotLimits(max_bytes=limits.max_mb << 20, max_entries=limits.max_entries),
+    )
+
+
+@contextmanager
+def _extra(extras: Mapping[str, str], kind: str) -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UnavailableError(
+            "platform-missing",
+            f"{error.name} is not installed",
+            hint=f"pip install 'ringfence[{extras.get(kind, kind)}]'",
+        ) from None
 
 
 def platform(config: Config) -> Platform:
@@ -128,7 +197,10 @@ def main() -> None:
             launcher=lambda: launcher(config),
             run=again,
             backends=technologies(),
+            sessions=lambda: session_store(config),
+            snapshots=lambda: workspaces(config),
             platform=lambda: platform(config),
+            queue=lambda drain: queue(config, drain),
         )
         app(obj=context)
     except Exception as error:  # noqa: BLE001  no traceback reaches a user

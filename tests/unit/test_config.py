@@ -129,3 +129,31 @@ def test_config_is_frozen(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="frozen"):
         config.uid_base = 5  # type: ignore[misc]
     assert isinstance(config, Config)
+
+
+def test_places_that_outlive_the_host_and_hold_secrets(tmp_path: Path) -> None:
+    environment = {
+        "RINGFENCE_SESSION_STORE": "redis://:hunter2@host/0",
+        "RINGFENCE_BLOB_STORE": "s3://bucket/prefix",
+        "RINGFENCE_S3__ENDPOINT": "http://127.0.0.1:9000/",
+        "RINGFENCE_S3__ACCESS_KEY_ID": "key",
+        "RINGFENCE_S3__SECRET_ACCESS_KEY": "hunter2",
+    }
+    config = load_config(environment, settings_file=tmp_path / "none.toml")
+    assert config.s3.endpoint == "http://127.0.0.1:9000"
+    assert "hunter2" not in f"{config!r}{config}{config.model_dump_json()}"
+    for name, value in (
+        ("SESSION_STORE", "mysql://:hunter2@host/0"),
+        ("SESSION_STORE", "/somewhere"),
+        ("BLOB_STORE", "relative/directory"),
+        ("BLOB_STORE", "https://bucket"),
+        ("S3__ENDPOINT", "host:9000"),
+        ("SNAPSHOTS__MAX_MB", "0"),
+    ):
+        with pytest.raises(CallerError) as caught:
+            load_config(
+                {**environment, f"RINGFENCE_{name}": value}, settings_file=tmp_path / "none.toml"
+            )
+        assert caught.value.code == "settings-invalid"
+        assert f"RINGFENCE_{name}" in caught.value.hint
+        assert "hunter2" not in caught.value.render()

@@ -118,6 +118,7 @@ class ToolCalls:
                 input=tool_input,
                 allowed=verdict.allowed,
                 reason=verdict.rule,
+                asked=verdict.by == "person",
             )
         )
         if verdict.allowed:

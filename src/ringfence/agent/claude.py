@@ -17,11 +17,14 @@ from claude_agent_sdk import (
     SessionStore,
     SystemMessage,
     TextBlock,
+    ThinkingBlock,
+    ToolResultBlock,
+    UserMessage,
 )
 
 from ringfence.agent.calls import Announce, ToolCalls
 from ringfence.agent.command_line import CONFIG_DIR, argv, environment
-from ringfence.agent.messages import AgentMessage, Notice, Text, TurnEnded
+from ringfence.agent.messages import AgentMessage, Notice, Text, Thinking, ToolResult, TurnEnded
 from ringfence.agent.options import build_options
 from ringfence.agent.permissions import Approver
 from ringfence.agent.settings import ClaudeSettings
@@ -163,8 +166,10 @@ class ClaudeDriver:
             why = "; ".join(_words(error))
             raise AgentError("agent-start-failed", f"claude did not start: {why}") from None
 
-    async def turn(self, prompt: str) -> AsyncIterator[AgentMessage]:
-        """Send a prompt; yields messages until the turn has ended."""
+    async def turn(self, prompt: str, prompt_id: str | None = None) -> AsyncIterator[AgentMessage]:
+        """Send a prompt; yields messages until the turn has ended. `prompt_id` is the UUID that it
+        gets in the transcript.
+        """
         if self._client is None or self._calls is None:
             raise AgentError("agent-start-failed", "claude is not running, or serves no run")
         if self._interrupted:
@@ -172,7 +177,7 @@ class ClaudeDriver:
             return
         self._turning = True
         self._turn_over.clear()
-        reader = asyncio.get_running_loop().create_task(self._read(self._client, prompt))
+        reader = asyncio.get_running_loop().create_task(self._read(self._client, prompt, prompt_id))
         try:
             while (message := await self._messages.get()) is not None:
                 yield message
@@ -181,11 +186,11 @@ class ClaudeDriver:
             await asyncio.gather(reader, return_exceptions=True)
             self._turning = False
 
-    async def _read(self, client: ClaudeSDKClient, prompt: str) -> None:
+    async def _read(self, client: ClaudeSDKClient, prompt: str, prompt_id: str | None) -> None:
         ended = False
         try:
             # here, so that a process that does not read its input stalls nobody but itself
-            await client.query(prompt)
+            await client.query(prompt if prompt_id is None else _named(prompt, prompt_id))
             async for message in client.receive_response():
                 ended = self._received(message) or ended
             if not ended:
@@ -204,6 +209,12 @@ class ClaudeDriver:
             for block in message.content:
                 if isinstance(block, TextBlock) and block.text:
                     self._put(Text(text=block.text))
+                elif isinstance(block, ThinkingBlock):
+                    self._put(Thinking())
+        elif isinstance(message, UserMessage) and isinstance(message.content, list):
+            for block in message.content:
+                if isinstance(block, ToolResultBlock):
+                    self._put(_told(block))
         elif isinstance(message, ResultMessage):
             self._put(_ended(message))
             return True
@@ -312,6 +323,36 @@ class _Mirror:
     async def load(self, key: Any) -> Any:
         """See SessionStore."""
         return await self._lent().load(key)
+
+
+async def _named(prompt: str, prompt_id: str) -> AsyncIterator[dict[str, Any]]:
+    """A prompt in the wire form of the SDK, with an id of ours."""
+    yield {
+        "type": "user",
+        "message": {"role": "user", "content": prompt},
+        "parent_tool_use_id": None,
+        "uuid": prompt_id,
+    }
+
+
+def _told(block: ToolResultBlock) -> ToolResult:
+    """A result, cut to what a reader can use."""
+    given: Any = block.content
+    blocks = [{"type": "text", "text": given}] if isinstance(given, str) else given
+    left, kept = _TEXT_MAX, []
+    for one in blocks if isinstance(blocks, list) else ():
+        if not isinstance(one, dict):
+            continue
+        if isinstance(one.get("text"), str):
+            kept.append({"type": "text", "text": one["text"][:left]})
+            left -= len(one["text"])
+        else:
+            kept.append({"type": "text", "text": f"[{one_line(str(one.get('type')), 40)}]"})
+        if left <= 0:
+            break
+    return ToolResult(
+        tool_use_id=str(block.tool_use_id), content=tuple(kept), is_error=block.is_error is True
+    )
 
 
 def _ended(message: ResultMessage) -> TurnEnded:

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ringfence.model import Usage
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AgentMessage:
@@ -27,8 +29,15 @@ class Text(AgentMessage):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Thinking(AgentMessage):
+    """The agent thinks; what it thinks is not passed on."""
+
+    type: ClassVar[str] = "thinking"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ToolStarted(AgentMessage):
-    """A tool call was decided. `allowed` False says it never ran."""
+    """A tool call was decided. `allowed` False says it never ran; `asked`: a person decided."""
 
     type: ClassVar[str] = "tool_started"
     tool_use_id: str
@@ -36,6 +45,7 @@ class ToolStarted(AgentMessage):
     input: dict[str, Any]
     allowed: bool
     reason: str
+    asked: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +57,34 @@ class ToolEnded(AgentMessage):
     name: str
     outcome: str
     duration_ms: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ToolResult(AgentMessage):
+    """What the model is told of a call, as `claude` says: blocks of the Messages API."""
+
+    type: ClassVar[str] = "tool_result"
+    tool_use_id: str
+    content: tuple[dict[str, Any], ...]
+    is_error: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelAsked(AgentMessage):
+    """A request left for the model. Egress says so; `request_id` is unique in the run."""
+
+    type: ClassVar[str] = "model_asked"
+    request_id: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelAnswered(AgentMessage):
+    """It is over, as it was metered on the wire. `status`: 0 when no answer came."""
+
+    type: ClassVar[str] = "model_answered"
+    request_id: str
+    status: int
+    usage: Usage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

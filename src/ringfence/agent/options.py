@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from claude_agent_sdk import ClaudeAgentOptions, HookMatcher, SessionStore
 
@@ -57,6 +57,7 @@ def build_options(
         fallback_model=settings.fallback_model,
         system_prompt=settings.system_prompt or {"type": "preset", "preset": "claude_code"},
         max_turns=settings.max_turns,
+        effort=cast("Any", settings.effort),
         max_budget_usd=settings.max_budget_usd,
         session_store=mirror,
         session_store_flush="eager",

@@ -25,6 +25,7 @@ class ClaudeSettings:
     tool_seconds: float = 120.0
     start_seconds: float = 60.0
     resume: bool = False
+    effort: str | None = None
 
     @property
     def ids(self) -> dict[str, str]:

@@ -133,6 +133,21 @@ class EgressDenied(Message):
     target: str
 
 
+class ModelCalled(Message):
+    """Notice: a request left for the model, and, with `over`, what came of it."""
+
+    type: Literal["model_called"] = "model_called"
+    sandbox_id: str
+    request_id: str
+    over: bool = False
+    status: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_creation_input_tokens: int = 0
+    cache_read_input_tokens: int = 0
+    cost_usd: float | None = 0.0
+
+
 class WitnessViolated(Message):
     """Notice: the wire and the worker disagree (requirement B). The worker ends the run."""
 
@@ -169,6 +184,7 @@ AnyMessage = Annotated[
     | Ack
     | Refused
     | EgressDenied
+    | ModelCalled
     | WitnessViolated,
     Field(discriminator="type"),
 ]

@@ -11,8 +11,11 @@ from ringfence.config import Config
 
 if TYPE_CHECKING:
     from ringfence.control.platform import Platform
+    from ringfence.queue.protocol import Queue
+    from ringfence.record.session_base import SessionStore
     from ringfence.sandbox.protocol import Backend
     from ringfence.worker.launch import Launcher
+    from ringfence.worker.workspaces import WorkspaceStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,9 @@ class AppContext:
         backends: every isolation technology by its name in policies, strongest choice of a
             bare host first; made for a configuration.
         platform: makes what the gateway and its commands need; imports its libraries.
+        queue: the queue, for a worker that drains for so many seconds.
+        sessions: opens the store of transcripts.
+        snapshots: opens the store of workspaces.
         run: entry for `sessions resume`: called with the argv of `ringfence run`.
     """
 
@@ -34,6 +40,9 @@ class AppContext:
     run: Callable[[list[str]], Any]
     backends: Mapping[str, Callable[[Config], Backend]] = field(default_factory=dict)
     platform: Callable[[], Platform] | None = None
+    queue: Callable[[float], Queue] | None = None
+    sessions: Callable[[], SessionStore] | None = None
+    snapshots: Callable[[], WorkspaceStore] | None = None
 
     @property
     def state_dir(self) -> Path:

@@ -10,6 +10,7 @@ import ringfence
 from ringfence.cli import (
     audit,
     check,
+    definitions,
     demo,
     doctor,
     image,
@@ -21,7 +22,10 @@ from ringfence.cli import (
     serve,
     sessions,
     simulator,
+    submit,
+    up,
     vault,
+    worker,
 )
 
 app = typer.Typer(
@@ -64,4 +68,10 @@ app.add_typer(patch.app, name="patch")
 app.add_typer(image.app, name="image")
 app.add_typer(simulator.app, name="simulator")
 serve.register(app)
+worker.register(app)
+up.register(app)
+submit.register(app)
+app.add_typer(definitions.agents, name="agents")
+app.add_typer(definitions.environments, name="environments")
+sessions.app.add_typer(submit.remote, name="remote")
 app.add_typer(keys.app, name="keys")

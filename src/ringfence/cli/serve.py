@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,8 +18,12 @@ from ringfence.cli.output import clear_errors
 from ringfence.errors import UnavailableError, words
 
 if TYPE_CHECKING:
+    import uvicorn
+
     from ringfence.control.platform import Platform
     from ringfence.control.tenancy import Ceiling
+    from ringfence.queue.protocol import Queue
+    from ringfence.store.database import Database
 
 
 def register(app: typer.Typer) -> None:
@@ -58,11 +64,12 @@ def serve(
         assert state.platform is not None  # noqa: S101  the composition root sets it
         platform = state.platform()
         settings = platform.settings
-        listener = _listen(host or settings.host, settings.port if port is None else port)
+        listener = listen(host or settings.host, settings.port if port is None else port)
         asyncio.run(_serve(platform, platform.ceiling(ceiling_policy), listener))
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises UnavailableError `address-in-use`."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server((str(address[0]), port), family=family, backlog=1024)
@@ -74,12 +81,8 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
-async def _serve(platform: Platform, ceiling: Ceiling, listener: socket.socket) -> None:
-    import uvicorn
-
-    from ringfence.gateway.app import create_app, guarded
-    from ringfence.gateway.serving import Server, bound_unread
-
+def log_to_stderr() -> None:
+    """One JSON object a line."""
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
@@ -89,29 +92,62 @@ async def _serve(platform: Platform, ceiling: Ceiling, listener: socket.socket) 
         ],
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+
+
+def address_of(listener: socket.socket) -> str:
+    """The base URL of a listening socket."""
+    name, number = listener.getsockname()[:2]
+    place = f"[{name}]" if ":" in name else name
+    return f"http://{place}:{number}"
+
+
+def gateway_server(
+    platform: Platform,
+    database: Database,
+    ceiling: Ceiling,
+    queue: Queue,
+    *,
+    signals: bool = True,
+) -> uvicorn.Server:
+    """The gateway, to be served. Without `signals` somebody else ends it (`should_exit`)."""
+    import uvicorn
+
+    from ringfence.gateway.app import create_app, guarded
+    from ringfence.gateway.serving import Server
+
+    class Quiet(Server):
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
     settings = platform.settings
+    app = create_app(database, ceiling, queue, settings)
+    return (Server if signals else Quiet)(
+        uvicorn.Config(
+            guarded(app, database, settings),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            # a header that any caller can write says nothing about where it comes from
+            proxy_headers=False,
+            ws="none",
+            limit_concurrency=settings.concurrency,
+            timeout_graceful_shutdown=30,
+        ),
+        app.state.fanout,
+    )
+
+
+async def _serve(platform: Platform, ceiling: Ceiling, listener: socket.socket) -> None:
+    from ringfence.gateway.serving import bound_unread
+
+    log_to_stderr()
     async with platform.opened() as database:
         queue = platform.queue()
-        app = create_app(database, ceiling, queue, settings)
-        server = Server(
-            uvicorn.Config(
-                guarded(app, database, settings),
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                # a header that any caller can write says nothing about where it comes from
-                proxy_headers=False,
-                ws="none",
-                limit_concurrency=settings.concurrency,
-                timeout_graceful_shutdown=30,
-            ),
-            app.state.fanout,
-        )
+        server = gateway_server(platform, database, ceiling, queue)
         bound_unread(listener)
-        name, number = listener.getsockname()[:2]
-        place = f"[{name}]" if ":" in name else name
         # the socket listens already: what comes before the first turn waits in its backlog
-        sys.stdout.write(f"http://{place}:{number}\n")
+        sys.stdout.write(f"{address_of(listener)}\n")
         sys.stdout.flush()
         try:
             await server.serve(sockets=[listener])

@@ -17,7 +17,7 @@ from ringfence.cli.output import clear_errors, print_json
 from ringfence.record.audit import append_event
 from ringfence.record.events import SessionChanged
 from ringfence.record.safe_text import one_line, printable
-from ringfence.record.sessions import SqliteSessionStore
+from ringfence.record.session_base import SessionStore
 
 app = typer.Typer(
     name="sessions",
@@ -29,8 +29,8 @@ _Id = Annotated[str, typer.Argument(metavar="SESSION")]
 
 
 @contextmanager
-def _store(ctx: typer.Context) -> Iterator[SqliteSessionStore]:
-    store = SqliteSessionStore(Path(ctx.obj.state_dir) / "sessions.sqlite")
+def _store(ctx: typer.Context) -> Iterator[SessionStore]:
+    store: SessionStore = ctx.obj.sessions()
     try:
         yield store
     finally:

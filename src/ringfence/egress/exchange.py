@@ -64,6 +64,8 @@ class Exchange:
             self.refuse(admitted.status, admitted.reason, "model")
             return
         request_id = state.next_request()
+        if not admitted.counts_only:
+            state.called(request_id)
         try:
             await self._send_model(exchange, admitted, request_id)
         finally:

@@ -7,12 +7,13 @@ import json
 import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from ringfence.channel.messages import (
     EgressDenied,
     Message,
+    ModelCalled,
     ProviderConfig,
     WitnessViolated,
 )
@@ -29,6 +30,8 @@ from ringfence.record.client import RecorderClient
 MODEL_HOST = "model.internal"
 PUBLIC_MODEL_HOST = "api.anthropic.com"
 _MAX_NOTICES = 500
+_MAX_CALLS = 20_000
+"""Model requests of one sandbox that the worker hears of one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +143,13 @@ class SandboxState:
         self.requests += 1
         return f"req_{self.requests}"
 
+    def called(self, request_id: str, **what: Any) -> None:
+        """Tell the worker of a model request."""
+        if self.requests <= _MAX_CALLS:
+            self.shared.notify(
+                ModelCalled(sandbox_id=self.sandbox_id, request_id=request_id, **what)
+            )
+
     async def settled(self) -> None:
         """Until a model request of this sandbox ends."""
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -230,6 +240,8 @@ class SandboxState:
             billed=billed,
             **counted,
         )
+        if billed:
+            self.called(request_id, over=True, status=status, **counted)
 
     def close(self) -> list[asyncio.Task[None]]:
         """Stop listening, drop every connection; returns the work that is still to end."""

@@ -207,6 +207,8 @@ class ToolGrants:
             entries may carry a specifier such as `Bash(git status:*)` that narrows them.
         fallback_model: what the driver goes on with when the model is overloaded.
         denied: names and specifiers denied whatever else says; deny wins.
+        asked: offered tools about which a person is asked whatever the mode or a preapproval
+            says; where the mode asks nobody they are denied.
         permission_mode: the policy's mode; a run may only choose a mode in `permission_modes`.
     """
 
@@ -214,6 +216,7 @@ class ToolGrants:
     offered: tuple[str, ...] = ()
     preapproved: tuple[str, ...] = ()
     denied: tuple[str, ...] = ()
+    asked: tuple[str, ...] = ()
     permission_mode: PermissionMode = PermissionMode.DEFAULT
     permission_modes: tuple[PermissionMode, ...] = tuple(PermissionMode)
     mcp_servers: tuple[McpServer, ...] = ()

@@ -176,7 +176,12 @@ def decide_tool(  # noqa: PLR0911  a ladder of refusals reads in order
             return _no("offered", "path-unreadable")
         if not any(below(path, place) for place in WRITABLE_INSIDE):
             return _no("filesystem", "path-outside")
-    return _by_mode(grants, mode, tool, tool_input)
+    decision = _by_mode(grants, mode, tool, tool_input)
+    if tool in grants.asked and decision.allowed:
+        # an agent's own wish, which can take the mode's word back and never go beyond it
+        silent = mode in {PermissionMode.DONT_ASK, PermissionMode.PLAN}
+        return (_no if silent else _ask)("always_ask", "person-needed")
+    return decision
 
 
 def _by_mode(  # noqa: PLR0911  the modes, one line each

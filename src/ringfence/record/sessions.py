@@ -1,79 +1,43 @@
-"""Transcripts in SQLite, behind the Agent SDK's SessionStore protocol, and leases on them.
-
-Resuming carries a conversation over, never a right: policy is today's (requirement H).
-"""
+"""Transcripts in one SQLite file of the state directory: the default."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import json
 import sqlite3
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ringfence.errors import CallerError, UnavailableError
-from ringfence.record.leased import LeasedStore
-from ringfence.record.transcript import (
-    PROJECT,
-    Entry,
-    Key,
-    encode_entry,
-    entry_uuid,
-    files_of,
-    first_prompt,
-    forked,
-    refused,
-    tool_use_ids,
+from ringfence.errors import UnavailableError
+from ringfence.record.session_base import (
+    OPENING_LENGTH,
+    OPENING_LINES,
+    Holder,
+    Place,
+    Row,
+    SessionInfo,
+    SessionLimits,
+    SessionStore,
+    away,
+    busy,
+    taken_over,
+    too_long,
 )
+from ringfence.record.transcript import PROJECT
 from ringfence.store.sqlite import open_database
 
-LEASE_SECONDS = 60.0
-MAX_SESSION_BYTES = 256 << 20
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SessionInfo:
-    """One session for people. Times are seconds since the epoch."""
-
-    session_id: str
-    created: float
-    changed: float
-    entries: int
-    bytes: int
-    first_prompt: str
-    parent: str
-    held_by: str
-
-
-def check_session_id(text: str) -> str:
-    """A UUID in its normal form. Raises CallerError `session-unknown`."""
-    try:
-        normal = str(uuid.UUID(text))
-    except (ValueError, AttributeError):
-        normal = None
-    if normal is None or normal != text:
-        raise CallerError(
-            "session-unknown", f"{text[:64]!r} is not a session id", hint="ringfence sessions list"
-        )
-    return normal
-
-
-class SqliteSessionStore:
-    """SessionStore over one file; passes the SDK's conformance suite unchanged.
-
-    Safe for several threads of a process, and for several processes on one file.
+class SqliteSessionStore(SessionStore):
+    """SessionStore over one file, for several threads of a process and several processes.
 
     Raises:
         UnavailableError: `store-unavailable`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, limits: SessionLimits | None = None) -> None:
+        super().__init__(limits)
         self._db = open_database(path, "ringfence.record.sessions_sql")
         # what a person deletes is overwritten, and not only unlinked
         self._db.execute("PRAGMA secure_delete=ON")
@@ -84,138 +48,84 @@ class SqliteSessionStore:
         with self._lock:
             self._db.close()
 
-    # SessionStore
-
-    async def append(self, key: Key, entries: Sequence[Entry]) -> None:
-        """Add entries in order; those whose uuid is there already are left out."""
-        if entries:
-            await asyncio.to_thread(self.add, key, entries)
-
-    def add(
-        self, key: Key, entries: Sequence[Entry], *, token: tuple[str, int] | None = None
+    def _write(
+        self,
+        place: Place,
+        streams: Mapping[str, Sequence[Row]],
+        *,
+        holder: Holder | None = None,
+        parent: str | None = None,
     ) -> None:
-        """`append` in one transaction; with a (run, token) pair, only while that lease holds."""
         with self._transaction() as db:
-            if token is not None:
-                _check_token(db, key["session_id"], *token)
-            self._add(db, key, [(entry_uuid(entry), encode_entry(entry)) for entry in entries])
-
-    def _add(
-        self, db: sqlite3.Connection, key: Key, rows: Sequence[tuple[str | None, str]]
-    ) -> None:
-        project, session, subpath = _parts(key)
-        db.execute(
-            "INSERT INTO session (project, id, created, changed) VALUES (?, ?, ?, ?)"
-            " ON CONFLICT DO UPDATE SET changed = max(changed, excluded.changed)",
-            (project, session, _now(), _now()),
-        )
-        size = 0
-        for identity, body in rows:
-            inserted = db.execute(
-                "INSERT OR IGNORE INTO entry (project, session, subpath, uuid, body)"
-                " VALUES (?, ?, ?, ?, ?)",
-                (project, session, subpath, identity, body),
+            if holder is not None:
+                _check_holder(db, place, holder)
+            db.execute(
+                "INSERT INTO session (project, id, created, changed) VALUES (?, ?, ?, ?)"
+                " ON CONFLICT DO UPDATE SET changed = max(changed, excluded.changed)",
+                (*_key(place), _now(), _now()),
             )
-            size += len(body) * inserted.rowcount
-        (total,) = db.execute(
-            "UPDATE session SET bytes = bytes + ? WHERE project = ? AND id = ? RETURNING bytes",
-            (size, project, session),
-        ).fetchone()
-        if total > MAX_SESSION_BYTES:
-            raise refused(f"a transcript grew past {MAX_SESSION_BYTES} bytes")
+            size = sum(_insert(db, place, subpath, rows) for subpath, rows in streams.items())
+            (total,) = db.execute(
+                "UPDATE session SET bytes = bytes + ?, parent = coalesce(?, parent)"
+                " WHERE project = ? AND id = ? RETURNING bytes",
+                (size, parent, *_key(place)),
+            ).fetchone()
+            if total > self.limits.max_bytes:
+                raise too_long(self.limits)
 
-    async def load(self, key: Key) -> list[Entry] | None:
-        """All entries of a key in order; None when nothing was ever written to it."""
-        return await asyncio.to_thread(self._entries, *_parts(key)) or None
+    def _lines(
+        self, place: Place, subpath: str, *, start: int = 0, stop: int | None = None
+    ) -> list[str]:
+        query = "SELECT body FROM entry WHERE project = ? AND session = ? AND subpath = ?"
+        values = (*_key(place), subpath)
+        if start < 0:
+            rows = self._select(f"{query} ORDER BY seq DESC LIMIT ?", *values, -start)
+            rows.reverse()
+        else:
+            limit = -1 if stop is None else stop - start
+            rows = self._select(f"{query} ORDER BY seq LIMIT ? OFFSET ?", *values, limit, start)
+        return [body for (body,) in rows]
 
-    async def list_sessions(self, project_key: str) -> list[dict[str, Any]]:
-        """Ids and modification times (milliseconds) of a project's sessions."""
+    def _opening(self, place: Place) -> list[str]:
         rows = self._select(
-            "SELECT id, changed FROM session s WHERE project = ? AND EXISTS (SELECT 1 FROM entry e"
-            " WHERE e.project = s.project AND e.session = s.id AND e.subpath = '')",
-            project_key,
+            "SELECT body FROM entry WHERE project = ? AND session = ? AND subpath = ''"
+            " AND length(body) < ? ORDER BY seq LIMIT ?",
+            *(*_key(place), OPENING_LENGTH, OPENING_LINES),
         )
-        return [{"session_id": name, "mtime": changed} for name, changed in rows]
+        return [body for (body,) in rows]
 
-    async def list_session_summaries(self, project_key: str) -> list[dict[str, Any]]:
-        """The SDK's summaries, folded here over what has come since the last time."""
-        return await asyncio.to_thread(self._summaries, project_key)
+    def _subpaths(self, place: Place) -> list[str]:
+        rows = self._select(
+            "SELECT DISTINCT subpath FROM entry WHERE project = ? AND session = ? AND subpath <> ''"
+            " ORDER BY subpath",
+            *_key(place),
+        )
+        return [subpath for (subpath,) in rows]
 
-    async def delete(self, key: Key) -> None:
-        """Remove a session with everything below it, or one subpath."""
-        project, session, subpath = _parts(key)
+    def _delete(self, place: Place, subpath: str | None) -> None:
         with self._transaction() as db:
-            if subpath:
+            if subpath is not None:
                 db.execute(
                     "DELETE FROM entry WHERE project = ? AND session = ? AND subpath = ?",
-                    (project, session, subpath),
+                    (*_key(place), subpath),
                 )
             else:
-                db.execute("DELETE FROM session WHERE project = ? AND id = ?", (project, session))
+                db.execute("DELETE FROM session WHERE project = ? AND id = ?", _key(place))
 
-    async def list_subkeys(self, key: Key) -> list[str]:
-        """Subpaths of a session that hold entries."""
-        project, session, _ = _parts(key)
-        return self._subpaths(project, session)
+    def _listed(self, tenant: str, project: str) -> list[tuple[str, int]]:
+        return self._select(
+            "SELECT id, changed FROM session s WHERE project = ? AND EXISTS (SELECT 1 FROM entry e"
+            " WHERE e.project = s.project AND e.session = s.id AND e.subpath = '')",
+            _scoped(tenant, project),
+        )
 
-    # leases (requirement H)
-
-    def lease(self, session_id: str, run_id: str) -> LeasedStore:
-        """Take the right to a session for one run; the session need not exist yet.
-
-        Raises:
-            CallerError: `session-unknown` for what is no session id.
-            UnavailableError: `session-busy` while another run holds it.
-        """
-        check_session_id(session_id)
-        with self._transaction() as db:
-            row = db.execute(
-                "SELECT run, token, expires FROM lease WHERE session = ?", (session_id,)
-            ).fetchone()
-            # an expiry further off than any lease runs is of a clock that has been set back since
-            if row is not None and _now() < row[2] <= _expiry():
-                raise UnavailableError(
-                    "session-busy",
-                    f"run {row[0]} holds session {session_id}",
-                    hint="wait for it to end; a run that was killed lets go within "
-                    f"{LEASE_SECONDS:.0f} seconds",
-                )
-            token = (row[1] if row is not None else 0) + 1
-            db.execute(
-                "INSERT INTO lease VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE"
-                " SET run = excluded.run, token = excluded.token, expires = excluded.expires",
-                (session_id, run_id, token, _expiry()),
-            )
-        return LeasedStore(self, session_id, run_id, token)
-
-    def renew(self, session_id: str, run_id: str, token: int) -> None:
-        """Heartbeat. Raises UnavailableError `session-busy` when the lease was taken over."""
-        with self._transaction() as db:
-            _check_token(db, session_id, run_id, token)
-            db.execute("UPDATE lease SET expires = ? WHERE session = ?", (_expiry(), session_id))
-
-    def release(self, session_id: str, run_id: str, token: int) -> None:
-        """Give the lease back; the token stays, so that it only ever grows."""
-        with self._transaction() as db:
-            db.execute(
-                "UPDATE lease SET run = '', expires = 0"
-                " WHERE session = ? AND run = ? AND token = ?",
-                (session_id, run_id, token),
-            )
-
-    # for people and for resuming
-
-    def sessions(self, *, limit: int = -1, skip: int = 0) -> list[SessionInfo]:
-        """Sessions of runs, the latest first; all of them without a limit."""
+    def _infos(self, tenant: str, limit: int, skip: int) -> list[SessionInfo]:
         rows = self._select(
             "SELECT s.id, s.created, s.changed, s.bytes, s.parent,"
             " (SELECT count(*) FROM entry e WHERE e.project = s.project AND e.session = s.id),"
-            " coalesce((SELECT run FROM lease l WHERE l.session = s.id AND l.expires > ?), '')"
+            " coalesce((SELECT run FROM lease l WHERE l.session = ? || s.id AND l.expires > ?), '')"
             " FROM session s WHERE project = ? ORDER BY changed DESC, id LIMIT ? OFFSET ?",
-            _now(),
-            PROJECT,
-            limit,
-            skip,
+            *(_scoped(tenant, ""), _now(), _scoped(tenant, PROJECT), limit, skip),
         )
         return [
             SessionInfo(
@@ -226,171 +136,70 @@ class SqliteSessionStore:
                 parent=parent,
                 entries=count,
                 held_by=run,
-                first_prompt=self._first_prompt(name),
+                first_prompt="",
             )
             for name, created, changed, size, parent, count, run in rows
         ]
 
-    def _first_prompt(self, session_id: str) -> str:
-        """Of what stands at the start and is short: a list must not read whole transcripts."""
-        rows = self._select(
-            "SELECT body FROM entry WHERE project = ? AND session = ? AND subpath = ''"
-            " AND length(body) < 65536 ORDER BY seq LIMIT 64",
-            PROJECT,
-            session_id,
-        )
-        return first_prompt(_entry(body) for (body,) in rows)
-
-    def require(self, session_id: str) -> str:
-        """The id, of a session that is there. Raises CallerError `session-unknown`."""
-        found = self._select(
-            "SELECT 1 FROM entry WHERE project = ? AND session = ? AND subpath = '' LIMIT 1",
-            PROJECT,
-            check_session_id(session_id),
-        )
-        if not found:
-            raise CallerError(
-                "session-unknown", f"no session {session_id}", hint="ringfence sessions list"
-            )
-        return session_id
-
-    def transcript(self, session_id: str, *, last: int = -1) -> Iterator[Entry]:
-        """Entries of a session's main transcript in order, or its last ones, read as they are
-        asked for: what an agent wrote can be a hundred times larger as objects.
-
-        Raises CallerError `session-unknown`.
-        """
-        rows = self._select(
-            "SELECT body FROM (SELECT seq, body FROM entry"
-            " WHERE project = ? AND session = ? AND subpath = '' ORDER BY seq DESC LIMIT ?)"
-            " ORDER BY seq",
-            PROJECT,
-            self.require(session_id),
-            last,
-        )
-        return (_entry(body) for (body,) in rows)
-
-    def materialise(self, session_id: str) -> dict[str, bytes]:
-        """Files below the agent's home from which `claude --resume` goes on.
-
-        Needs CLAUDE_CONFIG_DIR=HOME/.claude and CLAUDE_CODE_PROJECT_DIR_NAME=PROJECT inside.
-        Every path is built from checked parts. Raises CallerError `session-unknown`.
-        """
-        base = f".claude/projects/{PROJECT}/{self.require(session_id)}"
-        files: dict[str, bytes] = {}
-        for subpath in ["", *self._subpaths(PROJECT, session_id)]:
-            files |= files_of(base, subpath, self._lines(PROJECT, session_id, subpath))
-        return files
-
-    def tool_use_ids(self, session_id: str) -> list[str]:
-        """Ids of every tool call in the stored transcript, for the witness ledger (B)."""
-        found: dict[str, None] = {}
-        for subpath in ["", *self._subpaths(PROJECT, self.require(session_id))]:
-            entries = map(_entry, self._lines(PROJECT, session_id, subpath))
-            found.update(dict.fromkeys(tool_use_ids(entries)))
-        return list(found)
-
-    def fork(
-        self,
-        session_id: str,
-        *,
-        new: str | None = None,
-        record: Callable[[str], object] | None = None,
-    ) -> str:
-        """A copy under a `new` id, subagents included, whole or not at all. Returns the id.
-
-        `record` is called with it before the copy is there for anyone (write-ahead).
-
-        Raises:
-            CallerError: `session-unknown`.
-        """
-        new = new or str(uuid.uuid4())
-        streams = {
-            subpath: [_entry(line) for line in self._lines(PROJECT, session_id, subpath)]
-            for subpath in ["", *self._subpaths(PROJECT, self.require(session_id))]
-        }
-        copies = forked(streams, session_id, new, lambda: str(uuid.uuid4()))
+    def _take(self, place: Place, run: str) -> int:
         with self._transaction() as db:
-            for subpath, entries in copies.items():
-                key = {"project_key": PROJECT, "session_id": new, "subpath": subpath}
-                self._add(db, key, [(entry_uuid(e), encode_entry(e)) for e in entries])
+            row = db.execute(
+                "SELECT run, token, expires FROM lease WHERE session = ?", (_leased(place),)
+            ).fetchone()
+            if row is not None and _now() < row[2] <= self._expiry():
+                raise busy(place.session, row[0], self.limits)
+            token = (int(row[1]) if row is not None else 0) + 1
             db.execute(
-                "UPDATE session SET parent = ? WHERE project = ? AND id = ?",
-                (session_id, PROJECT, new),
+                "INSERT INTO lease VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE"
+                " SET run = excluded.run, token = excluded.token, expires = excluded.expires",
+                (_leased(place), run, token, self._expiry()),
             )
-            if record is not None:
-                record(new)
-        return new
+        return token
 
-    def remove(self, session_id: str, *, record: Callable[[], object] | None = None) -> None:
-        """Delete a session for good; `record` is called before, once nobody else can use it.
+    def _extend(self, place: Place, holder: Holder) -> None:
+        with self._transaction() as db:
+            _check_holder(db, place, holder)
+            db.execute(
+                "UPDATE lease SET expires = ? WHERE session = ?", (self._expiry(), _leased(place))
+            )
 
-        Raises:
-            CallerError: `session-unknown`. UnavailableError: `session-busy` during a run.
-        """
-        lease = self.lease(self.require(session_id), "delete")
-        try:
-            if record is not None:
-                record()
-            with self._transaction() as db:
+    def _give_back(self, place: Place, holder: Holder) -> None:
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE lease SET run = '', expires = 0"
+                " WHERE session = ? AND run = ? AND token = ?",
+                (_leased(place), *holder),
+            )
+
+    def _summary(self, place: Place) -> tuple[str | None, int]:
+        rows = self._select(
+            "SELECT summary, (SELECT count(*) FROM entry e WHERE e.project = s.project"
+            " AND e.session = s.id AND e.subpath = '' AND e.seq <= s.folded)"
+            " FROM session s WHERE project = ? AND id = ?",
+            *_key(place),
+        )
+        return rows[0] if rows else (None, 0)
+
+    def _keep_summary(self, place: Place, text: str, folded: int) -> None:
+        with self._transaction() as db:
+            row = db.execute(
+                "SELECT seq FROM entry WHERE project = ? AND session = ? AND subpath = ''"
+                " ORDER BY seq LIMIT 1 OFFSET ?",
+                (*_key(place), folded - 1),
+            ).fetchone()
+            if row is not None:
                 db.execute(
-                    "DELETE FROM session WHERE project = ? AND id = ?", (PROJECT, session_id)
+                    "UPDATE session SET summary = ?, folded = ?"
+                    " WHERE project = ? AND id = ? AND folded < ?",
+                    (text, row[0], *_key(place), row[0]),
                 )
-        finally:
-            lease.release()
+
+    def _erased(self) -> None:
         # the pages that held it are in the write-ahead log still
         self._select("PRAGMA wal_checkpoint(TRUNCATE)")
 
-    # below
-
-    def _subpaths(self, project: str, session: str) -> list[str]:
-        rows = self._select(
-            "SELECT DISTINCT subpath FROM entry WHERE project = ? AND session = ? AND subpath <> ''"
-            " ORDER BY subpath",
-            project,
-            session,
-        )
-        return [subpath for (subpath,) in rows]
-
-    def _lines(self, project: str, session: str, subpath: str) -> list[str]:
-        """Entries of one key as they are stored: JSON, one line each."""
-        rows = self._select(
-            "SELECT body FROM entry WHERE project = ? AND session = ? AND subpath = ? ORDER BY seq",
-            project,
-            session,
-            subpath,
-        )
-        return [body for (body,) in rows]
-
-    def _entries(self, project: str, session: str, subpath: str) -> list[Entry]:
-        return [_entry(line) for line in self._lines(project, session, subpath)]
-
-    def _summaries(self, project: str) -> list[dict[str, Any]]:
-        from claude_agent_sdk import fold_session_summary
-
-        summaries = []
-        with self._transaction() as db:
-            rows = db.execute(
-                "SELECT id, changed, summary, folded FROM session WHERE project = ?", (project,)
-            ).fetchall()
-            for name, changed, stored, folded in rows:
-                fresh = db.execute(
-                    "SELECT seq, body FROM entry WHERE project = ? AND session = ?"
-                    " AND subpath = '' AND seq > ? ORDER BY seq",
-                    (project, name, folded),
-                ).fetchall()
-                summary: Any = json.loads(stored) if stored else None
-                if fresh:
-                    entries: Any = [json.loads(body) for _, body in fresh]
-                    key: Any = {"project_key": project, "session_id": name}
-                    summary = fold_session_summary(summary, key, entries)
-                    db.execute(
-                        "UPDATE session SET summary = ?, folded = ? WHERE project = ? AND id = ?",
-                        (json.dumps(summary), fresh[-1][0], project, name),
-                    )
-                if summary is not None:
-                    summaries.append({**summary, "mtime": changed})
-        return summaries
+    def _expiry(self) -> int:
+        return _now() + self.limits.lease_ms
 
     def _select(self, query: str, *values: object) -> list[Any]:
         with self._lock:
@@ -415,37 +224,42 @@ class SqliteSessionStore:
                 raise
 
 
-def _entry(line: str) -> Entry:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError, TypeError):
-        value = None
-    if not isinstance(value, dict):
-        raise UnavailableError("store-unavailable", "an entry of the transcript is damaged")
-    return value
+def _insert(db: sqlite3.Connection, place: Place, subpath: str, rows: Sequence[Row]) -> int:
+    """Bytes that were new."""
+    size = 0
+    for identity, body in rows:
+        inserted = db.execute(
+            "INSERT OR IGNORE INTO entry (project, session, subpath, uuid, body)"
+            " VALUES (?, ?, ?, ?, ?)",
+            (*_key(place), subpath, identity, body),
+        )
+        size += len(body) * inserted.rowcount
+    return size
+
+
+def _scoped(tenant: str, name: str) -> str:
+    """A tenant's own names; neither tenant nor name has a slash (`SessionStore._parts`)."""
+    return f"{tenant}/{name}" if tenant else name
+
+
+def _key(place: Place) -> tuple[str, str]:
+    return _scoped(place.tenant, place.project), place.session
+
+
+def _leased(place: Place) -> str:
+    return _scoped(place.tenant, place.session)
 
 
 def _unavailable(error: sqlite3.Error) -> UnavailableError:
-    return UnavailableError(
-        "store-unavailable",
-        f"the transcripts cannot be read or written: {error}",
-        hint="see that the state directory is writable and its disk is not full",
-    )
+    hint = "see that the state directory is writable and its disk is not full"
+    return away("SQLite", str(error), hint)
 
 
 def _now() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _expiry() -> int:
-    return _now() + int(LEASE_SECONDS * 1000)
-
-
-def _parts(key: Key) -> tuple[str, str, str]:
-    return key["project_key"], key["session_id"], key.get("subpath") or ""
-
-
-def _check_token(db: sqlite3.Connection, session: str, run: str, token: int) -> None:
-    row = db.execute("SELECT run, token FROM lease WHERE session = ?", (session,)).fetchone()
-    if row != (run, token):
-        raise UnavailableError("session-busy", f"another run took session {session} over")
+def _check_holder(db: sqlite3.Connection, place: Place, holder: Holder) -> None:
+    row = db.execute("SELECT run, token FROM lease WHERE session = ?", (_leased(place),)).fetchone()
+    if row != holder:
+        raise taken_over(place.session)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from enum import StrEnum
 from typing import Any
 
 from ringfence.errors import DeniedError
@@ -64,9 +65,13 @@ def encode_entry(entry: Entry) -> str:
 
 
 def entry_uuid(entry: Entry) -> str | None:
-    """The entry's idempotency key, if it has one."""
+    """The entry's idempotency key, if it has one that every store can keep: an unpaired surrogate
+    is no UTF-8, and PostgreSQL has no NUL.
+    """
     value = entry.get("uuid")
-    return value if isinstance(value, str) and 0 < len(value) <= 128 else None
+    if not isinstance(value, str) or not 0 < len(value) <= 128:
+        return None
+    return value if value.isascii() and value.isprintable() else None
 
 
 def tool_use_ids(entries: Iterable[Entry]) -> Iterator[str]:
@@ -164,3 +169,35 @@ def _replace(value: Any, names: Mapping[str, str]) -> Any:
     if isinstance(value, dict):
         return {key: _replace(item, names) for key, item in value.items()}
     return value
+
+
+class Progress(StrEnum):
+    """How far a transcript has come with one prompt."""
+
+    ABSENT = "absent"
+    """It does not hold the prompt."""
+    BEGUN = "begun"
+    DONE = "done"
+    """The agent has said its last words on it."""
+
+
+def progress(entries: Iterable[Entry], prompt_id: str) -> tuple[Progress, str]:
+    """How far the main conversation has come with the prompt that has this UUID, and the last
+    words when it is done. As all of a transcript it is the agent's own word: a forged end ends a
+    turn that the agent could have ended as well.
+    """
+    found, words, stop = Progress.ABSENT, "", None
+    for entry in entries:
+        if entry.get("uuid") == prompt_id:
+            found, words, stop = Progress.BEGUN, "", None
+        message = entry.get("message")
+        if found is Progress.ABSENT or not isinstance(message, dict) or entry.get("isSidechain"):
+            continue
+        if entry.get("type") == "assistant":
+            stop = message.get("stop_reason") or stop
+            words = _text(message.get("content")) or words
+            if entry.get("isApiErrorMessage") is True:
+                stop = None
+        elif entry.get("type") == "user" and entry.get("uuid") != prompt_id:
+            stop = None
+    return (Progress.DONE, words) if stop in {"end_turn", "stop_sequence"} else (found, "")

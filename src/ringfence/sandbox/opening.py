@@ -18,6 +18,9 @@ _YET_WORKED_IN = ("/dev/shm", "/run/user", "/run/media", "/usr/src", "/usr/local
 """Below the host's own, and below these people do work."""
 _HOLDS_ALL = ("/", "/var", "/home", "/opt", "/tmp")  # noqa: S108
 
+WORKSPACES = "workspaces"
+"""Of the state directory: what lies just below it is made to be a workspace, one a session."""
+
 
 def refuse_workspace(path: Path, state_dir: Path) -> None:
     """Raise CallerError `workspace-refused` for what no mask could make safe to show, and for
@@ -27,7 +30,7 @@ def refuse_workspace(path: Path, state_dir: Path) -> None:
     exempt = any(real.is_relative_to(one) and real != Path(one) for one in _YET_WORKED_IN)
     own = not exempt and any(real.is_relative_to(one) for one in _HOSTS_OWN)
     system = own or str(real) in _HOLDS_ALL
-    if system or real.is_relative_to(state):
+    if system or (real.is_relative_to(state) and real.parent != state / WORKSPACES):
         raise CallerError(
             "workspace-refused",
             f"{printable_path(str(path))} belongs to the host itself"

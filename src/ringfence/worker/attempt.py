@@ -18,12 +18,20 @@ from pathlib import Path
 
 from ringfence.agent.claude import GRACE_SECONDS, ClaudeDriver, Run
 from ringfence.agent.command import run_command
-from ringfence.agent.messages import Notice, Progress, Text, TurnEnded
+from ringfence.agent.messages import (
+    ModelAnswered,
+    ModelAsked,
+    Notice,
+    Progress,
+    Text,
+    TurnEnded,
+)
 from ringfence.channel.messages import (
     AddListener,
     AnyMessage,
     CloseSandbox,
     EgressDenied,
+    ModelCalled,
     OpenSandbox,
     ToolDecided,
     WitnessViolated,
@@ -77,7 +85,9 @@ class Attempt:
         self._stated, self._policy = policy, narrowed(policy, request)
         self._control, self._on_message = control, on_message
         self.run_id, self._sandbox_id = new_id("run"), new_id("sb")
-        self._session_id = "" if request.command else request.resume or str(uuid.uuid4())
+        self._session_id = request.resume or request.session_id or str(uuid.uuid4())
+        if request.command:
+            self._session_id = ""
         self._mode = request.permission_mode or self._policy.tools.permission_mode
         self._started = time.monotonic()
         self._usage = Usage()
@@ -163,11 +173,12 @@ class Attempt:
             return None
         sessions, request = self._station.sessions, self._request
         if request.resume is not None:
-            sessions.require(request.resume)
+            await asyncio.to_thread(sessions.require, request.resume)
             if request.fork:
                 self._session_id = str(uuid.uuid4())
-        lease = sessions.lease(self._session_id, self.run_id)
-        stack.callback(lease.release)
+        # cancelled here it may be taken all the same; then it runs out
+        lease = await asyncio.to_thread(sessions.lease, self._session_id, self.run_id)
+        stack.push_async_callback(asyncio.to_thread, lease.release)
         await stack.enter_async_context(heartbeat(lease))
         return lease
 
@@ -227,17 +238,17 @@ class Attempt:
                 run_id=self.run_id,
                 session_id=self._session_id,
                 rules=egress_to_json(self._policy.egress),
-                known_tool_uses=self._known_tool_uses(),
+                known_tool_uses=await self._known_tool_uses(),
             )
         finally:
             listener.close()
         stack.push_async_callback(self._close_egress)
         return directory.path
 
-    def _known_tool_uses(self) -> list[str]:
+    async def _known_tool_uses(self) -> list[str]:
         if self._request.resume is None:
             return []
-        return self._station.sessions.tool_use_ids(self._session_id)
+        return await asyncio.to_thread(self._station.sessions.tool_use_ids, self._session_id)
 
     async def _close_egress(self) -> None:
         try:
@@ -259,7 +270,9 @@ class Attempt:
             stack.push_async_callback(member.sandbox.close)
             await member.sandbox.attach(Path(request.workspace))
             return member.sandbox
-        resumed = request.resume is not None
+        files = None
+        if request.resume is not None:
+            files = await asyncio.to_thread(station.sessions.materialise, self._session_id)
         spec = SandboxSpec(
             sandbox_id=self._sandbox_id,
             profile=self._policy.sandbox,
@@ -267,7 +280,7 @@ class Attempt:
             state_dir=station.config.state_dir,
             egress_dir=egress_dir,
             claude=None if request.command else station.claude,
-            home_files=station.sessions.materialise(self._session_id) if resumed else None,
+            home_files=files,
             ca_certificate=station.ca_certificate,
         )
         sandbox = await picked.backend.start(spec)
@@ -405,7 +418,7 @@ class Attempt:
                 self._on_message(Progress(waits_for="agent"))
                 await driver.start()
             self._on_message(Progress(waits_for="ready"))
-            async for message in driver.turn(request.prompt):
+            async for message in driver.turn(request.prompt, request.prompt_id):
                 if isinstance(message, TurnEnded):
                     self._outcome.ended = message
                 self._on_message(message)
@@ -448,6 +461,8 @@ class Attempt:
             self._on_message(Notice(kind="egress_denied", text=text))
             if message.reason.startswith("budget-exhausted"):
                 self._outcome.hindrance = budget_spent(message.reason)
+        elif isinstance(message, ModelCalled):
+            self._on_message(_called(message))
         elif isinstance(message, WitnessViolated):
             self._outcome.fail(witness_error(message.reason))
             self._on_message(Notice(kind="witness_violated", text=message.reason))
@@ -501,3 +516,17 @@ class Attempt:
             "session_id": self._session_id,
             "sandbox_id": self._sandbox_id,
         }
+
+
+def _called(message: ModelCalled) -> ModelAsked | ModelAnswered:
+    if not message.over:
+        return ModelAsked(request_id=message.request_id)
+    usage = Usage(
+        input_tokens=message.input_tokens,
+        output_tokens=message.output_tokens,
+        cache_creation_input_tokens=message.cache_creation_input_tokens,
+        cache_read_input_tokens=message.cache_read_input_tokens,
+        requests=1,
+        cost_usd=message.cost_usd,
+    )
+    return ModelAnswered(request_id=message.request_id, status=message.status, usage=usage)

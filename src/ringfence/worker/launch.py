@@ -19,6 +19,7 @@ from ringfence.errors import CallerError, DeniedError, UnavailableError
 from ringfence.model import RunRequest, RunResult
 from ringfence.policy.compiled import CompiledPolicy
 from ringfence.record.client import RecorderClient, RecorderProcess
+from ringfence.record.session_base import SessionStore
 from ringfence.record.sessions import SqliteSessionStore
 from ringfence.sandbox.registry import Backends
 from ringfence.vault.keys import VaultPaths
@@ -32,17 +33,24 @@ from ringfence.worker.warm import WarmPool
 _ENVIRONMENT, _PLATFORM = "environment", "anthropic"
 
 
+def local_sessions(config: Config) -> SessionStore:
+    """Transcripts in the state directory, wherever the settings keep those of the platform."""
+    return SqliteSessionStore(config.state_dir / "sessions.sqlite")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Launcher:
     """Makes stations.
 
     Attributes:
         make_backends: the isolation technologies for a configuration; named in `wiring` only.
+        make_sessions: the store of transcripts for a configuration.
         environment_key: the operator's ANTHROPIC_API_KEY, if there is one.
     """
 
     config: Config
     make_backends: Callable[[Config], Backends]
+    make_sessions: Callable[[Config], SessionStore] = local_sessions
     environment_key: str | None = None
 
     @asynccontextmanager
@@ -78,8 +86,8 @@ class Launcher:
                 **self._configuration(),
             )
             recorder_process.sockets["egress"].close()
-            sessions = SqliteSessionStore(state / "sessions.sqlite")
-            stack.callback(sessions.close)
+            sessions = await asyncio.to_thread(self.make_sessions, self.config)
+            stack.push_async_callback(asyncio.to_thread, sessions.close)
             await asyncio.to_thread(sweep, state)
             ca_certificate = (state / "ca" / "ca.pem").read_bytes()
             warm = WarmPool(self.config, claude=claude, ca_certificate=ca_certificate)

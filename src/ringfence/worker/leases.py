@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 from ringfence.errors import UnavailableError
 from ringfence.record.leased import LeasedStore
-from ringfence.record.sessions import LEASE_SECONDS
+from ringfence.record.session_base import LEASE_SECONDS
 
 
 @asynccontextmanager

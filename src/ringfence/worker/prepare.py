@@ -20,6 +20,7 @@ from ringfence.model import RunRequest
 from ringfence.policy.compiled import CompiledPolicy, SandboxProfile
 from ringfence.policy.isolation import TECHNOLOGIES, enough, floor, strength
 from ringfence.sandbox.imageroot import digest_of
+from ringfence.sandbox.opening import WORKSPACES
 from ringfence.sandbox.protocol import Emulating, not_held
 from ringfence.sandbox.registry import Backends, Picked
 
@@ -88,6 +89,7 @@ def claude_settings(
         tool_seconds=policy.sandbox.limits.tool_seconds,
         start_seconds=_EMULATED_START if policy.sandbox.emulation else _START,
         resume=request.resume is not None,
+        effort=request.effort,
     )
 
 
@@ -231,14 +233,18 @@ def refuse_exposed(state_dir: Path, shown: Iterable[str]) -> None:
 
     The keys of the vault and of the audit log are there, and every transcript. Directories are
     told apart by device and inode: a link or a bind mount is the same directory by another name.
+    The one exception is made for it: a directory just below WORKSPACES, which is a session's own.
 
     Raises:
         DeniedError: `state-exposed`.
     """
     around = _identities(state_dir)
     own = around[0] if around else None
+    sessions = _identities(state_dir / WORKSPACES)[:1]
     for path in shown:
         above = _identities(Path(path))
+        if sessions and above[1:2] == sessions:
+            continue
         if above and (above[0] in around or own in above):
             raise DeniedError(
                 "state-exposed",

@@ -15,7 +15,7 @@ from ringfence.channel.messages import AnyMessage
 from ringfence.config import Config
 from ringfence.errors import UnavailableError
 from ringfence.record.recorder import Recorder
-from ringfence.record.sessions import SqliteSessionStore
+from ringfence.record.session_base import SessionStore
 from ringfence.sandbox.registry import Backends
 from ringfence.worker.warm import WarmPool
 
@@ -46,14 +46,18 @@ class NoticeBoard:
 
 @dataclass(frozen=True, kw_only=True)
 class Station:
-    """What an attempt works with; made by the composition root, shared by attempts."""
+    """What an attempt works with; made by the composition root, shared by attempts.
+
+    `sessions` are those of the host itself; a tenant's attempt has a station with
+    `sessions.for_tenant(…)` in their place (`dataclasses.replace`).
+    """
 
     config: Config
     backends: Backends
     recorder: Recorder
     egress: EgressLink
     notices: NoticeBoard
-    sessions: SqliteSessionStore
+    sessions: SessionStore
     approver: Approver
     claude: Path | None
     ca_certificate: bytes | None

@@ -1,0 +1,98 @@
+"""A worker of the platform: turns from the queue, and what was left undone made good.
+
+Three things can be left by a process that dies: a turn that the queue does not know, a dead
+letter that its session does not know, files of a session that is gone. Every worker looks for
+them; each act is idempotent, so that several do no harm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import dataclass, field
+
+from ringfence.control import turns
+from ringfence.control.outbox import Outbox
+from ringfence.errors import CallerError, RingfenceError
+from ringfence.queue.protocol import Queue
+from ringfence.store import sessions
+from ringfence.store.database import Database
+from ringfence.worker.turn import TurnHandler
+
+_SWEEP_SECONDS = 3.0
+_FILES_SECONDS = 3600.0
+"""Files of a session that the database does not know are kept for so long."""
+_FILES_EVERY = 20
+"""Sweeps between two looks at the sessions' files."""
+
+
+@dataclass(kw_only=True)
+class Sweeper:
+    """Makes good what others left."""
+
+    database: Database
+    queue: Queue
+    handler: TurnHandler | None = None
+    _abandoned: set[str] = field(default_factory=set)
+    _sweeps: int = 0
+
+    async def run(self) -> None:
+        """Until it is cancelled. What is away is asked again later."""
+        while True:
+            with contextlib.suppress(RingfenceError):
+                await self.sweep()
+            await asyncio.sleep(_SWEEP_SECONDS)
+
+    async def sweep(self) -> None:
+        """One look. Raises UnavailableError."""
+        await Outbox(self.database, self.queue).sweep()
+        await self._bury()
+        if self._sweeps % _FILES_EVERY == 0:
+            await self._forget()
+        self._sweeps += 1
+
+    async def _bury(self) -> None:
+        """Dead letters of the queue end their turns, so that their callers can go on."""
+        after = ""
+        while letters := await self.queue.dead_letters(after=after):
+            for letter in letters:
+                if letter.run_id not in self._abandoned:
+                    with contextlib.suppress(CallerError):
+                        async with self.database.writing() as connection:
+                            await turns.abandon(connection, letter.run_id, letter.reason)
+                    self._abandoned.add(letter.run_id)
+            after = letters[-1].run_id
+
+    async def _forget(self) -> None:
+        if self.handler is None:
+            return
+        for name in self.handler.workspaces.unused(_FILES_SECONDS):
+            async with self.database.reading() as connection:
+                known = await sessions.find(connection, name)
+            if known is None:
+                await self.handler.workspaces.remove(name)
+
+
+async def serve_turns(handler: TurnHandler, *, slots: int, stop: asyncio.Event) -> None:
+    """Work until `stop` is set and the queue's worker has drained.
+
+    Raises:
+        UnavailableError: a helper process of the station is gone, and nothing can be run here.
+    """
+    sweeper = Sweeper(database=handler.database, queue=handler.queue, handler=handler)
+    loop = asyncio.get_running_loop()
+    sweeping = loop.create_task(sweeper.run())
+    lost = loop.create_task(handler.station.lost())
+    working = loop.create_task(handler.queue.run_worker(handler, slots=slots, stop=stop))
+    try:
+        await asyncio.wait({working, lost}, return_when=asyncio.FIRST_COMPLETED)
+        if lost.done() and not working.done():
+            stop.set()
+        await asyncio.wait({working})
+        if lost.done() and not lost.cancelled():
+            raise lost.result()
+        working.result()
+    finally:
+        for task in (sweeping, lost, working):
+            task.cancel()
+        await asyncio.wait({sweeping, lost, working})

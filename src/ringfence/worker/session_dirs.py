@@ -1,0 +1,139 @@
+"""The working directory of each session, kept on this host below the state directory.
+
+A sandbox never sees another: each gets its own session's directory mounted, and the attempt refuses
+every other directory of the state directory. What an agent left in one is hostile: it is never
+walked by name, and no program of the host is started in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import time
+from pathlib import Path
+
+from ringfence.errors import CallerError, UnavailableError, words
+from ringfence.sandbox.apply import apply_changes
+from ringfence.sandbox.applying import recover_all
+from ringfence.sandbox.opening import WORKSPACES
+from ringfence.sandbox.saved import load_changes
+from ringfence.store.files import write_whole
+from ringfence.worker.workspaces import WorkspaceStore
+
+_SESSION = re.compile(r"[A-Za-z0-9_-]{1,110}", re.ASCII)
+
+
+class SessionDirectories:
+    """Below one state directory; `snapshots` is where those lie that outlive the host.
+
+    Which snapshot a directory grew from is kept beside it: what another host has changed since
+    is found out by that, and the directory made anew.
+    """
+
+    def __init__(self, state_dir: Path, snapshots: WorkspaceStore | None = None) -> None:
+        self._state_dir, self._snapshots = state_dir, snapshots
+        self._root, self._marks = state_dir / WORKSPACES, state_dir / "workspace-snapshots"
+
+    async def open(
+        self, session_id: str, *, tenant: str = "", reference: str | None = None
+    ) -> Path:
+        """The session's directory: as it is here, when it grew from the session's snapshot; made
+        from that, when it did not; empty, when there is neither.
+
+        Raises:
+            CallerError: `session-unknown`, `snapshot-unknown`.
+            UnavailableError: `host-failed`, and what a restore raises.
+        """
+        path = self._path(session_id)
+        try:
+            if reference is not None and self._snapshots is not None:
+                here = await asyncio.to_thread(self._grew_from, session_id)
+                if here != reference:
+                    await self.remove(session_id)
+                    await asyncio.to_thread(self._ready, path)
+                    await self._snapshots.restore(
+                        reference, path, tenant=tenant, session=session_id
+                    )
+                    await self.settled(session_id, reference)
+            await asyncio.to_thread(self._ready, path)
+        except OSError as error:
+            raise UnavailableError(
+                "host-failed", f"the workspace cannot be made: {words(error)}"
+            ) from None
+        return path
+
+    async def save(self, session_id: str, *, tenant: str) -> str | None:
+        """A snapshot of the directory; its reference, None where none are kept.
+
+        Raises:
+            AgentError: `snapshot-refused`. UnavailableError: `snapshot-unsteady`,
+                `store-unavailable`.
+        """
+        if self._snapshots is None:
+            return None
+        return await self._snapshots.save(self._path(session_id), tenant=tenant, session=session_id)
+
+    async def settled(self, session_id: str, reference: str) -> None:
+        """The session has this snapshot now. Called after it is committed: a worker that dies in
+        between leaves a directory that is made anew, and never one that passes for another.
+        """
+
+        def mark() -> None:
+            self._marks.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_whole(self._marks / session_id, reference.encode())
+
+        await asyncio.to_thread(mark)
+
+    def _grew_from(self, session_id: str) -> str | None:
+        mark = self._marks / session_id
+        if not (self._root / session_id).is_dir() or not mark.is_file():
+            return None
+        return mark.read_text()
+
+    def _path(self, session_id: str) -> Path:
+        if not _SESSION.fullmatch(session_id):
+            raise CallerError("session-unknown", f"{session_id[:64]!r} is not a session's name")
+        return self._root / session_id
+
+    def _ready(self, path: Path) -> None:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+        # a worker that died while it wrote changes left half of them
+        recover_all(self._state_dir / "runs")
+
+    async def keep(self, run_id: str) -> None:
+        """Write what a run in review mode changed into its session's directory, all of it: the
+        files that run later on a person's machine run here in a sandbox alone.
+
+        Raises:
+            CallerError: `patch-conflict`.
+        """
+        await asyncio.to_thread(self._keep, run_id)
+
+    def _keep(self, run_id: str) -> None:
+        file = self._state_dir / "runs" / run_id / "changes.bin"
+        if not file.exists():
+            return
+        changes, workspace = load_changes(file)
+        if Path(workspace).parent != self._root:
+            raise CallerError("workspace-refused", f"{workspace} is no session's directory")
+        apply_changes(
+            Path(workspace), changes, include=lambda _: True, journal=file.with_name("applying")
+        )
+        # they are in the workspace now, whole; run.patch says what they were
+        file.unlink()
+
+    def unused(self, seconds: float) -> list[str]:
+        """Sessions whose directory here has not changed for so long, by its own time."""
+        if not self._root.is_dir():
+            return []
+        until = time.time() - seconds
+        return [path.name for path in self._root.iterdir() if path.lstat().st_mtime < until]
+
+    async def remove(self, session_id: str) -> None:
+        """Forget a session's files. Links are not followed."""
+        if _SESSION.fullmatch(session_id):
+            path = self._root / session_id
+            await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
+            (self._marks / session_id).unlink(missing_ok=True)

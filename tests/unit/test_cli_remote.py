@@ -1,0 +1,124 @@
+"""The commands that talk to a gateway: its errors, its events, definitions from files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ringfence.cli.definitions import apply
+from ringfence.cli.remote import KEY, definition, gateway, named, refusal
+from ringfence.cli.submit import lines
+from ringfence.errors import CallerError, DeniedError, RingfenceError, UnavailableError
+
+
+def body(message: str = "no", code: str = "") -> bytes:
+    details = {"error_code": code} if code else {}
+    return json.dumps({"type": "error", "error": {"message": message, "details": details}}).encode()
+
+
+@pytest.mark.parametrize(
+    ("status", "content", "family", "code"),
+    [
+        (404, body(code="agent_not_found"), CallerError, "agent-not-found"),
+        (400, body(code="what_is_new"), CallerError, "request-invalid"),
+        (401, body(code="api_key_invalid"), DeniedError, "api-key-invalid"),
+        (403, body(code="environment_denied"), DeniedError, "environment-denied"),
+        (503, body(code="store_unavailable"), UnavailableError, "store-unavailable"),
+        (429, body(code="request_rate"), UnavailableError, "request-rate"),
+        (502, b"<html>", UnavailableError, "gateway-unavailable"),
+        (400, b"[]", CallerError, "request-invalid"),
+    ],
+)
+def test_a_gateways_error_is_ours(
+    status: int, content: bytes, family: type[RingfenceError], code: str
+) -> None:
+    error = refusal(status, content)
+    assert (type(error), error.code) == (family, code)
+
+
+def test_without_a_key_or_a_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CallerError, match=KEY):
+        gateway("http://127.0.0.1:1")
+    monkeypatch.setenv(KEY, "rfk_x")
+    with gateway("http://127.0.0.1:1") as there, pytest.raises(UnavailableError) as caught:
+        there.call("GET", "/v1/agents")
+    assert caught.value.code == "gateway-unavailable"
+    assert "rfk_x" not in caught.value.render()
+
+
+def test_a_definition_is_read_strictly(tmp_path: Path) -> None:
+    file = tmp_path / "agent.yaml"
+    file.write_text("name: a\ntools:\n  - type: agent_toolset_20260401\n")
+    assert definition(file) == {"name": "a", "tools": [{"type": "agent_toolset_20260401"}]}
+    for text in ("name: a\nname: b\n", "- a\n", "name: no\n", "a: &x 1\nb: *x\n"):
+        file.write_text(text)
+        with pytest.raises(CallerError) as caught:
+            definition(file)
+        assert caught.value.code == "request-invalid"
+    with pytest.raises(CallerError):
+        definition(tmp_path / "absent")
+
+
+class Fake:
+    """A gateway that has some agents; what is sent is kept."""
+
+    def __init__(self, *agents: dict[str, Any]) -> None:
+        self.agents, self.sent = list(agents), []
+
+    def pages(self, path: str) -> list[dict[str, Any]]:
+        return self.agents
+
+    def call(self, method: str, path: str, given: Any = None) -> dict[str, Any]:
+        self.sent.append((method, path, given))
+        if method == "GET":
+            return next(one for one in self.agents if path.endswith(one["id"]))
+        before = next((one for one in self.agents if path.endswith(one["id"])), None)
+        same = before is not None and given.get("system") == before.get("system")
+        version = 1 if before is None else before["version"] + (not same)
+        return {"id": "agent_new", "version": version, "updated_at": str(version), **given} | {
+            "version": version
+        }
+
+
+def agent(identity: str, **more: Any) -> dict[str, Any]:
+    return {"id": identity, "name": "coder", "version": 3, "updated_at": "3", **more}
+
+
+def test_apply_makes_or_changes_and_never_guesses() -> None:
+    fake = Fake()
+    assert apply(fake, "agents", {"name": "coder"})[0] == "created"
+    fake = Fake(agent("agent_1"))
+    assert apply(fake, "agents", {"name": "coder"})[0] == "unchanged"
+    assert apply(fake, "agents", {"name": "coder", "system": "x"})[0] == "updated"
+    assert fake.sent[-1] == (
+        "POST",
+        "/v1/agents/agent_1",
+        {"name": "coder", "system": "x", "version": 3},
+    )
+    two = Fake(agent("agent_1"), agent("agent_2"))
+    with pytest.raises(CallerError, match="several"):
+        apply(two, "agents", {"name": "coder"})
+    assert apply(two, "agents", {"id": "agent_2", "name": "coder"})[0] == "unchanged"
+    with pytest.raises(CallerError, match="several"):
+        named(two, "agents", "coder")
+    with pytest.raises(CallerError) as caught:
+        named(Fake(), "environments", "x")
+    assert caught.value.code == "environment-not-found"
+
+
+def test_events_for_people_do_nothing_to_a_terminal() -> None:
+    text = [{"type": "text", "text": "\x1b[2Jhi\u202e"}]
+    shown = [
+        *lines({"type": "agent.message", "content": text}),
+        *lines({"type": "agent.tool_use", "name": "bash\x1b", "input": {"command": "\x9b"}}),
+        *lines({"type": "agent.tool_result", "content": text, "is_error": True}),
+        *lines({"type": "session.error", "error": {"message": "\x07no"}}),
+        *lines({"type": "session.status_idle", "stop_reason": {"type": "end_turn"}}),
+    ]
+    assert len(shown) == 5
+    assert not any(char in "".join(shown) for char in "\x1b\x9b\x07\u202e")
+    assert "hi" in shown[0]
+    assert lines({"type": "span.model_request_start"}) == []

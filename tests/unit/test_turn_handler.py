@@ -1,0 +1,209 @@
+"""What a turn is asked for, how it ends, and how far its transcript has come."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ringfence.agent.messages import TurnEnded
+from ringfence.control.run_plan import RunPlan
+from ringfence.control.turns import Message, Turn
+from ringfence.errors import CallerError, DeniedError
+from ringfence.model import RunResult, RunStatus, Usage, WorkspaceMode
+from ringfence.policy.compile import compile_policy
+from ringfence.policy.load import from_mapping
+from ringfence.record.transcript import Progress, progress
+from ringfence.sandbox.opening import refuse_workspace
+from ringfence.worker.memory import Memory, available_mb, slots_for
+from ringfence.worker.prepare import refuse_exposed
+from ringfence.worker.session_dirs import SessionDirectories
+from ringfence.worker.turn import (
+    GO_ON,
+    LOST_FILES,
+    end_of,
+    prompt_id,
+    prompt_of,
+    refuse_unsupported,
+    request_of,
+    spent,
+)
+
+POLICY = compile_policy(from_mapping({"version": 1, "preset": "ci"}))
+PLAN = RunPlan(policy=POLICY, model="m", effort="low", system_prompt=None, hosting="ephemeral")
+
+
+def turn(**more: Any) -> Turn:
+    values: dict[str, Any] = {
+        "tenant": "t",
+        "session_id": "sesn_1",
+        "turn": 2,
+        "attempt": 1,
+        "agent": {},
+        "environment_id": "env_1",
+        "environment": {},
+        "messages": (said("Do it."),),
+        "pending": (),
+        "answers": {},
+        "transcript": "00000000-0000-4000-8000-000000000001",
+        "transcript_begun": False,
+        "workspace": None,
+        "budget_left": None,
+        "usage": Usage(),
+        "vault_ids": (),
+        "resources": (),
+        "metadata": {},
+        "title": None,
+    }
+    return Turn(**values | more)
+
+
+def said(*texts: str) -> Message:
+    blocks = [{"type": "text", "text": text} for text in texts]
+    return Message(position=1, event_id="sevt_1", content=blocks)
+
+
+def test_messages_become_one_prompt() -> None:
+    assert prompt_of(turn(messages=(said("a", "b"), said("c")))) == "a\n\nb\n\nc"
+    image = Message(position=1, event_id="e", content=[{"type": "image", "source": {}}])
+    with pytest.raises(CallerError, match="image") as caught:
+        prompt_of(turn(messages=(image,)))
+    assert caught.value.code == "turn-unsupported"
+
+
+def test_what_is_not_carried_out_is_refused_by_name() -> None:
+    refuse_unsupported(turn(), PLAN)
+    with pytest.raises(CallerError, match="resources"):
+        refuse_unsupported(turn(resources=({"type": "file"},)), PLAN)
+
+
+def test_every_attempt_gives_the_prompt_the_same_name() -> None:
+    assert prompt_id(turn()) == prompt_id(turn(attempt=7))
+    assert prompt_id(turn()) != prompt_id(turn(turn=3))
+    first = request_of(turn(), PLAN, "Do it.", None)
+    assert (first.prompt, first.prompt_id) == ("Do it.", prompt_id(turn()))
+    assert (first.resume, first.session_id) == (None, turn().transcript)
+    assert first.effort == "low"
+
+
+def test_a_transcript_that_has_the_prompt_is_gone_on_with() -> None:
+    later = request_of(turn(), PLAN, "Do it.", Progress.ABSENT)
+    assert (later.prompt, later.resume) == ("Do it.", turn().transcript)
+    again = request_of(turn(attempt=2), PLAN, "Do it.", Progress.BEGUN)
+    assert again.prompt == GO_ON + LOST_FILES
+    assert (again.prompt_id, again.resume, again.session_id) == (None, turn().transcript, None)
+    direct = replace(POLICY, sandbox=replace(POLICY.sandbox, workspace_mode=WorkspaceMode.DIRECT))
+    kept = request_of(turn(), replace(PLAN, policy=direct), "Do it.", Progress.BEGUN)
+    assert kept.prompt == GO_ON
+
+
+def entry(kind: str, identity: str, content: Any, **more: Any) -> dict[str, Any]:
+    message = {"role": kind, "content": content}
+    message |= {"stop_reason": more.pop("stop")} if "stop" in more else {}
+    return {"type": kind, "uuid": identity, "message": message, **more}
+
+
+ASKED = entry("user", "p", "Do it.")
+CALL = entry("assistant", "a", [{"type": "tool_use", "id": "t"}], stop="tool_use")
+TOLD = entry("user", "r", [{"type": "tool_result", "tool_use_id": "t"}])
+LAST = entry("assistant", "b", [{"type": "text", "text": "Done."}], stop="end_turn")
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ([], (Progress.ABSENT, "")),
+        ([entry("user", "x", "Do it."), LAST], (Progress.ABSENT, "")),
+        ([ASKED], (Progress.BEGUN, "")),
+        ([ASKED, CALL], (Progress.BEGUN, "")),
+        ([ASKED, CALL, TOLD], (Progress.BEGUN, "")),
+        ([ASKED, CALL, TOLD, LAST], (Progress.DONE, "Done.")),
+        ([LAST, ASKED], (Progress.BEGUN, "")),
+        ([ASKED, {**LAST, "isApiErrorMessage": True}], (Progress.BEGUN, "")),
+        ([ASKED, {**LAST, "isSidechain": True}], (Progress.BEGUN, "")),
+        ([ASKED, LAST, entry("user", "y", "More.")], (Progress.BEGUN, "")),
+        ([ASKED, {"type": "system"}, {"message": 3}, LAST], (Progress.DONE, "Done.")),
+    ],
+)
+def test_how_far_a_transcript_has_come(entries: list[Any], expected: Any) -> None:
+    assert progress(entries, "p") == expected
+
+
+def result(status: RunStatus, code: str = "") -> RunResult:
+    error = {"code": code, "message": "why", "family": "agent", "hint": ""} if code else None
+    return RunResult(run_id="run_1", session_id="s", status=status, error=error)
+
+
+@pytest.mark.parametrize(
+    ("what", "budget", "reason", "kinds"),
+    [
+        (result(RunStatus.SUCCEEDED), None, "end_turn", []),
+        (result(RunStatus.CANCELLED, "run-interrupted"), None, "end_turn", []),
+        (result(RunStatus.FAILED, "budget-exhausted"), 1.0, "budget_reached", []),
+        (
+            result(RunStatus.FAILED, "budget-exhausted"),
+            None,
+            "retries_exhausted",
+            ["unknown_error"],
+        ),
+        (result(RunStatus.EXPIRED, "run-timeout"), None, "retries_exhausted", ["unknown_error"]),
+    ],
+)
+def test_how_a_turn_ends(what: RunResult, budget: Any, reason: str, kinds: list[str]) -> None:
+    end = end_of(turn(budget_left=budget), what, None)
+    assert end.stop_reason == {"type": reason}
+    assert [event.body["error"]["type"] for event in end.events] == kinds
+    assert end.status is what.status
+
+
+def test_too_many_rounds_have_their_own_error() -> None:
+    ended = TurnEnded(ok=False, text="", num_turns=9, reason="max_turns")
+    end = end_of(turn(), result(RunStatus.FAILED, "agent-failed"), ended)
+    assert end.events[0].body["error"]["type"] == "tool_use_limit_reached_error"
+
+
+def test_usage_that_was_told_is_not_told_again() -> None:
+    now = Usage(input_tokens=5, output_tokens=3, requests=2, cost_usd=0.5)
+    before = Usage(input_tokens=5, output_tokens=1, requests=1, cost_usd=0.25)
+    assert spent(now, before) == Usage(output_tokens=2, requests=1, cost_usd=0.25)
+    assert spent(replace(now, cost_usd=None), before).cost_usd is None
+    assert spent(before, now) == Usage()
+
+
+MEMINFO = "MemTotal: 9000000 kB\nMemFree: 10 kB\nMemAvailable: {} kB\n"
+
+
+def test_slots_and_room_come_from_memory() -> None:
+    assert available_mb(MEMINFO.format(4096 << 10)) == 4096
+    with pytest.raises(ValueError):
+        available_mb("MemTotal: 1 kB\n")
+    assert slots_for(4096, 2) == 8
+    assert slots_for(2000, 2) == 4
+    assert slots_for(100, 2) == 1
+    full = Memory(member_mb=300, read=lambda: MEMINFO.format(700 << 10))
+    room = Memory(member_mb=300, read=lambda: MEMINFO.format(900 << 10))
+    assert (full.wait() > 0, room.wait()) == (True, 0.0)
+
+
+async def test_a_sessions_directory_is_the_one_place_that_may_be_shown(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir(mode=0o700)
+    place = await SessionDirectories(state).open("sesn_1")
+    assert place.stat().st_mode & 0o777 == 0o700
+    refuse_workspace(place, state)
+    refuse_exposed(state, [str(place)])
+    (place / "sub").mkdir()
+    (place / "out").symlink_to(state)
+    for path in (state, place.parent, place / "sub", place / "out", state / "audit"):
+        path.mkdir(exist_ok=True)
+        with pytest.raises(CallerError):
+            refuse_workspace(path, state)
+        with pytest.raises(DeniedError):
+            refuse_exposed(state, [str(path)])
+    with pytest.raises(CallerError):
+        await SessionDirectories(state).open("../audit")
+    await SessionDirectories(state).remove("sesn_1")
+    assert not place.exists()
+    assert state.exists()
