@@ -29,14 +29,20 @@ class Outbox:
         self._queue = queue
         self._every = every
         self._kicked = asyncio.Event()
+        self._stopped = False
 
     def kick(self) -> None:
         """A run was begun by this process."""
         self._kicked.set()
 
+    def stop(self) -> None:
+        """Let `run` end, when it has handed over what it is handing over."""
+        self._stopped = True
+        self.kick()
+
     async def run(self) -> None:
-        """Until it is cancelled. An outage of either side is waited out; nothing is lost by it."""
-        while True:
+        """Until `stop`. An outage of either side is waited out; nothing is lost by it."""
+        while not self._stopped:
             try:
                 async with asyncio.timeout(self._every):
                     await self._kicked.wait()

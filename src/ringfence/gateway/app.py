@@ -43,13 +43,13 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
-        loops = [one.run() for one in (app.state.fanout, app.state.outbox) if one is not None]
-        tasks = [loop.create_task(one) for one in loops]
+        helpers = [one for one in (app.state.fanout, app.state.outbox) if one is not None]
+        tasks = [loop.create_task(one.run()) for one in helpers]
         try:
             yield
         finally:
-            for task in tasks:
-                task.cancel()
+            for one in helpers:
+                one.stop()
             await asyncio.gather(*tasks, return_exceptions=True)
             if database is not None:
                 await database.close()

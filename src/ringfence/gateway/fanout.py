@@ -102,9 +102,15 @@ class Follower:
         self._fanout = fanout
         self._topic = topic
         self._position = position
+        self.left = False
+
+    def leave(self) -> None:
+        """The reader is gone: wait for nothing more."""
+        self.left = True
+        self._topic.wake()
 
     async def frames(self, wait: float) -> Sequence[Frame]:
-        """What comes next; nothing when so many seconds pass without, or the gateway drains.
+        """What comes next; nothing when so many seconds pass without, or it is to end.
 
         Raises:
             UnavailableError: it is far behind, and the store does not answer.
@@ -117,7 +123,7 @@ class Follower:
             return self._moved([one for one in topic.kept if one.position > self._position])
         if topic.deleted is not None:
             return [topic.deleted]
-        if not self._fanout.draining:
+        if not (self.left or self._fanout.draining):
             try:
                 async with asyncio.timeout(wait):
                     await changed.wait()
@@ -145,6 +151,7 @@ class Fanout:
         self._topics: dict[str, _Topic] = {}
         self._open: Counter[str] = Counter()
         self._kicked = asyncio.Event()
+        self._stopped = False
         self.draining = False
 
     def kick(self) -> None:
@@ -156,6 +163,12 @@ class Fanout:
         self.draining = True
         for topic in self._topics.values():
             topic.wake()
+
+    def stop(self) -> None:
+        """Let `run` end, when it has read what it is reading."""
+        self.drain()
+        self._stopped = True
+        self.kick()
 
     @contextmanager
     def following(
@@ -188,8 +201,8 @@ class Fanout:
                 del self._topics[session]
 
     async def run(self) -> None:
-        """Until it is cancelled. While the store is away streams stay open, and catch up later."""
-        while True:
+        """Until `stop`. While the store is away streams stay open, and catch up later."""
+        while not self._stopped:
             pause = self._every if self._topics else None
             try:
                 async with asyncio.timeout(pause):

@@ -69,19 +69,16 @@ class EventStream(Response):
         del scope
         loop = asyncio.get_running_loop()
         with self._following as follower:
-            tasks = [
-                loop.create_task(self._told(follower, send)),
-                loop.create_task(_gone(receive)),
-            ]
+            gone = loop.create_task(_gone(receive))
+            # not cancelled but asked to end: a query that is broken off costs its connection
+            gone.add_done_callback(lambda _: follower.leave())
             try:
-                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                await self._told(follower, send)
+            except _CutError:
+                return
             finally:
-                for task in tasks:
-                    task.cancel()
-                results = await asyncio.gather(*tasks, return_exceptions=True)
-        for result in results:
-            if isinstance(result, Exception) and not isinstance(result, _CutError):
-                raise result
+                gone.cancel()
+                await asyncio.gather(gone, return_exceptions=True)
 
     async def _told(self, follower: Follower, send: Send) -> None:
         await self._put(
@@ -92,6 +89,8 @@ class EventStream(Response):
         last = False
         while not last and not self._fanout.draining:
             frames = await self._next(follower)
+            if follower.left:
+                return
             await self._write(send, b"".join(one.data for one in frames) or _ALIVE)
             last = any(one.last for one in frames)
             if time.monotonic() - checked >= self._pace.recheck:
@@ -107,11 +106,13 @@ class EventStream(Response):
     async def _next(self, follower: Follower) -> list[Frame]:
         """What is to be sent; empty after a silence."""
         deadline = time.monotonic() + self._pace.alive
-        while (left := deadline - time.monotonic()) > 0 and not self._fanout.draining:
+        while (rest := deadline - time.monotonic()) > 0:
+            if self._fanout.draining or follower.left:
+                break
             try:
-                frames = await follower.frames(left)
+                frames = await follower.frames(rest)
             except UnavailableError:
-                await asyncio.sleep(min(1.0, left))
+                await asyncio.sleep(min(1.0, rest))
                 continue
             if frames:
                 return list(frames)
