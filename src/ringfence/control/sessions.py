@@ -74,7 +74,7 @@ async def create(
         metadata=dict(wanted.metadata),
         resources=[one.model_dump(mode="json") for one in wanted.resources],
         vault_ids=list(wanted.vault_ids),
-        budget=wanted.budget and wanted.budget.model_dump(mode="json"),
+        budget=None if wanted.budget is None else wanted.budget.model_dump(mode="json"),
         status=SessionStatus.IDLE,
         turn=0,
         attempt=0,
@@ -188,7 +188,8 @@ async def update(
     """
     row = await _open(connection, caller, identity)
     journal = Journal(connection, row)
-    given, said = patch.model_fields_set, {}
+    given = patch.model_fields_set
+    said: dict[str, Any] = {}
     if "agent" in given:
         said |= await _change_agent(journal, ceiling, patch)
     if "title" in given and patch.title != row.title:
