@@ -77,6 +77,9 @@ def queue(config: Config, drain_seconds: float = 30.0) -> Queue:
     Raises:
         UnavailableError: `store-unavailable`; `engine-unavailable` without the extra `temporal`.
     """
+    from ringfence.queue.protocol import QueueSettings
+
+    settings = QueueSettings(drain_seconds=drain_seconds)
     if config.queue.engine == "temporal":
         try:
             from ringfence.queue.temporal import TemporalQueue
@@ -87,14 +90,11 @@ def queue(config: Config, drain_seconds: float = 30.0) -> Queue:
                 hint="pip install 'ringfence[temporal]'",
             ) from None
         return TemporalQueue(
-            config.queue.address, config.queue.name, namespace=config.queue.namespace
+            config.queue.address, config.queue.name, settings, namespace=config.queue.namespace
         )
     from ringfence.queue.embedded import EmbeddedQueue
-    from ringfence.queue.protocol import QueueSettings
 
-    return EmbeddedQueue(
-        config.state_dir / "queue" / "queue.sqlite", QueueSettings(drain_seconds=drain_seconds)
-    )
+    return EmbeddedQueue(config.state_dir / "queue" / "queue.sqlite", settings)
 
 
 def session_store(config: Config) -> SessionStore:

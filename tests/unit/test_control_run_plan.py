@@ -139,7 +139,7 @@ ceilings = st.one_of(
 ORDER = ("deny", "ask", "allow")
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(ceilings, agents())
 def test_an_agent_never_widens_the_policy(ceiling: PolicyDocument, who: dict[str, Any]) -> None:
     before = compile_policy(ceiling)
@@ -157,7 +157,7 @@ def test_an_agent_never_widens_the_policy(ceiling: PolicyDocument, who: dict[str
         assert ORDER.index(new) <= ORDER.index(old), (name, given_)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(ceilings, agents())
 def test_always_ask_is_never_answered_by_the_policy(
     ceiling: PolicyDocument, who: dict[str, Any]

@@ -1,0 +1,251 @@
+"""The worker's side of turns on both databases, as far as no agent is needed."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from gateway_rig import Place
+from ringfence.control import turns
+from ringfence.control.tenancy import Ceiling
+from ringfence.control.turns import NewEvent, Superseded, Turn
+from ringfence.errors import UnavailableError
+from ringfence.model import RunStatus, SessionStatus, Usage
+from ringfence.policy.load import from_mapping
+from ringfence.queue.embedded import EmbeddedQueue
+from ringfence.queue.protocol import Lease, QueueSettings, RetryAfter
+from ringfence.store.database import Database
+from ringfence.worker.platform import Sweeper
+from ringfence.worker.session_dirs import SessionDirectories
+from ringfence.worker.telling import Telling
+from ringfence.worker.turn import TurnHandler
+from session_rig import a_session, a_tenant, rows_of, say
+
+CEILING = Ceiling(policy=from_mapping({"version": 1, "preset": "ci"}))
+
+
+@pytest.fixture
+async def database(place: Place) -> Any:
+    found = place.open()
+    await found.migrate()
+    yield found
+    await found.close()
+
+
+@pytest.fixture
+async def queue(tmp_path: Path) -> Any:
+    settings = QueueSettings(max_attempts=1, retry_seconds=0.01)
+    found = EmbeddedQueue(tmp_path / "queue.sqlite", settings)
+    yield found
+    await found.close()
+
+
+def handler(database: Database, queue: EmbeddedQueue, place: Path, **more: Any) -> TurnHandler:
+    """Without a station: what is asked of it needs none."""
+    return TurnHandler(
+        station=cast("Any", None),
+        database=database,
+        queue=queue,
+        ceiling=CEILING,
+        workspaces=SessionDirectories(place / "state"),
+        **more,
+    )
+
+
+def lease(session: str, attempt: int = 1) -> Lease:
+    return Lease(run_id=f"{session}.1", tenant="t", priority=3, attempt=attempt, failures=0)
+
+
+async def claimed(database: Database, session: str, attempt: int = 1) -> Turn:
+    async with database.writing() as connection:
+        turn = await turns.claim(connection, f"{session}.1", attempt)
+    assert isinstance(turn, Turn)
+    return turn
+
+
+async def with_message(database: Database, **values: Any) -> str:
+    session = await a_session(database, await a_tenant(database), **values)
+    await say(database, session, "Do it.")
+    return session
+
+
+def words(text: str) -> NewEvent:
+    return NewEvent(type="agent.message", body={"content": [{"type": "text", "text": text}]})
+
+
+async def test_events_are_told_in_order_all_of_them_and_usage_once(database: Database) -> None:
+    session = await with_message(database)
+    turn = await claimed(database, session)
+    broken: list[int] = []
+    telling = Telling(database, turn, broken=lambda: broken.append(1))
+    running = asyncio.get_running_loop().create_task(telling.run())
+    for number in range(450):
+        used = Usage(output_tokens=1, cost_usd=None if number == 7 else 0.0)
+        telling.put([words(str(number))], used)
+        if number % 100 == 0:
+            await asyncio.sleep(0.02)
+    telling.close()
+    await running
+    row, events = await rows_of(database, session)
+    told = [e.body["content"][0]["text"] for e in events if e.type == "agent.message"]
+    assert told == [str(number) for number in range(450)]
+    assert row.usage["output_tokens"] == 450
+    assert telling.used.output_tokens == 450
+    assert broken == []
+
+
+async def test_an_attempt_that_may_not_tell_is_broken_off(database: Database) -> None:
+    session = await with_message(database)
+    first = await claimed(database, session)
+    broken: list[int] = []
+    telling = Telling(database, first, broken=lambda: broken.append(1))
+    running = asyncio.get_running_loop().create_task(telling.run())
+    await claimed(database, session, attempt=2)
+    telling.put([words("late")])
+    with pytest.raises(Superseded):
+        await running
+    assert broken == [1]
+    _, events = await rows_of(database, session)
+    assert "agent.message" not in [event.type for event in events]
+
+
+class Flaky:
+    """A database whose commits are made, and whose answers are lost, so many times."""
+
+    def __init__(self, database: Database, times: int) -> None:
+        self._database, self.times = database, times
+
+    def writing(self) -> Any:
+        return self
+
+    async def __aenter__(self) -> Any:
+        self._entered = self._database.writing()
+        return await self._entered.__aenter__()
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._entered.__aexit__(*cast("Any", error))
+        if self.times:
+            self.times -= 1
+            raise UnavailableError("store-unavailable", "the answer was lost")
+
+
+async def test_what_was_committed_without_an_answer_is_not_told_twice(database: Database) -> None:
+    session = await with_message(database)
+    flaky = Flaky(database, 1)
+    telling = Telling(cast("Any", flaky), await claimed(database, session), broken=lambda: None)
+    telling.put([words("once")], Usage(output_tokens=3))
+    telling.close()
+    await telling.run()
+    row, events = await rows_of(database, session)
+    assert [event.type for event in events].count("agent.message") == 1
+    assert row.usage["output_tokens"] == 3
+
+
+async def test_what_is_refused_today_ends_the_turn(
+    database: Database, queue: EmbeddedQueue, tmp_path: Path
+) -> None:
+    tools = [
+        {
+            "type": "agent_toolset_20260401",
+            "configs": [{"name": "web_fetch", "enabled": True}],
+        }
+    ]
+    body = {"name": "a", "model": {"id": "m"}, "tools": tools}
+    session = await with_message(database, agent=body)
+    assert await handler(database, queue, tmp_path)(lease(session)) is RunStatus.FAILED
+    row, events = await rows_of(database, session)
+    assert row.status is SessionStatus.IDLE
+    (error,) = [event.body["error"] for event in events if event.type == "session.error"]
+    assert "agent-denied" in error["message"]
+    assert events[-1].body["stop_reason"] == {"type": "retries_exhausted"}
+    # over is over: who comes again does nothing
+    assert await handler(database, queue, tmp_path)(lease(session, 2)) is RunStatus.FAILED
+    assert len((await rows_of(database, session))[1]) == len(events)
+
+
+async def test_a_host_without_room_takes_nothing(
+    database: Database, queue: EmbeddedQueue, tmp_path: Path
+) -> None:
+    session = await with_message(database)
+    with pytest.raises(RetryAfter) as caught:
+        await handler(database, queue, tmp_path, room=lambda: 2.0)(lease(session))
+    assert caught.value.seconds == 2.0
+    row, _ = await rows_of(database, session)
+    assert row.attempt == 0
+
+
+async def test_calls_of_an_attempt_that_was_lost_get_their_result(
+    database: Database, queue: EmbeddedQueue, tmp_path: Path
+) -> None:
+    session = await with_message(database)
+    first = await claimed(database, session)
+    made = handler(database, queue, tmp_path)
+    assert await made._lost_calls(first) == []
+    ids = [turns.new_event_id() for _ in range(3)]
+    kinds = ("agent.tool_use", "agent.mcp_tool_use", "agent.tool_use")
+    told = [
+        NewEvent(type=kind, body={"name": "x", "input": {}, "mcp_server_name": "m"}, id=identity)
+        for kind, identity in zip(kinds, ids, strict=True)
+    ]
+    told.append(NewEvent(type="agent.tool_result", body={"tool_use_id": ids[0], "content": []}))
+    async with database.writing() as connection:
+        await turns.append(connection, first, told)
+    lost = await made._lost_calls(await claimed(database, session, attempt=2))
+    assert [(event.type, event.body["is_error"]) for event in lost] == [
+        ("agent.mcp_tool_result", True),
+        ("agent.tool_result", True),
+    ]
+    assert lost[0].body["mcp_tool_use_id"] == ids[1]
+    assert lost[1].body["tool_use_id"] == ids[2]
+
+
+async def test_what_others_left_is_made_good(database: Database, queue: EmbeddedQueue) -> None:
+    """A turn that no one handed over is, and a dead letter ends its turn."""
+    session = await with_message(database)
+    sweeper = Sweeper(database=database, queue=queue)
+    await sweeper.sweep()
+    assert await queue.find(f"{session}.1") is not None
+    stop = asyncio.Event()
+
+    async def fails(lease: Lease) -> RunStatus:
+        if lease.run_id.startswith(session):
+            stop.set()
+        raise UnavailableError("isolation-unavailable", "not on this host")
+
+    await queue.run_worker(fails, slots=1, stop=stop)
+    assert f"{session}.1" in [letter.run_id for letter in await queue.dead_letters()]
+    await sweeper.sweep()
+    await sweeper.sweep()
+    row, events = await rows_of(database, session)
+    assert row.status is SessionStatus.IDLE
+    kinds = [event.type for event in events]
+    assert kinds.count("session.error") == kinds.count("session.status_idle") == 1
+    assert "not on this host" in str(events[-2].body)
+    await say(database, session, "Again.")
+    assert (await rows_of(database, session))[0].turn == 2
+
+
+async def test_snapshots_make_a_directory_anew_where_another_host_went_on(tmp_path: Path) -> None:
+    from ringfence.store.blobs import BlobStore, DirectoryObjects
+    from ringfence.worker.workspaces import WorkspaceStore
+
+    snapshots = WorkspaceStore(BlobStore(DirectoryObjects(tmp_path / "blobs")))
+    one, two = (SessionDirectories(tmp_path / name, snapshots) for name in ("one", "two"))
+    here = await one.open("sesn_1", tenant="t")
+    (here / "a").write_text("1")
+    first = await one.save("sesn_1", tenant="t")
+    assert first is not None
+    await one.settled("sesn_1", first)
+    there = await two.open("sesn_1", tenant="t", reference=first)
+    assert (there / "a").read_text() == "1"
+    (there / "a").write_text("2")
+    second = await two.save("sesn_1", tenant="t")
+    assert second is not None
+    # not marked: its worker died before the turn was settled, and the files are here still
+    kept = await two.open("sesn_1", tenant="t", reference=first)
+    assert (kept / "a").read_text() == "2"
+    back = await one.open("sesn_1", tenant="t", reference=second)
+    assert (back / "a").read_text() == "2"
