@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
+import socket
 import subprocess
 import tempfile
 import threading
@@ -50,6 +52,17 @@ class Valkey:
     @property
     def url(self) -> str:
         return f"unix://{self.place}/socket"
+
+    def tcp(self) -> str:
+        """The same server's URL on a port of loopback, which it opens now."""
+        import redis
+
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        with redis.Redis.from_url(self.url) as client:
+            client.config_set("port", port)
+        return f"redis://127.0.0.1:{port}/0"
 
     def start(self, *options: str) -> None:
         self._process: Any = subprocess.Popen(
@@ -100,12 +113,14 @@ def s3() -> Iterator[tuple[str, S3Settings]]:
     thread.start()
     endpoint = f"http://127.0.0.1:{server.server_port}"
     try:
-        request = urllib.request.Request(f"{endpoint}/bucket", method="PUT")
+        # what it keeps is the process's, whichever server is asked
+        bucket = f"bucket-{secrets.token_hex(8)}"
+        request = urllib.request.Request(f"{endpoint}/{bucket}", method="PUT")
         urllib.request.urlopen(request, timeout=30).close()
         settings = S3Settings.model_validate(
             {"endpoint": endpoint, "access_key_id": "key", "secret_access_key": "secret"}
         )
-        yield "s3://bucket/prefix", settings
+        yield f"s3://{bucket}/prefix", settings
     finally:
         server.shutdown()
         thread.join()

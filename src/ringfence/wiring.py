@@ -126,7 +126,7 @@ def session_store(config: Config) -> SessionStore:
 
 def workspaces(config: Config) -> WorkspaceStore:
     """Where snapshots of workspaces lie. Raises as `session_store`."""
-    place = config.blob_store or str(config.state_dir / "blobs")
+    place = config.blob_store or str(config.state_dir)
     kind = "s3" if place.startswith("s3://") else "directory"
     with _extra({"s3": "s3", "directory": "platform"}, kind):
         from ringfence.store.blobs import BlobStore, DirectoryObjects, Objects

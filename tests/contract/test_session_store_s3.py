@@ -171,4 +171,4 @@ def test_workspaces_in_a_bucket(bucket: Any, tmp_path: Path) -> None:
         asyncio.run(store.restore(reference, tmp_path / "b", tenant="tenant_b", session="s"))
     assert asyncio.run(store.collect("tenant_a", [reference], grace_seconds=-5)) == 0
     assert asyncio.run(store.collect("tenant_a", [], grace_seconds=-5)) >= 3
-    assert keys(bucket, "tenant_a/") == []
+    assert keys(bucket, "blobs/") == []

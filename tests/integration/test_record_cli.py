@@ -61,7 +61,13 @@ def state(tmp_path: Path) -> SimpleNamespace:
     )
     log.close()
     calls: list[list[str]] = []
-    return SimpleNamespace(state_dir=tmp_path, config=None, run=calls.append, calls=calls)
+    return SimpleNamespace(
+        state_dir=tmp_path,
+        config=None,
+        run=calls.append,
+        calls=calls,
+        sessions=lambda: SqliteSessionStore(tmp_path / "sessions.sqlite"),
+    )
 
 
 def invoke(app: object, state: SimpleNamespace, *arguments: str) -> Result:

@@ -102,7 +102,7 @@ class BlobStore:
         """Delete a tenant's blobs that are older than the grace and not among `keep`, digests.
         Returns how many. `keep` must be of before the call.
         """
-        prefix = f"{check_tenant(tenant)}/"
+        prefix = f"blobs/{check_tenant(tenant)}/"
         oldest = time.time() - grace_seconds
         gone = [
             stored.key
@@ -123,7 +123,8 @@ def check_tenant(tenant: str) -> str:
 def _key(tenant: str, digest: str) -> str:
     if not _DIGEST.fullmatch(digest):
         raise UnavailableError("blob-damaged", "a blob's name is not a digest")
-    return f"{check_tenant(tenant)}/{digest[:2]}/{digest}"
+    # under a name of our own: transcripts may lie in the same bucket, and `sessions` be a tenant
+    return f"blobs/{check_tenant(tenant)}/{digest[:2]}/{digest}"
 
 
 def _unpack(packed: bytes, size: int) -> bytes | None:
@@ -142,7 +143,7 @@ class DirectoryObjects:
     def __init__(self, root: Path) -> None:
         self._root = root
         try:
-            root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _make(root)
             status = root.stat()
         except OSError as error:
             raise _away(root, error) from None
@@ -166,7 +167,7 @@ class DirectoryObjects:
         path = self._root / key
         draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         with self._faults():
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _make(path.parent)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             try:
                 with os.fdopen(os.open(draft, flags, 0o600), "wb") as file:
@@ -210,6 +211,13 @@ class DirectoryObjects:
             raise
         except OSError as error:
             raise _away(self._root, error) from None
+
+
+def _make(directory: Path) -> None:
+    """With all that is missing above it; `parents=True` would open those to others."""
+    for missing in reversed([directory, *directory.parents]):
+        if not missing.exists():
+            missing.mkdir(mode=0o700, exist_ok=True)
 
 
 def _sync(directory: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -217,7 +218,7 @@ class WorkspaceStore:
         except FileExistsError:
             raise _occupied(directory) from None
         except OSError as error:
-            if error.errno in {39, 20}:  # ENOTEMPTY, ENOTDIR: of rename(2)
+            if error.errno in {errno.ENOTEMPTY, errno.ENOTDIR}:  # rename(2)
                 raise _occupied(directory) from None
             raise UnavailableError(
                 "host-failed", f"a workspace cannot be written: {words(error)}"
@@ -390,7 +391,7 @@ def _target(root: int, path: bytes) -> bytes:
     except (FileNotFoundError, NotADirectoryError, DeniedError):
         raise _ChangedError(printable_path(path)) from None
     except OSError as error:
-        if error.errno == 22:  # EINVAL: no link any more (readlink(2))
+        if error.errno == errno.EINVAL:  # no link any more (readlink(2))
             raise _ChangedError(printable_path(path)) from None
         raise
 
