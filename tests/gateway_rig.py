@@ -20,6 +20,7 @@ from ringfence.control import keys
 from ringfence.control.narrowing import NetworkRules
 from ringfence.control.tenancy import Ceiling
 from ringfence.gateway.app import create_app, guarded
+from ringfence.gateway.server import configured
 from ringfence.policy.load import from_mapping
 from ringfence.store.database import Database, open_postgresql, open_sqlite
 
@@ -109,9 +110,7 @@ class Rig:
         """The gateway behind a socket of its own; its base URL."""
         database = self.place.open()
         app = guarded(self.app(database), database, self.settings)
-        server = uvicorn.Server(
-            uvicorn.Config(app, port=0, log_config=None, access_log=False, ws="none")
-        )
+        server = uvicorn.Server(configured(app, self.settings, port=0))
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         for _ in range(2000):

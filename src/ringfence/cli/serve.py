@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
+import logging
+import resource
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -18,6 +21,9 @@ from ringfence.errors import UnavailableError, words
 if TYPE_CHECKING:
     from ringfence.control.platform import Platform
     from ringfence.control.tenancy import Ceiling
+
+_OTHER_FILES = 256
+"""The database's, the log's, and what the libraries open."""
 
 
 def register(app: typer.Typer) -> None:
@@ -58,7 +64,20 @@ def serve(
         platform = state.platform()
         settings = platform.settings
         listener = _listen(host or settings.host, settings.port if port is None else port)
-        asyncio.run(_serve(platform, platform.ceiling(ceiling_policy), listener))
+        _make_room(settings.connections)
+        import uvloop
+
+        uvloop.run(_serve(platform, platform.ceiling(ceiling_policy), listener))
+
+
+def _make_room(connections: int) -> None:
+    """A descriptor for each connection, as far as the host permits; most start with 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -77,6 +96,7 @@ async def _serve(platform: Platform, ceiling: Ceiling, listener: socket.socket) 
     import uvicorn
 
     from ringfence.gateway.app import create_app, guarded
+    from ringfence.gateway.server import configured
 
     structlog.configure(
         processors=[
@@ -87,25 +107,17 @@ async def _serve(platform: Platform, ceiling: Ceiling, listener: socket.socket) 
         ],
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+    # what it says of a request is no JSON, and is said by us already
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     settings = platform.settings
     async with platform.opened() as database:
         app = create_app(database, ceiling)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                guarded(app, database, settings),
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                # a header that any caller can write says nothing about where it comes from
-                proxy_headers=False,
-                ws="none",
-                limit_concurrency=settings.concurrency,
-                timeout_graceful_shutdown=30,
-            )
-        )
+        server = uvicorn.Server(configured(guarded(app, database, settings), settings))
         name, number = listener.getsockname()[:2]
         place = f"[{name}]" if ":" in name else name
         # the socket listens already: what comes before the first turn waits in its backlog
         sys.stdout.write(f"http://{place}:{number}\n")
         sys.stdout.flush()
+        # uvicorn raises the signal once more when all has ended; the first was obeyed
+        signal.signal(signal.SIGTERM, lambda *_: None)
         await server.serve(sockets=[listener])

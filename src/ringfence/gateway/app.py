@@ -41,6 +41,7 @@ def create_app(database: Database | None, ceiling: Ceiling | None) -> FastAPI:
         # the interactive pages load scripts from elsewhere
         docs_url=None,
         redoc_url=None,
+        openapi_url=None,
         lifespan=lifespan,
         redirect_slashes=False,
         exception_handlers={
@@ -50,7 +51,9 @@ def create_app(database: Database | None, ceiling: Ceiling | None) -> FastAPI:
         },
     )
     app.state.database = database
+    app.state.readiness = database and health.Readiness(database)
     app.state.ceiling = ceiling
+    app.state.document = None
     for router in (agents.router, environments.router, health.router):
         app.include_router(router)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
