@@ -66,11 +66,30 @@ def backends(config: Config) -> Backends:
     return Backends({name: partial(make, config) for name, make in technologies().items()})
 
 
-def queue(config: Config) -> Queue:
-    """The queue of this host."""
+def queue(config: Config, drain_seconds: float = 30.0) -> Queue:
+    """The queue of the settings. Nothing of a cluster is connected yet.
+
+    Raises:
+        UnavailableError: `store-unavailable`; `engine-unavailable` without the extra `temporal`.
+    """
+    from ringfence.queue.protocol import QueueSettings
+
+    settings, engine = QueueSettings(drain_seconds=drain_seconds), config.queue
+    if engine.engine == "temporal":
+        try:
+            from ringfence.queue.temporal import TemporalQueue
+        except ModuleNotFoundError as error:
+            raise UnavailableError(
+                "engine-unavailable",
+                f"{error.name} is not installed",
+                hint="pip install 'ringfence[temporal]'",
+            ) from None
+        return TemporalQueue(
+            engine.address, engine.name, settings, namespace=engine.namespace, access=engine
+        )
     from ringfence.queue.embedded import EmbeddedQueue
 
-    return EmbeddedQueue(config.state_dir / "queue" / "queue.sqlite")
+    return EmbeddedQueue(config.state_dir / "queue" / "queue.sqlite", settings)
 
 
 def platform(config: Config) -> Platform:
@@ -96,6 +115,16 @@ def platform(config: Config) -> Platform:
     return Platform(database=database, settings=config.gateway)
 
 
+def _leave(end: SystemExit) -> None:
+    """Without an orderly exit, which the threads of Temporal's client may abort
+    (github.com/temporalio/sdk-python/issues/300), where that client was loaded.
+    """
+    if "temporalio" in sys.modules:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
+
+
 def main() -> None:
     """Entry of the `ringfence` command."""
     from ringfence.cli.context import AppContext
@@ -113,8 +142,12 @@ def main() -> None:
             run=again,
             backends=technologies(),
             platform=lambda: platform(config),
+            queue=lambda drain: queue(config, drain),
         )
         app(obj=context)
+    except SystemExit as end:
+        _leave(end)
+        raise
     except Exception as error:  # noqa: BLE001  no traceback reaches a user
         known = as_known(error)
         report(known)

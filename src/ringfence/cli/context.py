@@ -11,6 +11,7 @@ from ringfence.config import Config
 
 if TYPE_CHECKING:
     from ringfence.control.platform import Platform
+    from ringfence.queue.protocol import Queue
     from ringfence.sandbox.protocol import Backend
     from ringfence.worker.launch import Launcher
 
@@ -26,6 +27,7 @@ class AppContext:
         backends: every isolation technology by its name in policies, strongest choice of a
             bare host first; made for a configuration.
         platform: makes what the gateway and its commands need; imports its libraries.
+        queue: the queue, for a worker that drains for so many seconds.
         run: entry for `sessions resume`: called with the argv of `ringfence run`.
     """
 
@@ -34,6 +36,7 @@ class AppContext:
     run: Callable[[list[str]], Any]
     backends: Mapping[str, Callable[[Config], Backend]] = field(default_factory=dict)
     platform: Callable[[], Platform] | None = None
+    queue: Callable[[float], Queue] | None = None
 
     @property
     def state_dir(self) -> Path:

@@ -17,6 +17,7 @@ from ringfence.cli import (
     keys,
     patch,
     policy,
+    queue,
     run,
     serve,
     sessions,
@@ -65,3 +66,4 @@ app.add_typer(image.app, name="image")
 app.add_typer(simulator.app, name="simulator")
 serve.register(app)
 app.add_typer(keys.app, name="keys")
+app.add_typer(queue.app, name="queue")
