@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import uvicorn
 
 from postgres import Postgres
 from ringfence.config import GatewaySettings
@@ -20,6 +19,7 @@ from ringfence.control import keys
 from ringfence.control.narrowing import NetworkRules
 from ringfence.control.tenancy import Ceiling
 from ringfence.gateway.app import create_app, guarded
+from ringfence.gateway.server import configured
 from ringfence.gateway.serving import Server
 from ringfence.policy.load import from_mapping
 from ringfence.queue.embedded import EmbeddedQueue
@@ -115,14 +115,7 @@ class Rig:
         queue = self.queue and EmbeddedQueue(self.queue)
         app = self.app(database, queue)
         server = Server(
-            uvicorn.Config(
-                guarded(app, database, self.settings),
-                port=0,
-                log_config=None,
-                access_log=False,
-                ws="none",
-                timeout_graceful_shutdown=20,
-            ),
+            configured(guarded(app, database, self.settings), self.settings, port=0),
             app.state.fanout,
         )
         thread = threading.Thread(target=server.run, daemon=True)

@@ -26,6 +26,7 @@ from pydantic import (
     SecretStr,
     ValidationError,
     field_validator,
+    model_validator,
 )
 
 from ringfence.errors import CallerError
@@ -124,14 +125,26 @@ class GatewaySettings(_Frozen):
 
     Attributes:
         host, port: where it listens. TLS is a load balancer's; the host is loopback unless set.
+        trusted_proxies: addresses or networks of load balancers, whose X-Forwarded-For is
+            believed; without them the caller's address is the connection's.
+        hosts: names that a request's Host may have; empty takes any.
         max_body_kb: largest body of a request.
-        body_seconds: how long a body may take to arrive.
+        head_seconds, body_seconds: how long a request's head and body may take to arrive.
+        answer_seconds: how long what is written to a caller may wait to be taken.
         requests_per_minute: of one API key, in one gateway process.
         failures_per_minute: requests without a good key from one address, in one process.
-        concurrency: connections at a time, event streams among them; more are answered 503.
         streams: event streams at a time, in one process; streams_per_tenant: of one tenant.
         stream_alive_seconds: silence of a stream after which a comment goes out.
         stream_write_seconds: a stream whose reader takes nothing for so long is cut.
+        connections, connections_per_address: held at once, in one process. The longest silent one
+            makes room; those of `trusted_proxies` have no bound of their own.
+        concurrency, concurrency_per_key: requests in hand at once, after their key was found good;
+            event streams are none of them.
+        grace_seconds: how long requests may go on after SIGTERM.
+        definition_kb: largest agent or environment, with all that it leaves out written out.
+        page_kb: definitions of one page of a list; the page ends early, and another follows.
+        agents, agent_versions, environments, keys: of one tenant; versions of one agent; keys that
+            are good.
         unrestricted: `policy` lets an environment ask for every host that the operator's policy
             names at once; nothing makes it reach more.
         package_hosts: what `allow_package_managers` stands for; each must be in the policy, too.
@@ -139,17 +152,90 @@ class GatewaySettings(_Frozen):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8470, ge=0, le=65_535)
+    trusted_proxies: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
     max_body_kb: int = Field(default=1024, ge=1, le=65_536)
+    head_seconds: float = Field(default=10.0, gt=0, le=3600)
     body_seconds: float = Field(default=30.0, gt=0, le=3600)
+    answer_seconds: float = Field(default=60.0, gt=0, le=3600)
     requests_per_minute: float = Field(default=1200.0, gt=0)
     failures_per_minute: float = Field(default=60.0, gt=0)
-    concurrency: int = Field(default=1024, ge=1)
     streams: int = Field(default=768, ge=0)
     streams_per_tenant: int = Field(default=512, ge=0)
     stream_alive_seconds: float = Field(default=15.0, gt=0, le=3600)
     stream_write_seconds: float = Field(default=20.0, gt=0, le=3600)
+    connections: int = Field(default=2048, ge=1)
+    connections_per_address: int = Field(default=256, ge=1)
+    concurrency: int = Field(default=256, ge=1)
+    concurrency_per_key: int = Field(default=64, ge=1)
+    grace_seconds: float = Field(default=30.0, gt=0, le=3600)
+    definition_kb: int = Field(default=128, ge=1, le=65_536)
+    page_kb: int = Field(default=2048, ge=1, le=65_536)
+    agents: int = Field(default=10_000, ge=1)
+    agent_versions: int = Field(default=10_000, ge=1)
+    environments: int = Field(default=1_000, ge=1)
+    keys: int = Field(default=1_000, ge=1)
     unrestricted: Literal["refuse", "policy"] = "refuse"
     package_hosts: tuple[str, ...] = ()
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            ipaddress.ip_network(text)
+        return value
+
+
+class QueueEngine(_Frozen):
+    """Where runs wait for a worker, and how a cluster knows us.
+
+    Attributes:
+        engine: `embedded` is a file of the state directory, for one host; `temporal` a cluster.
+        address: `host:port` of the cluster's frontend.
+        namespace: of the cluster.
+        name: task queue, so that several platforms can share a namespace.
+        tls: implied by any of what follows.
+        ca_file: PEM of the authorities that its certificate may be of; the system's otherwise.
+        server_name: the name in its certificate, where that is not the address's.
+        certificate_file, key_file: PEM, ours.
+        api_key: sent with each call, and only over TLS.
+    """
+
+    engine: Literal["embedded", "temporal"] = "embedded"
+    address: str = "127.0.0.1:7233"
+    namespace: str = "default"
+    name: str = "ringfence"
+    tls: bool = False
+    ca_file: Path | None = None
+    server_name: str | None = None
+    certificate_file: Path | None = None
+    key_file: Path | None = None
+    api_key: SecretStr | None = None
+
+    @field_validator("address")
+    @classmethod
+    def _endpoint(cls, value: str) -> str:
+        if not re.fullmatch(r"[^\s/@]+:[1-9][0-9]{0,4}", value):
+            raise ValueError("write host:port, as temporal.example.com:7233")
+        return value
+
+    @field_validator("ca_file", "certificate_file", "key_file")
+    @classmethod
+    def _files(cls, value: Path | None) -> Path | None:
+        return _existing(value)
+
+    @model_validator(mode="after")
+    def _whole(self) -> QueueEngine:
+        if (self.certificate_file is None) != (self.key_file is None):
+            raise ValueError("certificate_file and key_file belong together")
+        return self
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether the connection is TLS: an API key never goes over another."""
+        return bool(
+            self.tls or self.ca_file or self.server_name or self.certificate_file or self.api_key
+        )
 
 
 class S3Settings(_Frozen):
@@ -185,22 +271,6 @@ class SnapshotSettings(_Frozen):
 
     max_mb: int = Field(default=4096, ge=1)
     max_entries: int = Field(default=200_000, ge=1, le=2_000_000)
-
-
-class QueueEngine(_Frozen):
-    """Where runs wait for a worker.
-
-    Attributes:
-        engine: `embedded` is a file of the state directory, for one host; `temporal` a cluster.
-        address: `host:port` of the cluster's frontend.
-        namespace: of the cluster.
-        name: task queue, so that several platforms can share a namespace.
-    """
-
-    engine: Literal["embedded", "temporal"] = "embedded"
-    address: str = "127.0.0.1:7233"
-    namespace: str = "default"
-    name: str = "ringfence"
 
 
 class Config(_Frozen):

@@ -149,6 +149,8 @@ CODES: dict[str, str] = {
     "request-too-large": "A request's body is larger than the gateway takes.",
     "request-too-slow": "A request's body did not arrive in time.",
     "request-rate": "More requests than the gateway takes from one key or address.",
+    "gateway-busy": "The gateway has as many requests in hand as it takes.",
+    "tenant-full": "A tenant has as many things of one kind as it may.",
     "not-supported": "The route exists in the public API, and this version does not serve it.",
     "route-unknown": "There is no such route, or not with that method.",
     "gateway-unavailable": "The gateway does not answer, or not as a gateway does.",

@@ -79,8 +79,8 @@ def queue(config: Config, drain_seconds: float = 30.0) -> Queue:
     """
     from ringfence.queue.protocol import QueueSettings
 
-    settings = QueueSettings(drain_seconds=drain_seconds)
-    if config.queue.engine == "temporal":
+    settings, engine = QueueSettings(drain_seconds=drain_seconds), config.queue
+    if engine.engine == "temporal":
         try:
             from ringfence.queue.temporal import TemporalQueue
         except ModuleNotFoundError as error:
@@ -90,7 +90,7 @@ def queue(config: Config, drain_seconds: float = 30.0) -> Queue:
                 hint="pip install 'ringfence[temporal]'",
             ) from None
         return TemporalQueue(
-            config.queue.address, config.queue.name, settings, namespace=config.queue.namespace
+            engine.address, engine.name, settings, namespace=engine.namespace, access=engine
         )
     from ringfence.queue.embedded import EmbeddedQueue
 
@@ -181,6 +181,16 @@ def platform(config: Config) -> Platform:
     return Platform(database=database, settings=config.gateway, queue=lambda: queue(config))
 
 
+def _leave(end: SystemExit) -> None:
+    """Without an orderly exit, which the threads of Temporal's client may abort
+    (github.com/temporalio/sdk-python/issues/300), where that client was loaded.
+    """
+    if "temporalio" in sys.modules:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
+
+
 def main() -> None:
     """Entry of the `ringfence` command."""
     from ringfence.cli.context import AppContext
@@ -203,6 +213,9 @@ def main() -> None:
             queue=lambda drain: queue(config, drain),
         )
         app(obj=context)
+    except SystemExit as end:
+        _leave(end)
+        raise
     except Exception as error:  # noqa: BLE001  no traceback reaches a user
         known = as_known(error)
         report(known)

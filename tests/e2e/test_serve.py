@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from anthropic import Anthropic, AuthenticationError
+
+from gateway_rig import Rig, sqlite_place
 
 
 def ringfence(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -65,9 +71,70 @@ def test_keys_and_serve(tmp_path: Path) -> None:
     finally:
         server.kill()
         server.wait()
-    assert (server.returncode, out) in {(0, ""), (-signal.SIGTERM, "")}
+    assert (server.returncode, out) == (0, "")
     assert first["key"] not in err
     assert any(json.loads(line).get("status") == 401 for line in err.splitlines())
+
+
+@contextlib.contextmanager
+def served(state: Path, **settings: str) -> Iterator[tuple[subprocess.Popen[str], int, str]]:
+    """A gateway of its own process, its port, and a key."""
+    key = Rig(place=sqlite_place(state)).key().text
+    server = subprocess.Popen(
+        [sys.executable, "-m", "ringfence", "serve", "--port", "0"],
+        env={**os.environ, "RINGFENCE_STATE_DIR": str(state), **settings},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        yield server, int(server.stdout.readline().strip().rpartition(":")[2]), key
+    finally:
+        server.kill()
+        server.wait()
+
+
+def half_a_request(port: int, key: str) -> socket.socket:
+    link = socket.create_connection(("127.0.0.1", port), timeout=60)
+    lines = [
+        *("POST /v1/agents HTTP/1.1", "host: x", f"x-api-key: {key}"),
+        *("content-type: application/json", "content-length: 24", "", ""),
+    ]
+    link.sendall("\r\n".join(lines).encode() + b'{"name":"x",')
+    time.sleep(1.0)
+    return link
+
+
+def is_closed(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=60).close()
+    except ConnectionError:
+        return True
+    return False
+
+
+def test_told_to_end_it_takes_nothing_new_and_ends_what_it_has(tmp_path: Path) -> None:
+    with served(tmp_path / "state") as (server, port, key), half_a_request(port, key) as link:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as silent:
+            assert not is_closed(port)
+            server.send_signal(signal.SIGTERM)
+            while not is_closed(port):
+                time.sleep(0.05)
+            # who has no request in hand is let go
+            assert silent.recv(1) == b""
+        assert server.poll() is None
+        link.sendall(b'"model":"m"}')
+        answer = b"".join(iter(lambda: link.recv(65_536), b""))
+        assert answer.startswith(b"HTTP/1.1 200"), answer
+        assert server.wait(60) == 0
+
+
+def test_it_does_not_wait_for_ever(tmp_path: Path) -> None:
+    bound = {"RINGFENCE_GATEWAY__GRACE_SECONDS": "1"}
+    with served(tmp_path / "state", **bound) as (server, port, key):
+        with half_a_request(port, key):
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(25) == 0
 
 
 def test_without_the_extra_the_hint_names_it(tmp_path: Path) -> None:

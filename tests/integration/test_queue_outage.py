@@ -14,6 +14,7 @@ import pytest
 
 from ringfence.config import Config
 from ringfence.model import RunStatus
+from ringfence.queue import serving
 from ringfence.queue.embedded import EmbeddedQueue
 from ringfence.queue.protocol import Lease, QueueSettings
 from ringfence.testing.queue_base import Seen
@@ -193,3 +194,20 @@ def test_the_queue_of_a_host_lies_below_its_state_directory(tmp_path: Path) -> N
 
     asyncio.run(work())
     assert (tmp_path / "state" / "queue" / "queue.sqlite").exists()
+
+
+async def test_a_worker_forgets_what_ended(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "_TIDY_SECONDS", 0.05)
+    usual, hasty = EmbeddedQueue(path), EmbeddedQueue(path, QueueSettings(keep_seconds=-1.0))
+    await usual.submit("run", tenant="a")
+    async with worker(usual, Seen()):
+        assert await ended(usual, "run") is RunStatus.SUCCEEDED
+        await asyncio.sleep(0.3)
+    assert await usual.find("run") is not None
+    async with worker(hasty, Seen()):
+        end = time.monotonic() + 20
+        while await hasty.find("run") is not None:
+            assert time.monotonic() < end
+            await asyncio.sleep(0.02)
+    await usual.close()
+    await hasty.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -26,6 +27,11 @@ HOSTS = (
 )
 WILD = ("*.example.com", "*.b.example.com")
 PATHS = ("/srv/data", "/srv/data/deep", "/srv/other", "/workspace", "/workspace/sub")
+
+
+PATTERNS = ("ephemeral", "hybrid", "long-running", "multi-agent")
+CARE = ("own_code", "internal_team", "third_party_input", "hostile_multi_tenant")
+LIVES = {"ephemeral": 0, "hybrid": 1, "long-running": 2, "multi-agent": 0}
 
 
 def environment(networking: dict[str, Any] | None = None, **block: Any) -> EnvironmentDefinition:
@@ -72,10 +78,12 @@ def ceilings(draw: st.DrawFn) -> PolicyDocument:
                     {"backend": "gvisor"},
                     {"backend": "microvm", "emulation": "allow"},
                     {"threat_model": "internal_team"},
+                    {"backend": "gvisor", "threat_model": "third_party_input"},
                     {"backend": "auto", "threat_model": "hostile_multi_tenant"},
                 ]
             )
         ),
+        "hosting": {"pattern": draw(st.sampled_from(PATTERNS))},
         "filesystem": {
             "readable_paths": draw(st.sampled_from([[], ["/srv/data"]])),
             "blocked_paths": ["/srv/secret"],
@@ -107,10 +115,8 @@ def environments(draw: st.DrawFn) -> EnvironmentDefinition:
         "isolation": maybe(
             st.sampled_from(["auto", "bubblewrap", "runtime", "container", "gvisor", "microvm"])
         ),
-        "threat_model": maybe(
-            st.sampled_from(["own_code", "internal_team", "hostile_multi_tenant"])
-        ),
-        "hosting": maybe(st.sampled_from(["long_running", "multi_agent"])),
+        "threat_model": maybe(st.sampled_from(CARE)),
+        "hosting": maybe(st.sampled_from([one.replace("-", "_") for one in PATTERNS])),
         "filesystem": maybe(
             st.fixed_dictionaries(
                 {},
@@ -160,6 +166,15 @@ def test_what_is_compiled_never_allows_more_than_the_ceiling(
     except (DeniedError, CallerError):
         return
     assert not diff(ceiling, narrowed).widens
+    # a sandbox lives no longer, and is shared by several agents only where the operator has it so
+    own, pattern = ceiling.hosting.pattern, narrowed.hosting.pattern
+    assert LIVES[pattern] <= LIVES[own]
+    assert pattern != "multi-agent" or own == "multi-agent"
+    if ceiling.isolation.threat_model is not None:
+        assert narrowed.isolation.threat_model is not None
+        assert CARE.index(narrowed.isolation.threat_model) >= CARE.index(
+            ceiling.isolation.threat_model
+        )
     # by the code that decides at run time, which neither narrowing nor diff is made of
     most, least = compile_policy(ceiling).egress, compile_policy(narrowed).egress
     for host in HOSTS:
@@ -182,6 +197,7 @@ def test_narrowing_is_not_refusing_everything() -> None:
             "preset": "developer",
             "network": {"allowed_hosts": ["api.anthropic.com", "*.example.com"]},
             "filesystem": {"readable_paths": ["/srv/data"]},
+            "hosting": {"pattern": "long-running"},
         }
     )
     asked = environment(
@@ -249,6 +265,8 @@ def test_a_wildcard_keeps_the_narrower_lines_below_it() -> None:
         (None, {"isolation": "runtime"}, "isolation"),
         (None, {"isolation": "auto"}, "threat_model"),
         (None, {"threat_model": "own_code", "isolation": "auto"}, "isolation"),
+        (None, {"hosting": "long_running"}, "hosting: long_running"),
+        (None, {"hosting": "multi_agent"}, "hosting: multi_agent"),
         (None, {"filesystem": {"readable_paths": ["/srv/other"]}}, "/srv/other"),
         (None, {"filesystem": {"writable_paths": ["/srv/data"]}}, "/srv/data"),
         (None, {"filesystem": {"readable_paths": ["/srv/data/deep"]}}, "/srv/data/deep"),
@@ -264,8 +282,41 @@ def test_what_is_wider_is_refused_by_its_name(
             "network": {"allowed_hosts": ["a.example.com"]},
             "filesystem": {"readable_paths": ["/srv/data"], "workspace": "review"},
             "isolation": {"backend": "container"},
+            "hosting": {"pattern": "hybrid"},
             "execution": {"cpus": 2.0},
         }
     )
     with pytest.raises(DeniedError, match=word.replace("*", r"\*")):
         narrow(ceiling, environment(networking, **block), NetworkRules())
+
+
+@pytest.mark.parametrize(
+    ("own", "allowed"),
+    [
+        ("ephemeral", {"ephemeral"}),
+        ("hybrid", {"ephemeral", "hybrid"}),
+        ("long-running", {"ephemeral", "hybrid", "long-running"}),
+        ("multi-agent", {"ephemeral", "multi-agent"}),
+    ],
+)
+def test_a_hosting_pattern_stays_within_the_operators(own: str, allowed: set[str]) -> None:
+    ceiling = from_mapping({"version": 1, "hosting": {"pattern": own}})
+    found = set()
+    for pattern in PATTERNS:
+        with contextlib.suppress(DeniedError):
+            asked = environment(hosting=pattern.replace("-", "_"))
+            found.add(narrow(ceiling, asked, NetworkRules()).hosting.pattern)
+    assert found == allowed
+    assert narrow(ceiling, environment(), NetworkRules()).hosting.pattern == own
+
+
+def test_more_care_than_the_operators_is_allowed() -> None:
+    isolation = {"backend": "gvisor", "threat_model": "internal_team"}
+    ceiling = from_mapping({"version": 1, "isolation": isolation})
+    asked = environment(threat_model="third_party_input", isolation="gvisor")
+    narrowed = narrow(ceiling, asked, NetworkRules())
+    assert narrowed.isolation.threat_model == "third_party_input"
+    # a boundary that is strong enough does not make up for less care
+    for care in ("own_code", "internal_team"):
+        with pytest.raises(DeniedError, match=f"threat_model: {care}"):
+            narrow(narrowed, environment(threat_model=care, isolation="gvisor"), NetworkRules())

@@ -163,6 +163,55 @@ def test_a_lease_takes_the_same_steps_however_much_waits(
     assert steps[0] < 700
 
 
+def _end(db: sqlite3.Connection, run: str, ending: Ending) -> None:
+    (lease,) = ledger.lease(db, "w", 1)
+    assert lease.run_id == run
+    ledger.start(db, "w", run, lease.attempt)
+    ledger.settle(db, "w", run, lease.attempt, ending, settings=SETTINGS)
+
+
+def test_what_ended_long_ago_is_forgotten_and_nothing_else(db: sqlite3.Connection) -> None:
+    ledger.register(db, "w")
+    for run in ("old", "new", "dead", "long dead"):
+        ledger.submit(db, run, "a", 3)
+        if "dead" in run:
+            _end(db, run, Raised("no"))
+            db.execute("UPDATE run SET due = 0 WHERE id = ?", (run,))
+            _end(db, run, Raised("no"))
+        else:
+            _end(db, run, Returned(RunStatus.SUCCEEDED))
+    for run in ("waits", "is put off", "is held"):
+        ledger.submit(db, run, "b", 3)
+    (held,) = ledger.lease(db, "w", 1)
+    (other,) = ledger.lease(db, "w", 1)
+    ledger.settle(db, "w", other.run_id, 1, Deferred(3600.0), settings=SETTINGS)
+    day = 86_400_000
+    db.execute("UPDATE run SET changed = changed - ? WHERE id <> 'new'", (8 * day,))
+    db.execute("UPDATE run SET changed = changed - ? WHERE id = 'long dead'", (90 * day,))
+    assert ledger.forget(db, settings=QueueSettings()) == 2
+    assert ledger.forget(db, settings=QueueSettings()) == 0
+    left = {run for (run,) in db.execute("SELECT id FROM run")}
+    assert left == {"new", "dead", "waits", "is put off", "is held"}
+    attempts = {run for (run,) in db.execute("SELECT DISTINCT run FROM attempt")}
+    assert attempts == {"new", "dead", held.run_id, other.run_id}
+    # counts are of what is there, and a dead letter that is kept can be replayed
+    assert db.execute("SELECT sum(held) FROM tenant").fetchone() == (1,)
+    ledger.replay(db, "dead")
+    # an id that was forgotten is new
+    assert ledger.submit(db, "old", "a", 3)
+
+
+def test_a_few_are_forgotten_at_once(db: sqlite3.Connection) -> None:
+    ledger.register(db, "w")
+    db.execute("BEGIN")
+    for number in range(ledger.FEW + 50):
+        ledger.submit(db, f"r{number}", "a", 3)
+        _end(db, f"r{number}", Returned(RunStatus.CANCELLED))
+    db.execute("COMMIT")
+    now = QueueSettings(keep_seconds=-1.0)
+    assert [ledger.forget(db, settings=now) for _ in range(3)] == [ledger.FEW, 50, 0]
+
+
 def test_a_network_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(EmbeddedQueue(tmp_path / "local" / "queue.sqlite").close())
     monkeypatch.setattr(sqlite, "filesystem_type", lambda _: "nfs4")

@@ -50,7 +50,14 @@ def create(
         scopes = tuple(scope) if scope else SCOPES
         made = _do(
             platform,
-            lambda tx: create(tx, tenant=tenant, name=name, scopes=scopes, days=expires_days),
+            lambda tx: create(
+                tx,
+                tenant=tenant,
+                name=name,
+                scopes=scopes,
+                days=expires_days,
+                most=platform.settings.keys,
+            ),
         )
         _print(made, json=json)
 

@@ -18,6 +18,7 @@ from ringfence.cli import (
     keys,
     patch,
     policy,
+    queue,
     run,
     serve,
     sessions,
@@ -75,3 +76,4 @@ app.add_typer(definitions.agents, name="agents")
 app.add_typer(definitions.environments, name="environments")
 sessions.app.add_typer(submit.remote, name="remote")
 app.add_typer(keys.app, name="keys")
+app.add_typer(queue.app, name="queue")

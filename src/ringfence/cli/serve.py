@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
+import logging
+import resource
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
     from ringfence.control.tenancy import Ceiling
     from ringfence.queue.protocol import Queue
     from ringfence.store.database import Database
+
+_OTHER_FILES = 256
+"""The database's, the log's, and what the libraries open."""
 
 
 def register(app: typer.Typer) -> None:
@@ -65,7 +71,20 @@ def serve(
         platform = state.platform()
         settings = platform.settings
         listener = listen(host or settings.host, settings.port if port is None else port)
-        asyncio.run(_serve(platform, platform.ceiling(ceiling_policy), listener))
+        make_room(settings.connections)
+        import uvloop
+
+        uvloop.run(_serve(platform, platform.ceiling(ceiling_policy), listener))
+
+
+def make_room(connections: int) -> None:
+    """A descriptor for each connection, as far as the host permits; most start with 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -92,6 +111,8 @@ def log_to_stderr() -> None:
         ],
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+    # what it says of a request is no JSON, and is said by us already
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
 
 
 def address_of(listener: socket.socket) -> str:
@@ -110,9 +131,8 @@ def gateway_server(
     signals: bool = True,
 ) -> uvicorn.Server:
     """The gateway, to be served. Without `signals` somebody else ends it (`should_exit`)."""
-    import uvicorn
-
     from ringfence.gateway.app import create_app, guarded
+    from ringfence.gateway.server import configured
     from ringfence.gateway.serving import Server
 
     class Quiet(Server):
@@ -122,20 +142,8 @@ def gateway_server(
 
     settings = platform.settings
     app = create_app(database, ceiling, queue, settings)
-    return (Server if signals else Quiet)(
-        uvicorn.Config(
-            guarded(app, database, settings),
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            # a header that any caller can write says nothing about where it comes from
-            proxy_headers=False,
-            ws="none",
-            limit_concurrency=settings.concurrency,
-            timeout_graceful_shutdown=30,
-        ),
-        app.state.fanout,
-    )
+    kind = Server if signals else Quiet
+    return kind(configured(guarded(app, database, settings), settings), app.state.fanout)
 
 
 async def _serve(platform: Platform, ceiling: Ceiling, listener: socket.socket) -> None:
@@ -149,6 +157,8 @@ async def _serve(platform: Platform, ceiling: Ceiling, listener: socket.socket) 
         # the socket listens already: what comes before the first turn waits in its backlog
         sys.stdout.write(f"{address_of(listener)}\n")
         sys.stdout.flush()
+        # uvicorn raises the signal once more when all has ended; the first was obeyed
+        signal.signal(signal.SIGTERM, lambda *_: None)
         try:
             await server.serve(sockets=[listener])
         finally:

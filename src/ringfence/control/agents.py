@@ -7,7 +7,8 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ringfence.control.agent_shapes import AgentDefinition, AgentPatch, merged, resolved
-from ringfence.control.lists import Listed, cursor, only, position
+from ringfence.control.lists import Listed, cursor, position
+from ringfence.control.quota import fitting, full, one_more
 from ringfence.control.tenancy import Caller, moment, new_id, validated
 from ringfence.errors import CallerError
 from ringfence.store import agents as rows
@@ -30,9 +31,15 @@ def _shown(row: rows.AgentRow) -> dict[str, Any]:
 async def create(
     connection: AsyncConnection, caller: Caller, agent: AgentDefinition
 ) -> dict[str, Any]:
-    """Version 1 of a new agent."""
+    """Version 1 of a new agent.
+
+    Raises:
+        CallerError: `request-too-large`. DeniedError: `tenant-full`.
+    """
+    body = fitting(caller.quota, resolved(agent))
     identity = new_id("agent")
-    await rows.add(connection, caller.tenant, identity, resolved(agent), now())
+    await one_more(connection, caller.tenant, "agents", caller.quota.agents)
+    await rows.add(connection, caller.tenant, identity, body, now())
     return await retrieve(connection, caller, identity)
 
 
@@ -54,7 +61,8 @@ async def update(
 
     Raises:
         CallerError: `agent-not-found`; `agent-archived`; `version-conflict` when the patch names
-            another version than the current one; `request-invalid`.
+            another version than the current one; `request-invalid`; `request-too-large`.
+        DeniedError: `tenant-full` when it has as many versions as it may.
     """
     row = await _get(connection, caller, identity, lock=True)
     if row.archived_at is not None:
@@ -69,6 +77,9 @@ async def update(
     body = resolved(validated(AgentDefinition, merged(row.body, patch)))
     if body == row.body:
         return _shown(row)
+    fitting(caller.quota, body)
+    if row.current >= caller.quota.versions:
+        raise full("versions of this agent", caller.quota.versions)
     # a clock that was set back must not make a version older than the one before
     await rows.add_version(connection, caller.tenant, row, body, max(now(), row.updated_at))
     return await retrieve(connection, caller, identity)
@@ -87,8 +98,7 @@ async def archive(connection: AsyncConnection, caller: Caller, identity: str) ->
 
 async def page(connection: AsyncConnection, caller: Caller, wanted: Page) -> Listed:
     """Agents in their current version, newest first."""
-    found = list(await rows.page(connection, caller.tenant, wanted))
-    shown, last = only(found, wanted.limit)
+    shown, last = await rows.page(connection, caller.tenant, wanted, caller.quota.page_bytes)
     return Listed(
         data=[_shown(row) for row in shown],
         next_page=None if last is None else cursor(last.created_at, last.id),
@@ -108,8 +118,14 @@ async def versions(
         # no database has a version so high, and not every one compares with such a number
         below = None
     await _get(connection, caller, identity)
-    found = await rows.versions(connection, caller.tenant, identity, below=below, limit=limit)
-    shown, last = only(list(found), limit)
+    shown, last = await rows.versions(
+        connection,
+        caller.tenant,
+        identity,
+        below=below,
+        limit=limit,
+        most_bytes=caller.quota.page_bytes,
+    )
     return Listed(
         data=[_shown(row) for row in shown],
         next_page=None if last is None else cursor(last.version),

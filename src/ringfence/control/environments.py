@@ -12,12 +12,13 @@ from ringfence.control.environment_shapes import (
     merged,
     resolved,
 )
-from ringfence.control.lists import Listed, cursor, only
+from ringfence.control.lists import Listed, cursor
 from ringfence.control.narrowing import narrow
+from ringfence.control.quota import fitting, one_more
 from ringfence.control.tenancy import Caller, Ceiling, moment, new_id, validated
 from ringfence.errors import CallerError
+from ringfence.store import counts, sessions
 from ringfence.store import environments as rows
-from ringfence.store import sessions
 from ringfence.store.database import now
 from ringfence.store.paging import Page
 
@@ -42,11 +43,12 @@ async def create(
     """A new one.
 
     Raises:
-        DeniedError: `environment-denied`, `unrestricted-denied`.
-        CallerError: `policy-invalid`.
+        DeniedError: `environment-denied`, `unrestricted-denied`, `tenant-full`.
+        CallerError: `policy-invalid`, `request-too-large`.
     """
-    body = _held(ceiling, environment)
+    body = _held(caller, ceiling, environment)
     identity = new_id("env")
+    await one_more(connection, caller.tenant, "environments", caller.quota.environments)
     await rows.add(connection, caller.tenant, identity, body, now())
     return await retrieve(connection, caller, identity)
 
@@ -78,7 +80,7 @@ async def update(
         raise CallerError(
             "environment-archived", f"environment {identity} is archived and cannot be updated"
         )
-    body = _held(ceiling, validated(EnvironmentDefinition, merged(row.body, patch)))
+    body = _held(caller, ceiling, validated(EnvironmentDefinition, merged(row.body, patch)))
     if body != row.body:
         await rows.replace(connection, caller.tenant, identity, body, max(now(), row.updated_at))
     return await retrieve(connection, caller, identity)
@@ -105,21 +107,22 @@ async def delete(connection: AsyncConnection, caller: Caller, identity: str) -> 
             hint="delete them first, or archive the environment",
         )
     await rows.remove(connection, caller.tenant, identity)
+    await counts.give(connection, caller.tenant, "environments")
     return {"id": identity, "type": "environment_deleted"}
 
 
 async def page(connection: AsyncConnection, caller: Caller, wanted: Page) -> Listed:
     """Newest first."""
-    shown, last = only(list(await rows.page(connection, caller.tenant, wanted)), wanted.limit)
+    shown, last = await rows.page(connection, caller.tenant, wanted, caller.quota.page_bytes)
     return Listed(
         data=[_shown(row) for row in shown],
         next_page=None if last is None else cursor(last.created_at, last.id),
     )
 
 
-def _held(ceiling: Ceiling, environment: EnvironmentDefinition) -> dict[str, Any]:
+def _held(caller: Caller, ceiling: Ceiling, environment: EnvironmentDefinition) -> dict[str, Any]:
     """The definition spelled out, when a run could be started with it today."""
-    body = resolved(environment)
+    body = fitting(caller.quota, resolved(environment))
     narrow(ceiling.policy, validated(EnvironmentDefinition, body), ceiling.network)
     return body
 

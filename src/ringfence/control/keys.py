@@ -14,6 +14,7 @@ from typing import Literal, get_args
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from ringfence.control.quota import full
 from ringfence.control.tenancy import Caller, new_id
 from ringfence.errors import CallerError, DeniedError
 from ringfence.store import keys as rows
@@ -54,11 +55,13 @@ async def create(
     name: str,
     scopes: tuple[str, ...] = SCOPES,
     days: float | None = None,
+    most: int = 1_000,
 ) -> NewKey:
     """A key for a tenant, by its name; a new name makes a new tenant.
 
     Raises:
         CallerError: `usage` for a name, scope or age that is none.
+        DeniedError: `tenant-full` when `most` of its keys are good.
     """
     for what, text in (("tenant", tenant), ("name", name)):
         if not 1 <= len(text) <= 64 or not text.isprintable():
@@ -71,6 +74,9 @@ async def create(
         raise CallerError("usage", "a key without a scope is good for nothing")
     moment = now()
     owner = await rows.tenant_named(connection, tenant, identity=new_id("wrkspc"), moment=moment)
+    # counted, and only by the operator: what has expired counts no more, without anyone's act
+    if await rows.good(connection, owner, moment) >= most:
+        raise full("keys that are good", most)
     return await _add(
         connection,
         KeyRow(
@@ -141,6 +147,11 @@ def state(row: KeyRow, moment: int) -> str:
     return "active" if _good(row, moment) else "expired"
 
 
+def could_be(text: str) -> bool:
+    """Whether it has the form of a key: what has not is not even looked up."""
+    return len(text) == _LENGTH and text.startswith(MARK) and text.isascii()
+
+
 async def authenticate(connection: AsyncConnection, text: str) -> Caller:
     """Whose key it is.
 
@@ -148,10 +159,7 @@ async def authenticate(connection: AsyncConnection, text: str) -> Caller:
         DeniedError: `api-key-invalid`, the same for unknown, expired and revoked: what a key once
             was is not told to whoever found it.
     """
-    row = None
-    # what cannot be one is not even hashed, so that a long header costs nothing
-    if len(text) == _LENGTH and text.startswith(MARK) and text.isascii():
-        row = await rows.by_hash(connection, _digest(text))
+    row = await rows.by_hash(connection, _digest(text)) if could_be(text) else None
     if row is None or not _good(row, now()):
         raise DeniedError("api-key-invalid", "invalid API key")
     return Caller(tenant=row.tenant_id, key_id=row.id, scopes=frozenset(row.scopes))

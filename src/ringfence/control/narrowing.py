@@ -28,7 +28,7 @@ from ringfence.policy.compile import WORKSPACE_WIDTH, compile_policy
 from ringfence.policy.diff import diff
 from ringfence.policy.document import HostGrant, PolicyDocument
 from ringfence.policy.hosts import MODEL_HOST, matches
-from ringfence.policy.isolation import floor
+from ringfence.policy.isolation import THREAT_MODELS, ThreatModel, floor
 from ringfence.policy.paths import WORKSPACE, below
 from ringfence.policy.validate import build
 
@@ -65,11 +65,29 @@ def narrow(
     _filesystem(values, ceiling, block.filesystem or FilesystemBlock())
     _execution(values["execution"], block.execution or ExecutionBlock())
     _isolation(values, ceiling, block)
-    if block.hosting is not None:
-        values["hosting"]["pattern"] = block.hosting.replace("_", "-")
+    _hosting(values["hosting"], ceiling, block)
     narrowed = build(values)
     _hold(ceiling, narrowed)
     return narrowed
+
+
+HOSTING: dict[str, tuple[str, ...]] = {
+    "ephemeral": ("ephemeral",),
+    "hybrid": ("ephemeral", "hybrid"),
+    "long-running": ("ephemeral", "hybrid", "long-running"),
+    "multi-agent": ("ephemeral", "multi-agent"),
+}
+"""What each pattern of the operator's permits: a sandbox that lives less long. Several agents in
+one sandbox are another thing than one agent for long, and neither stands for the other."""
+
+
+def _hosting(section: dict[str, Any], ceiling: PolicyDocument, block: RingfenceBlock) -> None:
+    if block.hosting is None:
+        return
+    pattern, own = block.hosting.replace("_", "-"), ceiling.hosting.pattern
+    if pattern not in HOSTING[own]:
+        raise _wider(f"hosting: {block.hosting}", f"more than the policy's {own}")
+    section["pattern"] = pattern
 
 
 def _hold(ceiling: PolicyDocument, narrowed: PolicyDocument) -> None:
@@ -265,6 +283,11 @@ def _isolation(values: dict[str, Any], ceiling: PolicyDocument, block: Ringfence
         return
     section = values["isolation"]
     own = ceiling.isolation
+    if block.threat_model and own.threat_model and _below(block.threat_model, own.threat_model):
+        # not of the boundary alone: what is asked of the host, and checked, goes by it too
+        raise _wider(
+            f"threat_model: {block.threat_model}", f"less care than the policy's {own.threat_model}"
+        )
     backend = block.isolation or (None if block.threat_model is None else "auto")
     model = block.threat_model or own.threat_model
     # an emulated machine is weaker than what its name says; whoever chooses, chooses a real one
@@ -277,3 +300,7 @@ def _isolation(values: dict[str, Any], ceiling: PolicyDocument, block: Ringfence
     name = backend or "bubblewrap"
     if floor(name, model) < least:
         raise _wider(f"isolation: {name}", f"a weaker boundary than the policy's ({least})")
+
+
+def _below(one: ThreatModel, other: ThreatModel) -> bool:
+    return THREAT_MODELS.index(one) < THREAT_MODELS.index(other)

@@ -16,12 +16,29 @@ from ringfence.policy.document import PolicyDocument
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Quota:
+    """The operator's bounds, for each tenant.
+
+    Attributes:
+        agents, environments: rows at most. versions: of one agent.
+        definition_bytes: of one, as it is stored. page_bytes: definitions of one page.
+    """
+
+    agents: int = 10_000
+    versions: int = 10_000
+    environments: int = 1_000
+    definition_bytes: int = 128 * 1024
+    page_bytes: int = 2048 * 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Caller:
     """An authenticated caller. Everything it sees or makes is its tenant's."""
 
     tenant: str
     key_id: str
     scopes: frozenset[str]
+    quota: Quota = field(default_factory=Quota)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

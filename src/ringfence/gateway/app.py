@@ -60,6 +60,7 @@ def create_app(
         # the interactive pages load scripts from elsewhere
         docs_url=None,
         redoc_url=None,
+        openapi_url=None,
         lifespan=lifespan,
         redirect_slashes=False,
         exception_handlers={
@@ -69,7 +70,9 @@ def create_app(
         },
     )
     app.state.database = database
+    app.state.readiness = database and health.Readiness(database)
     app.state.ceiling = ceiling
+    app.state.document = None
     app.state.fanout = app.state.outbox = None
     if database is not None:
         app.state.fanout = Fanout(database, total=bounds.streams, each=bounds.streams_per_tenant)

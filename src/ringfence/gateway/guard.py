@@ -2,16 +2,25 @@
 them.
 
 Below `/v1` nothing is reached without a key, whatever a route says of itself: a new route is
-closed until it is asked for with one. Authentication comes before the body is read.
+closed until it is asked for with one. Authentication comes before the body is read, and what is
+refused before it gets no more of the connection.
+
+A key that was never good here costs its address something before it costs the database anything:
+an address that has guessed too often is refused without a look-up, and all strangers together look
+up a few at a time. Keys that were good before are looked up whatever their address has done, so
+that whoever shares it with a guesser goes on; none is good by memory alone.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import secrets
 import time
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 
 import structlog
@@ -20,14 +29,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ringfence.config import GatewaySettings
 from ringfence.control import keys
+from ringfence.control.quota import quota_of
 from ringfence.control.tenancy import Caller
 from ringfence.errors import CallerError, DeniedError, RingfenceError, UnavailableError
-from ringfence.gateway.limits import Buckets
+from ringfence.gateway.address import Proxies, group
+from ringfence.gateway.limits import Buckets, Places, Seen
 from ringfence.gateway.wire import Answer, answer
 from ringfence.store.database import Database
 
 OPEN = frozenset({"/healthz", "/readyz", "/openapi.json"})
 """Paths that ask for no key; they say nothing of any tenant."""
+
+_STRANGERS, _STRANGERS_WAITING = 4, 64
+"""Look-ups at once of keys that were never good here, and requests that wait for one: a part of
+the pool of connections, whatever the number of addresses that guess."""
+_BUSY_SECONDS = 1.0
 
 _LOG = structlog.get_logger("ringfence.gateway")
 
@@ -40,13 +56,36 @@ class RateError(DeniedError):
         self.wait = wait
 
 
+class BusyError(UnavailableError):
+    """As many in hand as there may be."""
+
+    wait = _BUSY_SECONDS
+
+    def __init__(self) -> None:
+        super().__init__("gateway-busy", "the gateway has as many requests in hand as it takes")
+
+
 @dataclass(kw_only=True, slots=True)
 class _Exchange:
-    """One request on its way."""
+    """One request on its way.
+
+    Attributes:
+        unread: its body has not been read to the end.
+        leave: gives back its place among those in hand.
+    """
 
     request_id: str
+    address: str
+    unread: bool
     started: bool = False
     status: int = 0
+    leave: Callable[[], None] | None = None
+
+    def left(self) -> None:
+        """Give its place back, once."""
+        if self.leave is not None:
+            self.leave()
+            self.leave = None
 
 
 class Guard:
@@ -56,10 +95,17 @@ class Guard:
         self._app = app
         self._database = database
         self._settings = settings
+        self._quota = quota_of(settings)
+        self._proxies = Proxies(settings.trusted_proxies)
+        self._hosts = frozenset(name.lower() for name in settings.hosts)
         rate = settings.requests_per_minute
         self._by_key = Buckets(per_minute=rate, burst=max(1.0, rate / 10))
         failures = settings.failures_per_minute
         self._by_address = Buckets(per_minute=failures, burst=max(1.0, failures))
+        self._places = Places(most=settings.concurrency, per_name=settings.concurrency_per_key)
+        self._seen = Seen()
+        self._strangers = asyncio.Semaphore(_STRANGERS)
+        self._waiting = Places(most=_STRANGERS_WAITING, per_name=_STRANGERS_WAITING)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -67,15 +113,21 @@ class Guard:
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
             return
-        exchange = _Exchange(request_id=f"req_{secrets.token_hex(12)}")
+        headers = Headers(scope=scope)
+        exchange = _Exchange(
+            request_id=f"req_{secrets.token_hex(12)}",
+            address=self._address(scope, headers),
+            unread=_has_body(headers),
+        )
         scope.setdefault("state", {})["request_id"] = exchange.request_id
         begun = time.monotonic()
         try:
-            await self._admit(scope)
-            body = await self._body(scope, receive)
+            await self._admit(scope, headers, exchange)
+            body = await self._body(headers, receive)
+            exchange.unread = False
             await self._app(scope, _replay(body, receive), _with_id(send, exchange))
         except RingfenceError as error:
-            wait = error.wait if isinstance(error, RateError) else None
+            wait = error.wait if isinstance(error, RateError | BusyError) else None
             await _refuse(send, exchange, answer(error, exchange.request_id, wait=wait))
         except Exception as error:
             _LOG.exception("request failed", request_id=exchange.request_id)
@@ -84,13 +136,19 @@ class Guard:
                 raise known from error
             await _refuse(send, exchange, answer(known, exchange.request_id))
         finally:
+            exchange.left()
             self._note(scope, exchange, time.monotonic() - begun)
+
+    def _address(self, scope: Scope, headers: Headers) -> str:
+        peer = str((scope.get("client") or ("",))[0])
+        return self._proxies.client(peer, headers.getlist("x-forwarded-for"))
 
     def _note(self, scope: Scope, exchange: _Exchange, seconds: float) -> None:
         caller: Caller | None = scope["state"].get("caller")
         _LOG.info(
             "request",
             request_id=exchange.request_id,
+            address=exchange.address,
             method=scope["method"],
             path=scope["path"],
             status=exchange.status,
@@ -99,19 +157,19 @@ class Guard:
             key=caller and caller.key_id,
         )
 
-    async def _admit(self, scope: Scope) -> None:
+    async def _admit(self, scope: Scope, headers: Headers, exchange: _Exchange) -> None:
         if scope["path"] in OPEN:
+            if exchange.unread:
+                raise CallerError("request-invalid", "this path takes no body")
             return
-        headers = Headers(scope=scope)
+        if self._hosts and _name(headers.get("host", "")) not in self._hosts:
+            raise CallerError("request-invalid", "Host: not a name of this gateway")
         try:
-            caller = await self._authenticated(headers)
+            text = key_of(headers)
         except DeniedError:
-            address = (scope.get("client") or ("",))[0]
-            if wait := self._by_address.take(str(address), time.monotonic()):
-                raise RateError(wait) from None
+            self._strike(exchange.address)
             raise
-        if wait := self._by_key.take(caller.key_id, time.monotonic()):
-            raise RateError(wait)
+        caller = await self._authenticated(text, exchange)
         named = headers.get("anthropic-workspace-id")
         if named is not None and named != caller.tenant:
             raise DeniedError(
@@ -119,16 +177,73 @@ class Guard:
             )
         scope["state"]["caller"] = caller
         # an answer that lasts asks again whether its key still opens
-        scope["state"]["authenticate"] = partial(self._authenticated, headers)
+        scope["state"]["authenticate"] = partial(self._looked_up, text)
 
-    async def _authenticated(self, headers: Headers) -> Caller:
-        text = key_of(headers)
+    async def _authenticated(self, text: str, exchange: _Exchange) -> Caller:
+        """The caller, with its place among those in hand."""
+        mark = hashlib.sha256(text.encode()).digest()
+        name = self._seen.get(mark)
+        if name is None:
+            caller = await self._newcomer(text, exchange.address)
+            self._seen.add(mark, caller.key_id)
+            self._enter(caller.key_id, exchange)
+            return caller
+        # before the look-up: however many one key sends, they do not hold the database together
+        self._enter(name, exchange)
+        try:
+            return await self._looked_up(text)
+        except DeniedError:
+            self._seen.forget(mark)
+            self._strike(exchange.address)
+            raise
+
+    async def _newcomer(self, text: str, address: str) -> Caller:
+        # paid beforehand: of many at once all would look before the first has failed
+        self._strike(address)
+        try:
+            async with self._stranger():
+                caller = await self._looked_up(text)
+        except DeniedError:
+            raise
+        except BaseException:
+            self._by_address.give(group(address))
+            raise
+        self._by_address.give(group(address))
+        return caller
+
+    async def _looked_up(self, text: str) -> Caller:
+        if not keys.could_be(text):
+            raise DeniedError("api-key-invalid", "invalid API key")
         async with self._database.reading() as connection:
-            return await keys.authenticate(connection, text)
+            return replace(await keys.authenticate(connection, text), quota=self._quota)
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+    def _strike(self, address: str) -> None:
+        if wait := self._by_address.take(group(address), time.monotonic()):
+            raise RateError(wait)
+
+    @asynccontextmanager
+    async def _stranger(self) -> AsyncIterator[None]:
+        if self._waiting.enter(""):
+            raise BusyError
+        try:
+            async with self._strangers:
+                yield
+        finally:
+            self._waiting.leave("")
+
+    def _enter(self, name: str, exchange: _Exchange) -> None:
+        """Take a place among those in hand, for one of the key's requests."""
+        if wait := self._by_key.take(name, time.monotonic()):
+            raise RateError(wait)
+        match self._places.enter(name):
+            case "full":
+                raise BusyError
+            case "name-full":
+                raise RateError(_BUSY_SECONDS)
+        exchange.leave = lambda: self._places.leave(name)
+
+    async def _body(self, headers: Headers, receive: Receive) -> bytes:
         """The whole body, so that no route waits for a slow sender or holds an endless one."""
-        headers = Headers(scope=scope)
         if headers.get("content-encoding", "identity") != "identity":
             raise CallerError("request-invalid", "Content-Encoding: send the body as it is")
         most = self._settings.max_body_kb * 1024
@@ -193,6 +308,9 @@ def _with_id(send: Send, exchange: _Exchange) -> Send:
         if message["type"] == "http.response.start":
             exchange.started, exchange.status = True, message["status"]
             kept = [pair for pair in message["headers"] if pair[0].lower() != b"request-id"]
+            if _goes_on(kept):
+                # events have a bound of their own: they wait, while requests are done soon
+                exchange.left()
             message = {
                 **message,
                 "headers": [*kept, (b"request-id", exchange.request_id.encode())],
@@ -202,11 +320,32 @@ def _with_id(send: Send, exchange: _Exchange) -> Send:
     return named
 
 
+def _has_body(headers: Headers) -> bool:
+    """Whether one is announced (RFC 9112, 6.3)."""
+    return "transfer-encoding" in headers or headers.get("content-length", "0").strip("0") != ""
+
+
+def _name(host: str) -> str:
+    """Of `name:port`, in small letters."""
+    name = host if host.endswith("]") else host.rpartition(":")[0] or host
+    return name.lower()
+
+
+def _goes_on(headers: list[tuple[bytes, bytes]]) -> bool:
+    return any(
+        name.lower() == b"content-type" and value.startswith(b"text/event-stream")
+        for name, value in headers
+    )
+
+
 async def _refuse(send: Send, exchange: _Exchange, what: Answer) -> None:
     exchange.status = what.status
     body = json.dumps(what.body).encode()
     headers = [(name.encode(), value.encode()) for name, value in what.headers.items()]
     headers += [(b"content-type", b"application/json")]
     headers += [(b"content-length", str(len(body)).encode())]
+    if exchange.unread:
+        # the rest would come as the beginning of the next request, or for ever
+        headers += [(b"connection", b"close")]
     await send({"type": "http.response.start", "status": what.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

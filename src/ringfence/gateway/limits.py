@@ -6,7 +6,8 @@ others of a process; what a tenant may use of models and sandboxes is counted in
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from typing import Literal
 
 _KEPT = 10_000
 """Callers remembered. One that is forgotten starts full, and has waited longest of all."""
@@ -29,3 +30,59 @@ class Buckets:
         if len(self._levels) > _KEPT:
             self._levels.popitem(last=False)
         return 0.0 if allowed else (1.0 - level) / self._rate
+
+    def give(self, name: str) -> None:
+        """Give back what was taken for nothing."""
+        if (known := self._levels.get(name)) is not None:
+            level, then = known
+            self._levels[name] = (min(self._burst, level + 1.0), then)
+
+
+class Places:
+    """How many are in hand at once: `most` in all, `per_name` of one."""
+
+    def __init__(self, *, most: int, per_name: int) -> None:
+        self._most = most
+        self._per_name = per_name
+        self._names: Counter[str] = Counter()
+        self._taken = 0
+
+    def enter(self, name: str) -> Literal["full", "name-full"] | None:
+        """Take a place, or say why there is none."""
+        # first, so that who holds all it may is told so, and not that others do
+        if self._names[name] >= self._per_name:
+            return "name-full"
+        if self._taken >= self._most:
+            return "full"
+        self._taken += 1
+        self._names[name] += 1
+        return None
+
+    def leave(self, name: str) -> None:
+        """Give a place back. Whoever holds none is forgotten."""
+        self._taken -= 1
+        self._names[name] -= 1
+        if self._names[name] <= 0:
+            del self._names[name]
+
+
+class Seen:
+    """Names under which the latest callers were let in, `_KEPT` of them, by what they showed."""
+
+    def __init__(self) -> None:
+        self._names: OrderedDict[bytes, str] = OrderedDict()
+
+    def get(self, shown: bytes) -> str | None:
+        """The name; None when it is not remembered."""
+        return self._names.get(shown)
+
+    def add(self, shown: bytes, name: str) -> None:
+        """Remember it as the latest."""
+        self._names[shown] = name
+        self._names.move_to_end(shown)
+        if len(self._names) > _KEPT:
+            self._names.popitem(last=False)
+
+    def forget(self, shown: bytes) -> None:
+        """As if it had not been."""
+        self._names.pop(shown, None)

@@ -42,6 +42,7 @@ _STATUS: dict[str, tuple[int, str]] = {
     "request-too-large": (413, "invalid_request_error"),
     "request-too-slow": (408, "timeout_error"),
     "request-rate": (429, "rate_limit_error"),
+    "gateway-busy": (503, "overloaded_error"),
 }
 _FAMILY: dict[type[RingfenceError], tuple[int, str]] = {
     CallerError: (400, "invalid_request_error"),
@@ -68,9 +69,6 @@ def answer(
         headers["x-should-retry"] = "false"
     if number == 401:
         headers["www-authenticate"] = "Bearer"
-    if number in {408, 413}:
-        # the rest of the body is not read
-        headers["connection"] = "close"
     body = {
         "type": "error",
         "error": {

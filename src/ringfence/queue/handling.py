@@ -1,8 +1,9 @@
-"""Calling a handler, and what its task says when it is done; the same for every engine."""
+"""Calling a handler, what its task says when it is done, and what is owed afterwards."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 
 from ringfence.model import RunStatus
 from ringfence.queue.protocol import Handler, Lease, RetryAfter
@@ -31,3 +32,19 @@ def ending_of(handling: asyncio.Task[RunStatus], *, told: bool) -> Ending:
         case error:
             # it may quote what came from inside, and an engine's history has a limit
             return Raised(f"{type(error).__name__}: {error}"[:_MOST])
+
+
+async def to_the_end(work: Awaitable[object]) -> None:
+    """Finish what must not be left half done, however often the caller cancels meanwhile; then
+    be cancelled. A shield alone would let what follows pull the ground from under it.
+    """
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    task.result()
+    if cancelled is not None:
+        raise cancelled

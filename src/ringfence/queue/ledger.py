@@ -17,6 +17,9 @@ from ringfence.queue.statements import statements
 from ringfence.queue.verdict import Ending, Lost, judge
 from ringfence.states import ENDS, RunEvent, run_after
 
+FEW = 200
+"""Runs that are forgotten in one act: other acts of its transaction wait for it."""
+
 
 class SupersededError(Exception):
     """The run, or the worker, is not this one's any more."""
@@ -200,6 +203,18 @@ def replay(db: sqlite3.Connection, run_id: str) -> None:
     if run is None or not run.dead:
         raise CallerError("run-unknown", f"there is no dead letter {run_id[:64]!r}")
     execute(db, "replay", run=run_id, status=run_after(run.status, RunEvent.REPLAY), now=now_ms(db))
+
+
+def forget(db: sqlite3.Connection, *, settings: QueueSettings) -> int:
+    """Forget a few runs that ended long ago, with their attempts; how many there were."""
+    now, few = now_ms(db), FEW
+    for dead, keep in ((0, settings.keep_seconds), (1, settings.keep_dead_seconds)):
+        before = now - round(keep * 1000)
+        for seq, run_id in execute(db, "ended", dead=dead, before=before, few=few).fetchall():
+            execute(db, "forget_attempts", run=run_id)
+            execute(db, "forget_run", seq=seq)
+            few -= 1
+    return FEW - few
 
 
 def find(db: sqlite3.Connection, run_id: str) -> Run | None:

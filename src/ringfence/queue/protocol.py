@@ -130,6 +130,9 @@ class QueueSettings:
             `max_retry_seconds`.
         drain_seconds: how long a stopping worker lets its handlers go on before it cancels them.
         poll_seconds: how often an idle worker looks for what another process did.
+        keep_seconds, keep_dead_seconds: how long a run that has ended, and a dead letter, are
+            known. An id that was forgotten could be submitted anew, and its attempts would be
+            numbered from 1: ids are never used twice.
     """
 
     lease_seconds: float = 10.0
@@ -138,6 +141,8 @@ class QueueSettings:
     max_retry_seconds: float = 60.0
     drain_seconds: float = 30.0
     poll_seconds: float = 0.02
+    keep_seconds: float = 7 * 86_400.0
+    keep_dead_seconds: float = 90 * 86_400.0
 
 
 class Queue(Protocol):

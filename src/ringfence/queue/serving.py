@@ -21,7 +21,7 @@ from typing import Any
 from ringfence.errors import UnavailableError
 from ringfence.model import RunStatus
 from ringfence.queue import ledger
-from ringfence.queue.handling import called, ending_of
+from ringfence.queue.handling import called, ending_of, to_the_end
 from ringfence.queue.ledger import SupersededError
 from ringfence.queue.protocol import CrashPoint, Handler, Lease, QueueSettings
 from ringfence.queue.verdict import Ending, Released
@@ -31,6 +31,7 @@ _BEATS_A_LEASE = 6
 _BATCH = 16
 _OUTAGE_SECONDS = 0.25
 _HEED_SECONDS = 10.0
+_TIDY_SECONDS, _TIDY_PAUSE = 30.0, 0.1
 
 
 class _Why(Enum):
@@ -93,7 +94,10 @@ class Serving:
         """Serve until `stop`; see the protocol."""
         loop = asyncio.get_running_loop()
         self._wake_here = lambda: _quietly(loop, self._woken)
-        loops = [loop.create_task(work) for work in (self._keep(), self._serve(), self._until())]
+        loops = [
+            loop.create_task(work)
+            for work in (self._keep(), self._serve(), self._tidy(), self._until())
+        ]
         try:
             await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
             self._draining = True
@@ -101,7 +105,7 @@ class Serving:
                 await self._finished(self.settings.drain_seconds)
         finally:
             # waited for even when we are cancelled ourselves: what is left is given back
-            await _to_the_end(loop.create_task(self._leave(loops)))
+            await to_the_end(self._leave(loops))
         for error in [*self._broken, *(loop.exception() for loop in loops if not loop.cancelled())]:
             if error is not None:
                 raise error
@@ -202,6 +206,14 @@ class Serving:
         if silent:
             await self.writer.do(lambda db: ledger.reclaim(db, silent, settings=self.settings))
             self._woken.set()
+
+    async def _tidy(self) -> None:
+        """Forget what ended long ago, so that the file is as large as what is kept."""
+        while True:
+            some = 0
+            with contextlib.suppress(UnavailableError):
+                some = await self.writer.do(lambda db: ledger.forget(db, settings=self.settings))
+            await asyncio.sleep(_TIDY_SECONDS if some < ledger.FEW else _TIDY_PAUSE)
 
     # leasing
 
@@ -319,19 +331,6 @@ class Serving:
         held.handling = asyncio.get_running_loop().create_task(called(self.handler, held.lease))
         await asyncio.wait({held.handling})
         return ending_of(held.handling, told=held.why is not None)
-
-
-async def _to_the_end(task: asyncio.Task[None]) -> None:
-    """Finish, however often the caller cancels meanwhile; then be cancelled."""
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError as error:
-            cancelled = error
-    task.result()
-    if cancelled is not None:
-        raise cancelled
 
 
 def _quietly(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:

@@ -94,6 +94,17 @@ UPDATE run SET cancelling = 1 WHERE id = :run;
 -- name: replay
 UPDATE run SET status = :status, due = 0, failures = 0, dead = 0, changed = :now WHERE id = :run;
 
+-- name: ended
+SELECT seq, id FROM run
+WHERE status IN ('succeeded', 'failed', 'cancelled', 'expired') AND dead = :dead
+AND changed < :before ORDER BY changed LIMIT :few;
+
+-- name: forget_attempts
+DELETE FROM attempt WHERE run = :run;
+
+-- name: forget_run
+DELETE FROM run WHERE seq = :seq;
+
 -- name: held_by
 SELECT id, attempt FROM run WHERE worker = :worker;
 

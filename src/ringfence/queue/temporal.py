@@ -21,6 +21,7 @@ import heapq
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
@@ -37,9 +38,10 @@ from temporalio.client import (
 )
 from temporalio.common import Priority, WorkflowIDReusePolicy
 from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
-from temporalio.service import RPCError, RPCStatusCode
+from temporalio.service import RPCError, RPCStatusCode, TLSConfig
 from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 
+from ringfence.config import QueueEngine
 from ringfence.errors import CallerError, UnavailableError
 from ringfence.model import RunStatus
 from ringfence.queue.flow import ACTIVITY, DEAD, WORKFLOW, RunFlow, Ticket, encoded
@@ -68,6 +70,7 @@ class TemporalQueue:
         name: task queue; also the prefix of workflow ids, so that queues can share a namespace.
         settings: of the runs that are submitted here, and of workers for draining.
         namespace: of the server.
+        access: TLS and what names us to it; plain without.
         reached: is told of crash points; those within the server's commit cannot be.
     """
 
@@ -78,11 +81,13 @@ class TemporalQueue:
         settings: QueueSettings | None = None,
         *,
         namespace: str = "default",
+        access: QueueEngine | None = None,
         reached: Callable[[CrashPoint], None] = lambda _: None,
     ) -> None:
         self._address = address
         self._name = name
         self._namespace = namespace
+        self._access = access
         self._settings = settings or QueueSettings()
         self._reached = reached
         self._connected: Client | None = None
@@ -204,8 +209,11 @@ class TemporalQueue:
     async def _client(self) -> Client:
         if self._connected is None:
             try:
-                self._connected = await Client.connect(self._address, namespace=self._namespace)
-            except RuntimeError as error:  # what its native part says of a connection
+                self._connected = await Client.connect(
+                    self._address, namespace=self._namespace, **_credentials(self._access)
+                )
+            # what its native part says of a connection, and files that are gone
+            except (RuntimeError, OSError) as error:
                 raise _unavailable(self._address, str(error)) from None
         return self._connected
 
@@ -354,6 +362,23 @@ async def _failure(handle: WorkflowHandle[RunFlow, str]) -> ApplicationError | N
         if isinstance(error.cause, ApplicationError) and error.cause.type == DEAD:
             return error.cause
     return None
+
+
+def _credentials(access: QueueEngine | None) -> dict[str, Any]:
+    """What the client is given; files are read with each connection, so that one can be renewed."""
+    if access is None or not access.encrypted:
+        return {"tls": False}
+
+    def content(path: Path | None) -> bytes | None:
+        return None if path is None else path.read_bytes()
+
+    tls = TLSConfig(
+        server_root_ca_cert=content(access.ca_file),
+        domain=access.server_name,
+        client_cert=content(access.certificate_file),
+        client_private_key=content(access.key_file),
+    )
+    return {"tls": tls, "api_key": access.api_key and access.api_key.get_secret_value()}
 
 
 def _seconds(duration: Duration) -> float:

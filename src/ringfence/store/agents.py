@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Select, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ringfence.store.paging import Page, paged
+from ringfence.store.paging import Page, paged, portion
 from ringfence.store.tables import AGENT_VERSIONS as VERSIONS
 from ringfence.store.tables import AGENTS
 
@@ -138,19 +137,32 @@ async def archive(connection: AsyncConnection, tenant: str, identity: str, momen
     )
 
 
-async def page(connection: AsyncConnection, tenant: str, wanted: Page) -> Sequence[AgentRow]:
-    """Agents in their current version, newest first; one more than the limit when there is."""
-    query = _query().where(VERSIONS.c.version == AGENTS.c.version)
-    rows = await connection.execute(paged(query, AGENTS, tenant, wanted))
-    return [_row(row) for row in rows]
+async def page(
+    connection: AsyncConnection, tenant: str, wanted: Page, most_bytes: int
+) -> tuple[list[AgentRow], AgentRow | None]:
+    """Agents in their current version, newest first, and the last one when there are more."""
+    query = paged(_query().where(VERSIONS.c.version == AGENTS.c.version), AGENTS, tenant, wanted)
+    rows, more = await portion(connection, query, limit=wanted.limit, most_bytes=most_bytes)
+    found = [_row(row) for row in rows]
+    return found, found[-1] if more else None
 
 
 async def versions(
-    connection: AsyncConnection, tenant: str, identity: str, *, below: int | None, limit: int
-) -> Sequence[AgentRow]:
-    """Versions of one agent, newest first, one more than `limit` when there is."""
+    connection: AsyncConnection,
+    tenant: str,
+    identity: str,
+    *,
+    below: int | None,
+    limit: int,
+    most_bytes: int,
+) -> tuple[list[AgentRow], AgentRow | None]:
+    """Versions of one agent, newest first, and the last one when there are more."""
     query = _query().where(AGENTS.c.tenant_id == tenant, AGENTS.c.id == identity)
     if below is not None:
         query = query.where(VERSIONS.c.version < below)
-    rows = await connection.execute(query.order_by(VERSIONS.c.version.desc()).limit(limit + 1))
-    return [_row(row) for row in rows]
+    query = query.order_by(VERSIONS.c.version.desc()).limit(limit + 1)
+    rows, more = await portion(
+        connection, query, limit=limit, most_bytes=most_bytes, order=("version",)
+    )
+    found = [_row(row) for row in rows]
+    return found, found[-1] if more else None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Select, delete, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ringfence.store.paging import Page, paged
+from ringfence.store.paging import Page, paged, portion
 from ringfence.store.tables import ENVIRONMENTS
 
 
@@ -88,7 +87,11 @@ async def remove(connection: AsyncConnection, tenant: str, identity: str) -> boo
     return bool(done.rowcount)
 
 
-async def page(connection: AsyncConnection, tenant: str, wanted: Page) -> Sequence[EnvironmentRow]:
-    """Newest first; one more than the limit when there is."""
-    rows = await connection.execute(paged(_query(), ENVIRONMENTS, tenant, wanted))
-    return [_row(row) for row in rows]
+async def page(
+    connection: AsyncConnection, tenant: str, wanted: Page, most_bytes: int
+) -> tuple[list[EnvironmentRow], EnvironmentRow | None]:
+    """Newest first, and the last one when there are more."""
+    query = paged(_query(), ENVIRONMENTS, tenant, wanted)
+    rows, more = await portion(connection, query, limit=wanted.limit, most_bytes=most_bytes)
+    found = [_row(row) for row in rows]
+    return found, found[-1] if more else None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Select, insert, select, update
+from sqlalchemy import Select, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -114,6 +114,14 @@ async def every(connection: AsyncConnection) -> Sequence[KeyRow]:
     """All keys of all tenants, oldest first: for the operator."""
     rows = await connection.execute(_query().order_by(API_KEYS.c.created_at, API_KEYS.c.id))
     return [_row(row) for row in rows]
+
+
+async def good(connection: AsyncConnection, tenant: str, moment: int) -> int:
+    """How many of a tenant's keys are neither revoked nor expired."""
+    key = API_KEYS.c
+    lasts = key.expires_at.is_(None) | (key.expires_at > moment)
+    query = select(func.count()).where(key.tenant_id == tenant, key.revoked_at.is_(None), lasts)
+    return int((await connection.execute(query)).scalar_one())
 
 
 async def end(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Select, Table, and_, or_
+from sqlalchemy import BigInteger, Select, Table, Text, func, literal, select, tuple_
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,5 +40,38 @@ def paged(query: Select[Any], table: Table, tenant: str, page: Page) -> Select[A
         query = query.where(created <= page.until)
     if page.after is not None:
         moment, last = page.after
-        query = query.where(or_(created < moment, and_(created == moment, identity < last)))
+        # as one comparison of the index's own columns: it begins there, however far down that is
+        seen = tuple_(literal(moment, BigInteger), literal(last, Text))
+        query = query.where(tuple_(created, identity) < seen)
     return query.order_by(created.desc(), identity.desc()).limit(page.limit + 1)
+
+
+async def portion(
+    connection: AsyncConnection,
+    query: Select[Any],
+    *,
+    limit: int,
+    most_bytes: int,
+    order: Sequence[str] = ("created_at", "id"),
+    body: str = "body",
+) -> tuple[list[Any], bool]:
+    """The rows of a page, and whether there are more after it.
+
+    `query` asks for one row more than `limit`, ordered by the columns `order`, downwards. The page
+    ends early, after at least one row, when the bodies before a row come to `most_bytes`
+    (characters, as both databases count them); the database holds back the others, so that a
+    hundred large ones are never in memory together.
+    """
+    found = query.subquery()
+    down = [found.c[name].desc() for name in order]
+    size = func.length(found.c[body])
+    before = (func.sum(size).over(order_by=down, rows=(None, 0)) - size).label("before_it")
+    whole = select(*found.c, before, func.count().over().label("whole")).subquery()
+    cut = (
+        select(*[column for column in whole.c if column is not whole.c.before_it])
+        .where(whole.c.before_it < most_bytes)
+        .order_by(*[whole.c[name].desc() for name in order])
+    )
+    rows = list(await connection.execute(cut))
+    shown = rows[:limit]
+    return [row[:-1] for row in shown], bool(shown) and shown[0][-1] > len(shown)

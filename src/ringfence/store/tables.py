@@ -24,6 +24,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.types import TypeDecorator
 
@@ -56,6 +57,17 @@ def canonical(value: Any) -> str:
     """One spelling of a JSON value."""
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
+
+
+def _live(table: str) -> Index:
+    """What is not archived, in the order of lists: however much is archived, a page is near."""
+    live = text("archived_at IS NULL")
+    return Index(
+        f"ix_{table}_live",
+        *("tenant_id", "created_at", "id"),
+        sqlite_where=live,
+        postgresql_where=live,
     )
 
 
@@ -101,6 +113,7 @@ AGENTS = Table(
     PrimaryKeyConstraint("tenant_id", "id"),
     ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
     Index(None, "tenant_id", "created_at", "id"),
+    _live("agents"),
 )
 
 AGENT_VERSIONS = Table(
@@ -127,6 +140,19 @@ ENVIRONMENTS = Table(
     PrimaryKeyConstraint("tenant_id", "id"),
     ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
     Index(None, "tenant_id", "created_at", "id"),
+    _live("environments"),
+)
+
+# How many rows of a kind a tenant has: a cap is asked for with each new row, and counting them
+# would take longer the more there are.
+TENANT_COUNTS = Table(
+    "tenant_counts",
+    METADATA,
+    Column("tenant_id", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("held", BigInteger, nullable=False),
+    PrimaryKeyConstraint("tenant_id", "kind"),
+    ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
 )
 
 # The answer to a request that carried an Idempotency-Key, written in the transaction of its

@@ -42,6 +42,7 @@ from ringfence.model import RunRequest, RunResult, Usage, WorkspaceMode
 from ringfence.policy.call_input import CallInput
 from ringfence.policy.codec import egress_to_json
 from ringfence.policy.compiled import CompiledPolicy
+from ringfence.queue.handling import to_the_end
 from ringfence.record.events import RunStarted, SandboxStarted, SandboxStopped, SessionChanged
 from ringfence.record.leased import LeasedStore
 from ringfence.sandbox.hostfiles import host_files
@@ -51,7 +52,7 @@ from ringfence.sandbox.registry import Picked
 from ringfence.sandbox.saved import save_changes
 from ringfence.worker.control import RunControl
 from ringfence.worker.egressdir import EgressDirectory
-from ringfence.worker.ends import broken_off, ended, to_the_end
+from ringfence.worker.ends import broken_off, ended
 from ringfence.worker.ids import new_id
 from ringfence.worker.leases import heartbeat
 from ringfence.worker.outcome import Outcome, budget_spent

@@ -3,27 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
 
 from ringfence.errors import AgentError, RingfenceError, UnavailableError, words
 from ringfence.model import RunResult
 from ringfence.record.events import RunEnded
-
-
-async def to_the_end(work: Awaitable[object]) -> None:
-    """Finish what must not be left half done, however often the caller cancels meanwhile; then
-    be cancelled. A shield alone would let what follows pull the ground from under it.
-    """
-    task = asyncio.ensure_future(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError as error:
-            cancelled = error
-    task.result()
-    if cancelled is not None:
-        raise cancelled
 
 
 def broken_off(error: BaseException) -> RingfenceError:

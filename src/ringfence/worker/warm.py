@@ -26,9 +26,10 @@ from ringfence.config import Config
 from ringfence.errors import AgentError, RingfenceError
 from ringfence.model import RunRequest
 from ringfence.policy.compiled import CompiledPolicy
+from ringfence.queue.handling import to_the_end
 from ringfence.sandbox.protocol import Backend, WaitingBackend, WaitingSandbox, WaitingSpec
 from ringfence.worker.egressdir import EgressDirectory
-from ringfence.worker.ends import broken_off, to_the_end
+from ringfence.worker.ends import broken_off
 from ringfence.worker.ids import new_id
 from ringfence.worker.prepare import claude_settings, narrowed, pinned
 from ringfence.worker.warmkey import obstacle, warm_key

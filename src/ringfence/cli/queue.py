@@ -1,0 +1,96 @@
+"""`ringfence queue`: what waits, what died, and the operator's hand on it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from ringfence.cli.context import AppContext
+from ringfence.cli.output import clear_errors, print_json
+from ringfence.record.safe_text import one_line
+
+if TYPE_CHECKING:
+    from ringfence.queue.protocol import Queue
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="The queue of this host, or of its Temporal server: for the operator.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+T = TypeVar("T")
+
+
+@app.command("stats", epilog="Example: ringfence queue stats --json")
+def stats(context: typer.Context, *, json: Json = False) -> None:
+    """How much waits and runs, for how long, and how many workers there are."""
+    with clear_errors(as_json=json):
+        found = asdict(_do(context, lambda queue: queue.stats()))
+        if json:
+            print_json(found)
+            return
+        for name, value in found.items():
+            typer.echo(f"{name:15} {value:g}")
+
+
+@app.command("dead", epilog="Example: ringfence queue dead --limit 20 --json")
+def dead(
+    context: typer.Context,
+    *,
+    after: Annotated[str, typer.Option(help="Begin behind this id.")] = "",
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="So many at most.")] = 100,
+    json: Json = False,
+) -> None:
+    """Runs whose attempts are used up, by id, with the reason of the last."""
+    with clear_errors(as_json=json):
+        letters = _do(context, lambda queue: queue.dead_letters(after=after, limit=limit))
+        if json:
+            print_json([asdict(letter) for letter in letters])
+            return
+        for letter in letters:
+            # a handler's words, which may be an agent's
+            reason = one_line(letter.reason)
+            typer.echo(f"{letter.run_id}  {letter.tenant}  attempt {letter.attempt}: {reason}")
+
+
+@app.command("replay", epilog="Example: ringfence queue replay run_…")
+def replay(context: typer.Context, run_id: str, *, json: Json = False) -> None:
+    """Put a dead letter back, with no failures."""
+    with clear_errors(as_json=json):
+        _do(context, lambda queue: queue.replay(run_id))
+        _told(run_id, "is back in the queue", json=json, replayed=True)
+
+
+@app.command("cancel", epilog="Example: ringfence queue cancel run_…")
+def cancel(context: typer.Context, run_id: str, *, json: Json = False) -> None:
+    """Take a run back: at once while it waits, by cancelling its handler while it runs."""
+    with clear_errors(as_json=json):
+        done = _do(context, lambda queue: queue.cancel(run_id))
+        words = "is cancelled, or will be by its worker" if done else "had ended already"
+        _told(run_id, words, json=json, cancelled=done)
+
+
+def _do(context: typer.Context, act: Callable[[Queue], Awaitable[T]]) -> T:
+    state: AppContext = context.obj
+    assert state.queue is not None  # noqa: S101  the composition root sets it
+    made = state.queue
+
+    async def whole() -> T:
+        queue = made(0.0)
+        try:
+            return await act(queue)
+        finally:
+            await queue.close()
+
+    return asyncio.run(whole())
+
+
+def _told(run_id: str, words: str, *, json: bool, **facts: bool) -> None:
+    if json:
+        print_json({"run_id": run_id, **facts})
+    else:
+        typer.echo(f"{run_id} {words}", err=True)
