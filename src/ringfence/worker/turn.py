@@ -32,13 +32,13 @@ from ringfence.errors import (
     UnavailableError,
 )
 from ringfence.model import RunRequest, RunResult, RunStatus, Usage, WorkspaceMode
+from ringfence.queue.handling import to_the_end
 from ringfence.queue.protocol import Lease, Queue, RetryAfter
 from ringfence.record.session_base import SessionStore
 from ringfence.record.transcript import Progress, progress
 from ringfence.store import events as rows
 from ringfence.store.database import Database
 from ringfence.worker.control import RunControl
-from ringfence.worker.ends import to_the_end
 from ringfence.worker.launch import attempt
 from ringfence.worker.public_events import PublicEvents, cut_off, model_failure, storable
 from ringfence.worker.session_dirs import SessionDirectories
