@@ -26,13 +26,20 @@ process's standard error unless somebody sets it, by a transport that is not the
 def may_wait(policy: CompiledPolicy, request: RunRequest) -> bool:
     """Whether a run can be served by a `claude` that was started before it.
 
-    A command is none; a resumed session has files that come before the start; MCP servers start
-    with `claude`, and what they need (a file of the workspace, the way out) is not there yet; what
-    is written to other paths of the host belongs to the workspace's owner (docs/decisions/0012).
+    A command is none; a resumed session has files that come before the start; a run that waits for
+    people gains nothing by half a second; MCP servers start with `claude`, and what they need (a
+    file of the workspace, the way out) is not there yet; what is written to other
+    paths of the host belongs to the workspace's owner (docs/decisions/0012).
     """
     writable = [path for path in policy.sandbox.writable if not _of_workspace(path)]
     return not (
-        request.command or request.resume or request.fork or policy.tools.mcp_servers or writable
+        request.command
+        or request.resume
+        or request.fork
+        or request.defer
+        or request.ask_tools
+        or policy.tools.mcp_servers
+        or writable
     )
 
 
