@@ -201,6 +201,8 @@ CODES: dict[str, str] = {
     "agent-failed": "The agent ended its turn without success.",
     "transcript-lost": "The transcript could not be kept, so the run was ended.",
     "witness-violated": "A tool result that nobody allowed was on the wire; the run was ended.",
+    "answer-missing": "The session waits for an answer to a pending call, and there is none.",
+    "answer-refused": "An answer fits no pending call, or is of another kind than the call.",
     "tool-timeout": "A tool call was over its time limit.",
     "budget-exhausted": "The run's budget is spent.",
     # worker

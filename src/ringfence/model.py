@@ -165,6 +165,65 @@ class Attempt:
     ended: float | None
 
 
+class CallKind(StrEnum):
+    """What a call waits for."""
+
+    CONFIRMATION = "confirmation"
+    """A person's word; then the agent's own tool runs."""
+    CUSTOM = "custom"
+    """The result of a tool that the caller executes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CustomTool:
+    """A tool that the caller executes; the model is offered it under this very name.
+
+    Attributes:
+        input_schema: JSON Schema of an object; the model reads it, nobody here interprets it.
+    """
+
+    name: str
+    description: str
+    input_schema: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PendingCall:
+    """A tool call that ended its run, because somebody outside has to answer it first.
+
+    Attributes:
+        name: as the caller knows it: a custom tool by its own name.
+        expires: seconds since the epoch; what is answered then or later is a denial.
+    """
+
+    tool_use_id: str
+    name: str
+    input: dict[str, Any]
+    kind: CallKind
+    expires: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallAnswer:
+    """What somebody outside says to a pending call. The default is no.
+
+    Attributes:
+        allow, message: of a confirmation; the message is told to the agent when it is no.
+        input: what the tool gets in place of the model's own input; None leaves it.
+        content: of a custom tool: `text` and `image` blocks as the Messages API has them.
+        is_error: whether the content tells of a failure.
+        at: seconds since the epoch, when the answer was taken; None is now.
+    """
+
+    tool_use_id: str
+    allow: bool = False
+    message: str = ""
+    input: dict[str, Any] | None = None
+    content: tuple[dict[str, Any], ...] | None = None
+    is_error: bool = False
+    at: float | None = None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRequest:
     """What a caller asks for: one user turn of an agent, or one command, in a sandbox.
@@ -180,6 +239,13 @@ class RunRequest:
         timeout_seconds: wall clock of the run; None takes the policy's. It can only shorten.
         max_budget_usd: dollars of the run; None takes the policy's. It can only lower.
         isolation: technology in place of the policy's; at least as strong.
+        defer: a question to a person ends the run and makes a pending call, and nobody is asked.
+        ask_tools: names of tools that are never called without a person's word, whatever the
+            policy preapproves; `*` is all of them.
+        custom_tools: offered beside the policy's tools; they need `defer`.
+        approval_seconds: how long a call may be pending before no answer is a denial.
+        pending: what the session waits for, as the result of its last run had it.
+        answers: to those calls; a pending call without one stays pending.
     """
 
     prompt: str
@@ -200,6 +266,12 @@ class RunRequest:
     prompt_id: str | None = None
     session_id: str | None = None
     effort: str | None = None
+    defer: bool = False
+    ask_tools: tuple[str, ...] = ()
+    custom_tools: tuple[CustomTool, ...] = ()
+    approval_seconds: float = 86_400.0
+    pending: tuple[PendingCall, ...] = ()
+    answers: tuple[CallAnswer, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,6 +290,8 @@ class RunResult:
             file of today: path, colon, reason.
         unenforced: controls that the policy accepts without enforcement on this host.
         audit_index: index of the run's last record in the audit log.
+        pending: calls that the agent made and that wait for an answer; the session goes on by a
+            run that resumes it with these and with the answers.
     """
 
     run_id: str
@@ -237,4 +311,5 @@ class RunResult:
     hidden_files: tuple[str, ...] = ()
     unenforced: tuple[str, ...] = ()
     audit_index: int = -1
+    pending: tuple[PendingCall, ...] = ()
     error: dict[str, Any] | None = None

@@ -87,8 +87,8 @@ class Desk:
             broken=self.broken.append,
         )
 
-    async def _announce(self, identity: str, name: str, told: CallInput, allowed: bool) -> None:
-        self.told.append((identity, allowed))
+    async def _announce(self, identity: str, name: str, told: CallInput, word: str) -> None:
+        self.told.append((identity, word == "allow"))
 
     async def before(self, identity: str, name: str = "Bash", command: str = "make") -> str:
         data = {"tool_name": name, "tool_input": {"command": command}}

@@ -104,7 +104,12 @@ def test_hooks_are_told_apart_by_what_is_spawned() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    sorted({f.name for f in dataclasses.fields(ClaudeSettings)} - {"grants", "run_id"}),
+    # a run that defers is never served by one that waited
+    sorted(
+        {f.name for f in dataclasses.fields(ClaudeSettings)}
+        - {"grants", "run_id", "defer", "ask_tools", "custom_tools", "pending_tools"}
+        - {"approval_seconds"}
+    ),
 )
 def test_each_setting_makes_another_key_or_is_not_spawned(name: str) -> None:
     changed = dataclasses.replace(SETTINGS, **{name: another(getattr(SETTINGS, name))})
@@ -186,6 +191,8 @@ SERVER = McpServer(name="docs", command=("python3", "/workspace/docs.py"))
         ({"resume": "id", "fork": True}, {}, (), False),
         ({}, {"mcp_servers": (SERVER,)}, (), False),
         ({}, {}, ("/srv/cache",), False),
+        ({"defer": True}, {}, (), False),
+        ({"ask_tools": ("Bash",)}, {}, (), False),
     ],
 )
 def test_which_runs_may_wait(

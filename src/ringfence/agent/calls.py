@@ -17,10 +17,12 @@ from typing import Any, Literal
 from claude_agent_sdk import PermissionResultAllow, PermissionResultDeny, ToolPermissionContext
 
 from ringfence.agent.messages import AgentMessage, ToolEnded, ToolStarted
+from ringfence.agent.pending import Resolution, Waiting, public_name
 from ringfence.agent.permissions import Answer, Approver, Question, canonical_input, input_sha256
 from ringfence.agent.settings import ClaudeSettings
 from ringfence.agent.subagents import refusal
 from ringfence.errors import AgentError, RingfenceError
+from ringfence.model import CallKind, PendingCall
 from ringfence.policy.call_input import CallInput, call_input
 from ringfence.policy.decide import ToolDecision, decide_tool
 from ringfence.policy.tools import canonical_tool
@@ -30,19 +32,37 @@ from ringfence.record.recorder import Recorder
 APPROVAL_SECONDS = 600.0
 """A question without an answer is denied then (requirement G)."""
 
-Announce = Callable[[str, str, CallInput, bool], Awaitable[None]]
-"""(tool_use_id, name, input, allowed) → told to egress when it returns. Raises DeniedError,
+Word = Literal["allow", "deny", "defer"]
+"""A deferred call does not run now, and its run ends; what a person is asked about must be what the
+model asked for, as what runs must."""
+
+Announce = Callable[[str, str, CallInput, Word], Awaitable[None]]
+"""(tool_use_id, name, input, word) → told to egress when it returns. Raises DeniedError,
 `witness-violated`, when the wire knows another call."""
+
+_ALONE = "make this call again, alone: it waits for somebody outside, as another one does already"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Verdict:
-    """One call's decision: by whom, under which rule, and what the agent is told."""
+    """One call's decision: by whom, under which rule, and what the agent is told.
 
-    allowed: bool
+    Attributes:
+        input: what runs in place of the input that was asked about; None leaves it.
+        result: what a custom tool returned.
+    """
+
+    word: Word
     rule: str
     by: Literal["policy", "person"]
     message: str
+    input: dict[str, Any] | None = None
+    result: Resolution | None = None
+
+    @property
+    def allowed(self) -> bool:
+        """Whether the call may run."""
+        return self.word == "allow"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +79,9 @@ class ToolCalls:
     """Answers `claude`'s hooks.
 
     `put` takes messages for people, `overdue` the name of a call whose time is up, `broken` an
-    error after which nothing may go on: a decision that cannot be recorded is none.
+    error after which nothing may go on: a decision that cannot be recorded is none. `waiting` holds
+    the calls that wait for somebody outside; `begun` keeps, before it returns, that one of them
+    runs from now on: whoever resumes the session after that runs it no second time.
     """
 
     def __init__(
@@ -72,10 +94,13 @@ class ToolCalls:
         put: Callable[[AgentMessage], None],
         overdue: Callable[[str], None],
         broken: Callable[[RingfenceError], None],
+        waiting: Waiting | None = None,
+        begun: Callable[[str], Awaitable[None]] | None = None,
     ) -> None:
         self._settings, self._recorder = settings, recorder
         self._announce, self._approver = announce, approver
         self._put, self._overdue, self._broken = put, overdue, broken
+        self._waiting, self._begun = waiting or Waiting(), begun
         self._seen: set[str] = set()
         self._granted: dict[str, str] = {}
         self._approved: set[str] = set()
@@ -99,40 +124,40 @@ class ToolCalls:
         digest, told = input_sha256(tool_input), self._form(name, tool_input)
         verdict = await self._decide(identity, name, tool_input, nested="agent_id" in data)
         input_hmac = self._recorder.hmac(canonical_input(tool_input))
+        runs = tool_input if verdict.input is None else verdict.input
         await self._recorder.append(
             ToolDecisionMade(
                 **self._settings.ids,
                 tool_use_id=identity,
                 name=name,
                 input_hmac=input_hmac,
-                outcome="allow" if verdict.allowed else "deny",
+                outcome=verdict.word,
                 rule=verdict.rule,
                 decided_by=verdict.by,
+                given_hmac="" if runs is tool_input else self._recorder.hmac(canonical_input(runs)),
             )
         )
-        await self._announce(identity, name, told, verdict.allowed)
+        await self._announce(identity, name, told, verdict.word)
+        if verdict.allowed and self._waiting.before(identity) and self._begun is not None:
+            await self._begun(identity)
         self._put(
             ToolStarted(
                 tool_use_id=identity,
                 name=name,
-                input=tool_input,
+                input=runs,
                 allowed=verdict.allowed,
                 reason=verdict.rule,
                 asked=verdict.by == "person",
             )
         )
         if verdict.allowed:
-            self._granted[identity] = digest
+            self._granted[identity] = digest if runs is tool_input else input_sha256(runs)
+            if verdict.result is not None:
+                self._waiting.give(public_name(name), runs, verdict.result)
             self._watch(identity, name, input_hmac)
         else:
             self._subagents.discard(identity)
-        return {
-            "hookSpecificOutput": {
-                "hookEventName": "PreToolUse",
-                "permissionDecision": "allow" if verdict.allowed else "deny",
-                "permissionDecisionReason": verdict.message,
-            }
-        }
+        return _hook_answer(verdict)
 
     @staticmethod
     def _form(name: str, tool_input: dict[str, Any]) -> CallInput:
@@ -141,7 +166,7 @@ class ToolCalls:
         except ValueError as error:
             raise AgentError("agent-protocol", f"claude asked about no call: {error}") from None
 
-    async def _decide(
+    async def _decide(  # noqa: PLR0911  a ladder of refusals reads in order
         self, identity: str, name: str, tool_input: dict[str, Any], *, nested: bool
     ) -> _Verdict:
         if not identity or identity in self._seen:
@@ -155,23 +180,78 @@ class ToolCalls:
         cap = self._subagent_cap(identity, name, nested=nested)
         if cap is not None:
             return _by_policy(cap, f"no more subagents may start ({cap})")
-        if decision.allowed:
+        if self._waiting.before(identity):
+            return self._answered(identity, name, tool_input, decision)
+        if decision.allowed and not self._settings.asks(name):
             return _by_policy(decision.rule, message, allowed=True)
+        if self._settings.defer:
+            return self._deferred(identity, name, tool_input, decision, nested=nested)
         return await self._persons_word(identity, name, tool_input, decision)
+
+    def _answered(
+        self, identity: str, name: str, tool_input: dict[str, Any], decision: ToolDecision
+    ) -> _Verdict:
+        """A call that waited when this process began. Today's policy has had its word already."""
+        word = self._waiting.word(identity, name, tool_input)
+        if word.word == "wait":
+            return self._deferred(identity, name, tool_input, decision, nested=False)
+        if word.input is not None:
+            grants, mode = self._settings.grants, self._settings.mode
+            given = decide_tool(grants, mode, name, word.input)
+            if not given.allowed and not given.ask:
+                return _by_policy(given.rule, f"{given.reason} ({given.rule}), for the input given")
+        return _Verdict(
+            word=word.word,
+            rule=decision.rule,
+            by="person",
+            message=word.message,
+            input=word.input,
+            result=word if word.content is not None else None,
+        )
+
+    def _deferred(
+        self,
+        identity: str,
+        name: str,
+        tool_input: dict[str, Any],
+        decision: ToolDecision,
+        *,
+        nested: bool,
+    ) -> _Verdict:
+        """Ends the turn with this call as the one that waits, where that is possible."""
+        if nested:
+            # claude goes on with a deferred call of the main conversation only
+            return _by_policy(decision.rule, "a subagent cannot wait for anybody's word")
+        if self._waiting.in_transcript(identity) and not self._waiting.before(identity):
+            return _by_policy("pending", "nobody waits for this call any more; make it again")
+        custom = self._settings.custom(name)
+        call = PendingCall(
+            tool_use_id=identity,
+            name=public_name(name),
+            input=copy.deepcopy(tool_input),
+            kind=CallKind.CUSTOM if custom else CallKind.CONFIRMATION,
+            expires=round(time.time() + self._settings.approval_seconds, 3),
+        )
+        if not self._waiting.take(call):
+            return _by_policy(decision.rule, _ALONE)
+        return _Verdict(word="defer", rule=decision.rule, by="policy", message="")
+
+    def custom_result(self, name: str, arguments: Mapping[str, Any]) -> Resolution | None:
+        """What the caller's tool returned for a call that the hook has just allowed, once."""
+        return self._waiting.result(name, arguments)
 
     async def _persons_word(
         self, identity: str, name: str, tool_input: dict[str, Any], decision: ToolDecision
     ) -> _Verdict:
         if name in self._approved:
-            return _Verdict(allowed=True, rule="approved for this run", by="person", message="")
+            return _Verdict(word="allow", rule="approved for this run", by="person", message="")
         answer = await self._ask(identity, name, tool_input, decision.reason)
         if answer is None:
             return _by_policy(decision.rule, "nobody answered in time, or nobody could be asked")
         if answer.allowed and answer.for_this_run:
             self._approved.add(name)
-        return _Verdict(
-            allowed=answer.allowed, rule=decision.rule, by="person", message=answer.message
-        )
+        word: Word = "allow" if answer.allowed else "deny"
+        return _Verdict(word=word, rule=decision.rule, by="person", message=answer.message)
 
     def _subagent_cap(self, identity: str, name: str, *, nested: bool) -> str | None:
         """Why a subagent may not start; None when it may, and then it counts from this moment:
@@ -212,9 +292,23 @@ class ToolCalls:
     async def may(
         self, name: str, tool_input: dict[str, Any], context: ToolPermissionContext
     ) -> PermissionResultAllow | PermissionResultDeny:
-        """can_use_tool: what the hook granted, for this id and this input, once."""
+        """can_use_tool: what the hook granted, for this id and this input, once.
+
+        A resumed `claude` takes up a deferred call as it starts, and may be faster than the
+        initialisation that tells it of the hook (measured): such a call is decided here.
+        """
+        identity = context.tool_use_id or ""
+        if identity not in self._seen and self._waiting.before(identity):
+            data = {"tool_name": name, "tool_input": tool_input}
+            said = (await self.before(data, identity, None))["hookSpecificOutput"]
+            if said["permissionDecision"] != "allow":
+                return PermissionResultDeny(message=said["permissionDecisionReason"])
+            tool_input = said.get("updatedInput", tool_input)
         if self._granted.pop(context.tool_use_id or "", None) == input_sha256(tool_input):
             return PermissionResultAllow(updated_input=tool_input)
+        if self._waiting.drop(context.tool_use_id or ""):
+            # it was deferred, and claude asks on instead of ending its turn
+            return PermissionResultDeny(message=f"ringfence: {_ALONE}")
         return PermissionResultDeny(message=f"ringfence: {name} was not decided with this input")
 
     # ends of calls, and their clock
@@ -282,4 +376,18 @@ class ToolCalls:
 
 
 def _by_policy(rule: str, message: str, *, allowed: bool = False) -> _Verdict:
-    return _Verdict(allowed=allowed, rule=rule, by="policy", message=f"ringfence: {message}")
+    word: Word = "allow" if allowed else "deny"
+    return _Verdict(word=word, rule=rule, by="policy", message=f"ringfence: {message}")
+
+
+def _hook_answer(verdict: _Verdict) -> dict[str, Any]:
+    """A verdict as PreToolUse answers it."""
+    given = {} if verdict.input is None else {"updatedInput": verdict.input}
+    return {
+        "hookSpecificOutput": {
+            "hookEventName": "PreToolUse",
+            "permissionDecision": verdict.word,
+            "permissionDecisionReason": verdict.message,
+            **given,
+        }
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from ringfence.agent.calls import Announce, ToolCalls
 from ringfence.agent.command_line import CONFIG_DIR, argv, environment
 from ringfence.agent.messages import AgentMessage, Notice, Text, Thinking, ToolResult, TurnEnded
 from ringfence.agent.options import build_options
+from ringfence.agent.pending import Waiting
 from ringfence.agent.permissions import Approver
 from ringfence.agent.settings import ClaudeSettings
 from ringfence.agent.transport import SandboxTransport
@@ -36,9 +38,10 @@ from ringfence.errors import (
     RingfenceError,
     UnavailableError,
 )
+from ringfence.model import PendingCall
 from ringfence.record.recorder import Recorder
 from ringfence.record.safe_text import one_line
-from ringfence.record.transcript import PROJECT
+from ringfence.record.transcript import PROJECT, begun
 from ringfence.sandbox.protocol import Sandbox
 
 # the SDK logs words of the process; without a handler the last resort would print them raw
@@ -62,13 +65,16 @@ class SessionMirror(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run lends the `claude` that serves it; `run_id` is the run's."""
+    """What a run lends the `claude` that serves it; `run_id` is the run's, `waiting` are the calls
+    that its session waits for.
+    """
 
     run_id: str
     recorder: Recorder
     announce: Announce
     approver: Approver
     mirror: SessionMirror
+    waiting: Waiting | None = None
 
 
 class ClaudeDriver:
@@ -83,6 +89,7 @@ class ClaudeDriver:
         self._sandbox, self._settings = sandbox, settings
         self._mirror = _Mirror(self._broken)
         self._calls: ToolCalls | None = None
+        self._waiting = Waiting()
         self._client: ClaudeSDKClient | None = None
         self._transport: SandboxTransport | None = None
         self._messages: asyncio.Queue[AgentMessage | None] = asyncio.Queue()
@@ -98,6 +105,7 @@ class ClaudeDriver:
             raise CallerError("internal", "a claude serves one run")
         self._settings = replace(self._settings, run_id=run.run_id)
         self._mirror.store = run.mirror
+        self._waiting = run.waiting or self._waiting
         self._calls = ToolCalls(
             self._settings,
             recorder=run.recorder,
@@ -106,6 +114,8 @@ class ClaudeDriver:
             put=self._put,
             overdue=lambda identity: self._spawn(self._overdue(identity)),
             broken=self._broken,
+            waiting=self._waiting,
+            begun=self._begun,
         )
         if self._transport is not None:
             self._transport.serve()
@@ -145,7 +155,7 @@ class ClaudeDriver:
             self._sandbox,
             # the SDK sets this itself when can_use_tool is given, but only for its own process
             [*argv(options), "--permission-prompt-tool", "stdio"],
-            environment(self._settings.grants),
+            environment(self._settings.grants, defers=self._settings.defer),
             transcripts=f"{CONFIG_DIR}/projects/{PROJECT}/{self._settings.session_id}",
             on_lie=self._broken,
             waiting=self._calls is None,
@@ -166,9 +176,18 @@ class ClaudeDriver:
             why = "; ".join(_words(error))
             raise AgentError("agent-start-failed", f"claude did not start: {why}") from None
 
-    async def turn(self, prompt: str, prompt_id: str | None = None) -> AsyncIterator[AgentMessage]:
-        """Send a prompt; yields messages until the turn has ended. `prompt_id` is the UUID that it
-        gets in the transcript.
+    @property
+    def pending(self) -> tuple[PendingCall, ...]:
+        """The call that the last turn ended with, where it waits for somebody outside."""
+        call = self._waiting.call
+        return () if call is None else (call,)
+
+    async def turn(
+        self, prompt: str | None, prompt_id: str | None = None
+    ) -> AsyncIterator[AgentMessage]:
+        """Send a prompt; yields messages until the turn has ended. With None the turn is the one
+        that a `claude` begins by itself: it was resumed where a call had been deferred.
+        `prompt_id` is the UUID that the prompt gets in the transcript.
         """
         if self._client is None or self._calls is None:
             raise AgentError("agent-start-failed", "claude is not running, or serves no run")
@@ -186,11 +205,14 @@ class ClaudeDriver:
             await asyncio.gather(reader, return_exceptions=True)
             self._turning = False
 
-    async def _read(self, client: ClaudeSDKClient, prompt: str, prompt_id: str | None) -> None:
+    async def _read(
+        self, client: ClaudeSDKClient, prompt: str | None, prompt_id: str | None
+    ) -> None:
         ended = False
         try:
             # here, so that a process that does not read its input stalls nobody but itself
-            await client.query(prompt if prompt_id is None else _named(prompt, prompt_id))
+            if prompt is not None:
+                await client.query(prompt if prompt_id is None else _named(prompt, prompt_id))
             async for message in client.receive_response():
                 ended = self._received(message) or ended
             if not ended:
@@ -257,6 +279,11 @@ class ClaudeDriver:
         if self._calls is not None:
             with suppress(RingfenceError):
                 await self._calls.close()
+
+    async def _begun(self, identity: str) -> None:
+        """Where `claude` looks for a deferred call it finds this first, and runs it no more."""
+        key = {"project_key": PROJECT, "session_id": self._settings.session_id}
+        await self._mirror.append(key, [begun(identity, str(uuid.uuid4()))])
 
     async def _overdue(self, identity: str) -> None:
         """A call's time is up. The clock is outside."""

@@ -32,8 +32,12 @@ def argv(options: ClaudeAgentOptions) -> list[str]:
     return transport._build_command()  # noqa: SLF001
 
 
-def environment(grants: ToolGrants) -> dict[str, str]:
-    """All that `claude` finds in its environment, beside PATH, HOME, LANG and TMPDIR."""
+def environment(grants: ToolGrants, *, defers: bool = False) -> dict[str, str]:
+    """All that `claude` finds in its environment, beside PATH, HOME, LANG and TMPDIR.
+
+    `defers` keeps it to streamed answers: in one that comes whole, several calls are one message,
+    and it defers none of those.
+    """
     proxy = f"http://127.0.0.1:{INSIDE_PROXY_PORT}"
     return {
         "CLAUDE_CONFIG_DIR": CONFIG_DIR,
@@ -58,6 +62,7 @@ def environment(grants: ToolGrants) -> dict[str, str]:
         "DISABLE_AUTOUPDATER": "1",
         "DISABLE_BUG_COMMAND": "1",
         "TERM": "dumb",
+        **({"CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK": "1"} if defers else {}),
         **tool_environment(proxy),
     }
 

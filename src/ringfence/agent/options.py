@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
 from claude_agent_sdk import ClaudeAgentOptions, HookMatcher, SessionStore
@@ -39,11 +41,15 @@ def build_options(
     async def failed(*asked: Any) -> Any:
         return await answering.calls.failed(*asked)
 
+    async def result(name: str, arguments: Mapping[str, Any]) -> Any:
+        return answering.calls.custom_result(name, arguments)
+
     return ClaudeAgentOptions(
         tools=list(grants.offered),
         allowed_tools=[],
         disallowed_tools=list(grants.denied),
-        permission_mode=settings.mode.value,
+        permission_mode=settings.own_mode.value,
+        settings=_asking(settings),
         can_use_tool=may,
         hooks={
             "PreToolUse": [_matcher(before)],
@@ -52,7 +58,8 @@ def build_options(
         },
         setting_sources=[],
         strict_mcp_config=True,
-        mcp_servers={server.name: _mcp(server) for server in grants.mcp_servers},
+        mcp_servers={server.name: _mcp(server) for server in grants.mcp_servers}
+        | _custom(settings, result),
         model=settings.model,
         fallback_model=settings.fallback_model,
         system_prompt=settings.system_prompt or {"type": "preset", "preset": "claude_code"},
@@ -68,6 +75,25 @@ def build_options(
         resume=settings.session_id if settings.resume else None,
         session_id=None if settings.resume else settings.session_id,
     )
+
+
+def _asking(settings: ClaudeSettings) -> str | None:
+    """Settings by which `claude` asks about these tools again after the hook: the second lock of a
+    deferred call. What the hook allowed is then allowed there, for its id and input, once.
+    """
+    if not settings.always_asked:
+        return None
+    return json.dumps({"permissions": {"ask": list(settings.always_asked)}})
+
+
+def _custom(settings: ClaudeSettings, result: Any) -> dict[str, Any]:
+    if not settings.custom_tools:
+        return {}
+    # imports the MCP library's server half, which no other run needs
+    from ringfence.agent.custom import server
+    from ringfence.agent.pending import CUSTOM_SERVER
+
+    return {CUSTOM_SERVER: server(settings.custom_tools, result)}
 
 
 def _matcher(hook: Any) -> HookMatcher:

@@ -55,6 +55,16 @@ class Configure(Message):
     """False only in benchmarks, to measure the write-ahead apart."""
 
 
+class PendingToolUse(BaseModel):
+    """A call that the wire showed to another egress process: asked for, and not decided."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    tool_use_id: str
+    name: str
+    input_sha256: str
+    input_place: str = Field(default="", max_length=4096)
+
+
 class OpenSandbox(Message):
     """Serve one sandbox. Descriptors: the listening unix socket, then the loopback listener."""
 
@@ -67,6 +77,8 @@ class OpenSandbox(Message):
     """`EgressRules` as JSON (ringfence.policy.compile.egress_to_json)."""
     known_tool_uses: list[str] = []
     """Ids of the materialised transcript: their results may appear in a request's history."""
+    pending_tool_uses: list[PendingToolUse] = []
+    """Of those, the ones that an earlier run asked about and that this one may decide."""
 
 
 class AddListener(Message):
@@ -88,6 +100,7 @@ class ToolDecided(Message):
         input_sha256: digest of the input that was decided about, in the form of
             `ringfence.policy.call_input`.
         input_place: its path or leading `cd`, of the same form.
+        deferred: not allowed now, and a person will be asked about it: so the wire must know it.
     """
 
     type: Literal["tool_decided"] = "tool_decided"
@@ -98,6 +111,7 @@ class ToolDecided(Message):
     input_sha256: str
     input_place: str = Field(default="", max_length=4096)
     allowed: bool
+    deferred: bool = False
 
 
 class CloseSandbox(Message):

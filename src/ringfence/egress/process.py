@@ -89,7 +89,11 @@ class Egress:
         if isinstance(message, ToolDecided):
             told = CallInput(digest=message.input_sha256, place=message.input_place)
             violation = sandbox.run.tool_decided(
-                message.tool_use_id, message.name, told, allowed=message.allowed
+                message.tool_use_id,
+                message.name,
+                told,
+                allowed=message.allowed,
+                deferred=message.deferred,
             )
             if violation is not None:
                 sandbox.violation(violation)
@@ -131,6 +135,9 @@ class Egress:
         rules = egress_from_json(message.rules)
         run = RunState(rules.model)
         run.known(message.known_tool_uses)
+        for call in message.pending_tool_uses:
+            told = CallInput(digest=call.input_sha256, place=call.input_place)
+            run.ledger.pending(call.tool_use_id, call.name, told)
         sandbox = SandboxState(
             sandbox_id=message.sandbox_id,
             run_id=message.run_id,

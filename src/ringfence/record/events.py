@@ -91,15 +91,18 @@ class SandboxStopped(Event):
 
 
 class ToolDecisionMade(Event):
-    """The worker allowed or denied a tool call."""
+    """The worker allowed or denied a tool call, or deferred it: the run ends, and somebody outside
+    answers. `given_hmac` is of the input that a person put in place of the model's own.
+    """
 
     type: Literal["tool.decided"] = "tool.decided"
     tool_use_id: str
     name: str
     input_hmac: str
-    outcome: Literal["allow", "deny"]
+    outcome: Literal["allow", "deny", "defer"]
     rule: str
     decided_by: Literal["policy", "person", "mode"]
+    given_hmac: str = ""
 
 
 class ToolFinished(Event):

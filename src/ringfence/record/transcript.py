@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from ringfence.errors import DeniedError
 
@@ -76,14 +76,77 @@ def entry_uuid(entry: Entry) -> str | None:
 
 def tool_use_ids(entries: Iterable[Entry]) -> Iterator[str]:
     """Ids of the tool calls in a transcript, as they appear."""
+    for block in _content(entries, "tool_use"):
+        name = block.get("id")
+        if isinstance(name, str):
+            yield name
+
+
+def _content(entries: Iterable[Entry], kind: str) -> Iterator[dict[str, Any]]:
     for entry in entries:
         message = entry.get("message")
         content = message.get("content") if isinstance(message, dict) else None
         for block in content if isinstance(content, list) else ():
-            if isinstance(block, dict) and block.get("type") == "tool_use":
-                name = block.get("id")
-                if isinstance(name, str):
-                    yield name
+            if isinstance(block, dict) and block.get("type") == kind:
+                yield block
+
+
+_DEFERRED = "hook_deferred_tool"
+_BEGUN = "ringfence-begun"
+
+
+def begun(tool_use_id: str, uuid: str) -> Entry:
+    """An entry that says: a call that was deferred has been allowed, and runs. `claude` passes over
+    types that it does not know, and over a deferred call whose id a later line names.
+    """
+    return {"type": _BEGUN, "uuid": uuid, "tool_use_id": tool_use_id}
+
+
+class Deferred(NamedTuple):
+    """The call that a session stands at: whether `claude` takes it up when it is resumed, or was
+    told to once already, and what came of it is not known.
+    """
+
+    tool_use_id: str
+    begun: bool
+
+
+def deferred(lines: Iterable[bytes]) -> Deferred | None:
+    """The last deferred call of a transcript that has no result; read as `claude` reads it.
+
+    Its words decide nothing but how a turn begins: what may run is decided by those of the caller.
+    """
+    found: Deferred | None = None
+    for line in lines:
+        if _DEFERRED.encode() not in line and (
+            found is None or found.tool_use_id.encode() not in line
+        ):
+            continue
+        entry = _object(line)
+        attachment = entry.get("attachment")
+        if isinstance(attachment, dict) and attachment.get("type") == _DEFERRED:
+            found = Deferred(str(attachment.get("toolUseID", "")), begun=False)
+        elif found is not None and found.tool_use_id in set(tool_results([entry])):
+            found = None
+        elif found is not None and entry == begun(found.tool_use_id, str(entry.get("uuid"))):
+            found = Deferred(found.tool_use_id, begun=True)
+    return found
+
+
+def _object(line: bytes) -> Entry:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def tool_results(entries: Iterable[Entry]) -> Iterator[str]:
+    """Ids of the tool calls that have a result in a transcript."""
+    for block in _content(entries, "tool_result"):
+        name = block.get("tool_use_id")
+        if isinstance(name, str):
+            yield name
 
 
 def first_prompt(entries: Iterable[Entry]) -> str:

@@ -16,6 +16,7 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from ringfence.agent.calls import Word
 from ringfence.agent.claude import GRACE_SECONDS, ClaudeDriver, Run
 from ringfence.agent.command import run_command
 from ringfence.agent.messages import (
@@ -26,6 +27,7 @@ from ringfence.agent.messages import (
     Text,
     TurnEnded,
 )
+from ringfence.agent.pending import Waiting
 from ringfence.channel.messages import (
     AddListener,
     AnyMessage,
@@ -38,7 +40,7 @@ from ringfence.channel.messages import (
     witness_error,
 )
 from ringfence.errors import AgentError, RingfenceError, UnavailableError
-from ringfence.model import RunRequest, RunResult, Usage, WorkspaceMode
+from ringfence.model import PendingCall, RunRequest, RunResult, Usage, WorkspaceMode
 from ringfence.policy.call_input import CallInput
 from ringfence.policy.codec import egress_to_json
 from ringfence.policy.compiled import CompiledPolicy
@@ -51,6 +53,7 @@ from ringfence.sandbox.protocol import Changes, Control, Sandbox, SandboxSpec, n
 from ringfence.sandbox.registry import Picked
 from ringfence.sandbox.saved import save_changes
 from ringfence.worker.control import RunControl
+from ringfence.worker.deferring import first_turns, pending_tool_uses
 from ringfence.worker.egressdir import EgressDirectory
 from ringfence.worker.ends import broken_off, ended
 from ringfence.worker.ids import new_id
@@ -95,6 +98,8 @@ class Attempt:
         self._outcome = Outcome()
         self._begun = False
         self._changes = Changes()
+        self._home: dict[str, bytes] = {}
+        self._pending: tuple[PendingCall, ...] = ()
         self._sandbox: Sandbox | None = None
         self._member: Member | None = None
         self._driver: ClaudeDriver | None = None
@@ -240,6 +245,7 @@ class Attempt:
                 session_id=self._session_id,
                 rules=egress_to_json(self._policy.egress),
                 known_tool_uses=await self._known_tool_uses(),
+                pending_tool_uses=pending_tool_uses(self._request.pending),
             )
         finally:
             listener.close()
@@ -271,9 +277,8 @@ class Attempt:
             stack.push_async_callback(member.sandbox.close)
             await member.sandbox.attach(Path(request.workspace))
             return member.sandbox
-        files = None
         if request.resume is not None:
-            files = await asyncio.to_thread(station.sessions.materialise, self._session_id)
+            self._home = await asyncio.to_thread(station.sessions.materialise, self._session_id)
         spec = SandboxSpec(
             sandbox_id=self._sandbox_id,
             profile=self._policy.sandbox,
@@ -281,7 +286,7 @@ class Attempt:
             state_dir=station.config.state_dir,
             egress_dir=egress_dir,
             claude=None if request.command else station.claude,
-            home_files=files,
+            home_files=self._home or None,
             ca_certificate=station.ca_certificate,
         )
         sandbox = await picked.backend.start(spec)
@@ -411,6 +416,7 @@ class Attempt:
                 announce=self._announce,
                 approver=self._station.approver,
                 mirror=lease,
+                waiting=await self._waiting(),
             )
         )
         self._driver = driver
@@ -419,21 +425,34 @@ class Attempt:
                 self._on_message(Progress(waits_for="agent"))
                 await driver.start()
             self._on_message(Progress(waits_for="ready"))
-            async for message in driver.turn(request.prompt, request.prompt_id):
-                if isinstance(message, TurnEnded):
-                    self._outcome.ended = message
-                self._on_message(message)
+            for prompt in first_turns(request, self._home):
+                await self._turn(driver, prompt)
+                if driver.pending or not (self._outcome.ended and self._outcome.ended.ok):
+                    break
         finally:
             self._driver = None
             await driver.close()
         if driver.failure is not None:
             self._outcome.fail(driver.failure)
+        self._pending = driver.pending
         if lease.failed:
             self._outcome.fail(
                 UnavailableError(
                     "transcript-lost", "the transcript could not be kept, so the run was ended"
                 )
             )
+
+    async def _waiting(self) -> Waiting:
+        known, request = await self._known_tool_uses(), self._request
+        return Waiting(
+            pending=request.pending, answers=request.answers, known=known, now=time.time()
+        )
+
+    async def _turn(self, driver: ClaudeDriver, prompt: str | None) -> None:
+        async for message in driver.turn(prompt, self._request.prompt_id):
+            if isinstance(message, TurnEnded):
+                self._outcome.ended = message
+            self._on_message(message)
 
     def _new_driver(self, sandbox: Sandbox) -> ClaudeDriver:
         settings = claude_settings(
@@ -445,7 +464,7 @@ class Attempt:
         )
         return ClaudeDriver(sandbox, settings)
 
-    async def _announce(self, tool_use_id: str, name: str, told: CallInput, allowed: bool) -> None:  # noqa: FBT001
+    async def _announce(self, tool_use_id: str, name: str, told: CallInput, word: Word) -> None:
         await self._station.egress.request(
             ToolDecided,
             sandbox_id=self._sandbox_id,
@@ -453,7 +472,8 @@ class Attempt:
             name=name,
             input_sha256=told.digest,
             input_place=told.place,
-            allowed=allowed,
+            allowed=word == "allow",
+            deferred=word == "defer",
         )
 
     def _noticed(self, message: AnyMessage) -> None:
@@ -500,6 +520,8 @@ class Attempt:
             left_out=tuple(f"{path}: {reason}" for path, reason in changes.refused),
             hidden_files=self._hidden,
             unenforced=self._unenforced,
+            # what a run that failed asked for is asked again by the one that takes its place
+            pending=self._pending if error is None else (),
             error=error.to_json() if error is not None else None,
         )
 

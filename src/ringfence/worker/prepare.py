@@ -8,12 +8,14 @@ import math
 import os
 import re
 import socket
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 
 from ringfence.agent.messages import Notice
+from ringfence.agent.pending import CUSTOM_SERVER, Waiting, called, check_answers, custom_names
 from ringfence.agent.settings import ClaudeSettings
 from ringfence.errors import CallerError, DeniedError
 from ringfence.model import RunRequest
@@ -53,6 +55,15 @@ def narrowed(policy: CompiledPolicy, request: RunRequest) -> CompiledPolicy:
         sandbox = replace(sandbox, workspace_mode=request.workspace_mode)
     if request.isolation is not None:
         sandbox = replace(sandbox, isolation=request.isolation)
+    custom = tuple(sorted(custom_names(request.custom_tools)))
+    if custom:
+        # what the caller executes needs no right of the policy's to be offered; a deny still holds
+        model = replace(model, tools=(*model.tools, *custom))
+        tools = replace(
+            tools,
+            offered=(*tools.offered, *custom),
+            preapproved=(*tools.preapproved, *custom),
+        )
     egress = replace(policy.egress, model=model)
     return replace(policy, sandbox=sandbox, egress=egress, tools=tools)
 
@@ -90,6 +101,11 @@ def claude_settings(
         start_seconds=_EMULATED_START if policy.sandbox.emulation else _START,
         resume=request.resume is not None,
         effort=request.effort,
+        defer=request.defer,
+        ask_tools=request.ask_tools,
+        custom_tools=request.custom_tools,
+        approval_seconds=request.approval_seconds,
+        pending_tools=tuple(called(call) for call in request.pending),
     )
 
 
@@ -102,12 +118,13 @@ def check(request: RunRequest, policy: CompiledPolicy, *, state_dir: Path) -> No
         state_dir: where ringfence keeps its own.
 
     Raises:
-        CallerError: `workspace-missing`, `usage`.
+        CallerError: `workspace-missing`, `usage`, `answer-refused`.
         DeniedError: `permission-mode-denied`, `workspace-mode-denied`, `isolation-denied`,
             `state-exposed`.
     """
     _check_words(request)
     _check_limits(request)
+    _check_deferred(request, policy)
     if not Path(request.workspace).is_dir():
         raise CallerError(
             "workspace-missing", f"{request.workspace} is not a directory that can be read"
@@ -128,9 +145,31 @@ def _check_limits(request: RunRequest) -> None:
         ("timeout", request.timeout_seconds),
         ("budget", request.max_budget_usd),
         ("number of turns", request.max_turns),
+        ("time for an approval", request.approval_seconds),
     ):
         if limit is not None and not 0 < limit < math.inf:
             raise CallerError("usage", f"a {name} is a number above 0, not {limit}")
+
+
+def _check_deferred(request: RunRequest, policy: CompiledPolicy) -> None:
+    """Calls that wait belong to a session that waits.
+
+    Raises:
+        CallerError: `usage`, `answer-refused`, `answer-missing`.
+    """
+    names = custom_names(request.custom_tools)
+    if len(names) < len(request.custom_tools):
+        raise CallerError("usage", "two custom tools have one name")
+    if names and not request.defer:
+        raise CallerError("usage", "a custom tool is executed by a caller who answers later: defer")
+    if request.defer and request.command:
+        raise CallerError("usage", "a command asks nobody, so nothing of it can be deferred")
+    if names and any(server.name == CUSTOM_SERVER for server in policy.tools.mcp_servers):
+        raise CallerError("usage", f"no MCP server can be named {CUSTOM_SERVER!r}")
+    if request.pending and (request.resume is None or request.fork or not request.defer):
+        raise CallerError("usage", "pending calls are those of a session that is resumed, to defer")
+    check_answers(request.pending, request.answers)
+    Waiting(pending=request.pending, answers=request.answers, now=time.time()).check()
 
 
 def _check_permitted(code: str, asked: StrEnum | None, permitted: Iterable[StrEnum]) -> None:

@@ -27,15 +27,17 @@ def obstacle(policy: CompiledPolicy, request: RunRequest) -> str | None:
     """Why a run cannot be served by a `claude` that was started before it; None when it can.
 
     A command is none; a session whose id is given is not the one that waits; a resumed one has
-    files that come before the start; MCP servers start
-    with `claude`, and what they need (a file of the workspace, the way out) is not there yet; what
-    is written to other paths of the host belongs to the workspace's owner (docs/decisions/0012).
+    files that come before the start; a run that waits for people gains nothing by half a second;
+    MCP servers start with `claude`, and what they need (a file of the workspace, the way out) is
+    not there yet; what is written to other paths of the host belongs to the workspace's owner
+    (docs/decisions/0012).
     """
     writable = [path for path in policy.sandbox.writable if not _of_workspace(path)]
     for found, what in (
         (request.command, "a command is no run of claude"),
         (request.session_id, "a session whose id is given is not the one that waits"),
         (request.resume or request.fork, "a session that goes on has files that come first"),
+        (request.defer or request.ask_tools, "a run that waits for people gains nothing by it"),
         (policy.tools.mcp_servers, "MCP servers start with claude, and need the run's own way out"),
         (writable, f"{', '.join(writable)}: the host's, and the workspace's owner writes there"),
     ):

@@ -91,10 +91,16 @@ class RunState:
         self.ledger.known(ids)
 
     def tool_decided(
-        self, tool_use_id: str, name: str, told: CallInput, *, allowed: bool
+        self,
+        tool_use_id: str,
+        name: str,
+        told: CallInput,
+        *,
+        allowed: bool,
+        deferred: bool = False,
     ) -> Violation | None:
         """The worker's word about a call; a violation when the wire knows another call."""
-        return self.ledger.decided(tool_use_id, name, told, allowed=allowed)
+        return self.ledger.decided(tool_use_id, name, told, allowed=allowed, deferred=deferred)
 
     def exhausted(self) -> str | None:
         """Which limit is spent. Counting tokens costs nothing and is a request still."""

@@ -92,6 +92,13 @@ class ToolLedger:
         for tool_use_id in ids:
             self._states[tool_use_id] = State.KNOWN
 
+    def pending(self, tool_use_id: str, name: str, told: CallInput) -> None:
+        """A call that an earlier run's wire asked for and nobody has decided: the worker may, for
+        this name and this input only. Until then a result of it is a violation.
+        """
+        self._states[tool_use_id] = State.ASKED
+        self._names[tool_use_id], self._inputs[tool_use_id] = name, told
+
     def asked(self, tool_use_id: str, name: str) -> None:
         """An answer on this wire asked for it."""
         if len(self._states) < self._max:
@@ -109,9 +116,16 @@ class ToolLedger:
             self._inputs[tool_use_id] = None
 
     def decided(
-        self, tool_use_id: str, name: str, told: CallInput, *, allowed: bool
+        self,
+        tool_use_id: str,
+        name: str,
+        told: CallInput,
+        *,
+        allowed: bool,
+        deferred: bool = False,
     ) -> Violation | None:
-        """The worker spoke. A denial is never lifted: deny wins.
+        """The worker spoke. A denial is never lifted: deny wins, and a deferred call is denied for
+        this run.
 
         The worker was asked by a frame from inside. It may name a call that no answer asked for,
         a harmless tool in place of the one that the model called, or a harmless input: each ends
@@ -127,7 +141,7 @@ class ToolLedger:
             reason = "tool-input-differs"
         if reason:
             self._states[tool_use_id] = State.DENIED
-            return Violation(reason, tool_use_id) if allowed else None
+            return Violation(reason, tool_use_id) if allowed or deferred else None
         if state is not State.DENIED:
             self._states[tool_use_id] = State.ALLOWED if allowed else State.DENIED
         return None

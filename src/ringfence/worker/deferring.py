@@ -1,0 +1,60 @@
+"""How a run begins where the one before it ended with a call that waits. PURE."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ringfence.agent.pending import called
+from ringfence.model import PendingCall, RunRequest
+from ringfence.policy.call_input import call_input
+from ringfence.record.transcript import deferred
+
+GO_ON = "Continue from where you left off."
+_UNFINISHED = (
+    "The tool call {} was allowed and had begun when this session was cut off. What it did is not "
+    "known, and it was not run again."
+)
+
+
+def first_turns(request: RunRequest, home: Mapping[str, bytes]) -> tuple[str | None, ...]:
+    """The turns of a run in order; None is the one that `claude` begins by itself.
+
+    It does so when the transcript ends with a deferred call, and waits for a prompt when it does
+    not: an attempt that died after the call had run, or while it ran, leaves such a transcript to
+    the next one, whose caller still has the answer.
+
+    Args:
+        request: with the caller's pending calls.
+        home: files of the session, by path, as they are put before `claude`.
+    """
+    if request.resume is None:
+        return (request.prompt,)
+    stands_at = deferred(_main(home))
+    prompts = (request.prompt,) if request.prompt else ()
+    if stands_at is None:
+        return prompts or (GO_ON,)
+    if stands_at.begun:
+        note = _UNFINISHED.format(stands_at.tool_use_id)
+        return (f"{note}\n\n{request.prompt or GO_ON}",)
+    return (None, *prompts)
+
+
+def pending_tool_uses(pending: Iterable[PendingCall]) -> list[dict[str, Any]]:
+    """The same calls for egress: what the wire of an earlier run has shown (requirement B)."""
+    told = [(call, called(call), call_input(called(call), call.input)) for call in pending]
+    return [
+        {
+            "tool_use_id": call.tool_use_id,
+            "name": name,
+            "input_sha256": form.digest,
+            "input_place": form.place,
+        }
+        for call, name, form in told
+    ]
+
+
+def _main(home: Mapping[str, bytes]) -> list[bytes]:
+    """Lines of the main conversation; a forked one has another name, and the same place."""
+    names = [name for name in home if name.count("/") == 3 and name.endswith(".jsonl")]
+    return home[names[0]].splitlines() if len(names) == 1 else []
