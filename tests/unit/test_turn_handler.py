@@ -18,7 +18,7 @@ from ringfence.policy.load import from_mapping
 from ringfence.record.transcript import Progress, progress
 from ringfence.sandbox.opening import refuse_workspace
 from ringfence.worker.memory import Memory, available_mb, slots_for
-from ringfence.worker.prepare import refuse_exposed
+from ringfence.worker.prepare import of_a_session, refuse_exposed
 from ringfence.worker.session_dirs import SessionDirectories
 from ringfence.worker.turn import (
     GO_ON,
@@ -193,13 +193,17 @@ async def test_a_sessions_directory_is_the_one_place_that_may_be_shown(tmp_path:
     place = await SessionDirectories(state).open("sesn_1")
     assert place.stat().st_mode & 0o777 == 0o700
     refuse_workspace(place, state)
-    refuse_exposed(state, [str(place)])
+    assert of_a_session(state, str(place))
+    with pytest.raises(DeniedError):
+        # as a path of the policy it would show one session to another
+        refuse_exposed(state, [str(place)])
     (place / "sub").mkdir()
     (place / "out").symlink_to(state)
     for path in (state, place.parent, place / "sub", place / "out", state / "audit"):
         path.mkdir(exist_ok=True)
         with pytest.raises(CallerError):
             refuse_workspace(path, state)
+        assert not of_a_session(state, str(path))
         with pytest.raises(DeniedError):
             refuse_exposed(state, [str(path)])
     with pytest.raises(CallerError):

@@ -137,7 +137,8 @@ def check(request: RunRequest, policy: CompiledPolicy, *, state_dir: Path) -> No
     _check_permitted("workspace-mode-denied", view, views)
     profile = policy.sandbox
     _check_isolation(request.isolation, profile)
-    refuse_exposed(state_dir, [request.workspace, *profile.readable, *profile.writable])
+    own = [] if of_a_session(state_dir, request.workspace) else [request.workspace]
+    refuse_exposed(state_dir, [*own, *profile.readable, *profile.writable])
 
 
 def _check_limits(request: RunRequest) -> None:
@@ -272,24 +273,28 @@ def refuse_exposed(state_dir: Path, shown: Iterable[str]) -> None:
 
     The keys of the vault and of the audit log are there, and every transcript. Directories are
     told apart by device and inode: a link or a bind mount is the same directory by another name.
-    The one exception is made for it: a directory just below WORKSPACES, which is a session's own.
 
     Raises:
         DeniedError: `state-exposed`.
     """
     around = _identities(state_dir)
     own = around[0] if around else None
-    sessions = _identities(state_dir / WORKSPACES)[:1]
     for path in shown:
         above = _identities(Path(path))
-        if sessions and above[1:2] == sessions:
-            continue
         if above and (above[0] in around or own in above):
             raise DeniedError(
                 "state-exposed",
                 f"{path} would show the agent ringfence's own state directory, {state_dir}",
                 hint="name a directory beside it, or set RINGFENCE_STATE_DIR to one elsewhere",
             )
+
+
+def of_a_session(state_dir: Path, workspace: str) -> bool:
+    """Whether it lies just below the one place in the state directory that is made to be worked
+    in. Only a workspace may: a policy's path that names one would show a session to others.
+    """
+    sessions = _identities(state_dir / WORKSPACES)[:1]
+    return bool(sessions) and _identities(Path(workspace))[1:2] == sessions
 
 
 def _identities(path: Path) -> list[tuple[int, int]]:
