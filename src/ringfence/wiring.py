@@ -81,7 +81,7 @@ def platform(config: Config) -> Platform:
         CallerError: `settings-invalid`.
     """
     try:
-        from ringfence.control.platform import Platform
+        from ringfence.control.platform import Platform, keeping
         from ringfence.store.database import open_postgresql, open_sqlite
     except ModuleNotFoundError as error:
         raise UnavailableError(
@@ -93,7 +93,11 @@ def platform(config: Config) -> Platform:
         database = open_postgresql(config.database.get_secret_value())
     else:
         database = open_sqlite(config.state_dir / "platform" / "platform.sqlite")
-    return Platform(database=database, settings=config.gateway)
+    return Platform(
+        database=database,
+        settings=config.gateway,
+        keeping=keeping(config.state_dir, config.gateway),
+    )
 
 
 def main() -> None:

@@ -57,11 +57,35 @@ BODIES: dict[tuple[str, str], dict[str, Any]] = {
     ("POST", "/v1/agents/{agent_id}"): {"name": "stolen"},
     ("POST", "/v1/environments"): {"name": "x"},
     ("POST", "/v1/environments/{environment_id}"): {"name": "stolen"},
+    ("POST", "/v1/vaults"): {"display_name": "x"},
+    ("POST", "/v1/vaults/{vault_id}"): {"display_name": "stolen"},
+    ("POST", "/v1/vaults/{vault_id}/credentials"): {
+        "auth": {
+            "type": "static_bearer",
+            "token": "0123456789",
+            "mcp_server_url": "https://two.example.com/",
+        }
+    },
+    ("POST", "/v1/vaults/{vault_id}/credentials/{credential_id}"): {"display_name": "stolen"},
+}
+MISSING = {
+    "agent_id": "agent_no",
+    "environment_id": "env_no",
+    "file_id": "file_no",
+    "vault_id": "vlt_no",
+    "credential_id": "vcrd_no",
 }
 
 
+def sent(method: str, path: str) -> dict[str, Any]:
+    """What makes a request of a route a good one."""
+    if (method, path) == ("POST", "/v1/files"):
+        return {"files": {"file": ("x.txt", b"x")}}
+    return {"json": BODIES.get((method, path))}
+
+
 def test_there_are_routes() -> None:
-    assert len(CLOSED) >= 12
+    assert len(CLOSED) >= 29
 
 
 @pytest.mark.parametrize(("method", "path"), CLOSED)
@@ -69,14 +93,14 @@ def test_every_route_asks_for_a_key_and_one_scope(
     rig: Rig, base: str, method: str, path: str
 ) -> None:
     """From the route table, so that a new route is asked, too."""
-    target = filled(path, {"agent_id": "agent_x", "environment_id": "env_x"})
-    body = BODIES.get((method, path))
+    target = filled(path, MISSING)
+    body = sent(method, path)
     with httpx2.Client(base_url=base) as nobody:
-        refused(nobody.request(method, target, json=body), 401, "api_key_missing")
+        refused(nobody.request(method, target, **body), 401, "api_key_missing")
         answers = {}
         for scope in SCOPES:
             key = rig.key("scopes", scopes=(scope,)).text
-            answers[scope] = nobody.request(method, target, json=body, headers={"x-api-key": key})
+            answers[scope] = nobody.request(method, target, **body, headers={"x-api-key": key})
     (wanted,) = [scope for scope, answer in answers.items() if answer.status_code in {200, 404}]
     assert wanted == f"{path.split('/')[2]}:{'read' if method == 'GET' else 'write'}"
     for scope in set(SCOPES) - {wanted}:
@@ -84,43 +108,62 @@ def test_every_route_asks_for_a_key_and_one_scope(
 
 
 def all_text(client: httpx2.Client) -> str:
-    return "".join(
+    found = client.get("/v1/files", params={"limit": 1000}).text
+    vaults = client.get("/v1/vaults", params={"include_archived": "true", "limit": 100})
+    for vault in vaults.json()["data"]:
+        found += client.get(f"/v1/vaults/{vault['id']}/credentials").text
+    return found + "".join(
         client.get(path, params={"include_archived": "true", "limit": 100}).text
-        for path in ("/v1/agents", "/v1/environments")
+        for path in ("/v1/agents", "/v1/environments", "/v1/vaults")
     )
+
+
+def possessions(client: httpx2.Client) -> dict[str, str]:
+    """One thing of each kind, whose text says whose it is."""
+    vault = client.post("/v1/vaults", json={"display_name": "of acme"}).json()["id"]
+    auth = {
+        "type": "static_bearer",
+        "token": "0123456789",
+        "mcp_server_url": "https://a.example.com/",
+    }
+    named = {"auth": auth, "display_name": "of acme"}
+    return {
+        "agent_id": client.post("/v1/agents", json=AGENT).json()["id"],
+        "environment_id": client.post("/v1/environments", json={"name": "of acme"}).json()["id"],
+        "file_id": client.post("/v1/files", files={"file": ("of acme.txt", b"of acme")}).json()[
+            "id"
+        ],
+        "vault_id": vault,
+        "credential_id": client.post(f"/v1/vaults/{vault}/credentials", json=named).json()["id"],
+    }
 
 
 @pytest.mark.parametrize(("method", "path"), CLOSED)
 def test_a_tenant_reaches_nothing_of_another(
     rig: Rig, acme: httpx2.Client, base: str, method: str, path: str
 ) -> None:
-    agent = acme.post("/v1/agents", json=AGENT).json()["id"]
-    environment = acme.post("/v1/environments", json={"name": "of acme"}).json()["id"]
-    ids = {"agent_id": agent, "environment_id": environment}
+    ids = possessions(acme)
     target = filled(path, ids)
     before = all_text(acme)
     with caller(base, rig.key("rival").text) as rival:
-        answer = rival.request(method, target, json=BODIES.get((method, path)))
+        answer = rival.request(method, target, **sent(method, path))
         assert "of acme" not in answer.text
         if "{" in path:
             assert answer.status_code == 404
             assert answer.json()["error"]["type"] == "not_found_error"
             # the same words as for what never was
-            missing = {"agent_id": "agent_no", "environment_id": "env_no"}
-            twin = rival.request(
-                method, filled(path, missing), json=BODIES.get((method, path))
-            ).json()
+            missing = MISSING
+            twin = rival.request(method, filled(path, missing), **sent(method, path)).json()
             known = answer.json()["error"]["message"]
             for real, other in zip(ids.values(), missing.values(), strict=True):
                 known = known.replace(real, other)
             assert known == twin["error"]["message"]
         else:
             assert answer.status_code == 200
-            assert agent not in answer.text
-            assert environment not in answer.text
+            assert not [one for one in ids.values() if one in answer.text]
     assert all_text(acme) == before
     # the allowed twin: its owner does reach it
-    assert acme.request(method, target, json=BODIES.get((method, path))).status_code == 200
+    assert acme.request(method, target, **sent(method, path)).status_code == 200
 
 
 def test_a_cursor_of_another_tenant_shows_only_ones_own(

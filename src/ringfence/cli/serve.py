@@ -44,7 +44,7 @@ def serve(
         int | None, typer.Option(min=0, max=65_535, help="8470 by default; 0 takes a free one.")
     ] = None,
 ) -> None:
-    """Serve the public Managed Agents API: agents and environments, for callers with a key.
+    """Serve the public Managed Agents API for callers with a key or a token.
 
     Plain HTTP: TLS belongs to the load balancer before it. Standard output gets one line, the
     address, when requests are taken; logs go to standard error.
@@ -89,7 +89,7 @@ async def _serve(platform: Platform, ceiling: Ceiling, listener: socket.socket) 
     )
     settings = platform.settings
     async with platform.opened() as database:
-        app = create_app(database, ceiling)
+        app = create_app(database, ceiling, platform.keeping)
         server = uvicorn.Server(
             uvicorn.Config(
                 guarded(app, database, settings),

@@ -20,7 +20,16 @@ from ringfence.store import keys as rows
 from ringfence.store.database import now
 from ringfence.store.keys import KeyRow
 
-Scope = Literal["agents:read", "agents:write", "environments:read", "environments:write"]
+Scope = Literal[
+    "agents:read",
+    "agents:write",
+    "environments:read",
+    "environments:write",
+    "files:read",
+    "files:write",
+    "vaults:read",
+    "vaults:write",
+]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 """What a key may be good for. A key made without a choice has those of its day, and not what a
 later version adds."""

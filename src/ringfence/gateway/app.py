@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,22 +16,27 @@ from starlette.types import ASGIApp
 
 import ringfence
 from ringfence.config import GatewaySettings
+from ringfence.control.platform import Keeping
 from ringfence.control.tenancy import Ceiling, problems
 from ringfence.errors import CallerError, RingfenceError
-from ringfence.gateway import agents, answers, environments, health
+from ringfence.gateway import agents, answers, environments, files, health, vaults
 from ringfence.gateway.guard import OPEN, Guard
 from ringfence.gateway.support import refusal
+from ringfence.gateway.tidying import tidying
 from ringfence.gateway.wire import answer
 from ringfence.store.database import Database
 
 
-def create_app(database: Database | None, ceiling: Ceiling | None) -> FastAPI:
+def create_app(
+    database: Database | None, ceiling: Ceiling | None, keeping: Keeping | None = None
+) -> FastAPI:
     """Routes without what stands before them. Without a database only its document is of use."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         try:
-            yield
+            async with tidying(database, keeping):
+                yield
         finally:
             if database is not None:
                 await database.close()
@@ -51,7 +57,15 @@ def create_app(database: Database | None, ceiling: Ceiling | None) -> FastAPI:
     )
     app.state.database = database
     app.state.ceiling = ceiling
-    for router in (agents.router, environments.router, health.router):
+    app.state.keeping = keeping
+    app.state.uploads = Counter()
+    for router in (
+        agents.router,
+        environments.router,
+        files.router,
+        vaults.router,
+        health.router,
+    ):
         app.include_router(router)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app

@@ -19,14 +19,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ringfence.config import GatewaySettings
 from ringfence.control import keys
+from ringfence.control.oidc import is_token
 from ringfence.control.tenancy import Caller
 from ringfence.errors import CallerError, DeniedError, RingfenceError, UnavailableError
+from ringfence.gateway.issuer import Issuer
 from ringfence.gateway.limits import Buckets
 from ringfence.gateway.wire import Answer, answer
 from ringfence.store.database import Database
 
 OPEN = frozenset({"/healthz", "/readyz", "/openapi.json"})
 """Paths that ask for no key; they say nothing of any tenant."""
+
+STREAMED = frozenset({("POST", "/v1/files")})
+"""Routes that read their body themselves, as it arrives; `_Streamed` holds its limits."""
 
 _LOG = structlog.get_logger("ringfence.gateway")
 
@@ -55,6 +60,7 @@ class Guard:
         self._app = app
         self._database = database
         self._settings = settings
+        self._issuer = None if settings.oidc is None else Issuer(settings.oidc)
         rate = settings.requests_per_minute
         self._by_key = Buckets(per_minute=rate, burst=max(1.0, rate / 10))
         failures = settings.failures_per_minute
@@ -71,6 +77,10 @@ class Guard:
         begun = time.monotonic()
         try:
             await self._admit(scope)
+            if (scope["method"], scope["path"]) in STREAMED:
+                streamed = _Streamed(scope, receive, self._settings)
+                await self._app(scope, streamed, _with_id(send, exchange, streamed))
+                return
             body = await self._body(scope, receive)
             await self._app(scope, _replay(body, receive), _with_id(send, exchange))
         except RingfenceError as error:
@@ -104,8 +114,7 @@ class Guard:
         headers = Headers(scope=scope)
         try:
             text = key_of(headers)
-            async with self._database.reading() as connection:
-                caller = await keys.authenticate(connection, text)
+            caller = await self._caller(text)
         except DeniedError:
             address = (scope.get("client") or ("",))[0]
             if wait := self._by_address.take(str(address), time.monotonic()):
@@ -120,15 +129,16 @@ class Guard:
             )
         scope["state"]["caller"] = caller
 
+    async def _caller(self, text: str) -> Caller:
+        if self._issuer is not None and is_token(text):
+            return await self._issuer.authenticate(self._database, text)
+        async with self._database.reading() as connection:
+            return await keys.authenticate(connection, text)
+
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """The whole body, so that no route waits for a slow sender or holds an endless one."""
-        headers = Headers(scope=scope)
-        if headers.get("content-encoding", "identity") != "identity":
-            raise CallerError("request-invalid", "Content-Encoding: send the body as it is")
         most = self._settings.max_body_kb * 1024
-        stated = headers.get("content-length", "")
-        if stated.isdecimal() and int(stated[:20]) > most:
-            raise _too_large(most)
+        _refuse_unread(scope, most)
         chunks = bytearray()
         try:
             async with asyncio.timeout(self._settings.body_seconds):
@@ -145,6 +155,48 @@ class Guard:
         except TimeoutError:
             raise CallerError("request-too-slow", "the body did not arrive in time") from None
         return bytes(chunks)
+
+
+class _Streamed:
+    """The body of a route that reads it itself: as large as a file, and never slower than a
+    message in `body_seconds` nor longer than `file_seconds` in all.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, settings: GatewaySettings) -> None:
+        # a form around a file: boundaries, headers of parts
+        self._most = (settings.max_file_mb << 20) + (64 << 10)
+        _refuse_unread(scope, self._most)
+        self._receive, self._settings = receive, settings
+        self._deadline = time.monotonic() + settings.file_seconds
+        self._size = 0
+        self.unread = True
+
+    async def __call__(self) -> Message:
+        if not self.unread:
+            return await self._receive()
+        left = min(self._settings.body_seconds, self._deadline - time.monotonic())
+        try:
+            async with asyncio.timeout(max(0.0, left)):
+                message = await self._receive()
+        except TimeoutError:
+            raise CallerError("request-too-slow", "the body did not arrive in time") from None
+        if message["type"] == "http.disconnect":
+            raise CallerError("request-invalid", "the body broke off")
+        self._size += len(message.get("body", b""))
+        if self._size > self._most:
+            raise _too_large(self._most)
+        self.unread = message.get("more_body", False)
+        return message
+
+
+def _refuse_unread(scope: Scope, most: int) -> None:
+    """What a body's headers alone decide."""
+    headers = Headers(scope=scope)
+    if headers.get("content-encoding", "identity") != "identity":
+        raise CallerError("request-invalid", "Content-Encoding: send the body as it is")
+    stated = headers.get("content-length", "")
+    if stated.isdecimal() and int(stated[:20]) > most:
+        raise _too_large(most)
 
 
 def _too_large(most: int) -> CallerError:
@@ -182,11 +234,17 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-def _with_id(send: Send, exchange: _Exchange) -> Send:
+def _with_id(send: Send, exchange: _Exchange, streamed: _Streamed | None = None) -> Send:
     async def named(message: Message) -> None:
         if message["type"] == "http.response.start":
             exchange.started, exchange.status = True, message["status"]
-            kept = [pair for pair in message["headers"] if pair[0].lower() != b"request-id"]
+            replaced = {b"request-id"}
+            if streamed is not None and streamed.unread:
+                # what is left of the body must not be taken for the next request
+                replaced.add(b"connection")
+            kept = [pair for pair in message["headers"] if pair[0].lower() not in replaced]
+            if b"connection" in replaced:
+                kept.append((b"connection", b"close"))
             message = {
                 **message,
                 "headers": [*kept, (b"request-id", exchange.request_id.encode())],

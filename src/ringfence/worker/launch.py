@@ -21,7 +21,7 @@ from ringfence.policy.compiled import CompiledPolicy
 from ringfence.record.client import RecorderClient, RecorderProcess
 from ringfence.record.sessions import SqliteSessionStore
 from ringfence.sandbox.registry import Backends
-from ringfence.vault.keys import VaultPaths
+from ringfence.vault.keys import VaultPaths, public_key
 from ringfence.vault.store import VaultFile, check_value
 from ringfence.worker.attempt import Attempt
 from ringfence.worker.control import RunControl
@@ -39,11 +39,14 @@ class Launcher:
     Attributes:
         make_backends: the isolation technologies for a configuration; named in `wiring` only.
         environment_key: the operator's ANTHROPIC_API_KEY, if there is one.
+        opens_tenants: whether runs bring sealed credentials of tenants: egress then keeps the
+            vault's private key in its memory.
     """
 
     config: Config
     make_backends: Callable[[Config], Backends]
     environment_key: str | None = None
+    opens_tenants: bool = False
 
     @asynccontextmanager
     async def station(
@@ -100,6 +103,9 @@ class Launcher:
     def _configuration(self) -> dict[str, Any]:
         config, paths = self.config, VaultPaths(self.config.state_dir)
         sealed = set(VaultFile(paths.store).entries())
+        if self.opens_tenants:
+            # made now, or the first credential of a tenant would wait for the worker's next start
+            public_key(paths)
         borrowed = {name for name in config.providers if self.borrows_environment_key(name)}
         if borrowed:
             check_value(self.environment_key or "", "ANTHROPIC_API_KEY")
@@ -109,7 +115,8 @@ class Launcher:
                 for name, provider in config.providers.items()
             },
             "vault_path": str(paths.store) if sealed else None,
-            "key_path": str(paths.key) if sealed else None,
+            "key_path": str(paths.key) if sealed or self.opens_tenants else None,
+            "opens_tenants": self.opens_tenants,
             "environment_credential": self.environment_key if borrowed else None,
             "ca_dir": str(config.state_dir / "ca"),
             "resolver_overrides": config.egress.resolve,
