@@ -26,6 +26,7 @@ from ringfence.vault.store import VaultFile, check_value
 from ringfence.worker.attempt import Attempt
 from ringfence.worker.control import RunControl
 from ringfence.worker.egressdir import sweep
+from ringfence.worker.sealed import NOTHING_SEALED, Sealed
 from ringfence.worker.station import NoticeBoard, OnMessage, Station
 from ringfence.worker.warm import WarmPool
 
@@ -173,8 +174,9 @@ async def attempt(
     *,
     control: RunControl,
     on_message: OnMessage,
+    sealed: Sealed = NOTHING_SEALED,
 ) -> RunResult:
-    """One attempt on a station.
+    """One attempt on a station; `sealed` are its tenant's credentials, where it has a tenant.
 
     Raises:
         DeniedError: `model-denied`, for an agent under a policy that allows no model: it would
@@ -186,7 +188,8 @@ async def attempt(
             "the policy allows no model",
             hint="network.allowed_hosts: [api.anthropic.com]",
         )
-    return await Attempt(station, policy, request, control=control, on_message=on_message).run()
+    made = Attempt(station, policy, request, control=control, on_message=on_message, sealed=sealed)
+    return await made.run()
 
 
 def private_directory(path: Path) -> None:
