@@ -29,7 +29,7 @@ FORM = {"content-type": "multipart/form-data; boundary=b"}
 
 @pytest.fixture(scope="module")
 def rig(place: Any) -> Rig:
-    settings = GatewaySettings(max_file_mb=3, file_quota_mb=8, body_seconds=1.0, file_seconds=3.0)
+    settings = GatewaySettings(max_file_mb=3, file_quota_mb=8, body_seconds=5.0, file_seconds=120.0)
     return Rig(place=place, settings=settings)
 
 

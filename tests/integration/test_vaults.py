@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -297,6 +298,35 @@ def test_a_gateway_with_another_key_seals_nothing(rig: Rig, client: Anthropic) -
     ).id
 
 
+def test_a_key_that_is_changed_asks_for_every_value_again(
+    rig: Rig, client: Anthropic, tenant: str
+) -> None:
+    vault = client.beta.vaults.create(display_name="v").id
+    api = client.beta.vaults.credentials
+    made = api.create(vault, auth=bearer())
+    paths = VaultPaths(rig.state)
+    old = {path: path.read_bytes() for path in (paths.key, paths.public)}
+    for path in old:
+        path.unlink()
+    try:
+        with pytest.raises(anthropic.InternalServerError):
+            api.create(vault, auth=bearer(url="https://new.example.com/"))
+        sealing = vaults.sealer(paths)
+        assert act(rig, lambda tx: vaults.adopt(tx, sealing)) >= 1
+        (one,) = sealed(rig, tenant, vault)
+        with pytest.raises(UnavailableError) as caught:
+            opened(rig, tenant, one)
+        assert "another key" in caught.value.message
+        auth: Any = {"type": "static_bearer", "token": CANARY[::-1]}
+        api.update(made.id, vault_id=vault, auth=auth)
+        (renewed,) = sealed(rig, tenant, vault)
+        assert opened(rig, tenant, renewed) == CANARY[::-1]
+    finally:
+        for path, content in old.items():
+            path.write_bytes(content)
+        act(rig, lambda tx: vaults.adopt(tx, vaults.sealer(paths)))
+
+
 def test_a_value_is_in_no_answer_no_log_and_no_dump(
     rig: Rig, base: str, client: Anthropic, request: pytest.FixtureRequest,
     capfd: pytest.CaptureFixture[str],
@@ -335,6 +365,34 @@ def test_a_value_is_in_no_answer_no_log_and_no_dump(
         assert CANARY not in where
         assert CANARY[:16] not in where
         assert digest not in where
+
+
+def test_a_defect_logs_where_it_was_and_not_what_it_held(
+    base: str, client: Anthropic, monkeypatch: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """However the logger renders exceptions: the default one shows variables."""
+    vault = client.beta.vaults.create(display_name="v").id
+
+    async def broken(*_: Any) -> None:
+        raise RuntimeError("a defect")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rows, "add_credential", broken)
+        with pytest.raises(anthropic.InternalServerError) as caught:
+            client.beta.vaults.credentials.create(vault, auth=bearer())
+    assert caught.value.status_code == 500
+    logs = ""
+    # the answer is sent before the line is written
+    for _ in range(500):
+        logs += "".join(capfd.readouterr())
+        if "request failed" in logs and "status=500" in logs:
+            break
+        time.sleep(0.02)
+    assert "a defect" in logs
+    assert "in broken" in logs
+    for secret in (CANARY, str(client.api_key)):
+        assert secret not in logs + str(caught.value)
+    assert client.beta.vaults.credentials.create(vault, auth=bearer()).id
 
 
 def _dump(rig: Rig) -> str:

@@ -65,6 +65,11 @@ def sealer(paths: VaultPaths) -> Sealer:
     return Sealer(public_key(paths))
 
 
+async def adopt(connection: AsyncConnection, sealing: Sealer) -> int:
+    """Make it the deployment's key; how many credentials are to be set again. For the operator."""
+    return await rows.use_key(connection, sealing.name, now())
+
+
 async def create(
     connection: AsyncConnection, caller: Caller, vault: VaultDefinition
 ) -> dict[str, Any]:
@@ -299,7 +304,8 @@ async def _sealed(
         raise UnavailableError(
             "vault-refused",
             f"this gateway's vault key is {sealing.name}, the deployment's is {current}",
-            hint="bring vault/public.key of the first gateway into this one's state directory",
+            hint="bring vault/public.key of the first gateway into this one's state directory; "
+            "if that key is lost: ringfence vault use-key",
         )
     bound = Bound(
         tenant=caller.tenant,

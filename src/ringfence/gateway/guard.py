@@ -11,6 +11,7 @@ import asyncio
 import json
 import secrets
 import time
+import traceback
 from dataclasses import dataclass
 
 import structlog
@@ -87,7 +88,10 @@ class Guard:
             wait = error.wait if isinstance(error, RateError) else None
             await _refuse(send, exchange, answer(error, exchange.request_id, wait=wait))
         except Exception as error:
-            _LOG.exception("request failed", request_id=exchange.request_id)
+            # as text: a logger that renders exceptions itself may show what variables held, and
+            # those are keys and bodies of requests
+            trace = traceback.format_exc()
+            _LOG.error("request failed", request_id=exchange.request_id, trace=trace)
             known = UnavailableError("internal", "internal error")
             if exchange.started:
                 raise known from error

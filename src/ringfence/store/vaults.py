@@ -260,3 +260,15 @@ async def key_in_use(connection: AsyncConnection, offered: str, moment: int) -> 
     except IntegrityError:
         pass  # another gateway was first
     return str((await connection.execute(query)).scalar_one())
+
+
+async def use_key(connection: AsyncConnection, key_id: str, moment: int) -> int:
+    """Seal to another key from now on; how many values of all tenants are sealed to others."""
+    await connection.execute(delete(VAULT_KEYS))
+    await connection.execute(
+        insert(VAULT_KEYS).values(slot="current", key_id=key_id, created_at=moment)
+    )
+    query = select(func.count()).where(
+        CREDENTIALS.c.sealed.is_not(None), CREDENTIALS.c.key_id != key_id
+    )
+    return int((await connection.execute(query)).scalar_one())
