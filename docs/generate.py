@@ -252,7 +252,7 @@ def _session_support() -> list[str]:
 
 
 def api() -> str:
-    from ringfence.config import GatewaySettings
+    from ringfence.config import GatewaySettings, OidcSettings
     from ringfence.gateway.app import create_app
     from ringfence.gateway.support import public_routes, served
 
@@ -273,6 +273,12 @@ def api() -> str:
     lines += ["| setting | default |", "|---|---|"]
     for name, field in GatewaySettings.model_fields.items():
         lines.append(f"| `gateway.{name}` | `{field.default!r}` |")
+    lines += ["", "## Tokens", "", inspect.getdoc(OidcSettings) or "", ""]
+    lines += ["| setting | default |", "|---|---|"]
+    for name, field in OidcSettings.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        cell = "required" if field.is_required() else f"`{default!r}`"
+        lines.append(f"| `gateway.oidc.{name}` | {cell} |")
     return "\n".join(lines) + "\n"
 
 

@@ -17,6 +17,7 @@ from postgres import Postgres
 from ringfence.config import GatewaySettings
 from ringfence.control import keys
 from ringfence.control.narrowing import NetworkRules
+from ringfence.control.platform import keeping
 from ringfence.control.tenancy import Ceiling
 from ringfence.gateway.app import create_app, guarded
 from ringfence.gateway.server import configured
@@ -44,6 +45,14 @@ class Place:
     path: Path | None = None
     server: Postgres | None = None
     name: str = ""
+
+    @property
+    def state(self) -> Path:
+        """A state directory that lasts as long as the database."""
+        if self.server is not None:
+            return self.server.place / f"state-{self.name}"
+        assert self.path is not None
+        return self.path.parent.parent
 
     def open(self) -> Database:
         if self.server is not None:
@@ -105,9 +114,14 @@ class Rig:
 
         return asyncio.run(make())
 
+    @property
+    def state(self) -> Path:
+        return self.place.state
+
     def app(self, database: Database, queue: Any = None) -> Any:
         ceiling = Ceiling(policy=CEILING, network=self.network)
-        return create_app(database, ceiling, queue, self.settings)
+        kept = keeping(self.state, self.settings)
+        return create_app(database, ceiling, kept, queue=queue, settings=self.settings)
 
     @contextmanager
     def serving(self) -> Iterator[str]:

@@ -120,6 +120,68 @@ class WarmSettings(_Frozen):
     member_mb: int = Field(default=256, ge=1)
 
 
+TokenAlgorithm = Literal[
+    "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"
+]
+
+
+class OidcSettings(_Frozen):
+    """An OpenID Connect issuer whose tokens the gateway takes beside API keys.
+
+    Attributes:
+        issuer: what `iss` must be. audience: what `aud` must be, and nothing beside it.
+        jwks_url, jwks_file: where its keys are; exactly one. https, or http on loopback.
+        ca_file: PEM bundle trusted for `jwks_url` beside the system's.
+        algorithms: that verify a token; each is asymmetric.
+        tenant_claim: claim, or path with dots, that names the tenant.
+        role_claim: claim that holds roles, a list or a text with blanks.
+        roles: role to scopes of API keys; a role that is not named gives nothing.
+        unknown_tenants: `create` makes a tenant of any name that the issuer says.
+        leeway_seconds: by how much the issuer's clock may differ.
+        fresh_seconds: age of keys after which they are fetched again.
+        stale_seconds: age up to which they serve while the issuer does not answer.
+    """
+
+    issuer: str = Field(min_length=1, max_length=1024)
+    audience: str = Field(min_length=1, max_length=1024)
+    jwks_url: str | None = None
+    jwks_file: Path | None = None
+    ca_file: Path | None = None
+    algorithms: tuple[TokenAlgorithm, ...] = Field(default=("RS256", "ES256"), min_length=1)
+    tenant_claim: str = Field(default="tenant", min_length=1, max_length=256)
+    role_claim: str = Field(default="roles", min_length=1, max_length=256)
+    roles: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    unknown_tenants: Literal["refuse", "create"] = "refuse"
+    leeway_seconds: float = Field(default=30.0, ge=0, le=120)
+    fresh_seconds: float = Field(default=300.0, gt=0, le=86_400)
+    stale_seconds: float = Field(default=3600.0, gt=0, le=604_800)
+
+    @field_validator("jwks_url")
+    @classmethod
+    def _key_url(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        local = parts.hostname in {"127.0.0.1", "::1", "localhost"}
+        if not parts.hostname or parts.username or parts.password or not value.isprintable():
+            raise ValueError("write it as https://host/path")
+        if parts.scheme != "https" and not (parts.scheme == "http" and local):
+            # whoever could change it on its way could sign tokens
+            raise ValueError("keys come over https")
+        return value
+
+    @field_validator("jwks_file", "ca_file")
+    @classmethod
+    def _key_file(cls, value: Path | None) -> Path | None:
+        return _existing(value)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> OidcSettings:
+        if (self.jwks_url is None) == (self.jwks_file is None):
+            raise ValueError("name one of jwks_url and jwks_file")
+        return self
+
+
 class GatewaySettings(_Frozen):
     """The gateway's own limits, and what the operator has settled about environments' networks.
 
@@ -148,6 +210,10 @@ class GatewaySettings(_Frozen):
         unrestricted: `policy` lets an environment ask for every host that the operator's policy
             names at once; nothing makes it reach more.
         package_hosts: what `allow_package_managers` stands for; each must be in the policy, too.
+        max_file_mb: largest file of an upload. file_seconds: how long an upload may take in all.
+        file_quota_mb: what the files of one tenant may take together.
+        download_uploads: whether what was uploaded may be downloaded again; what sessions make may.
+        oidc: an issuer of bearer tokens; without one there are API keys alone.
     """
 
     host: str = "127.0.0.1"
@@ -177,6 +243,11 @@ class GatewaySettings(_Frozen):
     keys: int = Field(default=1_000, ge=1)
     unrestricted: Literal["refuse", "policy"] = "refuse"
     package_hosts: tuple[str, ...] = ()
+    max_file_mb: int = Field(default=500, ge=1, le=1_048_576)
+    file_seconds: float = Field(default=900.0, gt=0, le=86_400)
+    file_quota_mb: int = Field(default=102_400, ge=1)
+    download_uploads: bool = True
+    oidc: OidcSettings | None = None
 
     @field_validator("trusted_proxies")
     @classmethod

@@ -166,7 +166,7 @@ def platform(config: Config) -> Platform:
         CallerError: `settings-invalid`.
     """
     try:
-        from ringfence.control.platform import Platform
+        from ringfence.control.platform import Platform, keeping
         from ringfence.store.database import open_postgresql, open_sqlite
     except ModuleNotFoundError as error:
         raise UnavailableError(
@@ -178,7 +178,12 @@ def platform(config: Config) -> Platform:
         database = open_postgresql(config.database.get_secret_value())
     else:
         database = open_sqlite(config.state_dir / "platform" / "platform.sqlite")
-    return Platform(database=database, settings=config.gateway, queue=lambda: queue(config))
+    return Platform(
+        database=database,
+        settings=config.gateway,
+        queue=lambda: queue(config),
+        keeping=keeping(config.state_dir, config.gateway),
+    )
 
 
 def _leave(end: SystemExit) -> None:

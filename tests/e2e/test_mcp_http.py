@@ -90,3 +90,61 @@ def test_without_the_credential_it_is_not_reached(
     policy(box)
     box.run(script(CALL, {"text": "ok"}), seconds=110, **settings)
     assert "the sum is 42" not in json.dumps([r.body for r in simulator.requests])
+
+
+async def test_a_tenants_sealed_credential_goes_the_same_way(
+    box: Box,
+    simulator: Simulator,
+    upstream: tuple[dict[str, str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a worker carries it: the policy names no secret, and nobody but egress opens one."""
+    from ringfence.agent.permissions import DenyApprover
+    from ringfence.channel.messages import SealedCredential
+    from ringfence.config import load_config
+    from ringfence.model import RunRequest, RunStatus
+    from ringfence.policy.compile import compile_policy
+    from ringfence.policy.load import load_policy
+    from ringfence.vault.keys import VaultPaths, public_key
+    from ringfence.vault.tenants import Bound, key_id, seal_bound
+    from ringfence.wiring import backends
+    from ringfence.worker.control import RunControl
+    from ringfence.worker.launch import Launcher, attempt
+    from ringfence.worker.sealed import Sealed
+
+    settings, seen = upstream
+    for name, value in {**box.environment, **settings}.items():
+        monkeypatch.setenv(name, value)
+    policy(box)
+    compiled = compile_policy(load_policy(box.place / "policy.yaml"))
+    place = {"vault_id": "vlt_1", "credential_id": "vcrd_1", "host": HOST}
+    public = public_key(VaultPaths(box.state))
+    value = seal_bound(public, SECRET, Bound(tenant="wrkspc_1", **place))
+    sealed = SealedCredential(key_id=key_id(public), sealed=value, **place)
+    config, messages = load_config(), []
+    launcher = Launcher(
+        config=config,
+        make_backends=backends,
+        environment_key=box.environment["ANTHROPIC_API_KEY"],
+        opens_tenants=True,
+    )
+    request = RunRequest(prompt=script(CALL, {"text": "ok"}), workspace=str(box.workspace))
+    async with launcher.station(DenyApprover()) as station:
+        result = await attempt(
+            station,
+            compiled,
+            request,
+            control=RunControl(),
+            on_message=messages.append,
+            sealed=Sealed(tenant="wrkspc_1", credentials=(sealed,)),
+        )
+    assert result.status is RunStatus.SUCCEEDED, result
+    assert "the sum is 42" in json.dumps(simulator.requests[-1].body["messages"])
+    arrived = [json.loads(line) for line in seen.read_text().splitlines()]
+    assert arrived
+    assert all(r["headers"]["authorization"] == f"Bearer {SECRET}" for r in arrived)
+    # nor in messages, the model's requests, the transcript, the audit log or a run's files
+    assert SECRET not in repr((result, messages)) + json.dumps([r.body for r in simulator.requests])
+    for path in box.state.rglob("*"):
+        if path.is_file() and path.stat().st_size < 50_000_000:
+            assert SECRET.encode() not in path.read_bytes(), path

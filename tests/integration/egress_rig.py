@@ -131,6 +131,7 @@ class Rig:
             rules=self._rules,
             shared=shared,
             run=RunState(self._rules.model),
+            credentials=shared.credentials,
         )
         self.path, self.ca = str(place / "egress.sock"), place / "ca" / "ca.pem"
         loop = asyncio.get_running_loop()

@@ -62,8 +62,25 @@ BODIES: dict[tuple[str, str], dict[str, Any]] = {
     ("POST", "/v1/sessions/{session_id}/events"): {
         "events": [{"type": "user.message", "content": [{"type": "text", "text": "stolen"}]}]
     },
+    ("POST", "/v1/vaults"): {"display_name": "x"},
+    ("POST", "/v1/vaults/{vault_id}"): {"display_name": "stolen"},
+    ("POST", "/v1/vaults/{vault_id}/credentials"): {
+        "auth": {
+            "type": "static_bearer",
+            "token": "0123456789",
+            "mcp_server_url": "https://two.example.com/",
+        }
+    },
+    ("POST", "/v1/vaults/{vault_id}/credentials/{credential_id}"): {"display_name": "stolen"},
 }
-MISSING = {"agent_id": "agent_no", "environment_id": "env_no", "session_id": "sesn_no"}
+MISSING = {
+    "agent_id": "agent_no",
+    "environment_id": "env_no",
+    "session_id": "sesn_no",
+    "file_id": "file_no",
+    "vault_id": "vlt_no",
+    "credential_id": "vcrd_no",
+}
 # what is refused for its state, and no longer for whose it is
 STATE = {("DELETE", "/v1/environments/{environment_id}"): {409}}
 
@@ -90,8 +107,15 @@ def asked(client: httpx2.Client, method: str, target: str, **options: Any) -> ht
     return answer
 
 
+def sent(method: str, path: str, ids: dict[str, str]) -> dict[str, Any]:
+    """What makes a request of a route a good one."""
+    if (method, path) == ("POST", "/v1/files"):
+        return {"files": {"file": ("x.txt", b"x")}}
+    return {"json": body_for(method, path, ids)}
+
+
 def test_there_are_routes() -> None:
-    assert len(CLOSED) >= 12
+    assert len(CLOSED) >= 29
 
 
 @pytest.mark.parametrize(("method", "path"), CLOSED)
@@ -100,13 +124,13 @@ def test_every_route_asks_for_a_key_and_one_scope(
 ) -> None:
     """From the route table, so that a new route is asked, too."""
     target = filled(path, MISSING)
-    body = body_for(method, path, MISSING)
+    body = sent(method, path, MISSING)
     with httpx2.Client(base_url=base) as nobody:
-        refused(nobody.request(method, target, json=body), 401, "api_key_missing")
+        refused(nobody.request(method, target, **body), 401, "api_key_missing")
         answers = {}
         for scope in SCOPES:
             key = rig.key("scopes", scopes=(scope,)).text
-            answers[scope] = nobody.request(method, target, json=body, headers={"x-api-key": key})
+            answers[scope] = nobody.request(method, target, **body, headers={"x-api-key": key})
     (wanted,) = [scope for scope, answer in answers.items() if answer.status_code in {200, 404}]
     assert wanted == f"{path.split('/')[2]}:{'read' if method == 'GET' else 'write'}"
     for scope in set(SCOPES) - {wanted}:
@@ -115,34 +139,57 @@ def test_every_route_asks_for_a_key_and_one_scope(
 
 def all_text(client: httpx2.Client) -> str:
     """All that can be listed, but for how long it has been so."""
-    text = "".join(
+    text = client.get("/v1/files", params={"limit": 1000}).text
+    vaults = client.get("/v1/vaults", params={"include_archived": "true", "limit": 100})
+    for vault in vaults.json()["data"]:
+        text += client.get(f"/v1/vaults/{vault['id']}/credentials").text
+    text += "".join(
         client.get(path, params={"include_archived": "true", "limit": 100}).text
-        for path in ("/v1/agents", "/v1/environments", "/v1/sessions")
+        for path in ("/v1/agents", "/v1/environments", "/v1/sessions", "/v1/vaults")
     )
     return re.sub(r'"(duration|active)_seconds":[0-9.e-]+', "", text)
+
+
+def possessions(client: httpx2.Client) -> dict[str, str]:
+    """One thing of each kind, whose text says whose it is."""
+    vault = client.post("/v1/vaults", json={"display_name": "of acme"}).json()["id"]
+    auth = {
+        "type": "static_bearer",
+        "token": "0123456789",
+        "mcp_server_url": "https://a.example.com/",
+    }
+    named = {"auth": auth, "display_name": "of acme"}
+    agent = client.post("/v1/agents", json=AGENT).json()["id"]
+    environment = client.post("/v1/environments", json={"name": "of acme"}).json()["id"]
+    started = {"agent": agent, "environment_id": environment, "title": "of acme"}
+    return {
+        "agent_id": agent,
+        "environment_id": environment,
+        "session_id": client.post("/v1/sessions", json=started).json()["id"],
+        "file_id": client.post("/v1/files", files={"file": ("of acme.txt", b"of acme")}).json()[
+            "id"
+        ],
+        "vault_id": vault,
+        "credential_id": client.post(f"/v1/vaults/{vault}/credentials", json=named).json()["id"],
+    }
 
 
 @pytest.mark.parametrize(("method", "path"), CLOSED)
 def test_a_tenant_reaches_nothing_of_another(
     rig: Rig, acme: httpx2.Client, base: str, method: str, path: str
 ) -> None:
-    agent = acme.post("/v1/agents", json=AGENT).json()["id"]
-    environment = acme.post("/v1/environments", json={"name": "of acme"}).json()["id"]
-    started = {"agent": agent, "environment_id": environment, "title": "of acme"}
-    session = acme.post("/v1/sessions", json=started).json()["id"]
-    ids = {"agent_id": agent, "environment_id": environment, "session_id": session}
-    target, body = filled(path, ids), body_for(method, path, ids)
+    ids = possessions(acme)
+    target, body = filled(path, ids), sent(method, path, ids)
     before = all_text(acme)
     with caller(base, rig.key("rival").text) as rival:
-        answer = asked(rival, method, target, json=body)
+        answer = asked(rival, method, target, **body)
         assert "of acme" not in answer.text
         if names_one(method, path):
             assert answer.status_code == 404
             assert answer.json()["error"]["type"] == "not_found_error"
             # the same words as for what never was
-            twin = rival.request(
-                method, filled(path, MISSING), json=body_for(method, path, MISSING)
-            ).json()
+            again = sent(method, path, MISSING)
+            twin = rival.request(method, filled(path, MISSING), **again).json()
             known = answer.json()["error"]["message"]
             for name, real in ids.items():
                 known = known.replace(real, MISSING[name])
@@ -153,7 +200,7 @@ def test_a_tenant_reaches_nothing_of_another(
     assert all_text(acme) == before
     # the allowed twin: its owner does reach it
     wanted = STATE.get((method, path), {200})
-    assert asked(acme, method, target, json=body).status_code in wanted
+    assert asked(acme, method, target, **body).status_code in wanted
 
 
 def test_a_cursor_of_another_tenant_shows_only_ones_own(

@@ -43,6 +43,8 @@ class Configure(Message):
     providers: dict[str, ProviderConfig]
     vault_path: str | None = None
     key_path: str | None = None
+    opens_tenants: bool = False
+    """Keep the private key, to open what `OpenSandbox.credentials` brings."""
     environment_credential: str | None = Field(default=None, repr=False)
     ca_dir: str | None = None
     resolver_overrides: dict[str, list[str]] = {}
@@ -65,6 +67,24 @@ class PendingToolUse(BaseModel):
     input_place: str = Field(default="", max_length=4096)
 
 
+class SealedCredential(Message):
+    """A tenant's credential on its way from the store to egress. Nobody between can open it.
+
+    Attributes:
+        host: the only one that it is sent to, at port 443.
+        expires_at: microseconds since 1970; past it nothing is injected.
+        key_id: name of the public key that it is sealed to.
+        sealed: opens only with all of these and the sandbox's tenant as they were when it was set.
+    """
+
+    vault_id: str
+    credential_id: str
+    host: str
+    expires_at: int | None = None
+    key_id: str
+    sealed: str = Field(repr=False)
+
+
 class OpenSandbox(Message):
     """Serve one sandbox. Descriptors: the listening unix socket, then the loopback listener."""
 
@@ -79,6 +99,10 @@ class OpenSandbox(Message):
     """Ids of the materialised transcript: their results may appear in a request's history."""
     pending_tool_uses: list[PendingToolUse] = []
     """Of those, the ones that an earlier run asked about and that this one may decide."""
+    tenant: str = ""
+    """Whose session it is: a credential of anybody else does not open."""
+    credentials: list[SealedCredential] = []
+    """By id; `rules` say where each goes (ringfence.policy.binding)."""
 
 
 class AddListener(Message):

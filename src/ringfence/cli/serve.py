@@ -56,8 +56,7 @@ def serve(
         int | None, typer.Option(min=0, max=65_535, help="8470 by default; 0 takes a free one.")
     ] = None,
 ) -> None:
-    """Serve the public Managed Agents API: agents, environments and sessions, for callers with a
-    key.
+    """Serve the public Managed Agents API for callers with a key or a token.
 
     Plain HTTP: TLS belongs to the load balancer before it. Standard output gets one line, the
     address, when requests are taken; logs go to standard error.
@@ -141,7 +140,7 @@ def gateway_server(
             yield
 
     settings = platform.settings
-    app = create_app(database, ceiling, queue, settings)
+    app = create_app(database, ceiling, platform.keeping, queue=queue, settings=settings)
     kind = Server if signals else Quiet
     return kind(configured(guarded(app, database, settings), settings), app.state.fanout)
 

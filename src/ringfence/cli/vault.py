@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import getpass
 import sys
 from datetime import UTC, datetime
@@ -98,3 +99,26 @@ def remove(context: typer.Context, name: str) -> None:
         state: AppContext = context.obj
         VaultFile(VaultPaths(state.state_dir).store).remove(name)
         typer.echo(f"{name} is removed", err=True)
+
+
+@app.command("use-key", epilog="Example: ringfence vault use-key")
+def use_key(context: typer.Context) -> None:
+    """Seal tenants' credentials to this host's key from now on.
+
+    For a key that was lost or is to be changed. Credentials that were sealed to another do not
+    open any more: their tenants set them again.
+    """
+    with clear_errors():
+        state: AppContext = context.obj
+        assert state.platform is not None  # noqa: S101  the composition root sets it
+        platform = state.platform()
+        from ringfence.control.vaults import adopt, sealer
+
+        sealing = sealer(VaultPaths(state.state_dir))
+
+        async def whole() -> int:
+            async with platform.opened() as database, database.writing() as connection:
+                return await adopt(connection, sealing)
+
+        left = asyncio.run(whole())
+        typer.echo(f"{sealing.name} is in use; {left} credentials are to be set again", err=True)

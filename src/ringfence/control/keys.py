@@ -28,6 +28,10 @@ Scope = Literal[
     "environments:write",
     "sessions:read",
     "sessions:write",
+    "files:read",
+    "files:write",
+    "vaults:read",
+    "vaults:write",
 ]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 """What a key may be good for. A key made without a choice has those of its day, and not what a

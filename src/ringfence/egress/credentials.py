@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from urllib.parse import quote
@@ -15,16 +16,19 @@ class Secret:
     """A credential's value. Everything that could print it prints the redacted twin.
 
     `hosts` are those that whoever sealed it named; it goes nowhere else, whatever a policy says.
-    Empty leaves it to the policy.
+    Empty leaves it to the policy. `expires_at`: seconds since 1970; past it, it goes nowhere.
     """
 
-    __slots__ = ("_value", "hosts")
+    __slots__ = ("_value", "expires_at", "hosts")
 
-    def __init__(self, value: str, hosts: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, value: str, hosts: tuple[str, ...] = (), expires_at: float | None = None
+    ) -> None:
         if not value or any(ord(c) < 0x21 or ord(c) > 0x7E for c in value):
             raise ValueError("a credential is printable ASCII without spaces")
         self._value = value
         self.hosts = hosts
+        self.expires_at = expires_at
 
     def reveal(self) -> str:
         """The value; called where a header is written, and nowhere else."""
@@ -77,6 +81,14 @@ class Credentials:
         """Names only."""
         return f"Credentials({sorted(self._secrets)})"
 
+    def beside(self, more: Mapping[str, Secret]) -> Credentials:
+        """With those of one sandbox. None takes the place of another: `more` has other names, or
+        LookupError is raised.
+        """
+        if taken := self._secrets.keys() & more.keys():
+            raise LookupError(f"held already: {sorted(taken)}")
+        return Credentials({**self._secrets, **more})
+
     def has(self, name: str) -> bool:
         """Whether a credential of that name is held."""
         return name in self._secrets
@@ -110,4 +122,6 @@ class Credentials:
             raise CredentialError("credential-missing")
         if secret.hosts and not any(matches(pattern, host) for pattern in secret.hosts):
             raise CredentialError("credential-not-for-host")
+        if secret.expires_at is not None and time.time() >= secret.expires_at:
+            raise CredentialError("credential-expired")
         return secret

@@ -333,7 +333,7 @@ class Exchange:
 def _model_injection(
     state: SandboxState, name: str | None, header: str, host: str
 ) -> Injection | None:
-    return None if name is None else state.shared.credentials.for_model(name, header, host)
+    return None if name is None else state.credentials.for_model(name, header, host)
 
 
 def _host_injection(state: SandboxState, rule: HostRule, host: str) -> Injection | None:
@@ -341,7 +341,7 @@ def _host_injection(state: SandboxState, rule: HostRule, host: str) -> Injection
         return None
     for credential in state.rules.credentials:
         if credential.name == rule.credential:
-            return state.shared.credentials.for_host(credential, host)
+            return state.credentials.for_host(credential, host)
     raise CredentialError("credential-missing")
 
 

@@ -39,7 +39,8 @@ from ringfence.errors import RingfenceError, UnavailableError
 from ringfence.policy.call_input import CallInput
 from ringfence.policy.codec import egress_from_json
 from ringfence.record.client import RecorderClient
-from ringfence.vault.open import open_vault
+from ringfence.vault.open import TenantOpener, open_vault
+from ringfence.vault.tenants import Bound
 
 ENVIRONMENT_CREDENTIAL = "environment"
 _SETTLE_SECONDS = 2.0
@@ -53,6 +54,7 @@ class Egress:
     def __init__(self, connection: socket.socket) -> None:
         self._ended = asyncio.Event()
         self._shared: Shared | None = None
+        self._opener: TenantOpener | None = None
         self._sandboxes: dict[str, SandboxState] = {}
         self._notices: set[asyncio.Task[None]] = set()
         self._channel = Channel(connection, self._received, self._ended.set)
@@ -111,6 +113,8 @@ class Egress:
         linger = _LINGER_SECONDS if message.wait_for_audit else 0.0
         recorder = RecorderClient(socket.socket(fileno=descriptors[0]), linger=linger)
         secrets = _secrets(message)
+        if message.opens_tenants and message.key_path is not None:
+            self._opener = TenantOpener(Path(message.key_path))
         authority = Authority.load(Path(message.ca_dir)) if message.ca_dir else None
         context = upstream_context(message.upstream_ca)
         preload()
@@ -132,7 +136,14 @@ class Egress:
     async def _open(
         self, shared: Shared, message: OpenSandbox, descriptors: list[int]
     ) -> dict[str, Any]:
-        rules = egress_from_json(message.rules)
+        try:
+            # before the socket answers: a sandbox without its credentials is not opened
+            credentials = shared.credentials.beside(_opened(self._opener, message))
+            rules = egress_from_json(message.rules)
+        except BaseException:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise
         run = RunState(rules.model)
         run.known(message.known_tool_uses)
         for call in message.pending_tool_uses:
@@ -145,6 +156,7 @@ class Egress:
             rules=rules,
             shared=shared,
             run=run,
+            credentials=credentials,
         )
         self._sandboxes[message.sandbox_id] = sandbox
         await self._listen(sandbox, descriptors)
@@ -208,6 +220,31 @@ def _secrets(message: Configure) -> dict[str, Secret]:
         secrets = {name: Secret(value.reveal(), value.hosts) for name, value in opened.items()}
     if message.environment_credential is not None:
         secrets[ENVIRONMENT_CREDENTIAL] = Secret(message.environment_credential)
+    return secrets
+
+
+def _opened(opener: TenantOpener | None, message: OpenSandbox) -> dict[str, Secret]:
+    """A sandbox's own credentials, by id."""
+    if not message.credentials:
+        return {}
+    if opener is None or not message.tenant:
+        raise UnavailableError(
+            "vault-refused", "this egress process was not told to open credentials of tenants"
+        )
+    secrets: dict[str, Secret] = {}
+    for each in message.credentials:
+        if each.credential_id in secrets:
+            raise UnavailableError("vault-refused", f"credential {each.credential_id} came twice")
+        bound = Bound(
+            tenant=message.tenant,
+            vault_id=each.vault_id,
+            credential_id=each.credential_id,
+            host=each.host,
+            expires_at=each.expires_at,
+        )
+        value = opener.open(each.sealed, bound, each.key_id)
+        expires = None if each.expires_at is None else each.expires_at / 1_000_000
+        secrets[each.credential_id] = Secret(value.reveal(), value.hosts, expires)
     return secrets
 
 

@@ -100,6 +100,8 @@ class SandboxState:
     rules: EgressRules
     shared: Shared
     run: RunState
+    credentials: Credentials
+    """The process's own and its tenant's; what no other sandbox has."""
     pool: Pool = field(default_factory=Pool)
     servers: list[asyncio.Server] = field(default_factory=list)
     connections: set[Connection] = field(default_factory=set)
@@ -123,7 +125,7 @@ class SandboxState:
         if provider is not None and provider.credential is not None:
             names.append(provider.credential)
         self._waiters: list[asyncio.Future[None]] = []
-        self.hidden = Needles(self.shared.credentials.values(names))
+        self.hidden = Needles(self.credentials.values(names))
         self.provider = provider
         self.model_target = provider_target(provider) if provider is not None else None
 

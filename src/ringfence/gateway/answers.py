@@ -134,6 +134,95 @@ class SentEvents(BaseModel):
     data: list[Event]
 
 
+class FileScope(BaseModel):
+    """The session that made a file."""
+
+    id: str
+    type: Literal["session"]
+
+
+class File(BaseModel):
+    """A file's metadata."""
+
+    id: str
+    type: Literal["file"]
+    filename: str
+    mime_type: str
+    size_bytes: int
+    downloadable: bool
+    scope: FileScope | None
+    created_at: datetime
+    expires_at: datetime | None
+
+
+class FilePage(BaseModel):
+    """A page of files."""
+
+    data: list[File]
+    next_page: str | None
+
+
+class FileDeleted(BaseModel):
+    """What is left of one."""
+
+    id: str
+    type: Literal["file_deleted"]
+
+
+class Vault(BaseModel):
+    """A vault, without what it holds."""
+
+    id: str
+    type: Literal["vault"]
+    display_name: str
+    metadata: dict[str, str]
+    created_at: datetime
+    updated_at: datetime
+    archived_at: datetime | None
+
+
+class VaultPage(BaseModel):
+    """A page of vaults."""
+
+    data: list[Vault]
+    next_page: str | None
+
+
+class VaultDeleted(BaseModel):
+    """What is left of one."""
+
+    id: str
+    type: Literal["vault_deleted"]
+
+
+class Credential(BaseModel):
+    """A credential, without its value, which nothing gives back."""
+
+    id: str
+    type: Literal["vault_credential"]
+    vault_id: str
+    display_name: str | None
+    metadata: dict[str, str]
+    auth: dict[str, Any]
+    created_at: datetime
+    updated_at: datetime
+    archived_at: datetime | None
+
+
+class CredentialPage(BaseModel):
+    """A page of credentials."""
+
+    data: list[Credential]
+    next_page: str | None
+
+
+class CredentialDeleted(BaseModel):
+    """What is left of one."""
+
+    id: str
+    type: Literal["vault_credential_deleted"]
+
+
 class ErrorDetails(BaseModel):
     """What a program branches on."""
 

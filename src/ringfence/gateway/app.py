@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,13 +18,24 @@ from starlette.types import ASGIApp
 import ringfence
 from ringfence.config import GatewaySettings
 from ringfence.control.outbox import Outbox
+from ringfence.control.platform import Keeping
 from ringfence.control.tenancy import Ceiling, problems
 from ringfence.errors import CallerError, RingfenceError
-from ringfence.gateway import agents, answers, environments, events, health, sessions
+from ringfence.gateway import (
+    agents,
+    answers,
+    environments,
+    events,
+    files,
+    health,
+    sessions,
+    vaults,
+)
 from ringfence.gateway.fanout import Fanout
 from ringfence.gateway.guard import OPEN, Guard
 from ringfence.gateway.streams import Pace
 from ringfence.gateway.support import refusal
+from ringfence.gateway.tidying import tidying
 from ringfence.gateway.wire import answer
 from ringfence.queue.protocol import Queue
 from ringfence.store.database import Database
@@ -32,6 +44,8 @@ from ringfence.store.database import Database
 def create_app(
     database: Database | None,
     ceiling: Ceiling | None,
+    keeping: Keeping | None = None,
+    *,
     queue: Queue | None = None,
     settings: GatewaySettings | None = None,
 ) -> FastAPI:
@@ -46,7 +60,8 @@ def create_app(
         helpers = [one for one in (app.state.fanout, app.state.outbox) if one is not None]
         tasks = [loop.create_task(one.run()) for one in helpers]
         try:
-            yield
+            async with tidying(database, keeping):
+                yield
         finally:
             for one in helpers:
                 one.stop()
@@ -78,11 +93,15 @@ def create_app(
         app.state.fanout = Fanout(database, total=bounds.streams, each=bounds.streams_per_tenant)
         app.state.outbox = queue and Outbox(database, queue)
     app.state.pace = Pace(alive=bounds.stream_alive_seconds, write=bounds.stream_write_seconds)
+    app.state.keeping = keeping
+    app.state.uploads = Counter()
     for router in (
         agents.router,
         environments.router,
         sessions.router,
         events.router,
+        files.router,
+        vaults.router,
         health.router,
     ):
         app.include_router(router)

@@ -18,6 +18,7 @@ import hashlib
 import json
 import secrets
 import time
+import traceback
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -29,10 +30,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ringfence.config import GatewaySettings
 from ringfence.control import keys
+from ringfence.control.oidc import is_token
 from ringfence.control.quota import quota_of
 from ringfence.control.tenancy import Caller
 from ringfence.errors import CallerError, DeniedError, RingfenceError, UnavailableError
 from ringfence.gateway.address import Proxies, group
+from ringfence.gateway.issuer import Issuer
 from ringfence.gateway.limits import Buckets, Places, Seen
 from ringfence.gateway.wire import Answer, answer
 from ringfence.store.database import Database
@@ -44,6 +47,8 @@ _STRANGERS, _STRANGERS_WAITING = 4, 64
 """Look-ups at once of keys that were never good here, and requests that wait for one: a part of
 the pool of connections, whatever the number of addresses that guess."""
 _BUSY_SECONDS = 1.0
+STREAMED = frozenset({("POST", "/v1/files")})
+"""Routes that read their body themselves, as it arrives; `_Streamed` holds its limits."""
 
 _LOG = structlog.get_logger("ringfence.gateway")
 
@@ -98,6 +103,7 @@ class Guard:
         self._quota = quota_of(settings)
         self._proxies = Proxies(settings.trusted_proxies)
         self._hosts = frozenset(name.lower() for name in settings.hosts)
+        self._issuer = None if settings.oidc is None else Issuer(settings.oidc)
         rate = settings.requests_per_minute
         self._by_key = Buckets(per_minute=rate, burst=max(1.0, rate / 10))
         failures = settings.failures_per_minute
@@ -123,6 +129,10 @@ class Guard:
         begun = time.monotonic()
         try:
             await self._admit(scope, headers, exchange)
+            if (scope["method"], scope["path"]) in STREAMED:
+                streamed = _Streamed(headers, receive, self._settings, exchange)
+                await self._app(scope, streamed, _with_id(send, exchange))
+                return
             body = await self._body(headers, receive)
             exchange.unread = False
             await self._app(scope, _replay(body, receive), _with_id(send, exchange))
@@ -130,7 +140,10 @@ class Guard:
             wait = error.wait if isinstance(error, RateError | BusyError) else None
             await _refuse(send, exchange, answer(error, exchange.request_id, wait=wait))
         except Exception as error:
-            _LOG.exception("request failed", request_id=exchange.request_id)
+            # as text: a logger that renders exceptions itself may show what variables held, and
+            # those are keys and bodies of requests
+            trace = traceback.format_exc()
+            _LOG.error("request failed", request_id=exchange.request_id, trace=trace)
             known = UnavailableError("internal", "internal error")
             if exchange.started:
                 raise known from error
@@ -212,6 +225,9 @@ class Guard:
         return caller
 
     async def _looked_up(self, text: str) -> Caller:
+        if self._issuer is not None and is_token(text):
+            caller = await self._issuer.authenticate(self._database, text)
+            return replace(caller, quota=self._quota)
         if not keys.could_be(text):
             raise DeniedError("api-key-invalid", "invalid API key")
         async with self._database.reading() as connection:
@@ -244,12 +260,8 @@ class Guard:
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
         """The whole body, so that no route waits for a slow sender or holds an endless one."""
-        if headers.get("content-encoding", "identity") != "identity":
-            raise CallerError("request-invalid", "Content-Encoding: send the body as it is")
         most = self._settings.max_body_kb * 1024
-        stated = headers.get("content-length", "")
-        if stated.isdecimal() and int(stated[:20]) > most:
-            raise _too_large(most)
+        _refuse_unread(headers, most)
         chunks = bytearray()
         try:
             async with asyncio.timeout(self._settings.body_seconds):
@@ -266,6 +278,53 @@ class Guard:
         except TimeoutError:
             raise CallerError("request-too-slow", "the body did not arrive in time") from None
         return bytes(chunks)
+
+
+class _Streamed:
+    """The body of a route that reads it itself: as large as a file, and never slower than a
+    message in `body_seconds` nor longer than `file_seconds` in all.
+    """
+
+    def __init__(
+        self,
+        headers: Headers,
+        receive: Receive,
+        settings: GatewaySettings,
+        exchange: _Exchange,
+    ) -> None:
+        # a form around a file: boundaries, headers of parts
+        self._most = (settings.max_file_mb << 20) + (64 << 10)
+        _refuse_unread(headers, self._most)
+        self._receive, self._settings = receive, settings
+        self._deadline = time.monotonic() + settings.file_seconds
+        self._size = 0
+        self._exchange = exchange
+
+    async def __call__(self) -> Message:
+        if not self._exchange.unread:
+            return await self._receive()
+        left = min(self._settings.body_seconds, self._deadline - time.monotonic())
+        try:
+            async with asyncio.timeout(max(0.0, left)):
+                message = await self._receive()
+        except TimeoutError:
+            raise CallerError("request-too-slow", "the body did not arrive in time") from None
+        if message["type"] == "http.disconnect":
+            raise CallerError("request-invalid", "the body broke off")
+        self._size += len(message.get("body", b""))
+        if self._size > self._most:
+            raise _too_large(self._most)
+        self._exchange.unread = message.get("more_body", False)
+        return message
+
+
+def _refuse_unread(headers: Headers, most: int) -> None:
+    """What a body's headers alone decide."""
+    if headers.get("content-encoding", "identity") != "identity":
+        raise CallerError("request-invalid", "Content-Encoding: send the body as it is")
+    stated = headers.get("content-length", "")
+    if stated.isdecimal() and int(stated[:20]) > most:
+        raise _too_large(most)
 
 
 def _too_large(most: int) -> CallerError:
@@ -307,7 +366,13 @@ def _with_id(send: Send, exchange: _Exchange) -> Send:
     async def named(message: Message) -> None:
         if message["type"] == "http.response.start":
             exchange.started, exchange.status = True, message["status"]
-            kept = [pair for pair in message["headers"] if pair[0].lower() != b"request-id"]
+            replaced = {b"request-id"}
+            if exchange.unread:
+                # what is left of the body must not be taken for the next request
+                replaced.add(b"connection")
+            kept = [pair for pair in message["headers"] if pair[0].lower() not in replaced]
+            if b"connection" in replaced:
+                kept.append((b"connection", b"close"))
             if _goes_on(kept):
                 # events have a bound of their own: they wait, while requests are done soon
                 exchange.left()

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from ringfence.control.keys import Scope
 from ringfence.control.lists import Listed, position
 from ringfence.control.once import once
+from ringfence.control.platform import Keeping
 from ringfence.control.tenancy import Caller, Ceiling
 from ringfence.egress.model.strictjson import NotStrictError, parse
 from ringfence.errors import CallerError, DeniedError
@@ -145,6 +146,12 @@ def ceiling(request: Request) -> Ceiling:
     return found
 
 
+def keeping(request: Request) -> Keeping:
+    """Where contents and sealed values are kept."""
+    found: Keeping = request.app.state.keeping
+    return found
+
+
 async def shown(request: Request, act: Act) -> JSONResponse:
     """Answer what `act` reads."""
     async with database(request).reading() as connection:
@@ -160,13 +167,17 @@ async def listed(
     return JSONResponse({"data": found.data, "next_page": found.next_page})
 
 
-async def changed(request: Request, caller: Caller, act: Act) -> JSONResponse:
-    """Do and answer, in one transaction, once for each Idempotency-Key."""
+async def changed(
+    request: Request, caller: Caller, act: Act, *, body: bytes | None = None
+) -> JSONResponse:
+    """Do and answer, in one transaction, once for each Idempotency-Key. `body` stands for the
+    request's own where a request is told from another.
+    """
     target = f"{request.method} {request.url.path}?{request.url.query}\n".encode()
     key = request.headers.get(IdempotencyKey)
-    body = target + await request.body()
+    asked = target + (await request.body() if body is None else body)
     async with database(request).writing() as connection:
-        answer, repeated = await once(connection, caller, key, body, lambda: act(connection))
+        answer, repeated = await once(connection, caller, key, asked, lambda: act(connection))
     # after the transaction: what is answered is on the disk
     headers = {"idempotent-replayed": "true"} if repeated else None
     return JSONResponse(answer, headers=headers)

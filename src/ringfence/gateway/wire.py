@@ -34,6 +34,12 @@ _STATUS: dict[str, tuple[int, str]] = {
     "streams-exhausted": (429, "rate_limit_error"),
     "not-supported": (404, "not_found_error"),
     "route-unknown": (404, "not_found_error"),
+    "file-not-found": (404, "not_found_error"),
+    "file-expired": (404, "not_found_error"),
+    "vault-not-found": (404, "not_found_error"),
+    "credential-not-found": (404, "not_found_error"),
+    "credential-conflict": (409, "conflict_error"),
+    "token-invalid": (401, "authentication_error"),
     "version-conflict": (409, "conflict_error"),
     # the draft's own status for it (draft-ietf-httpapi-idempotency-key-header-07, 2.7)
     "idempotency-mismatch": (422, "invalid_request_error"),

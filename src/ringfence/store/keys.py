@@ -48,6 +48,12 @@ async def tenant_named(
     return identity
 
 
+async def tenant_id(connection: AsyncConnection, name: str) -> str | None:
+    """The id of the tenant of that name."""
+    found = (await connection.execute(select(TENANTS.c.id).where(TENANTS.c.name == name))).scalar()
+    return None if found is None else str(found)
+
+
 def _query() -> Select[Any]:
     key = API_KEYS.c
     return select(

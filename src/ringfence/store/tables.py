@@ -250,3 +250,72 @@ TURNS = Table(
     PrimaryKeyConstraint("tenant_id", "session_id", "turn"),
     ForeignKeyConstraint(["tenant_id", "session_id"], ["sessions.tenant_id", "sessions.id"]),
 )
+
+# Metadata of an uploaded file; its bytes lie in the contents' directory under tenant and id.
+# `sha256` is of the whole content; `scope_id` the session that made it; `purged_at` when the bytes
+# of an expired one were removed.
+FILES = Table(
+    "files",
+    METADATA,
+    Column("tenant_id", Text, nullable=False),
+    Column("id", Text, nullable=False),
+    Column("filename", Text, nullable=False),
+    Column("mime_type", Text, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("sha256", Text, nullable=False),
+    Column("downloadable", Boolean, nullable=False),
+    Column("scope_id", Text),
+    Column("created_at", BigInteger, nullable=False),
+    Column("expires_at", BigInteger),
+    Column("purged_at", BigInteger),
+    PrimaryKeyConstraint("tenant_id", "id"),
+    ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
+    Index(None, "tenant_id", "created_at", "id"),
+    Index(None, "expires_at"),
+)
+
+VAULTS = Table(
+    "vaults",
+    METADATA,
+    Column("tenant_id", Text, nullable=False),
+    Column("id", Text, nullable=False),
+    Column("body", Json, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("updated_at", BigInteger, nullable=False),
+    Column("archived_at", BigInteger),
+    PrimaryKeyConstraint("tenant_id", "id"),
+    ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
+    Index(None, "tenant_id", "created_at", "id"),
+)
+
+# `sealed` is the value under the deployment's public key, with tenant, vault, id, host and expiry
+# authenticated: a row that is moved or edited does not open. NULL once the credential is archived.
+VAULT_CREDENTIALS = Table(
+    "vault_credentials",
+    METADATA,
+    Column("tenant_id", Text, nullable=False),
+    Column("vault_id", Text, nullable=False),
+    Column("id", Text, nullable=False),
+    Column("body", Json, nullable=False),
+    Column("host", Text, nullable=False),
+    Column("sealed", Text),
+    Column("key_id", Text, nullable=False),
+    Column("expires_at", BigInteger),
+    Column("created_at", BigInteger, nullable=False),
+    Column("updated_at", BigInteger, nullable=False),
+    Column("archived_at", BigInteger),
+    PrimaryKeyConstraint("tenant_id", "id"),
+    ForeignKeyConstraint(["tenant_id", "vault_id"], ["vaults.tenant_id", "vaults.id"]),
+    Index(None, "tenant_id", "vault_id", "created_at", "id"),
+)
+
+# The public key that values of this deployment are sealed to, by name: one row, so that of two
+# gateways with two keys exactly one seals.
+VAULT_KEYS = Table(
+    "vault_keys",
+    METADATA,
+    Column("slot", Text, nullable=False),
+    Column("key_id", Text, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    PrimaryKeyConstraint("slot"),
+)

@@ -8,6 +8,7 @@ from ringfence.errors import UnavailableError
 from ringfence.vault.box import BoxError, unseal
 from ringfence.vault.keys import private_key
 from ringfence.vault.store import VaultFile
+from ringfence.vault.tenants import Bound, key_id
 
 
 class Opened:
@@ -75,3 +76,41 @@ def open_vault(path: Path, key_path: Path) -> OpenedVault:
             ) from None
         values[name] = Opened(value, entry.hosts)
     return OpenedVault(values)
+
+
+class TenantOpener:
+    """Opens values of tenants, one place at a time. Holds the private key: egress gives up its
+    rights to files before it hears of the first sandbox.
+    """
+
+    def __init__(self, key_path: Path) -> None:
+        """Raises UnavailableError `credential-missing`, `vault-refused`."""
+        self._key = private_key(key_path)
+        self._name = key_id(self._key.public_key().public_bytes_raw())
+
+    def __repr__(self) -> str:
+        """Its name alone."""
+        return f"TenantOpener({self._name})"
+
+    def open(self, sealed: str, bound: Bound, sealed_to: str) -> Opened:
+        """One value, for its host.
+
+        Raises:
+            UnavailableError: `vault-refused` when it was sealed to another key, or is not of that
+                tenant, vault, credential, host and expiry.
+        """
+        if sealed_to != self._name:
+            raise UnavailableError(
+                "vault-refused",
+                f"credential {bound.credential_id} is sealed to another key ({sealed_to[:32]})",
+                hint="set its value again, or bring vault/key of the deployment to this host",
+            )
+        try:
+            value = unseal(self._key, sealed, bound.context()).decode()
+        except (BoxError, UnicodeDecodeError):
+            raise UnavailableError(
+                "vault-refused",
+                f"credential {bound.credential_id} does not open: it was changed, or moved",
+                hint="set its value again",
+            ) from None
+        return Opened(value, (bound.host,))

@@ -69,6 +69,7 @@ from ringfence.worker.prepare import (
     start_notices,
 )
 from ringfence.worker.rundir import RunDirectory
+from ringfence.worker.sealed import NOTHING_SEALED, Sealed
 from ringfence.worker.station import OnMessage, Station
 from ringfence.worker.warm import Member
 
@@ -84,7 +85,9 @@ class Attempt:
         *,
         control: RunControl,
         on_message: OnMessage,
+        sealed: Sealed = NOTHING_SEALED,
     ) -> None:
+        self._sealed = sealed
         self._station, self._request = station, request
         self._stated, self._policy = policy, narrowed(policy, request)
         self._control, self._on_message = control, on_message
@@ -236,6 +239,7 @@ class Attempt:
             directory = EgressDirectory(station.config.state_dir, self._sandbox_id)
         stack.callback(directory.remove)
         listener = directory.listen()
+        rules, credentials = self._sealed.bound(self._policy.egress)
         try:
             await station.egress.request(
                 OpenSandbox,
@@ -243,7 +247,9 @@ class Attempt:
                 sandbox_id=self._sandbox_id,
                 run_id=self.run_id,
                 session_id=self._session_id,
-                rules=egress_to_json(self._policy.egress),
+                rules=egress_to_json(rules),
+                tenant=self._sealed.tenant,
+                credentials=credentials,
                 known_tool_uses=await self._known_tool_uses(),
                 pending_tool_uses=pending_tool_uses(self._request.pending),
             )

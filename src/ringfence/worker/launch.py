@@ -22,11 +22,12 @@ from ringfence.record.client import RecorderClient, RecorderProcess
 from ringfence.record.session_base import SessionStore
 from ringfence.record.sessions import SqliteSessionStore
 from ringfence.sandbox.registry import Backends
-from ringfence.vault.keys import VaultPaths
+from ringfence.vault.keys import VaultPaths, public_key
 from ringfence.vault.store import VaultFile, check_value
 from ringfence.worker.attempt import Attempt
 from ringfence.worker.control import RunControl
 from ringfence.worker.egressdir import sweep
+from ringfence.worker.sealed import NOTHING_SEALED, Sealed
 from ringfence.worker.station import NoticeBoard, OnMessage, Station
 from ringfence.worker.warm import WarmPool
 
@@ -46,12 +47,15 @@ class Launcher:
         make_backends: the isolation technologies for a configuration; named in `wiring` only.
         make_sessions: the store of transcripts for a configuration.
         environment_key: the operator's ANTHROPIC_API_KEY, if there is one.
+        opens_tenants: whether runs bring sealed credentials of tenants: egress then keeps the
+            vault's private key in its memory.
     """
 
     config: Config
     make_backends: Callable[[Config], Backends]
     make_sessions: Callable[[Config], SessionStore] = local_sessions
     environment_key: str | None = None
+    opens_tenants: bool = False
 
     @asynccontextmanager
     async def station(
@@ -108,6 +112,9 @@ class Launcher:
     def _configuration(self) -> dict[str, Any]:
         config, paths = self.config, VaultPaths(self.config.state_dir)
         sealed = set(VaultFile(paths.store).entries())
+        if self.opens_tenants:
+            # made now, or the first credential of a tenant would wait for the worker's next start
+            public_key(paths)
         borrowed = {name for name in config.providers if self.borrows_environment_key(name)}
         if borrowed:
             check_value(self.environment_key or "", "ANTHROPIC_API_KEY")
@@ -117,7 +124,8 @@ class Launcher:
                 for name, provider in config.providers.items()
             },
             "vault_path": str(paths.store) if sealed else None,
-            "key_path": str(paths.key) if sealed else None,
+            "key_path": str(paths.key) if sealed or self.opens_tenants else None,
+            "opens_tenants": self.opens_tenants,
             "environment_credential": self.environment_key if borrowed else None,
             "ca_dir": str(config.state_dir / "ca"),
             "resolver_overrides": config.egress.resolve,
@@ -174,8 +182,9 @@ async def attempt(
     *,
     control: RunControl,
     on_message: OnMessage,
+    sealed: Sealed = NOTHING_SEALED,
 ) -> RunResult:
-    """One attempt on a station.
+    """One attempt on a station; `sealed` are its tenant's credentials, where it has a tenant.
 
     Raises:
         DeniedError: `model-denied`, for an agent under a policy that allows no model: it would
@@ -187,7 +196,8 @@ async def attempt(
             "the policy allows no model",
             hint="network.allowed_hosts: [api.anthropic.com]",
         )
-    return await Attempt(station, policy, request, control=control, on_message=on_message).run()
+    made = Attempt(station, policy, request, control=control, on_message=on_message, sealed=sealed)
+    return await made.run()
 
 
 def private_directory(path: Path) -> None:

@@ -1,0 +1,144 @@
+"""Metadata of files, as rows."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Select, delete, func, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from ringfence.store.paging import Page, paged
+from ringfence.store.tables import FILES, TENANTS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileRow:
+    """One file. Times in microseconds since 1970; sha256: hex, of the whole content.
+
+    Attributes:
+        scope_id: the session that made it; None for an upload.
+        purged_at: when the bytes of an expired one were removed.
+    """
+
+    id: str
+    filename: str
+    mime_type: str
+    size_bytes: int
+    sha256: str
+    downloadable: bool
+    scope_id: str | None
+    created_at: int
+    expires_at: int | None
+    purged_at: int | None = None
+
+
+def _query() -> Select[Any]:
+    c = FILES.c
+    return select(
+        c.id,
+        c.filename,
+        c.mime_type,
+        c.size_bytes,
+        c.sha256,
+        c.downloadable,
+        c.scope_id,
+        c.created_at,
+        c.expires_at,
+        c.purged_at,
+    )
+
+
+def _row(row: Any) -> FileRow:
+    return FileRow(**row._mapping)  # noqa: SLF001  SQLAlchemy's public name for it
+
+
+async def add(connection: AsyncConnection, tenant: str, row: FileRow) -> None:
+    """A new one."""
+    await connection.execute(
+        insert(FILES).values(
+            tenant_id=tenant,
+            id=row.id,
+            filename=row.filename,
+            mime_type=row.mime_type,
+            size_bytes=row.size_bytes,
+            sha256=row.sha256,
+            downloadable=row.downloadable,
+            scope_id=row.scope_id,
+            created_at=row.created_at,
+            expires_at=row.expires_at,
+        )
+    )
+
+
+async def get(connection: AsyncConnection, tenant: str, identity: str) -> FileRow | None:
+    """One of them."""
+    query = _query().where(FILES.c.tenant_id == tenant, FILES.c.id == identity)
+    row = (await connection.execute(query)).first()
+    return None if row is None else _row(row)
+
+
+async def some(
+    connection: AsyncConnection, tenant: str, identities: Collection[str]
+) -> Sequence[FileRow]:
+    """Those of the ids that there are, newest first."""
+    query = _query().where(FILES.c.tenant_id == tenant, FILES.c.id.in_(identities))
+    rows = await connection.execute(query.order_by(FILES.c.created_at.desc(), FILES.c.id.desc()))
+    return [_row(row) for row in rows]
+
+
+async def page(
+    connection: AsyncConnection, tenant: str, wanted: Page, *, scope: str | None
+) -> Sequence[FileRow]:
+    """Newest first, one more than the limit when there is; of one session when `scope` is set.
+    `wanted.archived` must be true: a file is not archived.
+    """
+    query = paged(_query(), FILES, tenant, wanted)
+    if scope is not None:
+        query = query.where(FILES.c.scope_id == scope)
+    return [_row(row) for row in await connection.execute(query)]
+
+
+async def used(connection: AsyncConnection, tenant: str, *, lock: bool = False) -> int:
+    """Bytes that a tenant's contents take; `lock` lets one transaction at a time count and add."""
+    if lock:
+        await connection.execute(
+            select(TENANTS.c.id).where(TENANTS.c.id == tenant).with_for_update()
+        )
+    query = select(func.coalesce(func.sum(FILES.c.size_bytes), 0)).where(
+        FILES.c.tenant_id == tenant, FILES.c.purged_at.is_(None)
+    )
+    return int((await connection.execute(query)).scalar_one())
+
+
+async def remove(connection: AsyncConnection, tenant: str, identity: str) -> bool:
+    """Forget it; whether there was one."""
+    done = await connection.execute(
+        delete(FILES).where(FILES.c.tenant_id == tenant, FILES.c.id == identity)
+    )
+    return bool(done.rowcount)
+
+
+async def expired(
+    connection: AsyncConnection, moment: int, *, limit: int
+) -> Sequence[tuple[str, str]]:
+    """Tenant and id of files whose time is over and whose bytes are still there, of all tenants:
+    for the sweep, not for callers.
+    """
+    query = (
+        select(FILES.c.tenant_id, FILES.c.id)
+        .where(FILES.c.expires_at <= moment, FILES.c.purged_at.is_(None))
+        .order_by(FILES.c.expires_at)
+        .limit(limit)
+    )
+    return [(str(tenant), str(name)) for tenant, name in await connection.execute(query)]
+
+
+async def purge(connection: AsyncConnection, tenant: str, identity: str, moment: int) -> None:
+    """Note that the bytes are gone."""
+    await connection.execute(
+        update(FILES)
+        .where(FILES.c.tenant_id == tenant, FILES.c.id == identity)
+        .values(purged_at=moment)
+    )
