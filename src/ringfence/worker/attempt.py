@@ -223,6 +223,8 @@ class Attempt:
         else:
             directory = EgressDirectory(station.config.state_dir, self._sandbox_id)
         stack.callback(directory.remove)
+        if self._request.resume is not None:
+            self._home = station.sessions.materialise(self._session_id)
         listener = directory.listen()
         try:
             await station.egress.request(
@@ -233,7 +235,7 @@ class Attempt:
                 session_id=self._session_id,
                 rules=egress_to_json(self._policy.egress),
                 known_tool_uses=self._known_tool_uses(),
-                pending_tool_uses=pending_tool_uses(self._request.pending),
+                pending_tool_uses=pending_tool_uses(self._request.pending, self._home),
             )
         finally:
             listener.close()
@@ -265,8 +267,6 @@ class Attempt:
             stack.push_async_callback(member.sandbox.close)
             await member.sandbox.attach(Path(request.workspace))
             return member.sandbox
-        if request.resume is not None:
-            self._home = station.sessions.materialise(self._session_id)
         spec = SandboxSpec(
             sandbox_id=self._sandbox_id,
             profile=self._policy.sandbox,
