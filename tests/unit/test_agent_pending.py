@@ -288,7 +288,10 @@ def test_a_custom_tools_result_is_there_once_and_only_when_it_was_given() -> Non
 
 def test_the_wire_knows_a_pending_call_by_its_input() -> None:
     """Requirement B over two runs: known to egress, and no result of it before the worker's yes."""
-    (told,) = pending_tool_uses([call()])
+    place = ".claude/projects/ringfence/s.jsonl"
+    (told,) = pending_tool_uses([call()], {place: MARK})
+    assert pending_tool_uses([call()], {place: MARK + b"\n" + BEGUN}) == []
+    assert pending_tool_uses([call()], {place: MARK + b"\n" + RESULT}) == []
     form = call_input("Bash", {"command": "make"})
     assert (told["input_sha256"], told["name"]) == (form.digest, "Bash")
 
@@ -318,7 +321,7 @@ def line(value: dict[str, Any]) -> bytes:
 
 MARK = line({"type": "attachment", "attachment": {"type": "hook_deferred_tool", "toolUseID": "t"}})
 RESULT = line({"message": {"content": [{"type": "tool_result", "tool_use_id": "t"}]}})
-BEGUN = line(begun("t", "u"))
+BEGUN = line(begun("t"))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import uuid
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -283,7 +282,7 @@ class ClaudeDriver:
     async def _begun(self, identity: str) -> None:
         """Where `claude` looks for a deferred call it finds this first, and runs it no more."""
         key = {"project_key": PROJECT, "session_id": self._settings.session_id}
-        await self._mirror.append(key, [begun(identity, str(uuid.uuid4()))])
+        await self._mirror.append(key, [begun(identity)])
 
     async def _overdue(self, identity: str) -> None:
         """A call's time is up. The clock is outside."""

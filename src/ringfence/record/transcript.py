@@ -95,11 +95,12 @@ _DEFERRED = "hook_deferred_tool"
 _BEGUN = "ringfence-begun"
 
 
-def begun(tool_use_id: str, uuid: str) -> Entry:
+def begun(tool_use_id: str) -> Entry:
     """An entry that says: a call that was deferred has been allowed, and runs. `claude` passes over
     types that it does not know, and over a deferred call whose id a later line names.
     """
-    return {"type": _BEGUN, "uuid": uuid, "tool_use_id": tool_use_id}
+    # no uuid: what has one is a link of the conversation, and this would break its chain
+    return {"type": _BEGUN, "tool_use_id": tool_use_id}
 
 
 class Deferred(NamedTuple):
@@ -128,7 +129,7 @@ def deferred(lines: Iterable[bytes]) -> Deferred | None:
             found = Deferred(str(attachment.get("toolUseID", "")), begun=False)
         elif found is not None and found.tool_use_id in set(tool_results([entry])):
             found = None
-        elif found is not None and entry == begun(found.tool_use_id, str(entry.get("uuid"))):
+        elif found is not None and entry == begun(found.tool_use_id):
             found = Deferred(found.tool_use_id, begun=True)
     return found
 

@@ -238,6 +238,8 @@ class Attempt:
         else:
             directory = EgressDirectory(station.config.state_dir, self._sandbox_id)
         stack.callback(directory.remove)
+        if self._request.resume is not None:
+            self._home = await asyncio.to_thread(station.sessions.materialise, self._session_id)
         listener = directory.listen()
         rules, credentials = self._sealed.bound(self._policy.egress)
         try:
@@ -251,7 +253,7 @@ class Attempt:
                 tenant=self._sealed.tenant,
                 credentials=credentials,
                 known_tool_uses=await self._known_tool_uses(),
-                pending_tool_uses=pending_tool_uses(self._request.pending),
+                pending_tool_uses=pending_tool_uses(self._request.pending, self._home),
             )
         finally:
             listener.close()
@@ -283,8 +285,6 @@ class Attempt:
             stack.push_async_callback(member.sandbox.close)
             await member.sandbox.attach(Path(request.workspace))
             return member.sandbox
-        if request.resume is not None:
-            self._home = await asyncio.to_thread(station.sessions.materialise, self._session_id)
         spec = SandboxSpec(
             sandbox_id=self._sandbox_id,
             profile=self._policy.sandbox,

@@ -40,9 +40,19 @@ def first_turns(request: RunRequest, home: Mapping[str, bytes]) -> tuple[str | N
     return (None, *prompts)
 
 
-def pending_tool_uses(pending: Iterable[PendingCall]) -> list[dict[str, Any]]:
-    """The same calls for egress: what the wire of an earlier run has shown (requirement B)."""
-    told = [(call, called(call), call_input(called(call), call.input)) for call in pending]
+def pending_tool_uses(
+    pending: Iterable[PendingCall], home: Mapping[str, bytes]
+) -> list[dict[str, Any]]:
+    """The same calls for egress: what an earlier run's wire has shown (requirement B). One that has
+    begun, or is over, is a part of the history like any other.
+    """
+    stands_at = deferred(_main(home))
+    open_call = "" if stands_at is None or stands_at.begun else stands_at.tool_use_id
+    told = [
+        (call, called(call), call_input(called(call), call.input))
+        for call in pending
+        if call.tool_use_id == open_call
+    ]
     return [
         {
             "tool_use_id": call.tool_use_id,
