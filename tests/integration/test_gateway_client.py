@@ -204,8 +204,8 @@ def test_an_environment_that_asks_for_more_than_the_policy_is_refused_and_not_ke
 
 
 def test_what_is_not_supported_is_named(client: Anthropic) -> None:
-    with pytest.raises(anthropic.NotFoundError, match="POST /v1/sessions is not supported") as no:
-        client.beta.sessions.create(agent="agent_x", environment_id="env_x")
+    with pytest.raises(anthropic.NotFoundError, match="GET /v1/skills is not supported") as no:
+        client.beta.skills.list()
     assert no.value.error_code == "not_supported"
     with pytest.raises(anthropic.BadRequestError, match="skill is not supported"):
         client.beta.agents.create(

@@ -22,9 +22,12 @@ from ringfence.gateway.support import served
 AGENT = {"name": "x", "model": "m", "metadata": {"secret": "of acme"}}
 
 
+LIMITS = GatewaySettings(max_body_kb=64, body_seconds=1.0, requests_per_minute=60_000)
+
+
 @pytest.fixture(scope="module")
 def rig(place: Any) -> Rig:
-    return Rig(place=place, settings=GatewaySettings(max_body_kb=64, body_seconds=1.0))
+    return Rig(place=place, settings=LIMITS)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -193,6 +194,12 @@ def test_an_interrupt_ends_the_turn_and_what_waits_is_the_next(
     session = client.beta.sessions.create(
         agent=agent, environment_id=place_id, initial_events=[message("wait")]
     )
+    # taken by the turn, so that what comes now is the next one's
+    for _ in range(1500):
+        (first,) = client.beta.sessions.events.list(session.id, types=["user.message"]).data
+        if first.processed_at is not None:
+            break
+        time.sleep(0.02)
     client.beta.sessions.events.send(session.id, events=[message("after")])
     with pytest.raises(anthropic.ConflictError) as caught:
         client.beta.sessions.delete(session.id)

@@ -226,7 +226,9 @@ def test_mcp_tools_are_those_of_the_policys_own_server() -> None:
 
 
 def test_model_effort_and_hosting() -> None:
-    limited = policy(preset="ci", model={"models": ["claude-a", "claude-b"]})
+    limited = policy(
+        preset="ci", model={"models": ["claude-a", "claude-b"]}, hosting={"pattern": "hybrid"}
+    )
     plan = planned(limited, agent(model={"id": "claude-a", "effort": "low"}, system="Be brief."))
     assert (plan.model, plan.effort, plan.system_prompt) == ("claude-a", "low", "Be brief.")
     assert plan.policy.egress.model.models == ("claude-a",)
