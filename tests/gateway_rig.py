@@ -85,7 +85,9 @@ class Rig:
 
     place: Place
     # tests ask oftener than callers do; what a rate does has tests of its own
-    settings: GatewaySettings = GatewaySettings(requests_per_minute=60_000)
+    settings: GatewaySettings = field(
+        default_factory=lambda: GatewaySettings(requests_per_minute=60_000)
+    )
     network: NetworkRules = field(default_factory=NetworkRules)
     made: dict[str, keys.NewKey] = field(default_factory=dict)
     queue: Path | None = None

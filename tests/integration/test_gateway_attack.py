@@ -327,16 +327,16 @@ def test_the_address_behind_a_named_proxy_is_the_one_that_it_wrote(place: Any) -
 def test_a_file_descriptor_each(place: Any, tmp_path: Path) -> None:
     import resource
 
-    from ringfence.cli.serve import _make_room
+    from ringfence.cli.serve import make_room
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < 900:
         pytest.skip("few descriptors")
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
-        _make_room(500)
+        make_room(500)
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 756
-        _make_room(10)
+        make_room(10)
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 756
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

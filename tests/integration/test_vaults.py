@@ -381,6 +381,7 @@ def test_a_defect_logs_where_it_was_and_not_what_it_held(
         with pytest.raises(anthropic.InternalServerError) as caught:
             client.beta.vaults.credentials.create(vault, auth=bearer())
     assert caught.value.status_code == 500
+    assert caught.value.error_code == "internal"
     logs = ""
     # the answer is sent before the line is written
     for _ in range(500):

@@ -20,7 +20,7 @@ from ringfence.config import GatewaySettings
 from ringfence.control.outbox import Outbox
 from ringfence.control.platform import Keeping
 from ringfence.control.tenancy import Ceiling, problems
-from ringfence.errors import CallerError, RingfenceError
+from ringfence.errors import CallerError, RingfenceError, UnavailableError
 from ringfence.gateway import (
     agents,
     answers,
@@ -82,6 +82,8 @@ def create_app(
             RingfenceError: _ours,
             RequestValidationError: _malformed,
             HTTPException: _unrouted,
+            # raised again behind the answer, for the guard to log
+            Exception: _defect,
         },
     )
     app.state.database = database
@@ -127,6 +129,10 @@ def _answered(
 async def _ours(request: Request, error: Exception) -> Response:
     assert isinstance(error, RingfenceError)  # noqa: S101  how it is registered
     return _answered(request, error)
+
+
+async def _defect(request: Request, _: Exception) -> Response:
+    return _answered(request, UnavailableError("internal", "internal error"))
 
 
 async def _malformed(request: Request, error: Exception) -> Response:

@@ -83,6 +83,7 @@ class _Exchange:
     address: str
     unread: bool
     started: bool = False
+    complete: bool = False
     status: int = 0
     leave: Callable[[], None] | None = None
 
@@ -145,9 +146,10 @@ class Guard:
             trace = traceback.format_exc()
             _LOG.error("request failed", request_id=exchange.request_id, trace=trace)
             known = UnavailableError("internal", "internal error")
-            if exchange.started:
+            if not exchange.started:
+                await _refuse(send, exchange, answer(known, exchange.request_id))
+            elif not exchange.complete:
                 raise known from error
-            await _refuse(send, exchange, answer(known, exchange.request_id))
         finally:
             exchange.left()
             self._note(scope, exchange, time.monotonic() - begun)
@@ -381,6 +383,8 @@ def _with_id(send: Send, exchange: _Exchange) -> Send:
                 "headers": [*kept, (b"request-id", exchange.request_id.encode())],
             }
         await send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            exchange.complete = True
 
     return named
 
