@@ -175,14 +175,36 @@ def test_calls_that_wait_for_the_caller(box: Box, simulator: Simulator) -> None:
         # denied, with words
         session, watch, first = begin(bash("echo ran > never"), {"text": "So be it."})
         use = stopped_at(first, "agent.tool_use")
-        no = {**yes, "tool_use_id": use.id, "result": "deny", "deny_message": "not on a Friday"}
-        second = answer(session, watch, no)
+        there = {"RINGFENCE_URL": str(client.base_url), "RINGFENCE_API_KEY": str(client.api_key)}
+        listed = box.call("approvals", "list", **there)
+        assert f"{session}  {use.id}  bash" in listed.out, listed.err
+        assert '{"command": "echo ran > never"}' in listed.out
+        assert listed.out.count("sevt_") == 1, "what was answered, or is over, does not wait"
+        no = {"type": "user.tool_confirmation", "result": "deny", "deny_message": "no"}
+        why = ("-m", "not on a Friday")
+        assert box.call("approvals", "deny", session, use.id, *why, **there).code == 0
+        second = watch.until("session.status_idle")
+        assert box.call("approvals", "allow", session, use.id, **there).code == 2
+        assert box.call("approvals", "list", **there).out == ""
         assert "not on a Friday" in json.dumps(simulator.requests[-1].body["messages"])
         assert words(second) == ["So be it."]
         (result,) = (event for event in second if event.type == "agent.tool_result")
         assert (result.tool_use_id, result.is_error) == (use.id, True)
         watch.close()
         assert [path.name for path in box.state.glob("workspaces/*/*")] == ["log"]
+
+        # a second call in the turn that goes on with the first: each has its own word
+        session, watch, first = begin(bash("echo 1 > one"), bash("echo 2 > two"), {"text": "Ok."})
+        use = stopped_at(first, "agent.tool_use")
+        second = answer(session, watch, {**yes, "tool_use_id": use.id})
+        other = stopped_at(second, "agent.tool_use")
+        assert other.id != use.id
+        third = answer(session, watch, {**no, "tool_use_id": other.id})
+        (result,) = (event for event in third if event.type == "agent.tool_result")
+        assert (result.tool_use_id, result.is_error) == (other.id, True)
+        assert words(third) == ["Ok."]
+        watch.close()
+        assert {path.name for path in box.state.glob("workspaces/*/*")} == {"log", "one"}
 
         # a tool of the caller's own
         call = {"tool": "mcp__caller__get_weather", "input": {"place": "Oslo"}}
