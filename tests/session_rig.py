@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -179,5 +180,7 @@ def _call(name: str, lease: Lease) -> tuple[NewEvent, Action]:
         tool_use_id=f"toolu_{lease.run_id}_{name}",
         name=name,
         kind=ActionKind.RESULT if custom else ActionKind.CONFIRMATION,
+        input={"a": 1},
+        expires=time.time() + 600,
     )
     return event, action

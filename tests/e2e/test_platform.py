@@ -8,10 +8,11 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import pytest
-from anthropic import Anthropic
+from anthropic import Anthropic, APIStatusError
 from harness import Box, bash, processes_with, script, wait_for
 from platform_rig import Watch, kinds, message, policy, session_of, started, up, words
 
@@ -109,6 +110,117 @@ def test_the_commands_of_the_quickstart(box: Box) -> None:
         assert list(client.beta.sessions.list()) == []
         call("submit", "x", *who, code=3, RINGFENCE_API_KEY="rfk_wrong")
         call("submit", "x", "--agent", "nobody", "--environment", "place", code=2)
+
+
+WEATHER = {
+    "type": "custom",
+    "name": "get_weather",
+    "description": "The weather of a place.",
+    "input_schema": {"type": "object", "properties": {"place": {"type": "string"}}},
+}
+ASKING = {
+    "type": "agent_toolset_20260401",
+    "configs": [{"name": "bash", "permission_policy": {"type": "always_ask"}}],
+}
+
+
+def stopped_at(events: list[Any], kind: str) -> Any:
+    """The call that a turn stopped at: told, and named by the idle that follows."""
+    (use,) = (event for event in events if event.type == kind)
+    reason = events[-1].stop_reason
+    assert (reason.type, reason.event_ids) == ("requires_action", [use.id])
+    return use
+
+
+def test_calls_that_wait_for_the_caller(box: Box, simulator: Simulator) -> None:
+    """A yes, a no with words, and the result of a tool that the caller executes; one `up`."""
+    with up(box, "--slots", "1") as (_, client):
+        place = client.beta.environments.create(name="place", config={"type": "cloud"})
+        agent = client.beta.agents.create(
+            name="asks", model="claude-sonnet-4-5", tools=[ASKING, WEATHER]
+        )
+
+        def begin(*steps: dict[str, Any]) -> tuple[str, Watch, list[Any]]:
+            session = client.beta.sessions.create(agent=agent.id, environment_id=place.id).id
+            watch = Watch(client, session)
+            message(client, session, script(*steps))
+            return session, watch, watch.until("session.status_idle")
+
+        def answer(session: str, watch: Watch, *sent: dict[str, Any]) -> list[Any]:
+            client.beta.sessions.events.send(session, events=list(sent))
+            return watch.until("session.status_idle")
+
+        # allowed: it runs once, and a message beside the answer is said after it
+        session, watch, first = begin(bash("echo ran >> log; cat log"), {"text": "Ran."})
+        use = stopped_at(first, "agent.tool_use")
+        assert (use.name, use.evaluated_permission) == ("bash", "ask")
+        assert use.input == {"command": "echo ran >> log; cat log"}
+        assert "agent.tool_result" not in kinds(first)
+        yes = {"type": "user.tool_confirmation", "tool_use_id": use.id, "result": "allow"}
+        more = {
+            "type": "user.message",
+            "content": [{"type": "text", "text": script({"text": "And more."})}],
+        }
+        second = answer(session, watch, more, yes)
+        (result,) = (event for event in second if event.type == "agent.tool_result")
+        assert (result.tool_use_id, result.is_error) == (use.id, False)
+        assert result.content[0].text.strip() == "ran"
+        assert "agent.tool_use" not in kinds(second)
+        assert words(second) == ["Ran.", "And more."]
+        assert second[-1].stop_reason.type == "end_turn"
+        with pytest.raises(APIStatusError):
+            client.beta.sessions.events.send(session, events=[yes])
+        watch.close()
+
+        # denied, with words
+        session, watch, first = begin(bash("echo ran > never"), {"text": "So be it."})
+        use = stopped_at(first, "agent.tool_use")
+        there = {"RINGFENCE_URL": str(client.base_url), "RINGFENCE_API_KEY": str(client.api_key)}
+        listed = box.call("approvals", "list", **there)
+        assert f"{session}  {use.id}  bash" in listed.out, listed.err
+        assert '{"command": "echo ran > never"}' in listed.out
+        assert listed.out.count("sevt_") == 1, "what was answered, or is over, does not wait"
+        no = {"type": "user.tool_confirmation", "result": "deny", "deny_message": "no"}
+        why = ("-m", "not on a Friday")
+        assert box.call("approvals", "deny", session, use.id, *why, **there).code == 0
+        second = watch.until("session.status_idle")
+        assert box.call("approvals", "allow", session, use.id, **there).code == 2
+        assert box.call("approvals", "list", **there).out == ""
+        assert "not on a Friday" in json.dumps(simulator.requests[-1].body["messages"])
+        assert words(second) == ["So be it."]
+        (result,) = (event for event in second if event.type == "agent.tool_result")
+        assert (result.tool_use_id, result.is_error) == (use.id, True)
+        watch.close()
+        assert [path.name for path in box.state.glob("workspaces/*/*")] == ["log"]
+
+        # a second call in the turn that goes on with the first: each has its own word
+        session, watch, first = begin(bash("echo 1 > one"), bash("echo 2 > two"), {"text": "Ok."})
+        use = stopped_at(first, "agent.tool_use")
+        second = answer(session, watch, {**yes, "tool_use_id": use.id})
+        other = stopped_at(second, "agent.tool_use")
+        assert other.id != use.id
+        third = answer(session, watch, {**no, "tool_use_id": other.id})
+        (result,) = (event for event in third if event.type == "agent.tool_result")
+        assert (result.tool_use_id, result.is_error) == (other.id, True)
+        assert words(third) == ["Ok."]
+        watch.close()
+        assert {path.name for path in box.state.glob("workspaces/*/*")} == {"log", "one"}
+
+        # a tool of the caller's own
+        call = {"tool": "mcp__caller__get_weather", "input": {"place": "Oslo"}}
+        session, watch, first = begin(call, {"text": "Nice."})
+        use = stopped_at(first, "agent.custom_tool_use")
+        assert (use.name, use.input) == ("get_weather", {"place": "Oslo"})
+        sunny = {
+            "type": "user.custom_tool_result",
+            "custom_tool_use_id": use.id,
+            "content": [{"type": "text", "text": "SUNNY-41"}],
+        }
+        second = answer(session, watch, sunny)
+        assert "SUNNY-41" in json.dumps(simulator.requests[-1].body["messages"])
+        assert words(second) == ["Nice."]
+        assert [kind for kind in kinds(second) if "tool" in kind] == ["user.custom_tool_result"]
+        watch.close()
 
 
 @pytest.mark.storm

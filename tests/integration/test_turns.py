@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from sqlalchemy import func, select
 
 from gateway_rig import Place
 from ringfence.control import turns
+from ringfence.control.journal import Journal
 from ringfence.control.turns import Action, ActionKind, NewEvent, Settled, Superseded, Turn, TurnEnd
 from ringfence.errors import CallerError
 from ringfence.model import RunStatus, SessionStatus, Usage
@@ -192,9 +194,7 @@ async def test_a_turn_that_needs_an_answer_stops_and_messages_wait(
     turn = await claimed(database, f"{session}.1", 1)
     identity = turns.new_event_id()
     call = NewEvent(type="agent.tool_use", body={"name": "bash", "input": {}}, id=identity)
-    action = Action(
-        event_id=identity, tool_use_id="toolu_1", name="bash", kind=ActionKind.CONFIRMATION
-    )
+    action = pending(identity, expires=time.time() + 600)
     await say(database, session, "more")
     settled = await did(
         database, turns.settle, turn, replace(DONE, events=[call], pending=[action])
@@ -206,6 +206,58 @@ async def test_a_turn_that_needs_an_answer_stops_and_messages_wait(
     assert events[-1].body == {"stop_reason": reason}
     await say(database, session, "still more")
     assert (await rows_of(database, session))[0].status is SessionStatus.IDLE
+
+
+def pending(identity: str, *, expires: float) -> Action:
+    return Action(
+        event_id=identity,
+        tool_use_id="toolu_1",
+        name="Bash",
+        kind=ActionKind.CONFIRMATION,
+        input={"command": "ls"},
+        expires=expires,
+    )
+
+
+async def test_what_nobody_answered_in_time_waits_no_longer(
+    database: Database, session: str
+) -> None:
+    """The next message begins a turn, which knows the call and no answer to it."""
+    identity = turns.new_event_id()
+    action = pending(identity, expires=time.time() - 1)
+    await say(database, session, "one")
+    turn = await claimed(database, f"{session}.1", 1)
+    await did(database, turns.settle, turn, replace(DONE, pending=[action]))
+    assert (await rows_of(database, session))[0].status is SessionStatus.IDLE
+    await say(database, session, "two")
+    late = await claimed(database, f"{session}.2", 1)
+    assert (texts(late), late.pending, late.answers) == (["two"], (action,), {})
+
+
+async def test_messages_that_the_agent_was_not_told_are_the_next_turns(
+    database: Database, session: str
+) -> None:
+    identity = turns.new_event_id()
+    action = pending(identity, expires=time.time() + 600)
+    await say(database, session, "one")
+    turn = await claimed(database, f"{session}.1", 1)
+    await did(database, turns.settle, turn, replace(DONE, pending=[action], unsaid=True))
+    row, events = await rows_of(database, session)
+    assert row.status is SessionStatus.IDLE
+    assert [event.processed_at for event in events if event.type == "user.message"] == [None]
+    async with database.writing() as connection:
+        row = await sessions.find(connection, session)
+        assert row
+        journal = Journal(connection, row)
+        body = {"tool_use_id": identity, "result": "allow"}
+        said = journal.say("user.tool_confirmation", body, waits=True)
+        journal.set(pending=[{**row.pending[0], "answer": said.id}])
+        await journal.go_on()
+        await journal.write()
+    second = await claimed(database, f"{session}.2", 1)
+    assert texts(second) == ["one"]
+    assert second.answers[identity]["result"] == "allow"
+    assert abs(second.answered[identity] - time.time()) < 60
 
 
 async def test_a_run_that_the_queue_gave_up_leaves_an_idle_session(

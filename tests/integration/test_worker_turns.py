@@ -183,7 +183,7 @@ async def test_calls_of_an_attempt_that_was_lost_get_their_result(
     session = await with_message(database)
     first = await claimed(database, session)
     made = handler(database, queue, tmp_path)
-    assert await made._lost_calls(first) == []
+    assert await made._lost_calls(first) == ([], set())
     ids = [turns.new_event_id() for _ in range(3)]
     kinds = ("agent.tool_use", "agent.mcp_tool_use", "agent.tool_use")
     told = [
@@ -193,7 +193,8 @@ async def test_calls_of_an_attempt_that_was_lost_get_their_result(
     told.append(NewEvent(type="agent.tool_result", body={"tool_use_id": ids[0], "content": []}))
     async with database.writing() as connection:
         await turns.append(connection, first, told)
-    lost = await made._lost_calls(await claimed(database, session, attempt=2))
+    lost, ended = await made._lost_calls(await claimed(database, session, attempt=2))
+    assert ended == {ids[0]}
     assert [(event.type, event.body["is_error"]) for event in lost] == [
         ("agent.mcp_tool_result", True),
         ("agent.tool_result", True),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ringfence.cli.approvals import shown
 from ringfence.cli.definitions import apply
 from ringfence.cli.remote import KEY, definition, gateway, named, refusal
 from ringfence.cli.submit import lines
@@ -122,3 +123,16 @@ def test_events_for_people_do_nothing_to_a_terminal() -> None:
     assert not any(char in "".join(shown) for char in "\x1b\x9b\x07\u202e")
     assert "hi" in shown[0]
     assert lines({"type": "span.model_request_start"}) == []
+
+
+def test_a_call_is_shown_whole_and_as_what_it_is() -> None:
+    """Who says yes to a call must see all of it: nothing is cut, hidden or turned around."""
+    command = "ls \u202e\x1b[2K\x7f\n" + "x" * 5_000
+    event = {"id": "sevt_1", "type": "agent.tool_use", "name": "b\x1b[1mash\nfake"}
+    head, given = shown("sesn_1", event | {"input": {"command": command}})
+    assert head == "sesn_1  sevt_1  bash⏎fake"
+    assert given.isascii()
+    assert given.isprintable()
+    assert json.loads(given) == {"command": command}
+    custom = {**event, "type": "agent.custom_tool_use", "input": {}}
+    assert "send its result" in shown("sesn_1", custom)[0]

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from anthropic._models import construct_type
-from anthropic.types.beta.sessions import BetaManagedAgentsSessionEvent
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import TypeAdapter
 
 from ringfence.agent.messages import (
     AgentMessage,
@@ -22,40 +17,13 @@ from ringfence.agent.messages import (
     Text,
     Thinking,
     ToolEnded,
-    ToolResult,
     ToolStarted,
     TurnEnded,
 )
 from ringfence.control.turns import NewEvent
 from ringfence.model import Usage
 from ringfence.worker.public_events import TEXT_MOST, PublicEvents, cut_off, model_failure
-
-PUBLIC: TypeAdapter[Any] = TypeAdapter(BetaManagedAgentsSessionEvent)
-
-
-def public(event: NewEvent) -> dict[str, Any]:
-    """As the gateway answers it, held against the client's own type, with every field known."""
-    value = {"id": "sevt_1", "type": event.type, "processed_at": "2026-01-01T00:00:00Z"}
-    value |= event.body
-    parsed = PUBLIC.validate_python(value)
-    assert not parsed.model_extra, parsed.model_extra
-    made = construct_type(value=value, type_=BetaManagedAgentsSessionEvent)
-    assert type(made) is type(parsed)
-    assert parsed.processed_at == datetime(2026, 1, 1, tzinfo=UTC)
-    # what a database keeps and every reader reads
-    json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
-    assert "\x00" not in json.dumps(value, ensure_ascii=False)
-    return value
-
-
-def started(identity: str = "t1", name: str = "Bash", **more: Any) -> ToolStarted:
-    values: dict[str, Any] = {"input": {"command": "ls"}, "allowed": True, "reason": "x", **more}
-    return ToolStarted(tool_use_id=identity, name=name, **values)
-
-
-def result(identity: str = "t1", text: str = "a", *, is_error: bool = False) -> ToolResult:
-    block = {"type": "text", "text": text}
-    return ToolResult(tool_use_id=identity, content=(block,), is_error=is_error)
+from turn_rig import public, result, started
 
 
 def told(*messages: AgentMessage, close: bool = False) -> list[NewEvent]:

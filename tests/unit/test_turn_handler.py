@@ -9,12 +9,9 @@ from typing import Any
 import pytest
 
 from ringfence.agent.messages import TurnEnded
-from ringfence.control.run_plan import RunPlan
-from ringfence.control.turns import Message, Turn
+from ringfence.control.turns import Message
 from ringfence.errors import CallerError, DeniedError
 from ringfence.model import RunResult, RunStatus, Usage, WorkspaceMode
-from ringfence.policy.compile import compile_policy
-from ringfence.policy.load import from_mapping
 from ringfence.record.transcript import Progress, progress
 from ringfence.sandbox.opening import refuse_workspace
 from ringfence.worker.memory import Memory, available_mb, slots_for
@@ -30,39 +27,7 @@ from ringfence.worker.turn import (
     request_of,
     spent,
 )
-
-POLICY = compile_policy(from_mapping({"version": 1, "preset": "ci"}))
-PLAN = RunPlan(policy=POLICY, model="m", effort="low", system_prompt=None, hosting="ephemeral")
-
-
-def turn(**more: Any) -> Turn:
-    values: dict[str, Any] = {
-        "tenant": "t",
-        "session_id": "sesn_1",
-        "turn": 2,
-        "attempt": 1,
-        "agent": {},
-        "environment_id": "env_1",
-        "environment": {},
-        "messages": (said("Do it."),),
-        "pending": (),
-        "answers": {},
-        "transcript": "00000000-0000-4000-8000-000000000001",
-        "transcript_begun": False,
-        "workspace": None,
-        "budget_left": None,
-        "usage": Usage(),
-        "vault_ids": (),
-        "resources": (),
-        "metadata": {},
-        "title": None,
-    }
-    return Turn(**values | more)
-
-
-def said(*texts: str) -> Message:
-    blocks = [{"type": "text", "text": text} for text in texts]
-    return Message(position=1, event_id="sevt_1", content=blocks)
+from turn_rig import PLAN, POLICY, said, turn
 
 
 def test_messages_become_one_prompt() -> None:
@@ -74,9 +39,9 @@ def test_messages_become_one_prompt() -> None:
 
 
 def test_what_is_not_carried_out_is_refused_by_name() -> None:
-    refuse_unsupported(turn(), PLAN)
+    refuse_unsupported(turn())
     with pytest.raises(CallerError, match="resources"):
-        refuse_unsupported(turn(resources=({"type": "file"},)), PLAN)
+        refuse_unsupported(turn(resources=({"type": "file"},)))
 
 
 def test_every_attempt_gives_the_prompt_the_same_name() -> None:

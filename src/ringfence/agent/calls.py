@@ -148,6 +148,7 @@ class ToolCalls:
                 allowed=verdict.allowed,
                 reason=verdict.rule,
                 asked=verdict.by == "person",
+                deferred=verdict.word == "defer",
             )
         )
         if verdict.allowed:

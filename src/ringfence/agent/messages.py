@@ -37,7 +37,9 @@ class Thinking(AgentMessage):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ToolStarted(AgentMessage):
-    """A tool call was decided. `allowed` False says it never ran; `asked`: a person decided."""
+    """A tool call was decided. `allowed` False says that it does not run; `asked`: a person
+    decided; `deferred`: it waits for somebody outside, and its run ends.
+    """
 
     type: ClassVar[str] = "tool_started"
     tool_use_id: str
@@ -46,6 +48,7 @@ class ToolStarted(AgentMessage):
     allowed: bool
     reason: str
     asked: bool = False
+    deferred: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,7 @@ import typer
 
 import ringfence
 from ringfence.cli import (
+    approvals,
     audit,
     check,
     definitions,
@@ -75,5 +76,6 @@ submit.register(app)
 app.add_typer(definitions.agents, name="agents")
 app.add_typer(definitions.environments, name="environments")
 sessions.app.add_typer(submit.remote, name="remote")
+app.add_typer(approvals.app, name="approvals")
 app.add_typer(keys.app, name="keys")
 app.add_typer(queue.app, name="queue")

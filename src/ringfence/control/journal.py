@@ -105,21 +105,33 @@ class Journal:
             self.connection, row.tenant_id, row.id, types, turn=row.turn, moment=self.moment
         )
 
+    async def give_back(self, types: tuple[str, ...]) -> None:
+        """Let what the current turn took wait again: it did not come to it."""
+        await self.write()
+        row = self.row
+        await events.give_back(self.connection, row.tenant_id, row.id, types, turn=row.turn)
+
     async def go_on(self) -> None:
         """Begin a turn when an idle session has a reason to: a message, or its last answer.
 
-        Messages wait while an answer is outstanding, and while the budget is spent.
+        Messages wait while an answer is outstanding that may still come, and while the budget is
+        spent. What nobody answered in time is a no, and the next message tells the agent so.
         """
         row = self.row
-        if row.status is not SessionStatus.IDLE or unanswered(row):
+        if row.status is not SessionStatus.IDLE or self._outstanding():
             return
-        if not row.pending and not await self.waits(MESSAGES):
+        answered = any(one["answer"] is not None for one in row.pending)
+        if not answered and not await self.waits(MESSAGES):
             return
         if budget_left(row) == 0.0:
             self.say("session.status_idle", {"stop_reason": {"type": "budget_reached"}})
             return
         self.begin(SessionEvent.BEGIN)
         self.say("session.status_running")
+
+    def _outstanding(self) -> bool:
+        moment, pending = self.moment / 1e6, self.row.pending
+        return any(one["answer"] is None and moment < one["expires"] for one in pending)
 
 
 def unanswered(row: SessionRow) -> list[str]:

@@ -76,12 +76,18 @@ class Action:
         event_id: of the `agent.tool_use`, `agent.mcp_tool_use` or `agent.custom_tool_use` event;
             what callers name, and what `session.status_idle` lists.
         tool_use_id: the model's own id of the call, in the transcript.
+        name: as `PendingCall` has it: a custom tool's own, and the policy's for all others.
+        input: what the answer is about, kept out here: what the sandbox says later that it asked
+            for is held against it.
+        expires: seconds since the epoch; no answer, or one that comes then or later, is a no.
     """
 
     event_id: str
     tool_use_id: str
     name: str
     kind: ActionKind
+    input: dict[str, Any]
+    expires: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,7 +125,9 @@ class Turn:
         messages: what the turn has to answer, in order; on a later attempt the same again, with
             those that `inbox` took.
         pending: the tool calls at which the last turn stopped; `answers`: body of the event that
-            answered each, by `Action.event_id`. A body has `type`.
+            answered each, by `Action.event_id`. A body has `type`. One that is missing was out of
+            time when the turn began.
+        answered: when each was sent, by the same key; seconds since the epoch.
         transcript: UUID of the Agent SDK's session; `transcript_begun`: an attempt has said that
             it holds something.
         workspace: reference of the last snapshot.
@@ -136,6 +144,7 @@ class Turn:
     messages: tuple[Message, ...]
     pending: tuple[Action, ...]
     answers: Mapping[str, dict[str, Any]]
+    answered: Mapping[str, float]
     transcript: str
     transcript_begun: bool
     workspace: str | None
@@ -191,6 +200,7 @@ class TurnEnd:
             here.
         usage: what was used since the last `append` that told of any.
         workspace: reference of the new snapshot; None keeps the old one.
+        unsaid: the agent stopped before it was told the turn's messages: the next turn has them.
         terminate: the session takes nothing more.
     """
 
@@ -201,6 +211,7 @@ class TurnEnd:
     workspace: str | None = None
     transcript_begun: bool = True
     pending: Sequence[Action] = ()
+    unsaid: bool = False
     terminate: bool = False
 
 
@@ -334,6 +345,8 @@ async def settle(connection: AsyncConnection, turn: Turn, end: TurnEnd) -> Settl
     reason = dict(end.stop_reason)
     if end.pending:
         reason = requires_action([action.event_id for action in end.pending])
+    if end.unsaid:
+        await journal.give_back(MESSAGES)
     return await _over(journal, end.status, reason, terminate=end.terminate)
 
 
@@ -449,13 +462,11 @@ def _message(event: EventRow) -> Message:
 async def _turn(connection: AsyncConnection, row: SessionRow) -> Turn:
     where = (connection, row.tenant_id, row.id)
     taken = await events.of_turn(*where, MESSAGES, row.turn)
-    answers = {
-        event.id: {"type": event.type, **event.body}
-        for event in await events.of_turn(*where, ANSWERS, row.turn)
-    }
+    sent = {event.id: event for event in await events.of_turn(*where, ANSWERS, row.turn)}
+    answers = {one["event_id"]: sent[one["answer"]] for one in row.pending if one["answer"] in sent}
     place = await environments.get(connection, row.tenant_id, row.environment_id)
     assert place is not None  # noqa: S101  a foreign key keeps it
-    names = ("event_id", "tool_use_id", "name")
+    names = ("event_id", "tool_use_id", "name", "input", "expires")
     return Turn(
         tenant=row.tenant_id,
         session_id=row.id,
@@ -469,11 +480,8 @@ async def _turn(connection: AsyncConnection, row: SessionRow) -> Turn:
             Action(kind=ActionKind(one["kind"]), **{name: one[name] for name in names})
             for one in row.pending
         ),
-        answers={
-            one["event_id"]: answers[one["answer"]]
-            for one in row.pending
-            if one["answer"] in answers
-        },
+        answers={named: {"type": event.type, **event.body} for named, event in answers.items()},
+        answered={named: event.created_at / 1e6 for named, event in answers.items()},
         transcript=row.transcript,
         transcript_begun=row.transcript_begun,
         workspace=row.workspace,

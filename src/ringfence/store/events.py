@@ -103,6 +103,22 @@ async def take(
     )
 
 
+async def give_back(
+    connection: AsyncConnection, tenant: str, session: str, types: Sequence[str], *, turn: int
+) -> None:
+    """Let what a turn took wait again."""
+    await connection.execute(
+        update(TABLE)
+        .where(
+            TABLE.c.tenant_id == tenant,
+            TABLE.c.session_id == session,
+            TABLE.c.turn == turn,
+            TABLE.c.type.in_(types),
+        )
+        .values(turn=None, processed_at=None)
+    )
+
+
 async def waiting(
     connection: AsyncConnection, tenant: str, session: str, types: Sequence[str], beyond: int = 0
 ) -> Sequence[EventRow]:

@@ -15,11 +15,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ringfence.agent.messages import AgentMessage, TurnEnded
+from ringfence.agent.pending import custom_names
 from ringfence.control import turns
 from ringfence.control.run_plan import RunPlan, run_plan
 from ringfence.control.tenancy import Ceiling
@@ -38,6 +39,7 @@ from ringfence.record.session_base import SessionStore
 from ringfence.record.transcript import Progress, progress
 from ringfence.store import events as rows
 from ringfence.store.database import Database
+from ringfence.worker.answering import answers_of, custom_tools_of, pending_of
 from ringfence.worker.control import RunControl
 from ringfence.worker.launch import attempt
 from ringfence.worker.public_events import PublicEvents, cut_off, model_failure, storable
@@ -118,23 +120,23 @@ class TurnHandler:
     async def _carry_out(self, turn: Turn) -> RunStatus:
         try:
             plan = run_plan(self.ceiling, turn.agent, turn.environment)
-            refuse_unsupported(turn, plan)
+            refuse_unsupported(turn)
             prompt = prompt_of(turn)
             said = await asyncio.to_thread(self.progress, turn)
         except (CallerError, DeniedError) as error:
             return await self.settle(turn, refused(error))
         if turn.budget_left == 0:
             return await self.settle(turn, _spent_up())
-        lost = await self._lost_calls(turn)
+        lost, told = await self._lost_calls(turn)
         view = plan.policy.sandbox.workspace_mode
         if said is not None and said[0] is Progress.DONE and view is not WorkspaceMode.REVIEW:
             return await self.settle(turn, await self._done(turn, said[1], lost))
-        request = request_of(turn, plan, prompt, said[0] if said else None)
         try:
+            request = request_of(turn, plan, prompt, said[0] if said else None)
             request = await self._placed(turn, request)
         except CallerError as error:
             return await self.settle(turn, refused(error))
-        return await _Work(self, turn, plan, request, lost).run()
+        return await _Work(self, turn, plan, request, lost, told).run()
 
     async def _placed(self, turn: Turn, request: RunRequest) -> RunRequest:
         place = await self.workspaces.open(
@@ -164,10 +166,12 @@ class TurnHandler:
             return None
         return progress(entries, prompt_id(turn))
 
-    async def _lost_calls(self, turn: Turn) -> list[NewEvent]:
-        """Results for the calls that attempts before this one began and did not end."""
+    async def _lost_calls(self, turn: Turn) -> tuple[list[NewEvent], set[str]]:
+        """Results for the calls that attempts before this one began and did not end; and the
+        events of the calls that have one.
+        """
         if turn.attempt == 1:
-            return []
+            return [], set()
         kinds = ("agent.tool_use", "agent.mcp_tool_use", "agent.tool_result")
         async with self.database.reading() as connection:
             found = await rows.of_turn(
@@ -178,15 +182,16 @@ class TurnHandler:
                 turn.turn,
             )
         ended = {
-            row.body.get("tool_use_id") or row.body.get("mcp_tool_use_id")
+            str(row.body.get("tool_use_id") or row.body.get("mcp_tool_use_id"))
             for row in found
             if row.type.endswith("_result")
         }
-        return [
+        lost = [
             cut_off(row.type, row.id)
             for row in found
             if row.type.endswith("_use") and row.id not in ended
         ]
+        return lost, ended
 
     async def times_away(self, turn: Turn) -> int:
         """How often this turn has been put off because the model did not answer."""
@@ -219,10 +224,15 @@ class _Work:
         plan: RunPlan,
         request: RunRequest,
         lost: list[NewEvent],
+        told: Collection[str],
     ) -> None:
         self._handler, self._turn, self._plan, self._request = handler, turn, plan, request
         self._control = RunControl()
-        self._public = PublicEvents()
+        self._public = PublicEvents(
+            # a result is told once, and an attempt before this one may have told it
+            pending=[action for action in turn.pending if action.event_id not in told],
+            custom=custom_names(request.custom_tools),
+        )
         self._ended: TurnEnded | None = None
         self._over = False
         self._telling = Telling(handler.database, turn, broken=self._control.cancel)
@@ -302,6 +312,9 @@ class _Work:
                 await turns.put_off(connection, self._turn)
 
     async def _finish(self, result: RunResult, telling: asyncio.Task[None]) -> RunStatus:
+        # who interrupted does not mean to be asked
+        stopped = result.pending if result.status is RunStatus.SUCCEEDED else ()
+        calls, pending = self._public.stop(stopped)
         self._telling.put(self._public.close())
         await self._told(telling)
         if self._over:
@@ -312,6 +325,7 @@ class _Work:
         if error is not None and error["family"] == UnavailableError.family:
             raise UnavailableError(error["code"], error["message"], hint=error["hint"])
         end = end_of(self._turn, result, self._ended)
+        end = replace(end, events=[*end.events, *calls], pending=pending)
         return await self._settle(end, result)
 
     async def _settle(self, end: TurnEnd, result: RunResult) -> RunStatus:
@@ -324,8 +338,15 @@ class _Work:
         if self._plan.hosting == "hybrid":
             workspace, problems = await self._snapshot()
             end = replace(end, workspace=workspace, events=[*end.events, *problems])
-        begun = await asyncio.to_thread(handler.progress, self._turn) is not None
-        end = replace(end, usage=spent(result.usage, self._telling.used), transcript_begun=begun)
+        said = await asyncio.to_thread(handler.progress, self._turn)
+        # a call that went on may stop the turn again before its messages had their turn
+        unsaid = bool(end.pending) and said is not None and said[0] is Progress.ABSENT
+        end = replace(
+            end,
+            usage=spent(result.usage, self._telling.used),
+            transcript_begun=said is not None,
+            unsaid=unsaid,
+        )
         status = await handler.settle(self._turn, end)
         if workspace is not None:
             await handler.workspaces.settled(self._turn.session_id, workspace)
@@ -380,20 +401,18 @@ def prompt_of(turn: Turn) -> str:
     return "\n\n".join(str(block["text"]) for block in blocks)
 
 
-def refuse_unsupported(turn: Turn, plan: RunPlan) -> None:
+def refuse_unsupported(turn: Turn) -> None:
     """What no worker of this version carries out. Raises CallerError `turn-unsupported`."""
-    for what, there in (
-        ("custom tools", plan.custom_tools),
-        ("resources", turn.resources),
-        ("answers to tool calls", turn.pending),
-    ):
-        if there:
-            raise CallerError("turn-unsupported", f"the session has {what}")
+    if turn.resources:
+        raise CallerError("turn-unsupported", "the session has resources")
 
 
 def request_of(turn: Turn, plan: RunPlan, prompt: str, said: Progress | None) -> RunRequest:
     """What `attempt` is asked for; the workspace is still to be named. `said`: how far the
     transcript has come; None when there is none.
+
+    Raises:
+        CallerError: `turn-unsupported`.
     """
     begun = said in {Progress.BEGUN, Progress.DONE}
     again = GO_ON
@@ -409,6 +428,11 @@ def request_of(turn: Turn, plan: RunPlan, prompt: str, said: Progress | None) ->
         max_budget_usd=turn.budget_left,
         resume=turn.transcript if said is not None else None,
         session_id=turn.transcript if said is None else None,
+        defer=True,
+        ask_tools=plan.policy.tools.asked,
+        custom_tools=custom_tools_of(plan.custom_tools),
+        pending=pending_of(turn),
+        answers=answers_of(turn),
     )
 
 
