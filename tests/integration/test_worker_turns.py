@@ -17,6 +17,7 @@ from ringfence.model import RunStatus, SessionStatus, Usage
 from ringfence.policy.load import from_mapping
 from ringfence.queue.embedded import EmbeddedQueue
 from ringfence.queue.protocol import Lease, QueueSettings, RetryAfter
+from ringfence.store.contents import Contents
 from ringfence.store.database import Database
 from ringfence.worker.platform import Sweeper
 from ringfence.worker.session_dirs import SessionDirectories
@@ -51,6 +52,7 @@ def handler(database: Database, queue: EmbeddedQueue, place: Path, **more: Any) 
         queue=queue,
         ceiling=CEILING,
         workspaces=SessionDirectories(place / "state"),
+        contents=Contents(place / "files"),
         **more,
     )
 

@@ -76,7 +76,8 @@ def test_messages_become_one_prompt() -> None:
 def test_what_is_not_carried_out_is_refused_by_name() -> None:
     refuse_unsupported(turn(), PLAN)
     with pytest.raises(CallerError, match="resources"):
-        refuse_unsupported(turn(resources=({"type": "file"},)), PLAN)
+        refuse_unsupported(turn(resources=({"type": "memory_store"},)), PLAN)
+    refuse_unsupported(turn(resources=({"type": "file"},)), PLAN)
 
 
 def test_every_attempt_gives_the_prompt_the_same_name() -> None:
