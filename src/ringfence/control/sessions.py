@@ -42,7 +42,7 @@ from ringfence.control.turns import ActionKind, requires_action
 from ringfence.egress.model.pricing import price
 from ringfence.errors import CallerError
 from ringfence.model import SessionStatus, Usage
-from ringfence.store import agents, environments, events
+from ringfence.store import agents, deleted, environments, events
 from ringfence.store import sessions as rows
 from ringfence.store.database import now
 from ringfence.store.events import EventPage, EventRow
@@ -296,9 +296,12 @@ async def archive(connection: AsyncConnection, caller: Caller, identity: str) ->
 
 
 async def delete(connection: AsyncConnection, caller: Caller, identity: str) -> dict[str, Any]:
-    """Forget it, with its events. Raises as `archive` does."""
+    """Forget it, with its events; a worker removes its transcript and its snapshots. Raises as
+    `archive` does.
+    """
     row = await _get(connection, caller, identity, lock=True)
     _at_rest(row, "it cannot be deleted")
+    await deleted.note(connection, row, now())
     await rows.remove(connection, row)
     return {"id": identity, "type": "session_deleted"}
 
