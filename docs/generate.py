@@ -245,7 +245,6 @@ def _session_support() -> list[str]:
     lines += ["| `session.deleted` | ends a stream |", ""]
     refused = [f"a resource of type `{kind}`" for kind in sorted(sessions.RESOURCES)]
     refused = [text for text in refused if text.split("`")[1] not in sessions.MOUNTED]
-    refused += [] if sessions.VAULTS else ["`vault_ids`"]
     refused += [*events.REFUSED.values(), "sources of type `url` and `file`", "threads"]
     lines += [f"Refused by name in sessions and events: {'; '.join(refused)}."]
     return lines

@@ -454,3 +454,54 @@ def test_events_that_are_sent_twice_with_one_key_are_there_once(
     assert first == again
     events = _settled(client, session.id)
     assert [event.type for event in events].count("user.message") == 1
+
+
+def test_files_and_vaults_are_the_tenants_own(
+    rig: Rig, base: str, client: Anthropic, agent: str, place_id: str
+) -> None:
+    """What a session names is there when it is made; another tenant's is unknown."""
+    mine = client.beta.files.upload(file=("a.csv", b"1,2"))
+    vault = client.beta.vaults.create(display_name="v")
+    ended = client.beta.vaults.create(display_name="w")
+    client.beta.vaults.archive(ended.id)
+    with Anthropic(base_url=base, api_key=rig.key("rival").text, max_retries=0) as rival:
+        foreign = rival.beta.files.upload(file=("b.csv", b"3"))
+        theirs = rival.beta.vaults.create(display_name="v")
+
+    def create(*resources: Any, vaults: Any = ()) -> Any:
+        return client.beta.sessions.create(
+            agent=agent, environment_id=place_id, resources=list(resources), vault_ids=list(vaults)
+        )
+
+    def resource(identity: str, path: str | None = None) -> Any:
+        return {"type": "file", "file_id": identity} | ({"mount_path": path} if path else {})
+
+    made = create(
+        resource(mine.id),
+        resource(mine.id, "/mnt/session/data/a.csv"),
+        vaults=[vault.id, vault.id],
+    )
+    first, second = client.beta.sessions.retrieve(made.id).resources
+    assert (first.type, second.type) == ("file", "file")
+    assert (first.file_id, first.mount_path) == (mine.id, f"/mnt/session/uploads/{mine.id}")
+    assert second.mount_path == "/mnt/session/data/a.csv"
+    assert first.id != second.id
+    assert first.created_at == made.created_at
+    assert made.vault_ids == [vault.id]
+    unknown: list[tuple[Any, str]] = [
+        (lambda: create(resource(foreign.id)), "file_not_found"),
+        (lambda: create(resource("file_none")), "file_not_found"),
+        (lambda: create(vaults=[vault.id, theirs.id]), "vault_not_found"),
+    ]
+    refused: list[tuple[Any, str]] = [
+        (lambda: create(vaults=[ended.id]), "vault_archived"),
+        (lambda: create(resource(mine.id), resource(mine.id)), "request_invalid"),
+        (lambda: create(resource(mine.id, "/etc/passwd")), "request_invalid"),
+        (lambda: create(resource(mine.id, "/mnt/session/../x")), "request_invalid"),
+    ]
+    for kind, cases in ((anthropic.NotFoundError, unknown), (anthropic.BadRequestError, refused)):
+        for ask, code in cases:
+            with pytest.raises(kind) as caught:
+                ask()
+            assert caught.value.error_code == code
+    assert [one.id for one in client.beta.sessions.list(agent_id=agent)] == [made.id]

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from sqlalchemy import select, update
 
 from gateway_rig import Place
+from ringfence.control import sessions as control_sessions
 from ringfence.control import turns
-from ringfence.control.tenancy import Ceiling
+from ringfence.control.tenancy import Caller, Ceiling
 from ringfence.control.turns import NewEvent, Superseded, Turn
-from ringfence.errors import UnavailableError
+from ringfence.errors import CallerError, UnavailableError
 from ringfence.model import RunStatus, SessionStatus, Usage
 from ringfence.policy.load import from_mapping
 from ringfence.queue.embedded import EmbeddedQueue
 from ringfence.queue.protocol import Lease, QueueSettings, RetryAfter
+from ringfence.record.sessions import SqliteSessionStore
+from ringfence.record.transcript import PROJECT
+from ringfence.store import sessions
+from ringfence.store.blobs import BlobStore, DirectoryObjects
+from ringfence.store.contents import Contents
 from ringfence.store.database import Database
+from ringfence.store.tables import DELETED_SESSIONS
 from ringfence.worker.platform import Sweeper
 from ringfence.worker.session_dirs import SessionDirectories
 from ringfence.worker.telling import Telling
 from ringfence.worker.turn import TurnHandler
+from ringfence.worker.workspaces import WorkspaceStore
 from session_rig import a_session, a_tenant, rows_of, say
 
 CEILING = Ceiling(policy=from_mapping({"version": 1, "preset": "ci"}))
@@ -51,6 +64,7 @@ def handler(database: Database, queue: EmbeddedQueue, place: Path, **more: Any) 
         queue=queue,
         ceiling=CEILING,
         workspaces=SessionDirectories(place / "state"),
+        contents=Contents(place / "files"),
         **more,
     )
 
@@ -250,3 +264,66 @@ async def test_snapshots_make_a_directory_anew_where_another_host_went_on(tmp_pa
     assert (kept / "a").read_text() == "2"
     back = await one.open("sesn_1", tenant="t", reference=second)
     assert (back / "a").read_text() == "2"
+
+
+async def test_what_a_deleted_session_leaves_elsewhere_is_removed(
+    database: Database, queue: EmbeddedQueue, tmp_path: Path
+) -> None:
+    """Its transcript, and what only its snapshots needed; those of a session that is there stay,
+    another tenant's of the same name too, and what an attempt holds waits.
+    """
+    store = SqliteSessionStore(tmp_path / "sessions.sqlite")
+    snapshots = WorkspaceStore(BlobStore(DirectoryObjects(tmp_path / "blobs")))
+    places = SessionDirectories(tmp_path / "state", snapshots)
+    made = replace(
+        handler(database, queue, tmp_path, room=lambda: 0.0),
+        station=cast("Any", SimpleNamespace(sessions=store)),
+        workspaces=places,
+    )
+    tenant, rival = await a_tenant(database), await a_tenant(database, "rival")
+    ids, transcripts, references = [], [], []
+    for number in range(2):
+        ids.append(await a_session(database, tenant))
+        row, _ = await rows_of(database, ids[-1])
+        transcripts.append(row.transcript)
+        key = {"project_key": PROJECT, "session_id": row.transcript}
+        for whose in (tenant, rival):
+            store.for_tenant(whose).add(key, [{"type": "user", "n": number}])
+        here = await places.open(ids[-1], tenant=tenant)
+        (here / "a").write_text(f"content {number}" * 1000)
+        references.append(await places.save(ids[-1], tenant=tenant))
+        async with database.writing() as connection:
+            await sessions.change(connection, row, {"workspace": references[-1]})
+    held = store.for_tenant(tenant).lease(transcripts[0], "run_1")
+    blobs = count_of(tmp_path / "blobs")
+    async with database.writing() as connection:
+        caller = Caller(tenant=tenant, key_id="k", scopes=frozenset())
+        await control_sessions.delete(connection, caller, ids[0])
+    sweeper = Sweeper(database=database, queue=queue, handler=made)
+    await sweeper.sweep()
+    store.for_tenant(tenant).require(transcripts[0])
+    held.release()
+    await sweeper.sweep()
+    with pytest.raises(CallerError):
+        store.for_tenant(tenant).require(transcripts[0])
+    store.for_tenant(tenant).require(transcripts[1])
+    store.for_tenant(rival).require(transcripts[0])
+    # a day and more later
+    for path in (tmp_path / "blobs").rglob("*"):
+        os.utime(path, (time.time() - 200_000,) * 2)
+    await Sweeper(database=database, queue=queue, handler=made).sweep()
+    assert count_of(tmp_path / "blobs") == blobs
+    async with database.writing() as connection:
+        await connection.execute(update(DELETED_SESSIONS).values(deleted_at=1))
+    await Sweeper(database=database, queue=queue, handler=made).sweep()
+    assert 0 < count_of(tmp_path / "blobs") < blobs
+    (tmp_path / "again").mkdir()
+    await snapshots.restore(references[1], tmp_path / "again", tenant=tenant, session=ids[1])
+    assert (tmp_path / "again" / "a").read_text().startswith("content 1")
+    async with database.reading() as connection:
+        assert (await connection.execute(select(DELETED_SESSIONS))).all() == []
+    store.close()
+
+
+def count_of(place: Path) -> int:
+    return sum(path.is_file() for path in place.rglob("*"))

@@ -230,6 +230,26 @@ def test_no_path_covers_our_own(path: str) -> None:
         prepare_plan(SandboxProfile(readable=(path,)), facts)
 
 
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [("/mnt", False), ("/mnt/session", False), ("/mnt/session/a", False), ("/mnt/data", True)],
+)
+def test_what_is_shown_does_not_stand_where_a_sessions_files_are(
+    path: str, *, allowed: bool
+) -> None:
+    facts = replace(FACTS, existing={path: True}, session_files="/state/session-files/x")
+    profile = SandboxProfile(readable=(path,))
+    if allowed:
+        sources = {one["target"]: one for one in prepare_plan(profile, facts)["sources"]}
+        assert sources["session"]["read_only"]
+        assert sources["session"]["path"] == "/state/session-files/x"
+        return
+    with pytest.raises(CallerError) as caught:
+        prepare_plan(profile, facts)
+    assert caught.value.code == "profile-path-refused"
+    prepare_plan(profile, replace(facts, session_files=None))
+
+
 def test_patterns() -> None:
     patterns = Patterns((".env", "*.pem", "**/.config/gh/**", "build/*.key", "secret/**"))
     for path in (

@@ -41,7 +41,8 @@ def test_messages_become_one_prompt() -> None:
 def test_what_is_not_carried_out_is_refused_by_name() -> None:
     refuse_unsupported(turn())
     with pytest.raises(CallerError, match="resources"):
-        refuse_unsupported(turn(resources=({"type": "file"},)))
+        refuse_unsupported(turn(resources=({"type": "memory_store"},)))
+    refuse_unsupported(turn(resources=({"type": "file"},)))
 
 
 def test_every_attempt_gives_the_prompt_the_same_name() -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -136,7 +137,8 @@ async def turn_handler(
     from ringfence.worker.turn import TurnHandler
 
     assert state.snapshots is not None  # noqa: S101  the composition root sets it
-    launcher = state.launcher()
+    assert state.platform is not None  # noqa: S101  the composition root sets it
+    launcher = replace(state.launcher(), opens_tenants=True)
     _refuse_without_credential(launcher, document)
     async with launcher.station(DenyApprover()) as station:
         yield TurnHandler(
@@ -145,6 +147,7 @@ async def turn_handler(
             queue=queue,
             ceiling=ceiling,
             workspaces=SessionDirectories(state.state_dir, state.snapshots()),
+            contents=state.platform().keeping.contents,
             room=Memory().wait,
         )
 

@@ -1,7 +1,7 @@
 """Sessions in the public shapes: what may be asked of one. PURE.
 
-What nothing here keeps its word about is refused by name: memory stores, outcomes, threads,
-resources and vaults until something mounts them (`MOUNTED`, `VAULTS`).
+What nothing here keeps its word about is refused by name: memory stores, repositories, outcomes,
+threads.
 """
 
 from __future__ import annotations
@@ -18,11 +18,8 @@ Identifier = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,128}$")
 Version = Annotated[int, Field(ge=1, le=2_147_483_647)]
 Title = Annotated[str, StringConstraints(max_length=512)]
 
-MOUNTED: frozenset[str] = frozenset()
+MOUNTED: frozenset[str] = frozenset({"file"})
 """Types of resources that a worker mounts."""
-
-VAULTS = False
-"""Whether a session's vaults reach its egress."""
 
 
 class AgentReference(Shape):
@@ -111,8 +108,6 @@ class SessionDefinition(Shape):
         if isinstance(value, dict):
             _refuse_resources(value.get("resources"))
             refuse_events(value.get("initial_events"))
-            if value.get("vault_ids") and not VAULTS:
-                raise unsupported("vault_ids")
         return value
 
 

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ringfence.control import session_view
+from ringfence.control import files, session_view, vaults
 from ringfence.control.agent_shapes import AgentDefinition, resolved
 from ringfence.control.environment_shapes import EnvironmentDefinition
 from ringfence.control.event_shapes import (
@@ -24,10 +24,12 @@ from ringfence.control.event_shapes import (
 )
 from ringfence.control.journal import Journal, unanswered, usage_of
 from ringfence.control.lists import Listed, cursor, only
+from ringfence.control.mounts import mount_path, refuse_overlaps
 from ringfence.control.narrowing import narrow
 from ringfence.control.session_shapes import (
     AgentWithOverrides,
     Budget,
+    FileResource,
     SessionDefinition,
     SessionPatch,
     changed_agent,
@@ -35,11 +37,12 @@ from ringfence.control.session_shapes import (
 )
 from ringfence.control.shapes import patched
 from ringfence.control.tenancy import Caller, Ceiling, new_id, validated
+from ringfence.control.tenancy import moment as at
 from ringfence.control.turns import ActionKind, requires_action
 from ringfence.egress.model.pricing import price
 from ringfence.errors import CallerError
 from ringfence.model import SessionStatus, Usage
-from ringfence.store import agents, environments, events
+from ringfence.store import agents, deleted, environments, events
 from ringfence.store import sessions as rows
 from ringfence.store.database import now
 from ringfence.store.events import EventPage, EventRow
@@ -55,7 +58,8 @@ async def create(
 
     Raises:
         CallerError: `agent-not-found`, `agent-archived`, `environment-not-found`,
-            `environment-archived`, `request-invalid`, `policy-invalid`, `model-not-budgetable`.
+            `environment-archived`, `request-invalid`, `policy-invalid`, `model-not-budgetable`,
+            `file-not-found`, `file-expired`, `vault-not-found`, `vault-archived`.
         DeniedError: `environment-denied`, `unrestricted-denied`.
     """
     agent_id, version, agent = await _agent(connection, caller, wanted)
@@ -63,6 +67,9 @@ async def create(
     if wanted.budget is not None:
         _budgetable(agent)
     moment = now()
+    resources = await _resources(connection, caller, wanted.resources, moment)
+    vault_ids = list(dict.fromkeys(wanted.vault_ids))
+    await vaults.for_session(connection, caller.tenant, vault_ids)
     row = SessionRow(
         tenant_id=caller.tenant,
         id=new_id("sesn"),
@@ -72,8 +79,8 @@ async def create(
         environment_id=wanted.environment_id,
         title=wanted.title,
         metadata=dict(wanted.metadata),
-        resources=[one.model_dump(mode="json") for one in wanted.resources],
-        vault_ids=list(wanted.vault_ids),
+        resources=resources,
+        vault_ids=vault_ids,
         budget=None if wanted.budget is None else wanted.budget.model_dump(mode="json"),
         status=SessionStatus.IDLE,
         turn=0,
@@ -116,6 +123,27 @@ async def _agent(
     if isinstance(choice, AgentWithOverrides):
         body = resolved(validated(AgentDefinition, overridden(body, choice)))
     return row.id, row.version, body
+
+
+async def _resources(
+    connection: AsyncConnection, caller: Caller, wanted: Sequence[FileResource], moment: int
+) -> list[dict[str, Any]]:
+    """Files of the tenant, each with a place of its own; in the public shape, as it is stored."""
+    found = []
+    for one in wanted:
+        await files.readable(connection, caller.tenant, one.file_id)
+        found.append(
+            {
+                "id": new_id("sesrsc"),
+                "type": one.type,
+                "file_id": one.file_id,
+                "mount_path": mount_path(one.file_id, one.mount_path),
+                "created_at": at(moment),
+                "updated_at": at(moment),
+            }
+        )
+    refuse_overlaps(str(one["mount_path"]) for one in found)
+    return found
 
 
 async def _environment(
@@ -268,9 +296,12 @@ async def archive(connection: AsyncConnection, caller: Caller, identity: str) ->
 
 
 async def delete(connection: AsyncConnection, caller: Caller, identity: str) -> dict[str, Any]:
-    """Forget it, with its events. Raises as `archive` does."""
+    """Forget it, with its events; a worker removes its transcript and its snapshots. Raises as
+    `archive` does.
+    """
     row = await _get(connection, caller, identity, lock=True)
     _at_rest(row, "it cannot be deleted")
+    await deleted.note(connection, row, now())
     await rows.remove(connection, row)
     return {"id": identity, "type": "session_deleted"}
 

@@ -39,6 +39,7 @@ from ringfence.record.transcript import (
 LEASE_SECONDS = 60.0
 MAX_SESSION_BYTES = 256 << 20
 OPENING_LINES, OPENING_LENGTH = 64, 65_536
+_ATTEMPT = "#"
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}")
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 
@@ -78,6 +79,13 @@ class Place(NamedTuple):
     tenant: str
     project: str
     session: str
+
+
+class Claim(NamedTuple):
+    """A queue's run, and the number of its attempt, which grows: 0 to 2**31 - 1."""
+
+    run: str
+    attempt: int
 
 
 class Holder(NamedTuple):
@@ -168,9 +176,10 @@ class SessionStore(ABC):
         """Sessions of runs, the latest first, without first prompts; -1 is no limit."""
 
     @abstractmethod
-    def _take(self, place: Place, run: str) -> int:
-        """A lease; its token. Raises `busy` while another is alive; one that would last longer
-        than any is of a clock that has been set back since, and is not alive.
+    def _take(self, place: Place, run: str, since: str) -> int:
+        """A lease; its token. Raises `busy` while another is alive. Not alive is one that would
+        last longer than any, which is of a clock that has been set back since; nor one whose run
+        is at least `since` and less than `run` by its bytes: an earlier attempt of the same.
         """
 
     @abstractmethod
@@ -233,15 +242,22 @@ class SessionStore(ABC):
 
     # leases (requirement H)
 
-    def lease(self, session_id: str, run_id: str) -> LeasedStore:
+    def lease(self, session_id: str, run_id: str, *, claim: Claim | None = None) -> LeasedStore:
         """Take the right to a session for one run; the session need not exist yet.
+
+        With a `claim`, by whoever the queue gave the run to, it is taken from an earlier attempt
+        of that run at once, dead or not: what that one still writes is refused by its token.
 
         Raises:
             CallerError: `session-unknown` for what is no session id.
             UnavailableError: `session-busy` while another run holds it.
         """
-        token = self._take(self._place(check_session_id(session_id)), run_id)
-        return LeasedStore(self, session_id, run_id, token)
+        place = self._place(check_session_id(session_id))
+        name = since = run_id
+        if claim is not None:
+            name, since = _numbered(claim), _numbered(claim._replace(attempt=0))
+        token = self._take(place, name, since)
+        return LeasedStore(self, session_id, name, token)
 
     def renew(self, session_id: str, run_id: str, token: int) -> None:
         """Heartbeat. Raises UnavailableError `session-busy` when the lease was taken over."""
@@ -256,7 +272,11 @@ class SessionStore(ABC):
     def sessions(self, *, limit: int = -1, skip: int = 0) -> list[SessionInfo]:
         """Sessions of runs, the latest first; all of them without a limit."""
         return [
-            replace(info, first_prompt=self._first_prompt(info.session_id))
+            replace(
+                info,
+                first_prompt=self._first_prompt(info.session_id),
+                held_by=_unnumbered(info.held_by),
+            )
             for info in self._infos(self._tenant, limit, skip)
         ]
 
@@ -384,6 +404,15 @@ class SessionStore(ABC):
         return summaries
 
 
+def _numbered(claim: Claim) -> str:
+    """Attempts of one run sort by their number, and no other run lies between two of them."""
+    return f"{claim.run}{_ATTEMPT}{claim.attempt:010d}"
+
+
+def _unnumbered(name: str) -> str:
+    return name.partition(_ATTEMPT)[0]
+
+
 def _rows(entries: Sequence[Entry]) -> list[Row]:
     return [(entry_uuid(entry), encode_entry(entry)) for entry in entries]
 
@@ -408,7 +437,7 @@ def busy(session: str, run: str, limits: SessionLimits) -> UnavailableError:
     """Another run holds the session."""
     return UnavailableError(
         "session-busy",
-        f"run {run} holds session {session}",
+        f"run {_unnumbered(run)} holds session {session}",
         hint="wait for it to end; a run that was killed lets go within "
         f"{limits.lease_seconds:.0f} seconds",
     )

@@ -141,12 +141,13 @@ class SqliteSessionStore(SessionStore):
             for name, created, changed, size, parent, count, run in rows
         ]
 
-    def _take(self, place: Place, run: str) -> int:
+    def _take(self, place: Place, run: str, since: str) -> int:
         with self._transaction() as db:
             row = db.execute(
                 "SELECT run, token, expires FROM lease WHERE session = ?", (_leased(place),)
             ).fetchone()
-            if row is not None and _now() < row[2] <= self._expiry():
+            alive = row is not None and _now() < row[2] <= self._expiry()
+            if alive and not since <= row[0] < run:
                 raise busy(place.session, row[0], self.limits)
             token = (int(row[1]) if row is not None else 0) + 1
             db.execute(

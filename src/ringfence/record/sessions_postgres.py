@@ -180,15 +180,17 @@ class PostgresSessionStore(SessionStore):
             for row in rows
         ]
 
-    def _take(self, place: Place, run: str) -> int:
+    def _take(self, place: Place, run: str, since: str) -> int:
         rows = self._run(
             "INSERT INTO transcript_lease AS l (tenant, session, run, token, expires)"
             f" VALUES (:tenant, :session, :run, 1, {_NOW} + :last)"
             " ON CONFLICT (tenant, session) DO UPDATE SET run = excluded.run,"
             " token = l.token + 1, expires = excluded.expires"
-            f" WHERE l.expires <= {_NOW} OR l.expires > {_NOW} + :last RETURNING token",
+            f" WHERE l.expires <= {_NOW} OR l.expires > {_NOW} + :last"
+            ' OR (l.run COLLATE "C" >= :since AND l.run COLLATE "C" < :run) RETURNING token',
             place,
             run=run,
+            since=since,
             last=self.limits.lease_ms,
         )
         if not rows:

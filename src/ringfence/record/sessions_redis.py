@@ -86,7 +86,8 @@ _TAKE = (
     + """
 local held = redis.call('HMGET', KEYS[1], 'run', 'token', 'expires')
 local expires, last = tonumber(held[3] or '0'), tonumber(ARGV[2])
-if expires > now and expires <= now + last then return {0, held[1]} end
+local alive = expires > now and expires <= now + last
+if alive and not (held[1] >= ARGV[3] and held[1] < ARGV[1]) then return {0, held[1]} end
 local token = tonumber(held[2] or '0') + 1
 redis.call('HSET', KEYS[1], 'run', ARGV[1], 'token', token, 'expires', now + last)
 return {token, ''}
@@ -271,8 +272,8 @@ class RedisSessionStore(SessionStore):
         # one that was deleted in between has no fields any more
         return [_info(name, meta, lease, now) for name, meta, lease in pairs if meta]
 
-    def _take(self, place: Place, run: str) -> int:
-        token, held = self._script("take", [_lease(place)], run, self.limits.lease_ms)
+    def _take(self, place: Place, run: str, since: str) -> int:
+        token, held = self._script("take", [_lease(place)], run, self.limits.lease_ms, since)
         if not token:
             raise busy(place.session, held, self.limits)
         return int(token)

@@ -372,10 +372,11 @@ class S3SessionStore(SessionStore):
             for name, head in chosen
         ]
 
-    def _take(self, place: Place, run: str) -> int:
+    def _take(self, place: Place, run: str, since: str) -> int:
         def change(state: _State) -> _State:
             head, now = state.head, _now()
-            if now < head.expires <= now + self.limits.lease_ms:
+            alive = now < head.expires <= now + self.limits.lease_ms
+            if alive and not since <= head.run < run:
                 raise busy(place.session, head.run, self.limits)
             update = {"run": run, "token": head.token + 1, "expires": now + self.limits.lease_ms}
             return replace(state, head=head.model_copy(update=update))

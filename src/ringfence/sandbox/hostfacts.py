@@ -226,10 +226,15 @@ def gather_waiting(
         proc_entries=frozenset(os.listdir("/proc")),
         stage=stage(),
         egress_dir=str(spec.egress_dir) if spec.egress_dir else None,
+        session_files=_session_files(spec),
         claude=str(claude) if claude else None,
         programs=dict(spec.programs) if isinstance(spec, WaitingSpec) else {},
         image=None if image is None else image.root,
     )
+
+
+def _session_files(spec: SandboxSpec | WaitingSpec) -> str | None:
+    return str(spec.session_files) if isinstance(spec, SandboxSpec) and spec.session_files else None
 
 
 def system_links() -> tuple[dict[str, str], dict[str, bool]]:

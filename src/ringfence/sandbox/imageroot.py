@@ -23,7 +23,7 @@ from ringfence.sandbox.profile import SYSTEM, ImageRoot
 from ringfence.sandbox.safeopen import open_within, read_regular
 
 _OWN = frozenset(
-    {"boot", "dev", "etc", "home", "opt", "proc", "root", "run", "sys", "tmp", "workspace"}
+    {"boot", "dev", "etc", "home", "mnt", "opt", "proc", "root", "run", "sys", "tmp", "workspace"}
 )
 """Root-level names that a sandbox has of its own, or that hold nothing for an agent. /etc lies
 below the one made for the sandbox, and of /opt all is shown but what is ringfence's."""

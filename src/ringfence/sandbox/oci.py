@@ -21,6 +21,7 @@ from ringfence.sandbox.protocol import (
     INSIDE_CLAUDE,
     INSIDE_EGRESS_DIR,
     INSIDE_HOME,
+    INSIDE_SESSION_FILES,
     INSIDE_UID,
     INSIDE_WORKSPACE,
 )
@@ -145,6 +146,8 @@ def _places(rules: SandboxProfile, facts: HostFacts) -> list[dict[str, Any]]:
         places.append(_bind(f"{stage}/claude", INSIDE_CLAUDE, "ro", *_QUIET))
     for index, (path, writable) in enumerate(shown_paths(rules, facts)):
         places.append(_bind(f"{stage}/shown/{index}", path, "rw" if writable else "ro", *_QUIET))
+    if facts.session_files is not None:
+        places.append(_bind(f"{stage}/session", INSIDE_SESSION_FILES, "ro", *_SHUT))
     read_only = rules.workspace_mode is WorkspaceMode.READONLY
     words = ("ro" if read_only else "rw", *(_QUIET if rules.workspace_exec else _SHUT))
     return [*places, _bind(f"{stage}/workspace", INSIDE_WORKSPACE, *words)]

@@ -20,6 +20,7 @@ from ringfence.sandbox.protocol import (
     INSIDE_EGRESS_DIR,
     INSIDE_HOME,
     INSIDE_PROXY_PORT,
+    INSIDE_SESSION_FILES,
     INSIDE_UID,
     INSIDE_WORKSPACE,
     WAITING_GATE,
@@ -126,6 +127,7 @@ class HostFacts:
     special: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     stage: str = STAGES[0]
     egress_dir: str | None = None
+    session_files: str | None = None
     claude: str | None = None
     programs: Mapping[str, str] = field(default_factory=dict)
     image: ImageRoot | None = None
@@ -238,6 +240,9 @@ def prepare_plan(
         )
     if facts.egress_dir is not None:
         sources.append(source(facts.egress_dir, "egress", read_only=True))
+    if facts.session_files is not None:
+        _refuse_above_session_files(profile, facts)
+        sources.append(source(facts.session_files, "session", read_only=True))
     if facts.claude is not None:
         sources.append(source(facts.claude, "claude", read_only=True, directory=False))
     below, layers = _system_sources(facts)
@@ -255,6 +260,21 @@ def prepare_plan(
         "gate": WAITING_GATE,
         "programs": {f"programs/{name}": text for name, text in facts.programs.items()},
     }
+
+
+def _refuse_above_session_files(profile: SandboxProfile, facts: HostFacts) -> None:
+    """In a directory that is shown no place can be made for a mount, and below one it is covered.
+
+    Raises:
+        CallerError: `profile-path-refused`.
+    """
+    for path, _ in shown_paths(profile, facts):
+        if _below(INSIDE_SESSION_FILES, path) or _below(path, INSIDE_SESSION_FILES):
+            raise CallerError(
+                "profile-path-refused",
+                f"{path} cannot be shown: the session's files are at {INSIDE_SESSION_FILES}",
+                hint="name the folder that the agent needs, or make the session without files",
+            )
 
 
 def _system_sources(facts: HostFacts) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -451,6 +471,9 @@ def place_mounts(profile: SandboxProfile, facts: HostFacts) -> list[str]:
         arguments += ["--ro-bind", f"{facts.stage}/programs/{name}", inside]
     for index, (path, writable) in enumerate(shown_paths(profile, facts)):
         arguments += ["--bind" if writable else "--ro-bind", f"{facts.stage}/shown/{index}", path]
+    if facts.session_files is not None:
+        # after what the policy shows, which may be /mnt
+        arguments += ["--ro-bind", f"{facts.stage}/session", INSIDE_SESSION_FILES]
     return [*arguments, workspace, f"{facts.stage}/workspace", INSIDE_WORKSPACE]
 
 

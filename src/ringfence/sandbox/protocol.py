@@ -18,6 +18,7 @@ from ringfence.policy.compiled import SandboxProfile
 
 INSIDE_WORKSPACE = "/workspace"
 INSIDE_HOME = "/home/agent"
+INSIDE_SESSION_FILES = "/mnt/session"
 INSIDE_EGRESS_DIR = "/run/ringfence"
 INSIDE_EGRESS_SOCKET = "/run/ringfence/egress.sock"
 INSIDE_PROXY_PORT = 3128
@@ -111,6 +112,8 @@ class SandboxSpec:
             owned by the agent; how a transcript is materialised (requirement H). Paths are
             validated: relative, normal, no `..`.
         ca_certificate: PEM added to the trust stores inside; None adds none.
+        session_files: host directory that is INSIDE_SESSION_FILES, read-only; its files and
+            directories can be read by everybody. None for none.
     """
 
     sandbox_id: str
@@ -121,6 +124,7 @@ class SandboxSpec:
     claude: Path | None = None
     home_files: Mapping[str, bytes] | None = None
     ca_certificate: bytes | None = None
+    session_files: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -217,6 +217,21 @@ SESSIONS = Table(
     Index(None, "unqueued_at"),
 )
 
+# Sessions that were deleted, while something of them lies elsewhere: the database is not the
+# place of transcripts and snapshots, and no transaction spans both. `transcript` is null once it is
+# removed; `snapshots`: whether there may be some.
+DELETED_SESSIONS = Table(
+    "deleted_sessions",
+    METADATA,
+    Column("tenant_id", Text, nullable=False),
+    Column("session_id", Text, nullable=False),
+    Column("transcript", Text),
+    Column("snapshots", Boolean, nullable=False),
+    Column("deleted_at", BigInteger, nullable=False),
+    PrimaryKeyConstraint("tenant_id", "session_id"),
+    ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
+)
+
 # Append-only: of a row only the moment and the turn that took it are filled in later. Positions of
 # a session are 1, 2, 3…, given out under the session's lock, so that whoever has seen position n
 # has seen all below it.

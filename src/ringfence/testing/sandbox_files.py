@@ -96,6 +96,26 @@ class FileClauses(SandboxClauses):
         assert output == "doc\n3\n"
         assert code == 0
 
+    def test_a_sessions_files_are_read_only(self, backend: Backend, place: Path) -> None:
+        """At their place inside, and on the host as they were; without any nothing is there."""
+        files = place / "state" / "session-files" / "one"
+        (files / "uploads").mkdir(parents=True)
+        (files / "uploads" / "a.csv").write_text("1,2\n")
+        (files / "uploads" / "a.csv").chmod(0o444)
+        for directory in (files, files / "uploads"):
+            directory.chmod(0o755)
+        command = (
+            "cd /mnt/session || exit 7; cat uploads/a.csv; chmod 0666 uploads/a.csv; "
+            "echo x >> uploads/a.csv; rm -f uploads/a.csv; touch new uploads/new; "
+            "mv uploads moved; ls . uploads"
+        )
+        bare = self.spec(backend, place)
+        spec = replace(bare, session_files=files)
+        code, output = self.inside(backend, spec, f"({command}) 2>/dev/null")
+        assert (code, output) == (0, "1,2\n.:\nuploads\n\nuploads:\na.csv\n")
+        assert (files / "uploads" / "a.csv").read_text() == "1,2\n"
+        assert self.inside(backend, bare, f"({command}) 2>/dev/null") == (7, "")
+
     def test_a_blocked_path_is_absent_by_every_name(self, backend: Backend, place: Path) -> None:
         """A link beside it, a link to it, and the workspace are other names of the same files."""
         shared, link = place / "shared", place / "link"

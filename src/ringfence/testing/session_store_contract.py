@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from ringfence.errors import CallerError, DeniedError, UnavailableError
-from ringfence.record.session_base import SessionLimits, SessionStore
+from ringfence.record.session_base import Claim, SessionLimits, SessionStore
 from ringfence.record.transcript import PROJECT, Entry
 
 __all__ = ["Opener", "SessionStoreContract"]
@@ -170,6 +170,44 @@ class _LeaseClauses(_Clauses):
         lease.renew()
         lease.release()
         second.lease(SID, "run_2").release()
+
+    def test_the_next_attempt_of_a_run_waits_for_no_dead_one(
+        self, opened: Opener, tenant: str
+    ) -> None:
+        """It takes over at once, and what the earlier one still writes is refused; an attempt of
+        another run, the same one, an earlier one, and no attempt at all wait as ever.
+        """
+        first, second = (opened().for_tenant(tenant) for _ in range(2))
+        late = first.lease(SID, "run_1", claim=Claim("sesn_1.1", 9))
+        asyncio.run(late.append(KEY, [entry(1)]))
+        others: list[Claim | None] = [
+            *(None, Claim("sesn_1.1", 9), Claim("sesn_1.1", 8), Claim("sesn_1.1", 0)),
+            *(Claim("sesn_1.10", 10), Claim("sesn_1", 10), Claim("sesn_0.1", 99)),
+        ]
+        for claim in others:
+            with pytest.raises(UnavailableError) as caught:
+                second.lease(SID, "sesn_1.1", claim=claim)
+            assert caught.value.code == "session-busy"
+            assert "run sesn_1.1 holds" in caught.value.message
+        asyncio.run(late.append(KEY, [entry(2)]))
+        now = second.lease(SID, "run_2", claim=Claim("sesn_1.1", 10))
+        acts: list[Callable[[], object]] = [
+            lambda: asyncio.run(late.append(KEY, [entry(3)])),
+            late.renew,
+            lambda: first.lease(SID, "run_1", claim=Claim("sesn_1.1", 9)),
+        ]
+        for act in acts:
+            with pytest.raises(UnavailableError) as caught:
+                act()
+            assert caught.value.code == "session-busy"
+        late.release()
+        asyncio.run(now.append(KEY, [entry(4)]))
+        now.renew()
+        assert [info.held_by for info in first.sessions()] == ["sesn_1.1"]
+        assert self.load(first) == [entry(1), entry(2), entry(4)]
+        now.release()
+        # given back by the one it was taken by, it is free for anybody
+        first.lease(SID, "run_3").release()
 
     def test_of_many_who_want_it_one_gets_it(self, opened: Opener, tenant: str) -> None:
         """At the same moment."""

@@ -47,6 +47,7 @@ from ringfence.policy.compiled import CompiledPolicy
 from ringfence.queue.handling import to_the_end
 from ringfence.record.events import RunStarted, SandboxStarted, SandboxStopped, SessionChanged
 from ringfence.record.leased import LeasedStore
+from ringfence.record.session_base import Claim
 from ringfence.sandbox.hostfiles import host_files
 from ringfence.sandbox.patch import render
 from ringfence.sandbox.protocol import Changes, Control, Sandbox, SandboxSpec, not_held
@@ -86,8 +87,10 @@ class Attempt:
         control: RunControl,
         on_message: OnMessage,
         sealed: Sealed = NOTHING_SEALED,
+        claim: Claim | None = None,
+        files: Path | None = None,
     ) -> None:
-        self._sealed = sealed
+        self._sealed, self._claim, self._files = sealed, claim, files
         self._station, self._request = station, request
         self._stated, self._policy = policy, narrowed(policy, request)
         self._control, self._on_message = control, on_message
@@ -170,6 +173,8 @@ class Attempt:
     def _take(self, stack: AsyncExitStack, picked: Picked) -> None:
         """One that waits for such a run, if there is: its session becomes this run's."""
         pool, backend = self._station.warm, picked.backend
+        # one that waits was started without the session's files
+        pool = None if self._files is not None else pool
         recipe = pool.recipe(self._stated, self._request, backend) if pool is not None else None
         member = pool.take(recipe) if pool is not None and recipe is not None else None
         if member is not None:
@@ -186,7 +191,9 @@ class Attempt:
             if request.fork:
                 self._session_id = str(uuid.uuid4())
         # cancelled here it may be taken all the same; then it runs out
-        lease = await asyncio.to_thread(sessions.lease, self._session_id, self.run_id)
+        lease = await asyncio.to_thread(
+            sessions.lease, self._session_id, self.run_id, claim=self._claim
+        )
         stack.push_async_callback(asyncio.to_thread, lease.release)
         await stack.enter_async_context(heartbeat(lease))
         return lease
@@ -293,6 +300,7 @@ class Attempt:
             egress_dir=egress_dir,
             claude=None if request.command else station.claude,
             home_files=self._home or None,
+            session_files=self._files,
             ca_certificate=station.ca_certificate,
         )
         sandbox = await picked.backend.start(spec)

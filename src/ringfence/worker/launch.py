@@ -19,7 +19,7 @@ from ringfence.errors import CallerError, DeniedError, UnavailableError
 from ringfence.model import RunRequest, RunResult
 from ringfence.policy.compiled import CompiledPolicy
 from ringfence.record.client import RecorderClient, RecorderProcess
-from ringfence.record.session_base import SessionStore
+from ringfence.record.session_base import Claim, SessionStore
 from ringfence.record.sessions import SqliteSessionStore
 from ringfence.sandbox.registry import Backends
 from ringfence.vault.keys import VaultPaths, public_key
@@ -183,8 +183,12 @@ async def attempt(
     control: RunControl,
     on_message: OnMessage,
     sealed: Sealed = NOTHING_SEALED,
+    claim: Claim | None = None,
+    files: Path | None = None,
 ) -> RunResult:
-    """One attempt on a station; `sealed` are its tenant's credentials, where it has a tenant.
+    """One attempt on a station; `sealed` are its tenant's credentials, where it has a tenant;
+    `claim` is the queue's run that it is an attempt of; `files` a directory of this host that is
+    `/mnt/session` inside, read-only.
 
     Raises:
         DeniedError: `model-denied`, for an agent under a policy that allows no model: it would
@@ -196,7 +200,16 @@ async def attempt(
             "the policy allows no model",
             hint="network.allowed_hosts: [api.anthropic.com]",
         )
-    made = Attempt(station, policy, request, control=control, on_message=on_message, sealed=sealed)
+    made = Attempt(
+        station,
+        policy,
+        request,
+        control=control,
+        on_message=on_message,
+        sealed=sealed,
+        claim=claim,
+        files=files,
+    )
     return await made.run()
 
 

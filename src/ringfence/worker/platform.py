@@ -1,7 +1,8 @@
 """A worker of the platform: turns from the queue, and what was left undone made good.
 
 Three things can be left by a process that dies: a turn that the queue does not know, a dead
-letter that its session does not know, files of a session that is gone. Every worker looks for
+letter that its session does not know, files of a session that is gone. A session that was deleted
+leaves its transcript and its snapshots, which no gateway can reach. Every worker looks for all of
 them; each act is idempotent, so that several do no harm.
 """
 
@@ -15,13 +16,15 @@ from ringfence.control import turns
 from ringfence.control.outbox import Outbox
 from ringfence.errors import CallerError, RingfenceError
 from ringfence.queue.protocol import Queue
-from ringfence.store import sessions
-from ringfence.store.database import Database
+from ringfence.store import deleted, sessions
+from ringfence.store.blobs import GRACE_SECONDS
+from ringfence.store.database import Database, now
 from ringfence.worker.turn import TurnHandler
 
 _SWEEP_SECONDS = 3.0
 _FILES_SECONDS = 3600.0
 """Files of a session that the database does not know are kept for so long."""
+_AT_ONCE = 100
 _FILES_EVERY = 20
 """Sweeps between two looks at the sessions' files."""
 
@@ -47,8 +50,10 @@ class Sweeper:
         """One look. Raises UnavailableError."""
         await Outbox(self.database, self.queue).sweep()
         await self._bury()
+        await self._forget_transcripts()
         if self._sweeps % _FILES_EVERY == 0:
             await self._forget()
+            await self._forget_snapshots()
         self._sweeps += 1
 
     async def _bury(self) -> None:
@@ -62,6 +67,41 @@ class Sweeper:
                             await turns.abandon(connection, letter.run_id, letter.reason)
                     self._abandoned.add(letter.run_id)
             after = letters[-1].run_id
+
+    async def _forget_transcripts(self) -> None:
+        """Of deleted sessions. One that an attempt holds still, which nobody told yet that its
+        session is gone, is removed later; after that its token keeps it from writing.
+        """
+        if self.handler is None:
+            return
+        async with self.database.reading() as connection:
+            found = await deleted.with_transcript(connection, _AT_ONCE)
+        for one in found:
+            store = self.handler.sessions(one.tenant_id)
+            try:
+                await asyncio.to_thread(store.remove, one.transcript or "")
+            except RingfenceError as error:
+                if error.code != "session-unknown":
+                    continue
+            async with self.database.writing() as connection:
+                await deleted.transcript_gone(connection, one)
+
+    async def _forget_snapshots(self) -> None:
+        """Of sessions deleted longer ago than what is collected is spared."""
+        if self.handler is None:
+            return
+        before = now() - int((GRACE_SECONDS + _FILES_SECONDS) * 1e6)
+        async with self.database.reading() as connection:
+            found = await deleted.with_snapshots(connection, before, _AT_ONCE)
+        for tenant in {one.tenant_id for one in found}:
+            async with self.database.reading() as connection:
+                named = await deleted.references(connection, tenant)
+            with contextlib.suppress(RingfenceError):
+                await self.handler.workspaces.collect(tenant, named)
+                async with self.database.writing() as connection:
+                    for one in found:
+                        if one.tenant_id == tenant:
+                            await deleted.snapshots_gone(connection, one)
 
     async def _forget(self) -> None:
         if self.handler is None:

@@ -85,6 +85,13 @@ class SessionDirectories:
 
         await asyncio.to_thread(mark)
 
+    async def collect(self, tenant: str, references: list[str]) -> None:
+        """Remove of a tenant's snapshots what none of these needs, but for what is a day young.
+        Raises UnavailableError: nothing is removed.
+        """
+        if self._snapshots is not None:
+            await self._snapshots.collect(tenant, references)
+
     def _grew_from(self, session_id: str) -> str | None:
         mark = self._marks / session_id
         if not (self._root / session_id).is_dir() or not mark.is_file():

@@ -16,12 +16,15 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ringfence.agent.messages import AgentMessage, TurnEnded
 from ringfence.agent.pending import custom_names
-from ringfence.control import turns
+from ringfence.control import turns, vaults
+from ringfence.control.files import materialise
 from ringfence.control.run_plan import RunPlan, run_plan
 from ringfence.control.tenancy import Ceiling
 from ringfence.control.turns import NewEvent, Settled, Superseded, Turn, TurnEnd, failure
@@ -35,14 +38,18 @@ from ringfence.errors import (
 from ringfence.model import RunRequest, RunResult, RunStatus, Usage, WorkspaceMode
 from ringfence.queue.handling import to_the_end
 from ringfence.queue.protocol import Lease, Queue, RetryAfter
-from ringfence.record.session_base import SessionStore
+from ringfence.record.session_base import Claim, SessionStore
 from ringfence.record.transcript import Progress, progress
 from ringfence.store import events as rows
+from ringfence.store.contents import Contents
 from ringfence.store.database import Database
 from ringfence.worker.answering import answers_of, custom_tools_of, pending_of
 from ringfence.worker.control import RunControl
+from ringfence.worker.egressdir import FilesDirectory
+from ringfence.worker.ids import new_id
 from ringfence.worker.launch import attempt
 from ringfence.worker.public_events import PublicEvents, cut_off, model_failure, storable
+from ringfence.worker.sealed import Sealed
 from ringfence.worker.session_dirs import SessionDirectories
 from ringfence.worker.station import Station
 from ringfence.worker.telling import Telling
@@ -74,6 +81,7 @@ class TurnHandler:
     """Handles leases of the queue with one station.
 
     Attributes:
+        contents: of the files that sessions name.
         room: seconds to wait before another sandbox is started on this host; 0.0 when there is
             memory for one now.
     """
@@ -83,6 +91,7 @@ class TurnHandler:
     queue: Queue
     ceiling: Ceiling
     workspaces: SessionDirectories
+    contents: Contents
     room: Callable[[], float] = lambda: 0.0
 
     async def __call__(self, lease: Lease) -> RunStatus:
@@ -131,12 +140,47 @@ class TurnHandler:
         view = plan.policy.sandbox.workspace_mode
         if said is not None and said[0] is Progress.DONE and view is not WorkspaceMode.REVIEW:
             return await self.settle(turn, await self._done(turn, said[1], lost))
-        try:
-            request = request_of(turn, plan, prompt, said[0] if said else None)
-            request = await self._placed(turn, request)
-        except CallerError as error:
-            return await self.settle(turn, refused(error))
-        return await _Work(self, turn, plan, request, lost, told).run()
+        async with AsyncExitStack() as stack:
+            try:
+                request = request_of(turn, plan, prompt, said[0] if said else None)
+                request = await self._placed(turn, request)
+                sealed = await self._sealed(turn)
+                files = await self._files(turn, stack)
+            except (CallerError, DeniedError) as error:
+                return await self.settle(turn, refused(error))
+            work = _Work(self, turn, plan, request, lost, told, sealed=sealed, files=files)
+            return await work.run()
+
+    async def _sealed(self, turn: Turn) -> Sealed:
+        """Credentials of the session's vaults, as they are today; which of them has a place
+        the policy's hosts say. Raises as `vaults.for_session`.
+        """
+        async with self.database.reading() as connection:
+            found = await vaults.for_session(connection, turn.tenant, turn.vault_ids)
+        return Sealed(tenant=turn.tenant, credentials=found)
+
+    async def _files(self, turn: Turn, stack: AsyncExitStack) -> Path | None:
+        """A directory of this attempt's own with the session's files, gone when it ends; None
+        without any. It is made anew each time: what lies in it never was in a sandbox's hands.
+
+        Raises as `materialise`.
+        """
+        if not turn.resources:
+            return None
+        state_dir = self.station.config.state_dir
+        held = await asyncio.to_thread(FilesDirectory, state_dir, new_id("files"))
+        stack.push_async_callback(asyncio.to_thread, held.remove)
+        for one in turn.resources:
+            async with self.database.reading() as connection:
+                await materialise(
+                    connection,
+                    self.contents,
+                    tenant=turn.tenant,
+                    file_id=one["file_id"],
+                    directory=held.path,
+                    path=one["mount_path"],
+                )
+        return held.path
 
     async def _placed(self, turn: Turn, request: RunRequest) -> RunRequest:
         place = await self.workspaces.open(
@@ -225,7 +269,11 @@ class _Work:
         request: RunRequest,
         lost: list[NewEvent],
         told: Collection[str],
+        *,
+        sealed: Sealed,
+        files: Path | None,
     ) -> None:
+        self._sealed, self._files = sealed, files
         self._handler, self._turn, self._plan, self._request = handler, turn, plan, request
         self._control = RunControl()
         self._public = PublicEvents(
@@ -269,11 +317,14 @@ class _Work:
                 self._request,
                 control=self._control,
                 on_message=self._hear,
+                sealed=self._sealed,
+                claim=Claim(self._turn.run_id, self._turn.attempt),
+                files=self._files,
             )
         except UnavailableError as error:
             if error.code != "session-busy":
                 raise
-            # of an attempt that died: its lease on the transcript runs out by itself
+            # another run's, as of a person who forks it; it ends, or its lease runs out by itself
             raise RetryAfter(_BUSY_SECONDS, error.message) from None
 
     def _hear(self, message: AgentMessage) -> None:
@@ -403,8 +454,8 @@ def prompt_of(turn: Turn) -> str:
 
 def refuse_unsupported(turn: Turn) -> None:
     """What no worker of this version carries out. Raises CallerError `turn-unsupported`."""
-    if turn.resources:
-        raise CallerError("turn-unsupported", "the session has resources")
+    if [one for one in turn.resources if one.get("type") != "file"]:
+        raise CallerError("turn-unsupported", "the session has resources that are no files")
 
 
 def request_of(turn: Turn, plan: RunPlan, prompt: str, said: Progress | None) -> RunRequest:
