@@ -17,6 +17,8 @@ import yaml
 from harness import ACCEPT, Box, script
 
 from ringfence.config import Config
+from ringfence.control.agent_shapes import AgentDefinition
+from ringfence.control.environment_shapes import EnvironmentDefinition
 from ringfence.images.definition import loads as image_definition
 from ringfence.policy.load import from_mapping
 
@@ -84,6 +86,10 @@ def test_every_policy_of_the_documents_loads() -> None:
             value = yaml.safe_load(text)
             if page.name == "images.md" and not text.startswith("# policy.yaml"):
                 image_definition(text)
+            elif text.startswith("# agent.yaml"):
+                AgentDefinition.model_validate(value)
+            elif text.startswith("# place.yaml"):
+                EnvironmentDefinition.model_validate(value)
             elif isinstance(value, dict):
                 from_mapping({"version": 1, **value})
                 seen += 1
@@ -93,7 +99,10 @@ def test_every_policy_of_the_documents_loads() -> None:
 def test_every_settings_file_of_the_documents_loads(tmp_path: Path) -> None:
     for page in PAGES:
         for text in _blocks(page, "toml"):
-            Config.model_validate({"state_dir": tmp_path, **tomllib.loads(text)})
+            for name in re.findall(r'"/etc/ringfence/([^"]+)"', text):
+                (tmp_path / name).touch()
+            here = text.replace("/etc/ringfence", str(tmp_path))
+            Config.model_validate({"state_dir": tmp_path, **tomllib.loads(here)})
 
 
 def test_every_python_block_of_the_documents_names_what_exists() -> None:

@@ -149,7 +149,10 @@ class WarmPool:
             return found
         if not isinstance(backend, WaitingBackend):
             return f"isolation {backend.name} cannot take a workspace into a sandbox that runs"
-        return "the workspace's branch cannot be read, or an option has no form to compare it by"
+        return (
+            "the workspace's branch cannot be read, it is a git tree and there is no git inside, or "
+            "an option has no form to compare it by"
+        )
 
     def take(self, recipe: Recipe) -> Member | None:
         """The one that waited longest of those fit to serve, which is the caller's from now on."""
