@@ -150,7 +150,7 @@ class WarmPool:
         if not isinstance(backend, WaitingBackend):
             return f"isolation {backend.name} cannot take a workspace into a sandbox that runs"
         return (
-            "the workspace's branch cannot be read, it is a git tree and there is no git inside, or "
+            "the workspace's branch cannot be read, or it is a git tree without git inside, or "
             "an option has no form to compare it by"
         )
 
