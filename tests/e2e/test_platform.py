@@ -246,7 +246,8 @@ def test_a_worker_that_is_killed_in_a_turn(box: Box, simulator: Simulator) -> No
                 first.wait(30)
             with started(box, "worker", "--policy", rules, "--slots", "1") as second:
                 rest = watch.until("session.status_idle", seconds=240)
-                assert "session.status_rescheduled" in kinds(rest)
+                # once: the dead attempt's lease on the transcript is no reason to wait
+                assert kinds(rest).count("session.status_rescheduled") == 1
                 seen = watch.seen
                 uses = [event for event in seen if event.type == "agent.tool_use"]
                 results = [event for event in seen if event.type == "agent.tool_result"]

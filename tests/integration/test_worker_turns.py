@@ -327,3 +327,30 @@ async def test_what_a_deleted_session_leaves_elsewhere_is_removed(
 
 def count_of(place: Path) -> int:
     return sum(path.is_file() for path in place.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("values", "code"),
+    [
+        (
+            {"resources": [{"type": "file", "file_id": "file_x", "mount_path": "/mnt/session/x"}]},
+            "file-not-found",
+        ),
+        ({"vault_ids": ["vlt_x"]}, "vault-not-found"),
+    ],
+)
+async def test_what_a_session_names_and_is_gone_ends_its_turn(
+    database: Database, queue: EmbeddedQueue, tmp_path: Path, values: Any, code: str
+) -> None:
+    """It is told why, nothing has run, and nothing of it is left on the host."""
+    store = SqliteSessionStore(tmp_path / "sessions.sqlite")
+    station = SimpleNamespace(sessions=store, config=SimpleNamespace(state_dir=tmp_path))
+    made = replace(handler(database, queue, tmp_path), station=cast("Any", station))
+    session = await with_message(database, **values)
+    assert await made(lease(session)) is RunStatus.FAILED
+    row, told = await rows_of(database, session)
+    assert row.status is SessionStatus.IDLE
+    (error,) = (event for event in told if event.type == "session.error")
+    assert error.body["error"]["message"].startswith(f"{code}: ")
+    assert list((tmp_path / "session-files").glob("*")) == []
+    store.close()

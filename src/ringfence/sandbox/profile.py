@@ -263,11 +263,7 @@ def prepare_plan(
 
 
 def _refuse_above_session_files(profile: SandboxProfile, facts: HostFacts) -> None:
-    """In a directory that is shown no place can be made for a mount, and below one it is covered.
-
-    Raises:
-        CallerError: `profile-path-refused`.
-    """
+    """In what is shown no place can be made for a mount. Raises CallerError."""
     for path, _ in shown_paths(profile, facts):
         if _below(INSIDE_SESSION_FILES, path) or _below(path, INSIDE_SESSION_FILES):
             raise CallerError(

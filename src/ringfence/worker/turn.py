@@ -23,8 +23,7 @@ from typing import Any
 
 from ringfence.agent.messages import AgentMessage, TurnEnded
 from ringfence.agent.pending import custom_names
-from ringfence.control import turns, vaults
-from ringfence.control.files import materialise
+from ringfence.control import turns
 from ringfence.control.run_plan import RunPlan, run_plan
 from ringfence.control.tenancy import Ceiling
 from ringfence.control.turns import NewEvent, Settled, Superseded, Turn, TurnEnd, failure
@@ -44,9 +43,8 @@ from ringfence.store import events as rows
 from ringfence.store.contents import Contents
 from ringfence.store.database import Database
 from ringfence.worker.answering import answers_of, custom_tools_of, pending_of
+from ringfence.worker.brought import files_of, sealed_of
 from ringfence.worker.control import RunControl
-from ringfence.worker.egressdir import FilesDirectory
-from ringfence.worker.ids import new_id
 from ringfence.worker.launch import attempt
 from ringfence.worker.public_events import PublicEvents, cut_off, model_failure, storable
 from ringfence.worker.sealed import Sealed
@@ -144,43 +142,12 @@ class TurnHandler:
             try:
                 request = request_of(turn, plan, prompt, said[0] if said else None)
                 request = await self._placed(turn, request)
-                sealed = await self._sealed(turn)
-                files = await self._files(turn, stack)
+                sealed = await sealed_of(self.database, turn)
+                files = await files_of(self.database, turn, self.contents, self.station, stack)
             except (CallerError, DeniedError) as error:
                 return await self.settle(turn, refused(error))
             work = _Work(self, turn, plan, request, lost, told, sealed=sealed, files=files)
             return await work.run()
-
-    async def _sealed(self, turn: Turn) -> Sealed:
-        """Credentials of the session's vaults, as they are today; which of them has a place
-        the policy's hosts say. Raises as `vaults.for_session`.
-        """
-        async with self.database.reading() as connection:
-            found = await vaults.for_session(connection, turn.tenant, turn.vault_ids)
-        return Sealed(tenant=turn.tenant, credentials=found)
-
-    async def _files(self, turn: Turn, stack: AsyncExitStack) -> Path | None:
-        """A directory of this attempt's own with the session's files, gone when it ends; None
-        without any. It is made anew each time: what lies in it never was in a sandbox's hands.
-
-        Raises as `materialise`.
-        """
-        if not turn.resources:
-            return None
-        state_dir = self.station.config.state_dir
-        held = await asyncio.to_thread(FilesDirectory, state_dir, new_id("files"))
-        stack.push_async_callback(asyncio.to_thread, held.remove)
-        for one in turn.resources:
-            async with self.database.reading() as connection:
-                await materialise(
-                    connection,
-                    self.contents,
-                    tenant=turn.tenant,
-                    file_id=one["file_id"],
-                    directory=held.path,
-                    path=one["mount_path"],
-                )
-        return held.path
 
     async def _placed(self, turn: Turn, request: RunRequest) -> RunRequest:
         place = await self.workspaces.open(
