@@ -92,6 +92,7 @@ def said(simulator: Simulator) -> str:
     return str(simulator.requests[-1].body["messages"])
 
 
+@pytest.mark.storm
 def test_allowed_on_another_host_and_then_denied(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, simulator: Simulator
 ) -> None:
@@ -138,6 +139,7 @@ def test_an_input_that_a_person_put_in_its_place(desk: Desk, simulator: Simulato
     assert allowed["given_hmac"] not in {"", allowed["input_hmac"]}
 
 
+@pytest.mark.storm
 def test_a_custom_tools_result_and_its_failure(desk: Desk, simulator: Simulator) -> None:
     tool = "mcp__caller__get_weather"
     call = {"tool": tool, "input": {"place": "Oslo"}}
@@ -165,6 +167,7 @@ def test_a_custom_tools_result_and_its_failure(desk: Desk, simulator: Simulator)
     assert third.pending == ()
 
 
+@pytest.mark.storm
 def test_two_at_once_are_asked_about_one_after_the_other(desk: Desk, simulator: Simulator) -> None:
     both = {"tools": [write("a.txt"), write("b.txt"), bash("touch unasked")]}
     first = desk.run(script(both, write("b.txt"), {"text": "done"}))
@@ -180,6 +183,7 @@ def test_two_at_once_are_asked_about_one_after_the_other(desk: Desk, simulator: 
     assert [o for o, _ in desk.decided()].count("allow") == 3
 
 
+@pytest.mark.storm
 def test_what_was_allowed_and_cut_off_is_not_run_twice(desk: Desk, simulator: Simulator) -> None:
     fields = {"ask_tools": ("Bash",)}
     first = desk.run(script(bash("echo x >> log; sleep 600"), {"text": "done"}), **fields)
@@ -216,15 +220,58 @@ def test_an_answer_to_another_call_is_refused(desk: Desk) -> None:
     assert early.value.code == "usage"
 
 
-@pytest.mark.xfail(strict=True, reason="claude drops a call deferred in a resumed run, and its end")
-def test_the_second_call_that_waits_in_one_session(desk: Desk, simulator: Simulator) -> None:
+def test_several_calls_wait_in_one_session_one_after_the_other(
+    desk: Desk, simulator: Simulator
+) -> None:
+    """Each is run, or is not, by its own answer, and the model hears the end of every one."""
+    first = desk.run(script(write("a.txt"), write("b.txt"), write("c.txt"), {"text": "done"}))
+    second = desk.go_on(first, yes(first))
+    third = desk.go_on(second, yes(second))
+    assert third.changed_files == ("b.txt",)
+    no = CallAnswer(tool_use_id=third.pending[0].tool_use_id, message="not the third")
+    ended = desk.go_on(third, no)
+    assert (ended.text, ended.pending, ended.changed_files) == ("done", (), ())
+
+    # a person speaks in between, and then it is a custom tool that waits, and a confirmation again
+    call = {"tool": "mcp__caller__get_weather", "input": {"place": "Oslo"}}
+    words = script(call, write("d.txt"), {"text": "done again"}, words="And now this.")
+    fields = {"custom_tools": (WEATHER,)}
+    asked = desk.run(words, resume=ended.session_id, **fields)
+    assert [c.kind for c in asked.pending] == [CallKind.CUSTOM]
+    sunny = CallAnswer(
+        tool_use_id=asked.pending[0].tool_use_id, content=({"type": "text", "text": "SUNNY-41"},)
+    )
+    fifth = desk.go_on(asked, sunny, **fields)
+    assert [c.input["file_path"] for c in fifth.pending] == ["/workspace/d.txt"]
+    last = desk.go_on(fifth, yes(fifth), **fields)
+    assert (last.text, last.pending, last.changed_files) == ("done again", (), ("d.txt",))
+
+    heard = said(simulator)
+    ends = ["at: /workspace/a.txt", "at: /workspace/b.txt", "not the third", "And now this."]
+    ends += ["SUNNY-41", "at: /workspace/d.txt"]
+    places = [heard.find(end) for end in ends]
+    assert -1 not in places, (ends, heard)
+    assert places == sorted(places)
+    assert "No response requested" not in heard
+    outcomes = [(o, by) for o, by in desk.decided() if o != "defer"]
+    assert outcomes == [("allow", "person")] * 2 + [("deny", "person")] + [("allow", "person")] * 2
+
+
+@pytest.mark.storm
+def test_words_that_come_with_the_answer_to_a_second_call(desk: Desk, simulator: Simulator) -> None:
     first = desk.run(script(write("a.txt"), write("b.txt"), {"text": "done"}))
     second = desk.go_on(first, yes(first))
-    no = CallAnswer(tool_use_id=second.pending[0].tool_use_id, message="not that one")
-    desk.go_on(second, no)
-    assert "not that one" in said(simulator)
+    more = script(write("c.txt"), {"text": "and done"}, words="One more.")
+    third = desk.go_on(second, yes(second), prompt=more)
+    assert third.changed_files == ("b.txt",)
+    assert [c.input["file_path"] for c in third.pending] == ["/workspace/c.txt"]
+    last = desk.go_on(third, yes(third))
+    assert (last.text, last.changed_files) == ("and done", ("c.txt",))
+    for name in "abc":
+        assert f"at: /workspace/{name}.txt" in said(simulator)
 
 
+@pytest.mark.storm
 def test_a_denial_is_told(desk: Desk, simulator: Simulator) -> None:
     first = desk.run(script(write("a.txt"), {"text": "done"}))
     no = CallAnswer(tool_use_id=first.pending[0].tool_use_id, message="not that one")

@@ -106,6 +106,7 @@ RESULT = {
 MESSAGE = {"type": "message", "role": "assistant", "model": "m", "content": [TOOL_USE],
            "stop_reason": "tool_use", "usage": {"input_tokens": 1, "output_tokens": 2}}  # fmt: skip
 ENTRY = {"type": "user", "uuid": "u", "message": {"role": "user", "content": [RESULT]}}
+POINTER = {"type": "last-prompt", "leafUuid": "v"}
 FRAMES = dumped(
     {"type": "assistant", "message": MESSAGE},
     {"type": "result", "subtype": "success", "is_error": False, "num_turns": 1, "result": "r"},
@@ -114,7 +115,7 @@ FRAMES = dumped(
         "input": {"tool_name": "Bash", "tool_input": {"command": "ls"}}}},
     {"type": "control_request", "request_id": "2", "request": {
         "subtype": "can_use_tool", "tool_name": "Bash", "input": {}, "tool_use_id": "t"}},
-    {"type": "transcript_mirror", "filePath": f"{PLACE}.jsonl", "entries": [ENTRY]},
+    {"type": "transcript_mirror", "filePath": f"{PLACE}.jsonl", "entries": [POINTER, ENTRY]},
     {"type": "transcript_mirror", "filePath": f"{PLACE}/subagents/a.jsonl", "entries": [ENTRY]},
 )  # fmt: skip
 HELLO = bytes.fromhex("16030100370100003303030000000000000000000000000000000000000000000000000000000000000000"

@@ -265,6 +265,43 @@ def test_the_sidecar_of_a_subagent() -> None:
         files_of("home/sid", "../x", lines)
 
 
+def _row(kind: str, uuid: str, **more: object) -> str:
+    return encode_entry({"type": kind, "uuid": uuid, **more})
+
+
+def _pointer(leaf: object) -> str:
+    return encode_entry({"type": "last-prompt", "lastPrompt": "hi", "leafUuid": leaf})
+
+
+def _put_before_claude(*lines: str, subpath: str = "") -> list[str]:
+    (content,) = files_of("home/sid", subpath, lines).values()
+    return content.decode().splitlines()
+
+
+def test_a_pointer_to_where_a_conversation_stood_once_is_left_out() -> None:
+    asked, call = _row("user", "u1"), _row("assistant", "a1")
+    waits, result = _row("attachment", "x1"), _row("user", "u2", parentUuid="a1")
+    old = _pointer("x1")
+    assert _put_before_claude(asked, call, waits, old) == [asked, call, waits, old]
+    assert _put_before_claude(asked, call, waits, old, result) == [asked, call, waits, result]
+    # written again when the process ended, without having moved
+    assert _put_before_claude(asked, call, waits, result, old) == [asked, call, waits, result]
+    # and one that came after both, at the last words or behind them
+    for new in (_pointer("u2"), _pointer("x2")):
+        lines = (asked, call, waits, old, result, _row("attachment", "x2"), new)
+        assert _put_before_claude(*lines) == [line for line in lines if line != old]
+
+
+def test_what_moves_no_conversation_outdates_no_pointer() -> None:
+    lines = [_row("assistant", "a1"), _pointer("a1"), _row("user", "s1", isSidechain=True)]
+    lines += [encode_entry({"type": "ringfence-begun", "tool_use_id": "toolu_1"})]
+    assert _put_before_claude(*lines) == lines
+    spoken = [_row("user", "u1", message={"content": _pointer("a0")}), _pointer(7), _pointer([])]
+    assert _put_before_claude(*spoken) == spoken, "words of this form, and no pointers"
+    beside = [_pointer("a0"), _row("user", "u1")]
+    assert _put_before_claude(*beside, subpath="subagents/agent-1") == beside
+
+
 def test_a_fork_renames_everything_and_shares_nothing() -> None:
     old, new = str(uuid.uuid4()), str(uuid.uuid4())
     one, two = str(uuid.uuid4()), str(uuid.uuid4())

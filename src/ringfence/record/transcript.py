@@ -134,7 +134,7 @@ def deferred(lines: Iterable[bytes]) -> Deferred | None:
     return found
 
 
-def _object(line: bytes) -> Entry:
+def _object(line: bytes | str) -> Entry:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -177,11 +177,14 @@ def files_of(base: str, subpath: str, lines: Sequence[str]) -> dict[str, bytes]:
     """Files that `claude --resume` reads for one key, of its entries as stored: path to content.
 
     A subagent's stream carries its sidecar as entries of type `agent_metadata`, the last of which
-    is the file `agent-….meta.json` (as the SDK materialises it).
+    is the file `agent-….meta.json` (as the SDK materialises it). The main conversation goes without
+    the pointers to where it stood once.
     """
     path = f"{base}/{check_subpath(subpath)}" if subpath else base
     kept, sidecar = list(lines), None
-    if subpath:
+    if not subpath:
+        kept = _without_old_ends(kept)
+    else:
         sidecars = {line for line in lines if _is_sidecar(line)}
         sidecar = next((line for line in reversed(lines) if line in sidecars), None)
         kept = [line for line in lines if line not in sidecars]
@@ -192,6 +195,34 @@ def files_of(base: str, subpath: str, lines: Sequence[str]) -> dict[str, bytes]:
         value = {name: item for name, item in json.loads(sidecar).items() if name != "type"}
         files[f"{path}.meta.json"] = encode_entry(value).encode()
     return files
+
+
+def _without_old_ends(lines: list[str]) -> list[str]:
+    """The main conversation without each `last-prompt` that names no row at its end.
+
+    `claude` goes on from the row that the last of them names, and writes one where a turn ends by
+    itself: not when it is killed, nor after a deferred call of a resumed session. The result of
+    such a call hangs on the call, beside what the older pointer names: all that came after it is
+    then a branch that is not taken, with the calls that people have answered in it (CLI 2.1.330,
+    measured). Without a pointer `claude` goes on from what was written last.
+    """
+    pointed = {at: row for at, line in enumerate(lines) if (row := _pointed(line)) is not None}
+    if not pointed:
+        return lines
+    ends: set[str | None] = set()
+    for line in reversed(lines):
+        entry = _object(line)
+        ends.add(entry_uuid(entry))
+        if entry.get("type") in ("user", "assistant") and entry.get("isSidechain") is not True:
+            break
+    return [line for at, line in enumerate(lines) if at not in pointed or pointed[at] in ends]
+
+
+def _pointed(line: str) -> str | None:
+    """The row that a `last-prompt` names; None for every other entry."""
+    entry = _object(line) if '"last-prompt"' in line else {}
+    row = entry.get("leafUuid")
+    return row if entry.get("type") == "last-prompt" and isinstance(row, str) else None
 
 
 def _is_sidecar(line: str) -> bool:
