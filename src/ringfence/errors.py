@@ -130,6 +130,7 @@ CODES: dict[str, str] = {
     "unrestricted-denied": "The operator has not allowed `unrestricted` networking.",
     "session-not-found": "No session of that id exists for this caller.",
     "session-archived": "The session is archived, so that it can only be read.",
+    "session-full": "As many messages wait for the session's next turn as may.",
     "session-running": "The session is running; what was asked for needs it idle.",
     "session-terminated": "The session has ended for good, and takes nothing more.",
     "event-unexpected": "An event answers what the session does not wait for.",

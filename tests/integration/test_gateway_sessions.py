@@ -188,6 +188,29 @@ def test_a_custom_tool_is_executed_by_the_caller(
     assert "T-1" in _settled(client, session.id)[-2].content[0].text
 
 
+def test_what_may_wait_for_the_next_turn_is_bounded(
+    client: Anthropic, agent: str, place_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ringfence.control.sessions.MOST_WAITING", 3)
+    started = [message("wait")]
+    session = client.beta.sessions.create(
+        agent=agent, environment_id=place_id, initial_events=started
+    )
+    for _ in range(1500):
+        (first,) = client.beta.sessions.events.list(session.id, types=["user.message"]).data
+        if first.processed_at is not None:
+            break
+        time.sleep(0.05)
+    for _ in range(3):
+        client.beta.sessions.events.send(session.id, events=[message("after")])
+    with pytest.raises(anthropic.RateLimitError) as caught:
+        client.beta.sessions.events.send(session.id, events=[message("after")])
+    assert caught.value.error_code == "session_full"
+    # what ends the wait is let through
+    client.beta.sessions.events.send(session.id, events=[{"type": "user.interrupt"}])
+    _settled(client, session.id)
+
+
 def test_an_interrupt_ends_the_turn_and_what_waits_is_the_next(
     client: Anthropic, agent: str, place_id: str
 ) -> None:

@@ -354,3 +354,10 @@ def test_what_had_begun_is_reported_and_not_begun_again() -> None:
     assert told is not None
     assert "was not run again" in told
     assert deferred([MARK, BEGUN, MARK]) == ("t", False)
+
+
+def test_an_id_that_utf8_cannot_write_names_no_call() -> None:
+    forged = MARK.replace(b'"t"', b'"\\ud800"')
+    assert forged != MARK
+    assert deferred([forged, MARK]) == ("t", False)
+    assert deferred([forged]) == ("?", False)

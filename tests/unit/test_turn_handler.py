@@ -90,6 +90,7 @@ LAST = entry("assistant", "b", [{"type": "text", "text": "Done."}], stop="end_tu
         ([ASKED, {**LAST, "isApiErrorMessage": True}], (Progress.BEGUN, "")),
         ([ASKED, {**LAST, "isSidechain": True}], (Progress.BEGUN, "")),
         ([ASKED, LAST, entry("user", "y", "More.")], (Progress.BEGUN, "")),
+        ([ASKED, entry("assistant", "b", [], stop=["x"])], (Progress.BEGUN, "")),
         ([ASKED, {"type": "system"}, {"message": 3}, LAST], (Progress.DONE, "Done.")),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -11,6 +12,7 @@ import typer
 
 from ringfence.cli.context import AppContext
 from ringfence.cli.output import clear_errors, print_json
+from ringfence.errors import CallerError, UnavailableError
 from ringfence.record.safe_text import one_line
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ def cancel(context: typer.Context, run_id: str, *, json: Json = False) -> None:
     """Take a run back: at once while it waits, by cancelling its handler while it runs."""
     with clear_errors(as_json=json):
         done = _do(context, lambda queue: queue.cancel(run_id))
+        _end_turn(context, run_id)
         words = "is cancelled, or will be by its worker" if done else "had ended already"
         _told(run_id, words, json=json, cancelled=done)
 
@@ -87,6 +90,24 @@ def _do(context: typer.Context, act: Callable[[Queue], Awaitable[T]]) -> T:
             await queue.close()
 
     return asyncio.run(whole())
+
+
+def _end_turn(context: typer.Context, run_id: str) -> None:
+    """The session of a run that the queue gives to nobody any more waits for its caller again."""
+    state: AppContext = context.obj
+    if state.platform is None:
+        return
+    make = state.platform
+
+    async def end() -> None:
+        from ringfence.control import turns
+
+        async with make().opened() as database, database.writing() as connection:
+            await turns.abandon(connection, run_id, "its operator has cancelled it")
+
+    # a run of no session, and a queue without a platform beside it
+    with contextlib.suppress(CallerError, UnavailableError):
+        asyncio.run(end())
 
 
 def _told(run_id: str, words: str, *, json: bool, **facts: bool) -> None:

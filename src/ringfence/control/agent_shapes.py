@@ -152,7 +152,7 @@ class CustomTool(Shape):
     """A tool that the caller executes."""
 
     type: Literal["custom"]
-    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,128}$")]
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
     description: Annotated[str, StringConstraints(min_length=1, max_length=8192)]
     input_schema: InputSchema
 

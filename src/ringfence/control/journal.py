@@ -95,7 +95,7 @@ class Journal:
         """Whether an event of these types has been taken by no turn."""
         await self.write()
         row = self.row
-        return bool(await events.waiting(self.connection, row.tenant_id, row.id, types))
+        return await events.waits(self.connection, row.tenant_id, row.id, types)
 
     async def take(self, types: tuple[str, ...]) -> None:
         """Let the current turn have what waits."""

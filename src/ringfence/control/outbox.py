@@ -54,6 +54,10 @@ class Outbox:
             except RingfenceError as error:
                 _LOG.warning("runs wait for the queue", code=error.code, why=error.message)
                 await asyncio.sleep(self._every)
+            except Exception as error:  # noqa: BLE001
+                # a defect that ends this loop would leave every later turn unsubmitted
+                _LOG.error("the sweep failed", why=type(error).__name__)
+                await asyncio.sleep(self._every)
 
     async def sweep(self) -> int:
         """Hand over all that waits; how many were.

@@ -22,7 +22,7 @@ from ringfence.control.event_shapes import (
     UserToolConfirmation,
     body_of,
 )
-from ringfence.control.journal import Journal, unanswered, usage_of
+from ringfence.control.journal import MESSAGES, Journal, unanswered, usage_of
 from ringfence.control.lists import Listed, cursor, only
 from ringfence.control.mounts import mount_path, refuse_overlaps
 from ringfence.control.narrowing import narrow
@@ -45,7 +45,7 @@ from ringfence.model import SessionStatus, Usage
 from ringfence.store import agents, deleted, environments, events
 from ringfence.store import sessions as rows
 from ringfence.store.database import now
-from ringfence.store.events import EventPage, EventRow
+from ringfence.store.events import EventPage, EventRow, waiting_size
 from ringfence.store.sessions import SessionPage, SessionRow
 
 
@@ -306,6 +306,25 @@ async def delete(connection: AsyncConnection, caller: Caller, identity: str) -> 
     return {"id": identity, "type": "session_deleted"}
 
 
+MOST_WAITING, MOST_WAITING_CHARACTERS = 1_000, 8 << 20
+"""Of what waits for the next turn, which takes it all at once: a worker has it in memory, beside
+the turns of other tenants."""
+
+
+async def _refuse_flood(connection: AsyncConnection, row: SessionRow, sent: SentEvents) -> None:
+    count, characters = await waiting_size(connection, row.tenant_id, row.id, MESSAGES)
+    count += len(sent.events)
+    characters += sum(len(event.model_dump_json()) for event in sent.events)
+    if any(event.type in MESSAGES for event in sent.events) and (
+        count > MOST_WAITING or characters > MOST_WAITING_CHARACTERS
+    ):
+        raise CallerError(
+            "session-full",
+            f"session {row.id} has as many messages waiting as it may",
+            hint="wait until its turn has taken them",
+        )
+
+
 async def send(
     connection: AsyncConnection, caller: Caller, identity: str, sent: SentEvents
 ) -> dict[str, Any]:
@@ -316,9 +335,11 @@ async def send(
 
     Raises:
         CallerError: `session-not-found`, `session-archived`, `session-terminated`;
-            `event-unexpected` for an answer that nothing waits for. Nothing is kept then.
+            `event-unexpected` for an answer that nothing waits for; `session-full` while too much
+            waits for the next turn. Nothing is kept then.
     """
     row = await _open(connection, caller, identity)
+    await _refuse_flood(connection, row, sent)
     journal = Journal(connection, row)
     said = [_say(journal, event, sent.events[:count]) for count, event in enumerate(sent.events)]
     rest = unanswered(journal.row)

@@ -31,6 +31,7 @@ _STATUS: dict[str, tuple[int, str]] = {
     "session-not-found": (404, "not_found_error"),
     "environment-in-use": (409, "conflict_error"),
     "session-running": (409, "conflict_error"),
+    "session-full": (429, "rate_limit_error"),
     "streams-exhausted": (429, "rate_limit_error"),
     "not-supported": (404, "not_found_error"),
     "route-unknown": (404, "not_found_error"),

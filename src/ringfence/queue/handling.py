@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable
 
+from ringfence.errors import RingfenceError
 from ringfence.model import RunStatus
 from ringfence.queue.protocol import Handler, Lease, RetryAfter
 from ringfence.queue.verdict import Deferred, Ending, Raised, Released, Returned
@@ -31,7 +32,8 @@ def ending_of(handling: asyncio.Task[RunStatus], *, told: bool) -> Ending:
             return Deferred(later.seconds, later.reason)
         case error:
             # it may quote what came from inside, and an engine's history has a limit
-            return Raised(f"{type(error).__name__}: {error}"[:_MOST])
+            name = error.code if isinstance(error, RingfenceError) else type(error).__name__
+            return Raised(f"{name}: {error}"[:_MOST])
 
 
 async def to_the_end(work: Awaitable[object]) -> None:

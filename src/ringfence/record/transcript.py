@@ -112,6 +112,12 @@ class Deferred(NamedTuple):
     begun: bool
 
 
+def _storable(value: Any) -> str:
+    """An id from inside; one that UTF-8 cannot write is none of a call's."""
+    text = value if isinstance(value, str) else ""
+    return text.encode(errors="replace").decode()
+
+
 def deferred(lines: Iterable[bytes]) -> Deferred | None:
     """The last deferred call of a transcript that has no result; read as `claude` reads it.
 
@@ -126,7 +132,7 @@ def deferred(lines: Iterable[bytes]) -> Deferred | None:
         entry = _object(line)
         attachment = entry.get("attachment")
         if isinstance(attachment, dict) and attachment.get("type") == _DEFERRED:
-            found = Deferred(str(attachment.get("toolUseID", "")), begun=False)
+            found = Deferred(_storable(attachment.get("toolUseID")), begun=False)
         elif found is not None and found.tool_use_id in set(tool_results([entry])):
             found = None
         elif found is not None and entry == begun(found.tool_use_id):
@@ -289,7 +295,8 @@ def progress(entries: Iterable[Entry], prompt_id: str) -> tuple[Progress, str]:
         if found is Progress.ABSENT or not isinstance(message, dict) or entry.get("isSidechain"):
             continue
         if entry.get("type") == "assistant":
-            stop = message.get("stop_reason") or stop
+            said = message.get("stop_reason")
+            stop = said if isinstance(said, str) and said else stop
             words = _text(message.get("content")) or words
             if entry.get("isApiErrorMessage") is True:
                 stop = None

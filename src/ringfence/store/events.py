@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sqlalchemy import Select, insert, select, update
+from sqlalchemy import Select, Text, cast, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ringfence.store.tables import EVENTS as TABLE
@@ -127,6 +127,38 @@ async def waiting(
         TABLE.c.turn.is_(None), TABLE.c.type.in_(types), TABLE.c.position > beyond
     )
     return await _read(connection, query.order_by(TABLE.c.position))
+
+
+async def waits(
+    connection: AsyncConnection, tenant: str, session: str, types: Sequence[str]
+) -> bool:
+    """Whether an event of some types has been taken by no turn; no body is read."""
+    query = (
+        select(TABLE.c.position)
+        .where(
+            TABLE.c.tenant_id == tenant,
+            TABLE.c.session_id == session,
+            TABLE.c.turn.is_(None),
+            TABLE.c.type.in_(types),
+        )
+        .limit(1)
+    )
+    return (await connection.execute(query)).first() is not None
+
+
+async def waiting_size(
+    connection: AsyncConnection, tenant: str, session: str, types: Sequence[str]
+) -> tuple[int, int]:
+    """How many events of some types no turn has taken, and the characters of their bodies."""
+    size = func.coalesce(func.sum(func.length(cast(TABLE.c.body, Text))), 0)
+    query = select(func.count(), size).where(
+        TABLE.c.tenant_id == tenant,
+        TABLE.c.session_id == session,
+        TABLE.c.turn.is_(None),
+        TABLE.c.type.in_(types),
+    )
+    count, characters = (await connection.execute(query)).one()
+    return int(count), int(characters)
 
 
 async def of_turn(

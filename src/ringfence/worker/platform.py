@@ -12,19 +12,23 @@ import asyncio
 import contextlib
 from dataclasses import dataclass, field
 
+import structlog
+
 from ringfence.control import turns
 from ringfence.control.outbox import Outbox
-from ringfence.errors import CallerError, RingfenceError
+from ringfence.errors import CODES, CallerError, RingfenceError
 from ringfence.queue.protocol import Queue
 from ringfence.store import deleted, sessions
 from ringfence.store.blobs import GRACE_SECONDS
 from ringfence.store.database import Database, now
 from ringfence.worker.turn import TurnHandler
 
+_LOG = structlog.get_logger("ringfence.worker")
 _SWEEP_SECONDS = 3.0
 _FILES_SECONDS = 3600.0
 """Files of a session that the database does not know are kept for so long."""
 _AT_ONCE = 100
+_LETTERS = 500
 _FILES_EVERY = 20
 """Sweeps between two looks at the sessions' files."""
 
@@ -37,13 +41,19 @@ class Sweeper:
     queue: Queue
     handler: TurnHandler | None = None
     _abandoned: set[str] = field(default_factory=set)
+    _letter: str = ""
     _sweeps: int = 0
 
     async def run(self) -> None:
         """Until it is cancelled. What is away is asked again later."""
         while True:
-            with contextlib.suppress(RingfenceError):
+            try:
                 await self.sweep()
+            except RingfenceError as error:
+                _LOG.warning("what was left undone waits", code=error.code)
+            except Exception as error:  # noqa: BLE001
+                # a loop that ends would leave dead letters unsaid for as long as the worker lives
+                _LOG.error("the sweep failed", why=type(error).__name__)
             await asyncio.sleep(_SWEEP_SECONDS)
 
     async def sweep(self) -> None:
@@ -57,16 +67,17 @@ class Sweeper:
         self._sweeps += 1
 
     async def _bury(self) -> None:
-        """Dead letters of the queue end their turns, so that their callers can go on."""
-        after = ""
-        while letters := await self.queue.dead_letters(after=after):
-            for letter in letters:
-                if letter.run_id not in self._abandoned:
-                    with contextlib.suppress(CallerError):
-                        async with self.database.writing() as connection:
-                            await turns.abandon(connection, letter.run_id, letter.reason)
-                    self._abandoned.add(letter.run_id)
-            after = letters[-1].run_id
+        """Dead letters of the queue end their turns, so that their callers can go on. A page a
+        look: they are kept for months, and are many where somebody makes them on purpose.
+        """
+        letters = await self.queue.dead_letters(after=self._letter, limit=_LETTERS)
+        self._letter = letters[-1].run_id if len(letters) == _LETTERS else ""
+        for letter in letters:
+            if letter.run_id not in self._abandoned:
+                with contextlib.suppress(CallerError):
+                    async with self.database.writing() as connection:
+                        await turns.abandon(connection, letter.run_id, told_reason(letter.reason))
+                self._abandoned.add(letter.run_id)
 
     async def _forget_transcripts(self) -> None:
         """Of deleted sessions. One that an attempt holds still, which nobody told yet that its
@@ -111,6 +122,16 @@ class Sweeper:
                 known = await sessions.find(connection, name)
             if known is None:
                 await self.handler.workspaces.remove(name)
+
+
+def told_reason(reason: str) -> str:
+    """What a caller is told of a dead letter: a known code, never the words of an exception, which
+    may name the host's paths and the operator's servers. The operator has them: `queue dead`.
+    """
+    code = reason.partition(":")[0]
+    if code not in CODES:
+        return "the worker failed each time; its operator can see why"
+    return f"{code}: {CODES[code]}"
 
 
 async def serve_turns(handler: TurnHandler, *, slots: int, stop: asyncio.Event) -> None:

@@ -26,6 +26,8 @@ _BATCH = 200
 _TRIES, _PAUSE_SECONDS = 5, 0.25
 MOST_WAITING = 20_000
 """Events that may wait for the database; more come from an agent that floods, or for no one."""
+MOST_CHARACTERS = 64 << 20
+"""Of their bodies together, about: the worker has other tenants' turns beside this one."""
 
 
 class Telling:
@@ -38,6 +40,8 @@ class Telling:
     def __init__(self, database: Database, turn: Turn, *, broken: Callable[[], None]) -> None:
         self._database, self._turn, self._broken = database, turn, broken
         self._waiting: list[NewEvent] = []
+        self._characters = 0
+        self._flooded = False
         self._usages: list[Usage] = []
         self._woken = asyncio.Event()
         self._closing = False
@@ -45,6 +49,16 @@ class Telling:
 
     def put(self, events: Sequence[NewEvent], usage: Usage | None = None) -> None:
         """To be appended soon."""
+        if self._flooded:
+            return
+        self._characters += sum(_size(event) for event in events)
+        if self._characters > MOST_CHARACTERS or len(self._waiting) > MOST_WAITING:
+            # not at the next append, which may wait for the database as long as it is away
+            self._flooded = True
+            self._waiting.clear()
+            self._broken()
+            self._woken.set()
+            return
         self._waiting += [replace(event, id=event.id or new_event_id()) for event in events]
         if usage is not None and usage != Usage():
             self._usages.append(usage)
@@ -82,12 +96,13 @@ class Telling:
             self._woken.clear()
 
     async def _append_all(self) -> None:
-        while self._waiting or self._usages:
-            if len(self._waiting) > MOST_WAITING:
+        while self._waiting or self._usages or self._flooded:
+            if self._flooded:
                 raise AgentError("agent-protocol", "events come faster than they can be kept")
             batch, usages = self._waiting[:_BATCH], list(self._usages)
             usage = sum(usages, Usage())
             await self._append(batch, usage)
+            self._characters -= sum(_size(event) for event in batch)
             del self._waiting[: len(batch)]
             del self._usages[: len(usages)]
             self.used = self.used + usage
@@ -109,3 +124,8 @@ class Telling:
         """Whether a commit whose answer was lost has been made all the same."""
         turn, names = self._turn, [event.id for event in batch[:1] if event.id is not None]
         return bool(await rows.named(connection, turn.tenant, turn.session_id, names))
+
+
+def _size(event: NewEvent) -> int:
+    """Characters of a body, about: repr goes through all of it once."""
+    return len(repr(event.body))
