@@ -195,13 +195,15 @@ class GatewaySettings(_Frozen):
         answer_seconds: how long what is written to a caller may wait to be taken.
         requests_per_minute: of one API key, in one gateway process.
         failures_per_minute: requests without a good key from one address, in one process.
-        streams: event streams at a time, in one process; streams_per_tenant: of one tenant.
+        streams: event streams at a time, in one process; streams_per_tenant: of one tenant, half
+            of them unless set.
         stream_alive_seconds: silence of a stream after which a comment goes out.
         stream_write_seconds: a stream whose reader takes nothing for so long is cut.
         connections, connections_per_address: held at once, in one process. The longest silent one
             makes room; those of `trusted_proxies` have no bound of their own.
         concurrency, concurrency_per_key: requests in hand at once, after their key was found good;
-            event streams are none of them.
+            event streams are none of them. concurrency_per_tenant: of all keys of one tenant, half
+            of `concurrency` unless set.
         grace_seconds: how long requests may go on after SIGTERM.
         definition_kb: largest agent or environment, with all that it leaves out written out.
         page_kb: definitions of one page of a list; the page ends early, and another follows.
@@ -210,7 +212,8 @@ class GatewaySettings(_Frozen):
         unrestricted: `policy` lets an environment ask for every host that the operator's policy
             names at once; nothing makes it reach more.
         package_hosts: what `allow_package_managers` stands for; each must be in the policy, too.
-        max_file_mb: largest file of an upload. file_seconds: how long an upload may take in all.
+        max_file_mb: largest file of an upload. file_seconds: how long an upload or a download may
+            take in all.
         file_quota_mb: what the files of one tenant may take together.
         download_uploads: whether what was uploaded may be downloaded again; what sessions make may.
         oidc: an issuer of bearer tokens; without one there are API keys alone.
@@ -227,13 +230,14 @@ class GatewaySettings(_Frozen):
     requests_per_minute: float = Field(default=1200.0, gt=0)
     failures_per_minute: float = Field(default=60.0, gt=0)
     streams: int = Field(default=768, ge=0)
-    streams_per_tenant: int = Field(default=512, ge=0)
+    streams_per_tenant: int | None = Field(default=None, ge=0)
     stream_alive_seconds: float = Field(default=15.0, gt=0, le=3600)
     stream_write_seconds: float = Field(default=20.0, gt=0, le=3600)
     connections: int = Field(default=2048, ge=1)
     connections_per_address: int = Field(default=256, ge=1)
     concurrency: int = Field(default=256, ge=1)
     concurrency_per_key: int = Field(default=64, ge=1)
+    concurrency_per_tenant: int | None = Field(default=None, ge=1)
     grace_seconds: float = Field(default=30.0, gt=0, le=3600)
     definition_kb: int = Field(default=128, ge=1, le=65_536)
     page_kb: int = Field(default=2048, ge=1, le=65_536)

@@ -148,7 +148,7 @@ CODES: dict[str, str] = {
     "workspace-mismatch": "A request names another workspace than its API key's.",
     "idempotency-mismatch": "An Idempotency-Key was used before, for another request.",
     "request-too-large": "A request's body is larger than the gateway takes.",
-    "request-too-slow": "A request's body did not arrive in time.",
+    "request-too-slow": "A request's body did not arrive, or a file was not taken, in time.",
     "request-rate": "More requests than the gateway takes from one key or address.",
     "gateway-busy": "The gateway has as many requests in hand as it takes.",
     "tenant-full": "A tenant has as many things of one kind as it may.",

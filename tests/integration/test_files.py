@@ -295,6 +295,18 @@ def test_a_content_that_was_changed_on_the_disk_never_arrives_whole(
     assert caught.value.error_code == "file_damaged"
 
 
+def test_a_download_has_its_time_in_all(
+    rig: Rig, client: Anthropic, request: pytest.FixtureRequest
+) -> None:
+    """A time that is over when the second chunk goes out stands for a reader that dawdles."""
+    made = client.beta.files.upload(file=("a", b"x" * 3 * MB))
+    hasty = Rig(place=rig.place, settings=GatewaySettings(file_seconds=1e-6))
+    with hasty.serving() as url, raw(rig, url, request) as plain:
+        with pytest.raises(httpx2.RemoteProtocolError):
+            plain.get(f"/v1/files/{made.id}/content")
+    assert len(client.beta.files.download(made.id).read()) == 3 * MB
+
+
 def test_uploads_may_be_for_mounting_only(rig: Rig) -> None:
     settings = GatewaySettings(download_uploads=False)
     with Rig(place=rig.place, settings=settings).serving() as url:

@@ -17,7 +17,7 @@ from ringfence.control import keys
 from ringfence.errors import UnavailableError
 from ringfence.gateway.guard import Guard
 from ringfence.gateway.health import Readiness
-from ringfence.gateway.limits import Buckets, Places, Seen
+from ringfence.gateway.limits import Buckets, Places, Seen, half_unless
 from ringfence.store.database import Database
 
 
@@ -202,6 +202,46 @@ async def test_requests_in_hand_are_counted_after_admission(database: Counting) 
         assert (await ask(guard, text))[0] == 200
 
 
+async def held_by(guard: Guard, most: int) -> None:
+    async with asyncio.timeout(20):
+        while guard._places._taken < most:
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize(("stated", "most"), [(None, 3), (5, 5)])
+async def test_the_keys_of_one_tenant_leave_room_for_others(
+    database: Counting, stated: int | None, most: int, seen: bool
+) -> None:
+    app = App()
+    guard = guard_of(
+        database, app, concurrency=6, concurrency_per_key=2, concurrency_per_tenant=stated
+    )
+    many = [await key(database, "greedy") for _ in range(6)]
+    modest = await key(database, "modest")
+    if seen:
+        assert [(await ask(guard, text))[0] for text in many] == [200] * 6
+    app.go.clear()
+    held = [asyncio.ensure_future(ask(guard, text)) for text in many[:most]]
+    await held_by(guard, most)
+    status, headers, code = await asyncio.wait_for(ask(guard, many[most]), 20)
+    assert (status, code, headers["retry-after"]) == (429, "request_rate", "1")
+    # the refused one holds no place of its key either
+    assert (guard._places._taken, guard._tenants._taken) == (most, most)
+    held.append(asyncio.ensure_future(ask(guard, modest)))
+    await held_by(guard, most + 1)
+    app.go.set()
+    assert [(await one)[0] for one in held] == [200] * (most + 1)
+    assert (await ask(guard, many[most]))[0] == 200
+    assert not guard._places._names
+    assert not guard._tenants._names
+
+
+def test_a_tenant_has_half_of_the_streams_unless_told_otherwise() -> None:
+    assert [half_unless(None, most) for most in (0, 1, 2, 768)] == [0, 1, 1, 384]
+    assert half_unless(768, 768) == 768
+
+
 async def test_one_key_does_not_hold_the_database(database: Counting) -> None:
     guard = guard_of(database, concurrency_per_key=3, requests_per_minute=1000)
     text = await key(database)
@@ -277,8 +317,8 @@ def test_places_that_nobody_holds_are_forgotten() -> None:
 def test_what_was_seen_is_bounded() -> None:
     seen = Seen()
     for number in range(10_001):
-        seen.add(str(number).encode(), f"key_{number}")
+        seen.add(str(number).encode(), f"key_{number}", "acme")
     assert seen.get(b"0") is None
-    assert seen.get(b"10000") == "key_10000"
+    assert seen.get(b"10000") == ("key_10000", "acme")
     seen.forget(b"10000")
     assert seen.get(b"10000") is None

@@ -46,10 +46,11 @@ _MIME = re.compile(r"[a-z0-9!#$&^_.+-]{1,63}/[a-z0-9!#$&^_.+-]{1,63}")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileLimits:
-    """What the operator has settled. Bytes."""
+    """What the operator has settled. Bytes; seconds: of a download in all."""
 
     file: int
     tenant: int
+    seconds: float = 900.0
     download_uploads: bool = True
 
 

@@ -34,6 +34,7 @@ def keeping(state_dir: Path, settings: GatewaySettings) -> Keeping:
         limits=FileLimits(
             file=settings.max_file_mb << 20,
             tenant=settings.file_quota_mb << 20,
+            seconds=settings.file_seconds,
             download_uploads=settings.download_uploads,
         ),
         vault=VaultPaths(state_dir),

@@ -33,6 +33,7 @@ from ringfence.gateway import (
 )
 from ringfence.gateway.fanout import Fanout
 from ringfence.gateway.guard import OPEN, Guard
+from ringfence.gateway.limits import half_unless
 from ringfence.gateway.streams import Pace
 from ringfence.gateway.support import refusal
 from ringfence.gateway.tidying import tidying
@@ -92,7 +93,8 @@ def create_app(
     app.state.document = None
     app.state.fanout = app.state.outbox = None
     if database is not None:
-        app.state.fanout = Fanout(database, total=bounds.streams, each=bounds.streams_per_tenant)
+        each = half_unless(bounds.streams_per_tenant, bounds.streams)
+        app.state.fanout = Fanout(database, total=bounds.streams, each=each)
         app.state.outbox = queue and Outbox(database, queue)
     app.state.pace = Pace(alive=bounds.stream_alive_seconds, write=bounds.stream_write_seconds)
     app.state.keeping = keeping

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -186,13 +187,18 @@ async def download(
     """Download a file."""
     async with database(request).reading() as connection:
         row = await files.downloadable(connection, caller, file_id)
-    source = _content(keeping(request), caller.tenant, row)
+    keep = keeping(request)
+    source = _content(keep, caller.tenant, row)
+    # whoever takes a chunk now and then is never silent, and would keep its place for hours
+    deadline = time.monotonic() + keep.limits.seconds
     # opened, and its size compared, before the answer begins
     first = await anext(source, b"")
 
     async def whole() -> AsyncIterator[bytes]:
         yield first
         async for data in source:
+            if time.monotonic() > deadline:
+                raise CallerError("request-too-slow", "the file was not taken in time")
             yield data
 
     headers = {

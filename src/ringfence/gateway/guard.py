@@ -36,7 +36,7 @@ from ringfence.control.tenancy import Caller
 from ringfence.errors import CallerError, DeniedError, RingfenceError, UnavailableError
 from ringfence.gateway.address import Proxies, group
 from ringfence.gateway.issuer import Issuer
-from ringfence.gateway.limits import Buckets, Places, Seen
+from ringfence.gateway.limits import Buckets, Places, Seen, half_unless
 from ringfence.gateway.wire import Answer, answer
 from ringfence.store.database import Database
 
@@ -110,6 +110,9 @@ class Guard:
         failures = settings.failures_per_minute
         self._by_address = Buckets(per_minute=failures, burst=max(1.0, failures))
         self._places = Places(most=settings.concurrency, per_name=settings.concurrency_per_key)
+        each = half_unless(settings.concurrency_per_tenant, settings.concurrency)
+        # a tenant makes keys as it likes: what one key may hold is no bound for it
+        self._tenants = Places(most=settings.concurrency, per_name=each)
         self._seen = Seen()
         self._strangers = asyncio.Semaphore(_STRANGERS)
         self._waiting = Places(most=_STRANGERS_WAITING, per_name=_STRANGERS_WAITING)
@@ -197,14 +200,14 @@ class Guard:
     async def _authenticated(self, text: str, exchange: _Exchange) -> Caller:
         """The caller, with its place among those in hand."""
         mark = hashlib.sha256(text.encode()).digest()
-        name = self._seen.get(mark)
-        if name is None:
+        known = self._seen.get(mark)
+        if known is None:
             caller = await self._newcomer(text, exchange.address)
-            self._seen.add(mark, caller.key_id)
-            self._enter(caller.key_id, exchange)
+            self._seen.add(mark, caller.key_id, caller.tenant)
+            self._enter(caller.key_id, caller.tenant, exchange)
             return caller
         # before the look-up: however many one key sends, they do not hold the database together
-        self._enter(name, exchange)
+        self._enter(*known, exchange)
         try:
             return await self._looked_up(text)
         except DeniedError:
@@ -249,16 +252,24 @@ class Guard:
         finally:
             self._waiting.leave("")
 
-    def _enter(self, name: str, exchange: _Exchange) -> None:
+    def _enter(self, key: str, tenant: str, exchange: _Exchange) -> None:
         """Take a place among those in hand, for one of the key's requests."""
-        if wait := self._by_key.take(name, time.monotonic()):
+        if wait := self._by_key.take(key, time.monotonic()):
             raise RateError(wait)
-        match self._places.enter(name):
+        match self._places.enter(key):
             case "full":
                 raise BusyError
             case "name-full":
                 raise RateError(_BUSY_SECONDS)
-        exchange.leave = lambda: self._places.leave(name)
+        if self._tenants.enter(tenant) is not None:
+            self._places.leave(key)
+            raise RateError(_BUSY_SECONDS)
+
+        def leave() -> None:
+            self._places.leave(key)
+            self._tenants.leave(tenant)
+
+        exchange.leave = leave
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
         """The whole body, so that no route waits for a slow sender or holds an endless one."""

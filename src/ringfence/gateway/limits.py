@@ -38,6 +38,13 @@ class Buckets:
             self._levels[name] = (min(self._burst, level + 1.0), then)
 
 
+def half_unless(stated: int | None, most: int) -> int:
+    """What one tenant may have of `most` places: half, rounded up, so that no tenant can take all
+    from the others, unless the operator states another number.
+    """
+    return (most + 1) // 2 if stated is None else stated
+
+
 class Places:
     """How many are in hand at once: `most` in all, `per_name` of one."""
 
@@ -67,18 +74,20 @@ class Places:
 
 
 class Seen:
-    """Names under which the latest callers were let in, `_KEPT` of them, by what they showed."""
+    """Key and tenant under which the latest callers were let in, `_KEPT` of them, by what they
+    showed.
+    """
 
     def __init__(self) -> None:
-        self._names: OrderedDict[bytes, str] = OrderedDict()
+        self._names: OrderedDict[bytes, tuple[str, str]] = OrderedDict()
 
-    def get(self, shown: bytes) -> str | None:
-        """The name; None when it is not remembered."""
+    def get(self, shown: bytes) -> tuple[str, str] | None:
+        """Key and tenant; None when they are not remembered."""
         return self._names.get(shown)
 
-    def add(self, shown: bytes, name: str) -> None:
-        """Remember it as the latest."""
-        self._names[shown] = name
+    def add(self, shown: bytes, key: str, tenant: str) -> None:
+        """Remember them as the latest."""
+        self._names[shown] = key, tenant
         self._names.move_to_end(shown)
         if len(self._names) > _KEPT:
             self._names.popitem(last=False)
