@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from ringfence.control import turns
 from ringfence.control.outbox import Outbox
-from ringfence.errors import CallerError, RingfenceError
+from ringfence.errors import CallerError, RingfenceError, UnavailableError
 from ringfence.queue.protocol import Queue
 from ringfence.store import deleted, sessions
 from ringfence.store.blobs import GRACE_SECONDS
@@ -110,7 +110,9 @@ class Sweeper:
             async with self.database.reading() as connection:
                 known = await sessions.find(connection, name)
             if known is None:
-                await self.handler.workspaces.remove(name)
+                # held still: it is looked at again later
+                with contextlib.suppress(UnavailableError):
+                    await self.handler.workspaces.remove(name)
 
 
 async def serve_turns(handler: TurnHandler, *, slots: int, stop: asyncio.Event) -> None:
