@@ -12,7 +12,7 @@ import contextlib
 import fcntl
 import os
 import re
-import shutil
+import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,9 +23,11 @@ from ringfence.sandbox.applying import recover_all
 from ringfence.sandbox.opening import WORKSPACES
 from ringfence.sandbox.saved import load_changes
 from ringfence.store.files import write_whole
-from ringfence.worker.workspaces import WorkspaceStore
+from ringfence.worker.workspaces import WorkspaceStore, remove_tree
 
 _SESSION = re.compile(r"[A-Za-z0-9_-]{1,110}", re.ASCII)
+_DRAFT = re.compile(r"\.[A-Za-z0-9_-]{1,110}\.[0-9a-f]{16}", re.ASCII)
+"""What was being made or removed when its worker died."""
 
 
 class SessionDirectories:
@@ -164,28 +166,38 @@ class SessionDirectories:
         file.unlink()
 
     def unused(self, seconds: float) -> list[str]:
-        """Sessions whose directory here has not changed for so long, by its own time."""
+        """Names, drafts' too, of what has not changed here for so long, by its own time."""
         if not self._root.is_dir():
             return []
         until = time.time() - seconds
         return [path.name for path in self._root.iterdir() if path.lstat().st_mtime < until]
 
     async def remove(self, session_id: str) -> None:
-        """Forget a session's files. Links are not followed.
+        """Forget a session's files, or a draft that `unused` named. Links are not followed.
 
         Raises:
             UnavailableError: `session-busy` while an attempt works in them.
         """
-        if _SESSION.fullmatch(session_id):
+        if _DRAFT.fullmatch(session_id):
+            await asyncio.to_thread(remove_tree, self._root / session_id)
+        elif _SESSION.fullmatch(session_id):
             with self.held(session_id):
                 await self._clear(session_id)
                 # only by its holder: who waits for the file that goes looks at the name again
                 (self._locks / session_id).unlink(missing_ok=True)
 
+    def _away(self, path: Path) -> None:
+        """Out of the way first: what its agent made unremovable must not stand where the session
+        is restored to.
+        """
+        gone = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(gone)
+            remove_tree(gone)
+
     async def _clear(self, session_id: str) -> None:
         if _SESSION.fullmatch(session_id):
-            path = self._root / session_id
-            await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
+            await asyncio.to_thread(self._away, self._root / session_id)
             (self._marks / session_id).unlink(missing_ok=True)
 
 
