@@ -42,6 +42,7 @@ from ringfence.worker.turn import TurnHandler
 from ringfence.worker.workspaces import WorkspaceStore
 from session_rig import a_session, a_tenant, rows_of, say
 
+MISSING = {"type": "file", "file_id": "file_x", "mount_path": "/mnt/session/x"}
 CEILING = Ceiling(policy=from_mapping({"version": 1, "preset": "ci"}))
 
 
@@ -227,6 +228,31 @@ async def test_a_host_without_room_takes_nothing(
     assert caught.value.seconds == 2.0
     row, _ = await rows_of(database, session)
     assert row.attempt == 0
+
+
+async def test_one_attempt_at_a_time_works_in_a_directory(
+    database: Database, queue: EmbeddedQueue, tmp_path: Path
+) -> None:
+    """The later one has the turn, and waits until the stalled one has let the files go."""
+    session = await with_message(database, resources=[MISSING])
+    store = SqliteSessionStore(tmp_path / "sessions.sqlite")
+    station = SimpleNamespace(sessions=store, config=SimpleNamespace(state_dir=tmp_path))
+    made = replace(handler(database, queue, tmp_path), station=cast("Any", station))
+    stalled = await claimed(database, session)
+    with made.workspaces.held(session):
+        with pytest.raises(RetryAfter):
+            await made(lease(session, 2))
+        with pytest.raises(UnavailableError):
+            await made.workspaces.remove(session)
+    row, _ = await rows_of(database, session)
+    assert row.status is SessionStatus.RESCHEDULING
+    async with database.reading() as connection:
+        assert (await turns.inbox(connection, stalled)).terminated
+    assert await made(lease(session, 3)) is RunStatus.FAILED
+    with made.workspaces.held(session):
+        assert (tmp_path / "state" / "workspaces" / session).is_dir()
+    await made.workspaces.remove(session)
+    assert [path.name for path in (tmp_path / "state").rglob(f"*{session}*")] == []
 
 
 async def test_calls_of_an_attempt_that_was_lost_get_their_result(

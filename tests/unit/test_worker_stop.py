@@ -14,8 +14,9 @@ from ringfence.policy.compile import compile_policy
 from ringfence.policy.load import load_policy
 from ringfence.sandbox.protocol import Changes
 from ringfence.testing.fakes import MemoryRecorder
+from ringfence.worker import leases
 from ringfence.worker.attempt import Attempt
-from ringfence.worker.control import RunControl
+from ringfence.worker.control import RunControl, Wish
 from ringfence.worker.leases import heartbeat
 
 
@@ -84,7 +85,7 @@ def test_a_cancellation_is_not_lost_at_the_end_of_a_lease() -> None:
             """Not reached."""
 
     async def ends() -> None:
-        async with heartbeat(Lease()):  # type: ignore[arg-type]
+        async with heartbeat(Lease(), lambda _: None):  # type: ignore[arg-type]
             await asyncio.sleep(0)
         await asyncio.sleep(10)
 
@@ -97,3 +98,28 @@ def test_a_cancellation_is_not_lost_at_the_end_of_a_lease() -> None:
         return bool(done) and task.cancelled()
 
     assert asyncio.run(cancelled())
+
+
+@pytest.mark.parametrize(("code", "ends"), [("session-busy", True), ("store-unavailable", False)])
+def test_a_lost_lease_ends_its_run(code: str, ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another attempt has the session: this one's agent must not go on until it writes."""
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.04)
+
+    class Lease:
+        times = 0
+
+        def renew(self) -> None:
+            self.times += 1
+            raise UnavailableError(code, "why")
+
+    async def run() -> tuple[Attempt, int]:
+        one, lease = attempt(MemoryRecorder()), Lease()
+        async with heartbeat(lease, one._lost):  # type: ignore[arg-type]
+            await asyncio.sleep(0.3)
+        return one, lease.times
+
+    one, times = asyncio.run(run())
+    assert (one._control.wish is Wish.CANCEL) is ends
+    # not the caller's wish: the queue is told that the run came to no end
+    assert (one._outcome.failure is not None) is ends
+    assert (times == 1) is ends

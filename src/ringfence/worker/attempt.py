@@ -195,8 +195,13 @@ class Attempt:
             sessions.lease, self._session_id, self.run_id, claim=self._claim
         )
         stack.push_async_callback(asyncio.to_thread, lease.release)
-        await stack.enter_async_context(heartbeat(lease))
+        await stack.enter_async_context(heartbeat(lease, self._lost))
         return lease
+
+    def _lost(self, error: RingfenceError) -> None:
+        """Another has the session by now: what goes on here would work beside it."""
+        self._outcome.fail(error)
+        self._control.cancel()
 
     async def _record_start(self) -> None:
         station, request, policy = self._station, self._request, self._policy

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from ringfence.errors import UnavailableError
@@ -13,15 +12,24 @@ from ringfence.record.session_base import LEASE_SECONDS
 
 
 @asynccontextmanager
-async def heartbeat(lease: LeasedStore) -> AsyncIterator[None]:
-    """Renew the lease while the block runs; a lost lease is seen by the next write."""
+async def heartbeat(
+    lease: LeasedStore, lost: Callable[[UnavailableError], None]
+) -> AsyncIterator[None]:
+    """Renew the lease while the block runs. `lost` is called once if another has taken it: an
+    agent that runs a long tool writes nothing for hours, and would see it at the next write. A
+    store that is away takes no lease from anyone: it is asked again.
+    """
 
     async def beat() -> None:
         while True:
             await asyncio.sleep(LEASE_SECONDS / 4)
-            with contextlib.suppress(UnavailableError):
+            try:
                 # in a thread: another process may hold the file's lock for seconds
                 await asyncio.to_thread(lease.renew)
+            except UnavailableError as error:
+                if error.code == "session-busy":
+                    lost(error)
+                    return
 
     task = asyncio.get_running_loop().create_task(beat())
     try:

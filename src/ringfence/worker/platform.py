@@ -16,7 +16,7 @@ import structlog
 
 from ringfence.control import turns
 from ringfence.control.outbox import Outbox
-from ringfence.errors import CODES, CallerError, RingfenceError
+from ringfence.errors import CODES, CallerError, RingfenceError, UnavailableError
 from ringfence.queue.protocol import Queue
 from ringfence.store import deleted, sessions
 from ringfence.store.blobs import GRACE_SECONDS
@@ -121,7 +121,9 @@ class Sweeper:
             async with self.database.reading() as connection:
                 known = await sessions.find(connection, name)
             if known is None:
-                await self.handler.workspaces.remove(name)
+                # held still: it is looked at again later
+                with contextlib.suppress(UnavailableError):
+                    await self.handler.workspaces.remove(name)
 
 
 def told_reason(reason: str) -> str:

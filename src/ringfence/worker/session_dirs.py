@@ -8,9 +8,13 @@ walked by name, and no program of the host is started in it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
+import os
 import re
-import shutil
+import secrets
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from ringfence.errors import CallerError, UnavailableError, words
@@ -19,9 +23,11 @@ from ringfence.sandbox.applying import recover_all
 from ringfence.sandbox.opening import WORKSPACES
 from ringfence.sandbox.saved import load_changes
 from ringfence.store.files import write_whole
-from ringfence.worker.workspaces import WorkspaceStore
+from ringfence.worker.workspaces import WorkspaceStore, remove_tree
 
 _SESSION = re.compile(r"[A-Za-z0-9_-]{1,110}", re.ASCII)
+_DRAFT = re.compile(r"\.[A-Za-z0-9_-]{1,110}\.[0-9a-f]{16}", re.ASCII)
+"""What was being made or removed when its worker died."""
 
 
 class SessionDirectories:
@@ -34,12 +40,40 @@ class SessionDirectories:
     def __init__(self, state_dir: Path, snapshots: WorkspaceStore | None = None) -> None:
         self._state_dir, self._snapshots = state_dir, snapshots
         self._root, self._marks = state_dir / WORKSPACES, state_dir / "workspace-snapshots"
+        self._locks = state_dir / "workspace-locks"
+
+    @contextlib.contextmanager
+    def held(self, session_id: str) -> Iterator[None]:
+        """The session's directory is one attempt's while the block runs. The transcript's lease
+        is a later attempt's at once; the sandbox of an earlier one, which is stalled and not dead,
+        may still have the directory mounted.
+
+        Raises:
+            CallerError: `session-unknown`.
+            UnavailableError: `session-busy` while another has it; `host-failed`.
+        """
+        lock = self._locks / self._path(session_id).name
+        try:
+            self._locks.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor = _locked(lock)
+        except OSError as error:
+            raise UnavailableError(
+                "host-failed", f"the workspace cannot be locked: {words(error)}"
+            ) from None
+        if descriptor is None:
+            raise UnavailableError(
+                "session-busy", f"another attempt works in the directory of {session_id}"
+            )
+        try:
+            yield
+        finally:
+            os.close(descriptor)
 
     async def open(
         self, session_id: str, *, tenant: str = "", reference: str | None = None
     ) -> Path:
-        """The session's directory: as it is here, when it grew from the session's snapshot; made
-        from that, when it did not; empty, when there is neither.
+        """The session's directory, which the caller holds: as it is here, when it grew from the
+        session's snapshot; made from that, when it did not; empty, when there is neither.
 
         Raises:
             CallerError: `session-unknown`, `snapshot-unknown`.
@@ -50,7 +84,7 @@ class SessionDirectories:
             if reference is not None and self._snapshots is not None:
                 here = await asyncio.to_thread(self._grew_from, session_id)
                 if here != reference:
-                    await self.remove(session_id)
+                    await self._clear(session_id)
                     await asyncio.to_thread(self._ready, path)
                     await self._snapshots.restore(
                         reference, path, tenant=tenant, session=session_id
@@ -132,15 +166,55 @@ class SessionDirectories:
         file.unlink()
 
     def unused(self, seconds: float) -> list[str]:
-        """Sessions whose directory here has not changed for so long, by its own time."""
+        """Names, drafts' too, of what has not changed here for so long, by its own time."""
         if not self._root.is_dir():
             return []
         until = time.time() - seconds
         return [path.name for path in self._root.iterdir() if path.lstat().st_mtime < until]
 
     async def remove(self, session_id: str) -> None:
-        """Forget a session's files. Links are not followed."""
+        """Forget a session's files, or a draft that `unused` named. Links are not followed.
+
+        Raises:
+            UnavailableError: `session-busy` while an attempt works in them.
+        """
+        if _DRAFT.fullmatch(session_id):
+            await asyncio.to_thread(remove_tree, self._root / session_id)
+        elif _SESSION.fullmatch(session_id):
+            with self.held(session_id):
+                await self._clear(session_id)
+                # only by its holder: who waits for the file that goes looks at the name again
+                (self._locks / session_id).unlink(missing_ok=True)
+
+    def _away(self, path: Path) -> None:
+        """Out of the way first: what its agent made unremovable must not stand where the session
+        is restored to.
+        """
+        gone = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(gone)
+            remove_tree(gone)
+
+    async def _clear(self, session_id: str) -> None:
         if _SESSION.fullmatch(session_id):
-            path = self._root / session_id
-            await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
+            await asyncio.to_thread(self._away, self._root / session_id)
             (self._marks / session_id).unlink(missing_ok=True)
+
+
+def _locked(path: Path) -> int | None:
+    """Descriptor that holds the lock until it is closed; None where another has it. No program
+    that is started inherits it.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # removed between: a lock on a file without a name keeps nobody out

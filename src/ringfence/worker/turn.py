@@ -139,6 +139,7 @@ class TurnHandler:
         if said is not None and said[0] is Progress.DONE and view is not WorkspaceMode.REVIEW:
             return await self.settle(turn, await self._done(turn, said[1], lost))
         async with AsyncExitStack() as stack:
+            await self._hold(turn, stack)
             try:
                 request = request_of(turn, plan, prompt, said[0] if said else None)
                 request = await self._placed(turn, request)
@@ -148,6 +149,21 @@ class TurnHandler:
                 return await self.settle(turn, refused(error))
             work = _Work(self, turn, plan, request, lost, told, sealed=sealed, files=files)
             return await work.run()
+
+    async def _hold(self, turn: Turn, stack: AsyncExitStack) -> None:
+        """Nobody else works in the session's directory until the stack ends.
+
+        Raises:
+            RetryAfter: an attempt that was given up has it still; it ends when it finds that out.
+        """
+        try:
+            stack.enter_context(self.workspaces.held(turn.session_id))
+        except UnavailableError as error:
+            if error.code != "session-busy":
+                raise
+            async with self.database.writing() as connection:
+                await turns.put_off(connection, turn)
+            raise RetryAfter(_BUSY_SECONDS, error.message) from None
 
     async def _placed(self, turn: Turn, request: RunRequest) -> RunRequest:
         place = await self.workspaces.open(

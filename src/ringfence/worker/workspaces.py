@@ -213,7 +213,7 @@ class WorkspaceStore:
                 self._fill(draft, manifest, tenant, owner, stop)
                 draft.rename(directory)
             except BaseException:
-                _remove(draft)
+                remove_tree(draft)
                 raise
         except FileExistsError:
             raise _occupied(directory) from None
@@ -467,16 +467,21 @@ def _set_mode(root: int, path: bytes, mode: int) -> None:
         os.close(handle)
 
 
-def _remove(draft: Path) -> None:
-    """Also what already has the modes that somebody hostile gave it."""
+def remove_tree(draft: Path) -> None:
+    """Also what already has the modes that somebody hostile gave it; what withstands is left. The
+    name is ours, and no link; what stands above it, too.
+    """
     with contextlib.suppress(OSError, RingfenceError):
+        draft.chmod(0o700)
         root = os.open(draft, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             for _ in walk(root, max_entries=1 << 32, max_depth=1 << 12, unlock=True):
                 pass
         finally:
             os.close(root)
-    shutil.rmtree(draft, ignore_errors=True)
+    # a tree that is deeper than the interpreter's stack
+    with contextlib.suppress(RecursionError):
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _occupied(directory: Path) -> CallerError:
