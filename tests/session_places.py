@@ -73,9 +73,19 @@ class Valkey:
             stdout=subprocess.DEVNULL,
         )
         end = time.monotonic() + 60
-        while time.monotonic() < end and not (self.place / "socket").exists():
+        while time.monotonic() < end and not self._answers():
             assert self._process.poll() is None
             time.sleep(0.02)
+
+    def _answers(self) -> bool:
+        """It listens before it has loaded what it wrote down."""
+        import redis
+
+        try:
+            with redis.Redis.from_url(self.url) as client:
+                return bool(client.ping())
+        except redis.exceptions.ConnectionError:
+            return False
 
     def stop(self) -> None:
         if self._process is not None:

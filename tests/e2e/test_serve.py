@@ -80,18 +80,17 @@ def test_keys_and_serve(tmp_path: Path) -> None:
 def served(state: Path, **settings: str) -> Iterator[tuple[subprocess.Popen[str], int, str]]:
     """A gateway of its own process, its port, and a key."""
     key = Rig(place=sqlite_place(state)).key().text
-    server = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "ringfence", "serve", "--port", "0"],
         env={**os.environ, "RINGFENCE_STATE_DIR": str(state), **settings},
         stdout=subprocess.PIPE,
         text=True,
-    )
-    try:
-        assert server.stdout is not None
-        yield server, int(server.stdout.readline().strip().rpartition(":")[2]), key
-    finally:
-        server.kill()
-        server.wait()
+    ) as server:
+        try:
+            assert server.stdout is not None
+            yield server, int(server.stdout.readline().strip().rpartition(":")[2]), key
+        finally:
+            server.kill()
 
 
 def half_a_request(port: int, key: str) -> socket.socket:
