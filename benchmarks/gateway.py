@@ -5,7 +5,8 @@
 Servers are processes of their own, asked over loopback by this one: by one connection for latency,
 by eight for requests per second and the processor time of each, the column that a busy machine
 distorts least. Rows take turns, and of several windows the best counts. The bare
-route answers the same bytes without a key, a database, a limit or a log line. Lists are measured
+route answers the same bytes without a key, a database, a limit or a log line; `store-…` is Starlette
+with the same transactions (the key's, then the act's) and nothing else of ours. Lists are measured
 at the rules, without HTTP; sizes alternate, so that the ratio is of the same minute.
 """
 
@@ -29,6 +30,9 @@ import uvloop
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+from starlette.applications import Starlette
+from starlette.routing import Route
 
 from ringfence.config import GatewaySettings
 from ringfence.control import agents, keys
@@ -56,7 +60,9 @@ def opened(url: str) -> Database:
 
 
 async def serve(kind: str, url: str) -> None:
-    """Serve and print the port; `bare-…` names one of uvicorn's parsers."""
+    """Serve and print the port; `bare-…` names one of uvicorn's parsers, `store` asks the database
+    alone.
+    """
     if kind.startswith("bare-"):
         server = uvicorn.Server(
             uvicorn.Config(
@@ -66,6 +72,11 @@ async def serve(kind: str, url: str) -> None:
                 log_config=None,
                 access_log=False,
             )
+        )
+    elif kind == "store":
+        app = stored(opened(url))
+        server = uvicorn.Server(
+            uvicorn.Config(app, port=0, http="h11", log_config=None, access_log=False)
         )
     else:
         settings = GatewaySettings(requests_per_minute=_FREE, agents=_FREE)
@@ -98,6 +109,39 @@ def bare() -> Any:
         return JSONResponse(one)
 
     return app
+
+
+def stored(database: Database) -> Starlette:
+    """The gateway's transactions on a bare application."""
+
+    async def asked(request: Request, act: Callable[[AsyncConnection, Caller], Any]) -> Any:
+        async with database.reading() as connection:
+            caller = await keys.authenticate(connection, request.headers["x-api-key"])
+        writes = request.method == "POST"
+        async with database.writing() if writes else database.reading() as connection:
+            return JSONResponse(await act(connection, caller))
+
+    async def retrieve(request: Request) -> JSONResponse:
+        name = request.path_params["agent_id"]
+        return await asked(request, lambda tx, caller: agents.retrieve(tx, caller, name))
+
+    async def listed(request: Request) -> JSONResponse:
+        async def page(tx: AsyncConnection, caller: Caller) -> Any:
+            found = await agents.page(tx, caller, Page(limit=20))
+            return {"data": found.data, "next_page": found.next_page}
+
+        return await asked(request, page)
+
+    async def create(request: Request) -> JSONResponse:
+        agent = AgentDefinition.model_validate(await request.json())
+        return await asked(request, lambda tx, caller: agents.create(tx, caller, agent))
+
+    routes = [
+        Route("/v1/agents/{agent_id}", retrieve),
+        Route("/v1/agents", listed),
+        Route("/v1/agents", create, methods=["POST"]),
+    ]
+    return Starlette(routes=routes)
 
 
 @contextmanager
@@ -182,9 +226,12 @@ async def requests(
         p50, p99, each = (min(row[place] for row in rows) for place in (0, 1, 3))
         rate = max(row[2] for row in rows)
         most = max(row[2] for row in found[act, next(iter(servers))])
+        same = found.get((act, f"store-{name}"))
+        beside = f"   {rate / max(row[2] for row in same):.2f} of its store's" if same else ""
         print(
             f"{act:9}{name:16} p50 {p50 * 1e3:7.2f} ms   p99 {p99 * 1e3:7.2f} ms   "
-            f"{rate:7,.0f} requests/s   {rate / most:.2f} of bare   {each * 1e3:6.2f} ms processor"
+            f"{rate:7,.0f} requests/s   {rate / most:.2f} of bare   "
+            f"{each * 1e3:6.2f} ms processor{beside}"
         )
 
 
@@ -317,7 +364,9 @@ def main(arguments: list[str]) -> None:
         }
         for name, url in urls.items():
             key, identity = asyncio.run(prepared(url))
-            servers[name] = (stack.enter_context(running(name, url)), key, identity)
+            for kind in ("store", name):
+                called = f"store-{name}" if kind == "store" else name
+                servers[called] = (stack.enter_context(running(kind, url)), key, identity)
         uvloop.run(requests(servers, seconds, windows))
         for name, url in larger.items():
             asyncio.run(lists(url, name, most))

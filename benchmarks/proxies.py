@@ -138,11 +138,15 @@ def _rules() -> EgressRules:
 
 
 @asynccontextmanager
-async def _process(
-    argv: list[str], way: Way, environment: dict[str, str] | None = None
+async def process(
+    argv: list[str],
+    way: Way,
+    environment: dict[str, str] | None = None,
+    *,
+    seconds: float = 20,
 ) -> AsyncIterator[Running]:
     """A peer, until it accepts connections; ended by id."""
-    process = subprocess.Popen(
+    started = subprocess.Popen(
         argv,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -150,19 +154,19 @@ async def _process(
         env={**os.environ, **(environment or {})},
     )
     try:
-        await asyncio.to_thread(_wait, way, process)
-        yield Running(way, process.pid)
+        await asyncio.to_thread(_wait, way, started, seconds)
+        yield Running(way, started.pid)
     finally:
-        process.terminate()
+        started.terminate()
         try:
-            await asyncio.to_thread(process.wait, 5)
+            await asyncio.to_thread(started.wait, 5)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            started.kill()
+            started.wait()
 
 
-def _wait(way: Way, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 20
+def _wait(way: Way, process: subprocess.Popen[bytes], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and process.poll() is None:
         try:
             if way.unix:
@@ -177,7 +181,7 @@ def _wait(way: Way, process: subprocess.Popen[bytes]) -> None:
     raise RuntimeError(f"{process.args!r} does not answer")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -205,8 +209,8 @@ http {{
 }}
 """
     )
-    return _process(
-        [_program("nginx"), "-p", str(place.directory), "-c", str(config)],
+    return process(
+        [program("nginx"), "-p", str(place.directory), "-c", str(config)],
         Way(unix=str(unix), model=True),
     )
 
@@ -233,14 +237,12 @@ backend b
   server s 127.0.0.1:{place.port} ssl verify required ca-file {place.ca} sni str({HOST})
 """
     )
-    return _process(
-        [_program("haproxy"), "-db", "-f", str(config)], Way(unix=str(unix), model=True)
-    )
+    return process([program("haproxy"), "-db", "-f", str(config)], Way(unix=str(unix), model=True))
 
 
 def squid(place: Place) -> AbstractAsyncContextManager[Running]:
     """Forward proxy on TCP that terminates TLS (ssl-bump) under a root of its own."""
-    directory, port = place.directory / "squid", _free_port()
+    directory, port = place.directory / "squid", free_port()
     directory.mkdir()
     directory.chmod(0o777)
     _root(directory / "root.pem")
@@ -272,15 +274,15 @@ pid_filename none
 shutdown_lifetime 0 seconds
 """
     )
-    return _process(
-        [_program("squid"), "-N", "-f", str(config)],
+    return process(
+        [program("squid"), "-N", "-f", str(config)],
         Way(port=port, connect=place.port, tls=True),
     )
 
 
 def mitmproxy(place: Place) -> AbstractAsyncContextManager[Running]:
     """Forward proxy on TCP that terminates TLS; a ten-line addon sets the key."""
-    port = _free_port()
+    port = free_port()
     argv = [
         *(str(PEERS / "python/bin/mitmdump"), "--quiet", "--listen-port", str(port)),
         *("--listen-host", "127.0.0.1", "--set", f"confdir={place.directory}/mitmproxy"),
@@ -288,7 +290,7 @@ def mitmproxy(place: Place) -> AbstractAsyncContextManager[Running]:
         *("-s", str(Path(__file__).parent / "peers/inject.py")),
     ]
     way = Way(port=port, connect=443, tls=True)
-    return _process(argv, way, {"BENCH_PORT": str(place.port)})
+    return process(argv, way, {"BENCH_PORT": str(place.port)})
 
 
 def srt(place: Place) -> AbstractAsyncContextManager[Running]:
@@ -299,7 +301,7 @@ def srt(place: Place) -> AbstractAsyncContextManager[Running]:
         *(str(NODE), str(Path(__file__).parent / "peers/srt.mjs"), str(package)),
         *(str(unix), str(place.ca), HOST),
     ]
-    return _process(argv, Way(unix=str(unix), connect=place.port, tls=True))
+    return process(argv, Way(unix=str(unix), connect=place.port, tls=True))
 
 
 def missing(name: str) -> str:
@@ -309,10 +311,11 @@ def missing(name: str) -> str:
         "haproxy": lambda: bool(_which("haproxy")),
         "squid": lambda: bool(_which("squid")) and bool(_certgen()),
         "mitmproxy": (PEERS / "python/bin/mitmdump").exists,
+        "litellm": (PEERS / "litellm/bin/litellm").exists,
         "srt": lambda: (PEERS / "node_modules/@anthropic-ai").is_dir() and NODE.exists(),
     }
     package = {"squid": "apt-get install squid-openssl"}.get(name, f"apt-get install {name}")
-    if name in {"mitmproxy", "srt"}:
+    if name in {"litellm", "mitmproxy", "srt"}:
         package = "make bench-peers"
     return "" if needs[name]() else package
 
@@ -321,7 +324,7 @@ def _which(name: str) -> str | None:
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
-def _program(name: str) -> str:
+def program(name: str) -> str:
     return _which(name) or name
 
 

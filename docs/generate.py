@@ -62,6 +62,36 @@ def events() -> str:
     return "\n".join(lines)
 
 
+def ocsf() -> str:
+    from ringfence.record import ocsf as told
+
+    lines = ["# Records as OCSF events", "", inspect.getdoc(told) or "", ""]
+    lines += ["`ringfence audit export --format ocsf` writes them, a JSON object a line.", ""]
+    lines += ["| record | class | activity | places of its fields |", "|---|---|---|---|"]
+    for kind, row in told.TABLE.items():
+        activity = "by the record" if callable(row.activity) else row.activity[1]
+        fields = _fields_of(kind.partition(",")[0])
+        places = [f"`{name}` → `{path}`" for name, path in row.places.items() if name in fields]
+        caption = told.CLASSES[row.uid][0]
+        lines.append(f"| `{kind}` | {caption} {row.uid} | {activity} | {', '.join(places)} |")
+    lines += ["", "Of every record: `type` → `metadata.event_code`, `time` → `time` and"]
+    lines += ["`metadata.original_time`, `source` → `metadata.log_provider`, its index →"]
+    lines += ["`metadata.sequence`, `run_id` → `metadata.correlation_uid`, `session_id` →"]
+    lines += ["`actor.session.uid`, `sandbox_id` → `device.uid` and, where there is one,"]
+    lines += ["`src_endpoint.uid` or `process.uid`."]
+    return "\n".join(lines) + "\n"
+
+
+def _fields_of(kind: str) -> set[str]:
+    from ringfence.record import events as catalogue
+
+    for value in vars(catalogue).values():
+        fields = getattr(value, "model_fields", {})
+        if "type" in fields and fields["type"].default == kind:
+            return set(fields)
+    raise LookupError(kind)
+
+
 def controls() -> str:
     import importlib
 
@@ -100,12 +130,12 @@ def schema() -> str:
 
 
 def scenario() -> str:
-    from ringfence.simulator.script import Scenario, Scene, Step, ToolCall
+    from ringfence.simulator.script import Limits, Scenario, Scene, Step, ToolCall
 
     lines = ["# Scenario files of `ringfence simulator`", ""]
     lines += ["YAML; `ringfence simulator schema` prints the same as JSON Schema. A script in a"]
     lines += ["prompt is a list of steps. What it is for: [how to](../how-to/simulator.md).", ""]
-    for model in (Scenario, Scene, Step, ToolCall):
+    for model in (Scenario, Limits, Scene, Step, ToolCall):
         lines += [f"## {model.__name__}", "", inspect.getdoc(model) or "", ""]
         lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
         for name, field in model.model_fields.items():
@@ -192,7 +222,7 @@ def _helps(command: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, 
 
 
 def isolation() -> str:
-    from ringfence.policy.isolation import BOUNDARIES, EMULATED_STRENGTH, THREATS
+    from ringfence.policy.isolation import BOUNDARIES, EMULATED_STRENGTH, SEATS, THREATS
     from ringfence.wiring import technologies
 
     lines = ["# Isolation technologies and threat models", ""]
@@ -206,8 +236,12 @@ def isolation() -> str:
         lines += ["", f"This version of ringfence has no backend for {', '.join(unbuilt)}."]
     lines += ["", f"A microVM that is emulated, without KVM, counts as {EMULATED_STRENGTH}."]
     lines += ["`--isolation` may replace a policy's technology by one that is as strong.", ""]
-    lines += ["`isolation.threat_model` with `backend: auto` takes the first of its row that this"]
-    lines += ["host can start under the policy, and refuses the start when there is none:", ""]
+    lines += ["Several agents in one sandbox (`hosting: multi_agent`):", ""]
+    lines += ["| technology | several agents |", "|---|---|"]
+    for name, why in SEATS.items():
+        lines.append(f"| `{name}` | {f'refused: {why}' if why else 'yes'} |")
+    lines += ["", "`isolation.threat_model` with `backend: auto` takes the first of its row that"]
+    lines += ["this host can start under the policy, and refuses the start when there is none:", ""]
     lines += ["| `threat_model` | meaning | after the row | least strength | order |"]
     lines += ["|---|---|---|---|---|"]
     for model, threat in THREATS.items():
@@ -233,6 +267,27 @@ def states() -> str:
     return "\n".join(lines) + "\n"
 
 
+def slo() -> str:
+    from ringfence.slo.budget import ALERT
+    from ringfence.slo.objective import rules
+    from ringfence.slo.outcomes import causes_in_order
+
+    lines = ["# Error budgets", "", "What they are for: [how to](../how-to/slo.md).", ""]
+    lines += ["## What a run counts as", "", "| outcome | counts as | why |", "|---|---|---|"]
+    lines += [f"| {name} | {row.verdict.value} | {row.why} |" for name, row in causes_in_order()]
+    lines += ["", "## Alerts, of a window of 30 days", ""]
+    lines += ["| alert | severity | times too fast | long window | short window |"]
+    lines += ["|---|---|---|---|---|"]
+    for rule in rules(30):
+        windows = f"{rule.long // 60} min | {rule.short // 60} min"
+        lines.append(f"| `{rule.name}` | {rule.severity.value} | {rule.factor:g} | {windows} |")
+    lines += ["", "## States of an alert", "", "```mermaid", "stateDiagram-v2"]
+    lines.append(f"    [*] --> {next(iter(ALERT)).value}")
+    for state, moves in ALERT.items():
+        lines += [f"    {state.value} --> {to.value}: {by.value}" for by, to in moves.items()]
+    return "\n".join([*lines, "```"]) + "\n"
+
+
 def _session_support() -> list[str]:
     from ringfence.control import event_shapes as events
     from ringfence.control import session_shapes as sessions
@@ -245,13 +300,13 @@ def _session_support() -> list[str]:
     lines += ["| `session.deleted` | ends a stream |", ""]
     refused = [f"a resource of type `{kind}`" for kind in sorted(sessions.RESOURCES)]
     refused = [text for text in refused if text.split("`")[1] not in sessions.MOUNTED]
-    refused += [*events.REFUSED.values(), "sources of type `url` and `file`", "threads"]
+    refused += [*events.REFUSED.values(), "sources of type `url`", "threads"]
     lines += [f"Refused by name in sessions and events: {'; '.join(refused)}."]
     return lines
 
 
 def api() -> str:
-    from ringfence.config import GatewaySettings, OidcSettings
+    from ringfence.config import GatewaySettings, OidcSettings, WebhookSettings
     from ringfence.gateway.app import create_app
     from ringfence.gateway.support import public_routes, served
 
@@ -278,18 +333,53 @@ def api() -> str:
         default = field.get_default(call_default_factory=True)
         cell = "required" if field.is_required() else f"`{default!r}`"
         lines.append(f"| `gateway.oidc.{name}` | {cell} |")
+    lines += ["", "## Webhooks", "", inspect.getdoc(WebhookSettings) or "", ""]
+    lines += ["| setting | default |", "|---|---|"]
+    for name, field in WebhookSettings.model_fields.items():
+        cell = "required" if field.is_required() else f"`{field.default!r}`"
+        lines.append(f"| `webhooks.NAME.{name}` | {cell} |")
     return "\n".join(lines) + "\n"
+
+
+def metrics() -> str:
+    from ringfence.config import MetricsSettings, TelemetrySettings, TraceSettings
+    from ringfence.telemetry import catalogue as told
+
+    lines = ["# Metrics", "", inspect.getdoc(told) or "", ""]
+    lines += ["How to use them: [how to](../how-to/observability.md).", ""]
+    lines += ["| metric | kind | labels | of | meaning |", "|---|---|---|---|---|"]
+    for metric in told.CATALOGUE:
+        labels = ", ".join(f"`{label}`" for label in metric.labels)
+        of = "gateway, worker" if metric.by == "both" else metric.by
+        lines.append(f"| `{metric.name}` | {metric.kind} | {labels} | {of} | {metric.help} |")
+    lines += ["", "## Settings", ""]
+    for model, name in (
+        (TelemetrySettings, "telemetry"),
+        (MetricsSettings, "telemetry.metrics"),
+        (TraceSettings, "telemetry.traces"),
+    ):
+        lines += [f"### `{name}`", "", inspect.getdoc(model) or "", ""]
+        lines += ["| setting | default |", "|---|---|"]
+        for part, field in model.model_fields.items():
+            value = field.get_default(call_default_factory=True)
+            cell = "required" if field.is_required() else f"`{value!r}`"
+            lines.append(f"| `{name}.{part}` | {cell} |")
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
 
 
 PAGES: dict[str, Callable[[], str]] = {
     "errors.md": errors,
     "events.md": events,
+    "ocsf.md": ocsf,
     "controls.md": controls,
     "cli.md": command_line,
     "api.md": api,
+    "metrics.md": metrics,
     "isolation.md": isolation,
     "checks.md": checks,
     "states.md": states,
+    "slo.md": slo,
     "attacks.md": coverage,
     "scenario.md": scenario,
     "policy.schema.json": schema,

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 pytest.register_assert_rewrite("ringfence.testing")
 # `from backends import needs`, whatever folder a test lies in
 sys.path.insert(0, str(Path(__file__).parent))
+pytest_plugins = ["bounds", "order"]
 
 # a shell has Ctrl-C ignored by what it starts in the background (POSIX, `&`), and what the tests
 # start would inherit that
@@ -101,6 +102,28 @@ def postgres_server() -> Iterator[Any]:
         pytest.skip(reason)
     with postgres() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def openbao_server() -> Iterator[Any]:
+    """An OpenBao of this process; made by the first test that wants it."""
+    from openbao import missing, openbao
+
+    if reason := missing():
+        pytest.skip(reason)
+    with openbao() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def temporal_server() -> Iterator[str]:
+    """Address of a Temporal of this process; made by the first test that wants it."""
+    from temporal import missing, temporal
+
+    if reason := missing():
+        pytest.skip(reason)
+    with temporal() as address:
+        yield address
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])

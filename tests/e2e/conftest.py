@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import Box
+from zygote import Zygote
 
 from ringfence.simulator.server import Simulator
 
@@ -18,7 +20,13 @@ def simulator() -> Iterator[Simulator]:
         yield running
 
 
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    with contextlib.closing(Zygote()) as ready:
+        yield ready
+
+
 @pytest.fixture
-def box(tmp_path: Path, simulator: Simulator) -> Box:
+def box(tmp_path: Path, simulator: Simulator, zygote: Zygote) -> Box:
     simulator.requests.clear()
-    return Box(tmp_path, simulator.base_url)
+    return Box(tmp_path, simulator.base_url, zygote)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from zygote import Zygote
 
 from ringfence.sandbox.hostfacts import execute_only
 from ringfence.worker.launch import bundled_claude
@@ -54,10 +55,11 @@ class Done:
 
 
 class Box:
-    """A workspace, a state directory, a policy, a simulator."""
+    """A workspace, a state directory, a policy, a simulator, and who starts the commands."""
 
-    def __init__(self, place: Path, base_url: str) -> None:
+    def __init__(self, place: Path, base_url: str, zygote: Zygote) -> None:
         self.place = place
+        self.zygote = zygote
         self.workspace = place / "workspace"
         self.workspace.mkdir()
         self.state = place / "state"
@@ -87,15 +89,12 @@ class Box:
         return [sys.executable, "-m", "ringfence", *arguments]
 
     def call(self, *arguments: str, seconds: float = 90, stdin: str = "", **env: str) -> Done:
-        done = subprocess.run(
-            self.command(*arguments),
+        done = self.zygote.run(
+            arguments,
             env=self.environment | env,
-            cwd=self.place,
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=seconds * PATIENCE,
-            check=False,
+            cwd=str(self.place),
+            given=stdin,
+            seconds=seconds * PATIENCE,
         )
         return Done(done.returncode, done.stdout, done.stderr)
 

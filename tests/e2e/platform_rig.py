@@ -9,7 +9,8 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
 
 from anthropic import Anthropic
 from harness import Box
@@ -43,8 +44,8 @@ def ended(process: subprocess.Popen[str], number: int = signal.SIGTERM) -> Itera
 
 
 @contextmanager
-def started(box: Box, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    process = box.spawn(*arguments)
+def started(box: Box, *arguments: str, **env: str) -> Iterator[subprocess.Popen[str]]:
+    process = box.spawn(*arguments, **env)
     with ended(process):
         yield process
 
@@ -54,13 +55,66 @@ def policy(box: Box, **more: Any) -> str:
 
 
 @contextmanager
-def up(box: Box, *more: str) -> Iterator[tuple[subprocess.Popen[str], Anthropic]]:
-    arguments = ("up", "--policy", policy(box), "--port", "0", "--json", *more)
-    with started(box, *arguments) as process:
+def up(box: Box, *more: str, **given: Any) -> Iterator[tuple[subprocess.Popen[str], Anthropic]]:
+    """`given`: variables of the environment, by their names; sections of the policy, in place of
+    the preset's.
+    """
+    env = {name: value for name, value in given.items() if name.isupper()}
+    rules = {name: value for name, value in given.items() if not name.isupper()}
+    arguments = ("up", "--policy", policy(box, **rules), "--port", "0", "--json", *more)
+    with started(box, *arguments, **env) as process:
         assert process.stdout is not None
         said = json.loads(process.stdout.readline())
         with Anthropic(base_url=said["url"], api_key=said["key"], timeout=120) as client:
             yield process, client
+
+
+SECRET = "whsec_MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIzNDU2Nzg5MDE="
+
+
+class Hook(ThreadingHTTPServer):
+    """An operator's server, as the documentation says that one is written."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Told)
+        self.told: queue.Queue[Any] = queue.Queue()
+        self.client = Anthropic(api_key="any", webhook_key=SECRET)
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+        self.client.close()
+
+    def settings(self, **more: Any) -> str:
+        url = f"http://127.0.0.1:{self.server_address[1]}/"
+        return json.dumps({"ops": {"url": url, "secret": SECRET, "within": True, **more}})
+
+    def next(self, seconds: float = 60) -> Any:
+        found = self.told.get(timeout=seconds)
+        assert not isinstance(found, Exception), found
+        return found
+
+
+class _Told(BaseHTTPRequestHandler):
+    server: Hook
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"])).decode()
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        try:
+            found = self.server.client.beta.webhooks.unwrap(body, headers=headers)
+        except Exception as error:
+            found = error
+        self.server.told.put(found)
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
 
 
 def session_of(client: Anthropic, **more: Any) -> Any:

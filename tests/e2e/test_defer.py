@@ -107,7 +107,7 @@ def test_allowed_on_another_host_and_then_denied(
     # another host: its own state directory, its own workspace, and the session's store
     place = tmp_path / "other"
     place.mkdir()
-    other = Box(place, simulator.base_url)
+    other = Box(place, simulator.base_url, desk.box.zygote)
     shutil.copy(desk.box.state / "sessions.sqlite", other.state / "sessions.sqlite")
     other.policy({"preset": "strict", "tools": GRANTS})
     desk.use(other, monkeypatch)
@@ -220,6 +220,8 @@ def test_an_answer_to_another_call_is_refused(desk: Desk) -> None:
     assert early.value.code == "usage"
 
 
+# two of them in one session are in the platform's test of calls that wait
+@pytest.mark.storm
 def test_several_calls_wait_in_one_session_one_after_the_other(
     desk: Desk, simulator: Simulator
 ) -> None:

@@ -94,7 +94,8 @@ def test_every_attack_works_where_there_is_no_fence(attack: dict[str, str], tmp_
     script = attack["script"]
     if "/etc/cron.d/x" in script:
         # not on the host itself: the same five writes, to a place that may be written
-        for path in ("/etc/cron.d/x", "/usr/bin/x", "/root/x", "/opt/ringfence/bin/claude"):
+        places = ("/etc/cron.d/x", "/usr/bin/x", "/root/x", "/opt/ringfence/bin/claude", "/tmp/x")
+        for path in places:
             script = script.replace(path, str(tmp_path / path.replace("/", "-")))
         script = script.replace("/proc/sys/kernel/core_pattern", str(tmp_path / "pattern"))
     done = subprocess.run(

@@ -69,6 +69,13 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
     assert "post-checkout" in done.stdout
 
 
+def test_the_page_on_secrets_runs(tmp_path: Path) -> None:
+    done = _play(ROOT / "docs" / "how-to" / "secrets.md", tmp_path, "")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "ok  version" in done.stdout
+    assert "ghp_" not in done.stdout + done.stderr
+
+
 @pytest.mark.timeout(300)  # five runs of the real claude
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the page shows the use of curl")
 def test_the_page_about_the_simulator_runs(tmp_path: Path) -> None:

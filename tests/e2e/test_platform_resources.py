@@ -4,17 +4,22 @@ upstream that says what it saw.
 
 from __future__ import annotations
 
+import base64
 import json
 import signal
+import struct
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import pytest
 from anthropic import Anthropic
 from harness import Box, bash, script
 from platform_rig import TOOLS, Watch, message, policy, started, words
+from zygote import Zygote
 
 from ringfence.simulator.server import Simulator
 from ringfence.testing.upstream import Upstream, UpstreamSettings
@@ -40,9 +45,9 @@ def upstream() -> Iterator[Upstream]:
 
 
 @pytest.fixture
-def led(tmp_path: Path, simulator: Simulator, upstream: Upstream) -> Box:
+def led(tmp_path: Path, simulator: Simulator, upstream: Upstream, zygote: Zygote) -> Box:
     simulator.requests.clear()
-    box = _Led(tmp_path, simulator.base_url)
+    box = _Led(tmp_path, simulator.base_url, zygote)
     there = {f"{host}:443": f"127.0.0.1:{upstream.port}" for host in (HOST, OTHER)}
     box.more = {
         "RINGFENCE_EGRESS__CONNECT": json.dumps(there),
@@ -73,6 +78,100 @@ def _session(client: Anthropic) -> tuple[str, str]:
     return session.id, f"/mnt/session/uploads/{file.id}"
 
 
+def _png() -> bytes:
+    """One red pixel."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    head = struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0)
+    rows = zlib.compress(b"\0\xff\0\0")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def _see(client: Anthropic, session: str, simulator: Simulator, watch: Watch) -> None:
+    """The model is shown what was sent, as bytes, and never a file's id; a file that is no image
+    ends its turn, and the session goes on.
+    """
+    picture = base64.b64encode(_png()).decode()
+    inline = {"type": "base64", "media_type": "image/png", "data": picture}
+    pdf = b"%PDF-1.4\n1 0 obj<</Type/Catalog>>endobj\ntrailer<</Root 1 0 R>>\n%%EOF\n"
+    upload = client.beta.files.upload
+    named = [
+        upload(file=("pixel.png", _png(), "image/png")).id,
+        upload(file=("page.pdf", pdf, "application/pdf")).id,
+        upload(file=("notes.md", b"# notes-4712", "text/markdown")).id,
+    ]
+    lie = upload(file=("lie.png", b"no image", "image/png")).id
+
+    def tell(*blocks: Any, words: str = "Look.") -> list[Any]:
+        text = {"type": "text", "text": script({"text": "Seen."}, words=words)}
+        sent = [{"type": "user.message", "content": [text, *blocks]}]
+        client.beta.sessions.events.send(session, events=sent)  # type: ignore[arg-type]
+        return watch.until("session.status_idle")
+
+    sources = [{"type": "file", "file_id": one} for one in named]
+    kinds = ("image", "document", "document")
+    shown = [{"type": kind, "source": one} for kind, one in zip(kinds, sources, strict=True)]
+    simulator.requests.clear()
+    assert words(tell({"type": "image", "source": inline}, *shown)) == ["Seen."]
+    asked = simulator.requests[0].body["messages"]
+    blocks = [b for m in asked if isinstance(m["content"], list) for b in m["content"]]
+    found = [block["source"] for block in blocks if block["type"] in {"image", "document"}]
+    assert [one["data"] for one in found] == [
+        picture,
+        picture,
+        base64.b64encode(pdf).decode(),
+        "# notes-4712",
+    ]
+    assert not any(one in json.dumps(asked) for one in named)
+    ended = tell({"type": "image", "source": {"type": "file", "file_id": lie}})
+    (error,) = [event.error.message for event in ended if event.type == "session.error"]
+    assert error.startswith("turn-unsupported")
+    assert words(tell(words="And now?")) == ["Seen."]
+
+
+def _leave(client: Anthropic, session: str, watch: Watch) -> None:
+    """What the agent leaves is there when its turn has ended: files and nothing else, once each."""
+
+    def turn(*commands: str) -> list[Any]:
+        message(client, session, script(*map(bash, commands), {"text": "Left."}))
+        return watch.until("session.status_idle")
+
+    def listed() -> dict[str, Any]:
+        found = list(client.beta.files.list(scope_id=session))
+        assert len({one.filename for one in found}) == len(found)
+        return {one.filename: one for one in found}
+
+    there = "cd /mnt/session/outputs && mkdir sub && "
+    left = turn(
+        f"{there} echo report-4713 > report.csv && echo {{}} > sub/plot.json",
+        "cd /mnt/session/outputs && ln -s /etc/passwd link && touch $'a\\e[31mb'",
+    )
+    files = listed()
+    assert {name: one.mime_type for name, one in files.items()} == {
+        "report.csv": "text/csv",
+        "plot.json": "application/json",
+    }
+    report = files["report.csv"]
+    assert report.scope is not None
+    assert (report.scope.id, report.scope.type, report.downloadable) == (session, "session", True)
+    assert client.beta.files.download(report.id).read() == b"report-4713\n"
+    (error,) = [event.error.message for event in left if event.type == "session.error"]
+    assert error.startswith("outputs: ")
+    assert "link: a link" in error
+    assert "\x1b" not in error
+    assert left[-1].stop_reason.type == "end_turn"
+    # what is there already is not kept twice; what changed is
+    turn("cd /mnt/session/outputs && rm -f link a* && echo more > new.txt")
+    assert set(listed()) == {*files, "new.txt"}
+    assert listed()["report.csv"].id == report.id
+    # where a link stands in its place nothing is collected
+    turn("cd /workspace && rm -rf outputs && ln -s /etc outputs")
+    assert set(listed()) == {*files, "new.txt"}
+
+
 def test_a_file_is_read_and_a_credential_is_used_and_never_seen(
     led: Box, simulator: Simulator, upstream: Upstream, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,6 +198,8 @@ def test_a_file_is_read_and_a_credential_is_used_and_never_seen(
             assert "Read-only file system" in shown[1]
             assert shown[1].count("\nrefused") == 2
             told = [event.to_json() for event in events]
+            _see(client, session, simulator, watch)
+            _leave(client, session, watch)
             watch.close()
         process.send_signal(signal.SIGTERM)
         assert process.wait(90) == 0

@@ -422,3 +422,19 @@ def test_stream_json_is_one_object_a_line(box: Box) -> None:
     kinds = [json.loads(line)["type"] for line in done.out.splitlines()]
     assert kinds[-1] == "result"
     assert {"tool_started", "tool_ended", "text", "turn_ended"} <= set(kinds)
+
+
+def test_where_runs_must_be_anchored_they_are_or_do_not_start(box: Box) -> None:
+    place = box.place / "elsewhere"
+    settings = {"RINGFENCE_AUDIT__ANCHOR__FILE": str(place / "checkpoints")}
+    settings["RINGFENCE_AUDIT__ANCHOR__REQUIRED"] = "true"
+    refused = box.execute("touch ran", **settings)
+    assert refused.code == 4
+    assert "audit-anchor-failed" in refused.err + refused.out
+
+    place.mkdir()
+    done = box.execute("touch ran", **settings)
+    assert done.code == 0, done.err
+    verified = box.call("audit", "verify", "--json", **settings)
+    assert (verified.json["ok"], verified.json["warnings"]) == (True, [])
+    assert (place / "checkpoints").read_text().count("ringfence/audit\n") >= 2

@@ -12,11 +12,17 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from anthropic import Anthropic, AuthenticationError
+from typer.testing import CliRunner
 
 from gateway_rig import Rig, sqlite_place
+from ringfence.cli.context import AppContext
+from ringfence.cli.main import app
+from ringfence.config import Config
+from ringfence.wiring import platform
 
 
 def ringfence(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -30,12 +36,24 @@ def ringfence(state: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def typed(state: Path, *arguments: str) -> Any:
+    """A command about keys in this process: another interpreter costs more than what it does."""
+    config = Config(state_dir=state)
+    context = AppContext(
+        config=config,
+        launcher=None,  # type: ignore[arg-type]
+        run=None,  # type: ignore[arg-type]
+        platform=lambda: platform(config),
+    )
+    return CliRunner().invoke(app, ["keys", *arguments], obj=context)
+
+
 def test_keys_and_serve(tmp_path: Path) -> None:
     state = tmp_path / "state"
     made = ringfence(state, "keys", "create", "--tenant", "acme", "--json")
     assert made.returncode == 0, made.stderr
     first = json.loads(made.stdout)
-    assert ringfence(state, "keys", "create", "--tenant", "a", "--scope", "all").returncode == 2
+    assert typed(state, "create", "--tenant", "a", "--scope", "all").exit_code == 2
     server = subprocess.Popen(
         [sys.executable, "-m", "ringfence", "serve", "--preset", "ci", "--port", "0"],
         env={**os.environ, "RINGFENCE_STATE_DIR": str(state)},
@@ -52,17 +70,17 @@ def test_keys_and_serve(tmp_path: Path) -> None:
         assert (taken.returncode, "address-in-use" in taken.stderr) == (4, True)
         with Anthropic(base_url=url, api_key=first["key"], timeout=60) as client:
             agent = client.beta.agents.create(name="x", model="m")
-            rotated = ringfence(state, "keys", "rotate", first["id"], "--json")
-            assert rotated.returncode == 0, rotated.stderr
+            rotated = typed(state, "rotate", first["id"], "--json")
+            assert rotated.exit_code == 0, rotated.output
             with pytest.raises(AuthenticationError):
                 client.beta.agents.list()
         second = json.loads(rotated.stdout)
         with Anthropic(base_url=url, api_key=second["key"], timeout=60) as client:
             assert [one.id for one in client.beta.agents.list()] == [agent.id]
-            assert ringfence(state, "keys", "revoke", second["id"]).returncode == 0
+            assert typed(state, "revoke", second["id"]).exit_code == 0
             with pytest.raises(AuthenticationError):
                 client.beta.agents.list()
-        listed = ringfence(state, "keys", "list", "--json")
+        listed = typed(state, "list", "--json")
         states = {one["id"]: one["state"] for one in json.loads(listed.stdout)}
         assert states == {first["id"]: "expired", second["id"]: "revoked"}
         assert first["key"] not in listed.stdout

@@ -8,14 +8,20 @@ from typing import Any
 
 import pytest
 from harness import Box, script
+from zygote import Zygote
 
 from ringfence.simulator.server import Simulator
 from session_places import s3
 
 
-@pytest.mark.parametrize("kind", ["postgresql", "s3"])
+# the contract holds each store to the same; the command line over one of them is enough each time
+@pytest.mark.parametrize("kind", ["postgresql", pytest.param("s3", marks=pytest.mark.storm)])
 def test_a_session_outlives_its_host(
-    request: pytest.FixtureRequest, tmp_path: Path, simulator: Simulator, kind: str
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    simulator: Simulator,
+    zygote: Zygote,
+    kind: str,
 ) -> None:
     if kind == "s3":
         pytest.importorskip("moto.server")
@@ -27,17 +33,17 @@ def test_a_session_outlives_its_host(
                 "RINGFENCE_S3__ACCESS_KEY_ID": str(settings.access_key_id),
                 "RINGFENCE_S3__SECRET_ACCESS_KEY": key.get_secret_value(),
             }
-            _outlives(tmp_path, simulator, RINGFENCE_SESSION_STORE=url, **how)
+            _outlives(tmp_path, simulator, zygote, RINGFENCE_SESSION_STORE=url, **how)
     else:
         url = request.getfixturevalue("postgres_server").url("postgres")
-        _outlives(tmp_path, simulator, RINGFENCE_SESSION_STORE=url)
+        _outlives(tmp_path, simulator, zygote, RINGFENCE_SESSION_STORE=url)
 
 
-def _outlives(place: Path, simulator: Simulator, **settings: str) -> None:
+def _outlives(place: Path, simulator: Simulator, zygote: Zygote, **settings: str) -> None:
     hosts: list[Any] = []
     for name in ("one", "two"):
         (place / name).mkdir()
-        hosts.append(Box(place / name, simulator.base_url))
+        hosts.append(Box(place / name, simulator.base_url, zygote))
     first = hosts[0].run(script({"text": "remembered"}), **settings)
     assert first.code == 0, first.err + first.out
     session = first.json["session_id"]

@@ -26,7 +26,7 @@ from ringfence.sandbox.container import ContainerBackend
 from ringfence.sandbox.launcher import rehearse
 from ringfence.sandbox.profile import PATH, bare_plan
 from ringfence.sandbox.protocol import Control, Sandbox, SandboxSpec
-from ringfence.sandbox.staged import Program
+from ringfence.sandbox.staging import Program
 from ringfence.testing.sandbox_contract import shell
 from ringfence.worker.ids import new_id
 

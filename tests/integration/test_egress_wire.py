@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import json
 import sys
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -17,6 +19,12 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
 from egress_rig import JSON, RULES, SSE, Rig, ask, event, message, until
 
+from ringfence.config.secrets import CredentialSettings
+from ringfence.egress.credentials import Credentials
+from ringfence.egress.keeping import Given
+from ringfence.egress.lifetime import Ages
+from ringfence.egress.redact import Needles
+from ringfence.egress.resolving import Resolving
 from ringfence.egress.upstream import Pool, Upstream
 
 Reader, Writer = asyncio.StreamReader, asyncio.StreamWriter
@@ -445,3 +453,128 @@ def test_a_pool_holds_so_many_in_all() -> None:
     assert sum(not transport.is_closing() for transport in transports if transport) == 64
     pool.close()
     assert all(transport.is_closing() for transport in transports if transport)
+
+
+class Turning:
+    """A keeper whose value is changed; it asks for nothing else."""
+
+    value = "cnry-turning-0-0123456789"
+
+    async def ask(self, name: str, *, doubted: bool = False) -> Given:
+        value = bytearray(self.value.encode())
+        return Given(value=value, version=self.value[13], lease_seconds=None, hosts=())
+
+
+def turning(r: Rig, keeper: Turning, moment: list[float]) -> Resolving:
+    """The platform's credential, from a source."""
+    placed = CredentialSettings(source="sealed://platform")
+    resolving = Resolving(
+        keeper,
+        {"platform": placed},
+        Ages(most=60, stale=0),
+        lambda *_, **__: None,
+        lambda: moment[0],
+        r.state.forget_hidden,
+    )
+    r.state.credentials = Credentials({}, resolving)
+    return resolving
+
+
+def text_of(text: str) -> bytes:
+    return event("content_block_delta", index=0, delta={"type": "text_delta", "text": text})
+
+
+def test_a_value_that_changes_while_an_answer_streams_is_taken_out_of_it() -> None:
+    keeper, moment, changed = Turning(), [1000.0], asyncio.Event()
+    old, new = keeper.value, "cnry-turning-1-9876543210"
+
+    async def script(_: int, reader: Reader, writer: Writer) -> None:
+        seen = await rig_of[script].request(reader)
+        assert old.encode() in seen
+        usage = {"input_tokens": 1, "output_tokens": 1}
+        writer.write(SSE + event("message_start", message={"model": "m", "usage": usage}))
+        start = {"type": "text", "text": ""}
+        writer.write(event("content_block_start", index=0, content_block=start))
+        writer.write(text_of(f"before {old}."))
+        await writer.drain()
+        await changed.wait()
+        writer.write(text_of(f"after {old} {new}.") + event("content_block_stop", index=0))
+        writer.write(event("message_stop") + b"0\r\n\r\n")
+        await writer.drain()
+
+    async def test() -> None:
+        async with rig(script) as r:
+            resolving = turning(r, keeper, moment)
+            reader, writer = await r.dial()
+            writer.write(ask(stream=True))
+            answer = await asyncio.wait_for(reader.readuntil(b"before [redacted]."), 10)
+            keeper.value, moment[0] = new, moment[0] + 61
+            # as the sandbox's next request does
+            assert (await resolving.get("platform")).reveal() == new
+            changed.set()
+            answer += await asyncio.wait_for(reader.readuntil(b"message_stop"), 10)
+            writer.close()
+            assert b"after [redacted] [redacted]." in answer
+            assert old.encode() not in answer
+            assert new.encode() not in answer
+            resolving.close()
+
+    run(test)
+
+
+def test_what_a_sandbox_looks_for_goes_when_the_value_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that asks for nothing any more keeps no value that was overwritten."""
+    monkeypatch.setattr("ringfence.egress.resolving.REDACT_SECONDS", 0.05)
+    keeper, moment = Turning(), [1000.0]
+    old, new = keeper.value, "cnry-turning-1-9876543210"
+    gc.collect()  # other tests' rounds of references
+
+    def kept(value: str) -> bool:
+        found = [one for one in gc.get_objects() if isinstance(one, Needles)]
+        return any(value.encode() in needles.values for needles in found)
+
+    async def test() -> None:
+        async with rig(answering(message())) as r:
+            resolving = turning(r, keeper, moment)
+            await r.exchange(ask())
+            assert kept(old)
+            keeper.value, moment[0] = new, moment[0] + 61
+            await r.exchange(ask())
+            assert kept(old)
+            assert kept(new)
+            await until(lambda: not any(secret.reveal() == old for secret in resolving.held(["platform"])))  # fmt: skip
+            assert not kept(old)
+            await r.exchange(ask())
+            assert kept(new)
+            resolving.close()
+            assert not kept(new)
+
+    run(test)
+
+
+def test_what_may_be_tried_again_is_no_matter_of_permission() -> None:
+    async def hangs_up(_: int, reader: Reader, writer: Writer) -> None:
+        await rig_of[hangs_up].request(reader)
+
+    def says(answer: bytes) -> tuple[int, str, bool]:
+        head, _, body = answer.partition(b"\r\n\r\n")
+        retried = b"x-should-retry: true" in head
+        return int(head.split()[1]), json.loads(body)["error"]["type"], retried
+
+    async def test() -> None:
+        async with rig(hangs_up) as r:
+            assert says(await r.exchange(ask())) == (502, "api_error", True)
+            refused = await r.exchange(ask("/v1/files"))
+            assert says(refused) == (403, "permission_error", False)
+        async with rig(answering(SSE.replace(b"chunked", b"gzip, chunked"))) as r:
+            # nobody's fault inside, and none that another try would mend
+            assert says(await r.exchange(ask())) == (502, "api_error", False)
+        async with rig(hangs_up) as r:
+            for server in r._servers:
+                server.close()
+                await server.wait_closed()
+            assert says(await r.exchange(ask())) == (502, "api_error", True)
+
+    run(test)

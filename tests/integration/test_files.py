@@ -7,8 +7,10 @@ import hashlib
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anthropic
@@ -22,6 +24,8 @@ from ringfence.control import files
 from ringfence.control.platform import keeping
 from ringfence.control.tenancy import Caller
 from ringfence.errors import CallerError, DeniedError, RingfenceError, UnavailableError
+from ringfence.store.database import Database
+from ringfence.worker.brought import files_of
 
 MB = 1 << 20
 FORM = {"content-type": "multipart/form-data; boundary=b"}
@@ -29,7 +33,9 @@ FORM = {"content-type": "multipart/form-data; boundary=b"}
 
 @pytest.fixture(scope="module")
 def rig(place: Any) -> Rig:
-    settings = GatewaySettings(max_file_mb=3, file_quota_mb=8, body_seconds=5.0, file_seconds=120.0)
+    settings = GatewaySettings(
+        max_file_mb=3, file_quota_mb=8, session_files_mb=1, body_seconds=5.0, file_seconds=120.0
+    )
     return Rig(place=place, settings=settings)
 
 
@@ -334,13 +340,9 @@ def act(rig: Rig, work: Any) -> Any:
 
 def mount(rig: Rig, tenant: str, identity: str, directory: Path, path: str | None = None) -> str:
     contents = keeping(rig.state, rig.settings).contents
-    return str(
-        act(
-            rig,
-            lambda tx: files.materialise(
-                tx, contents, tenant=tenant, file_id=identity, directory=directory, path=path
-            ),
-        )
+    row = act(rig, lambda tx: files.readable(tx, tenant, identity))
+    return asyncio.run(
+        files.materialise(contents, row, tenant=tenant, directory=directory, path=path)
     )
 
 
@@ -404,6 +406,110 @@ def test_what_is_mounted_is_the_tenants_own_and_undamaged(
         mount(rig, tenant, made, tmp_path)
     assert damaged.value.code == "file-damaged"
     assert [one for one in tmp_path.rglob("*") if one.is_file()] == []
+
+
+def test_files_of_a_session_are_weighed_together(
+    rig: Rig, client: Anthropic, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    tenant = tenant_of(rig, request)
+    one = client.beta.files.upload(file=("a", b"x" * 400)).id
+    two = client.beta.files.upload(file=("b", b"y" * 200)).id
+
+    def together(named: list[str], most: int) -> list[str]:
+        rows = act(rig, lambda tx: files.together(tx, tenant, named, most))
+        return [row.id for row in rows]
+
+    # each time it is named it is copied
+    assert together([one, two, one], 1000) == [one, two, one]
+    assert together([], 1) == []
+    for named in ([one, two, one], [one] * 100):
+        with pytest.raises(CallerError) as caught:
+            together(named, 999)
+        assert caught.value.code == "request-too-large"
+    with pytest.raises(CallerError) as missing:
+        together([one, "file_none"], 1)
+    assert missing.value.code == "file-not-found"
+
+
+def test_a_session_that_names_too_much_is_refused(rig: Rig, client: Anthropic) -> None:
+    """One file of 600 kB named twice is 1.2 MB on the worker's disk, more than the 1 MiB here."""
+    file = client.beta.files.upload(file=("a", b"x" * 600_000)).id
+    agent = client.beta.agents.create(name="a", model="m").id
+    place = client.beta.environments.create(name="e").id
+
+    def session(count: int) -> Any:
+        resources: Any = [
+            {"type": "file", "file_id": file, "mount_path": f"/mnt/session/{number}"}
+            for number in range(count)
+        ]
+        return client.beta.sessions.create(agent=agent, environment_id=place, resources=resources)
+
+    assert len(session(1).resources) == 1
+    with pytest.raises(anthropic.APIStatusError, match="1200000 bytes together") as refused:
+        session(2)
+    assert refused.value.status_code == 413
+    assert len(list(client.beta.sessions.list())) == 1
+
+
+def test_a_worker_holds_the_bound_and_no_transaction(
+    rig: Rig, client: Anthropic, request: pytest.FixtureRequest, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A session may be older than the bound; and a database ends what stands idle too long."""
+    tenant = tenant_of(rig, request)
+    small = client.beta.files.upload(file=("a", b"x" * 400)).id
+    large = client.beta.files.upload(file=("c", b"z" * (MB // 2 + 1))).id
+    config = SimpleNamespace(state_dir=tmp_path, gateway=rig.settings)
+    open_at_copy: list[int] = []
+    copy = files._copy
+
+    def copied(*arguments: Any) -> None:
+        open_at_copy.append(transactions.open)
+        copy(*arguments)
+
+    monkeypatch.setattr(files, "_copy", copied)
+    transactions = _Counted()
+
+    async def bring(named: list[str]) -> list[tuple[int, int]]:
+        database, contents = rig.place.open(), keeping(rig.state, rig.settings).contents
+        resources = [
+            {"file_id": name, "mount_path": f"/mnt/session/{n}"} for n, name in enumerate(named)
+        ]
+        turn: Any = SimpleNamespace(tenant=tenant, resources=resources)
+        station: Any = SimpleNamespace(config=config)
+        try:
+            async with AsyncExitStack() as stack:
+                counted: Any = transactions.of(database)
+                place = await files_of(counted, turn, contents, station, stack)
+                assert place is not None
+                return [(int(p.name), p.stat().st_size) for p in sorted(place.iterdir())]
+        finally:
+            await database.close()
+
+    assert asyncio.run(bring([small, large, small])) == [(0, 400), (1, MB // 2 + 1), (2, 400)]
+    assert open_at_copy == [0, 0, 0]
+    with pytest.raises(CallerError) as brought:
+        asyncio.run(bring([large, large]))
+    assert brought.value.code == "request-too-large"
+    assert list((tmp_path / "session-files").iterdir()) == []
+
+
+class _Counted:
+    """How many reading transactions of a database stand open."""
+
+    open = 0
+
+    def of(self, database: Database) -> Any:
+        @asynccontextmanager
+        async def reading() -> AsyncIterator[Any]:
+            async with database.reading() as connection:
+                self.open += 1
+                try:
+                    yield connection
+                finally:
+                    self.open -= 1
+
+        return SimpleNamespace(reading=reading)
 
 
 def test_an_expired_file_is_gone_and_makes_room(

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import sqlite3
+import time
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ import pytest
 from anthropic import Anthropic, InternalServerError
 
 from gateway_rig import Rig, caller, postgres_place, sqlite_place
+from gateway_routes import CLOSED, MISSING, filled, sent
 
 
 def test_postgresql_stops_and_comes_back() -> None:
@@ -24,6 +29,11 @@ def test_postgresql_stops_and_comes_back() -> None:
             made = client.post("/v1/agents", json={"name": "x", "model": "m"}).json()
             server.stop()
             _is_away(url, key)
+            for method, path in CLOSED:
+                answer = client.request(
+                    method, filled(path, MISSING), **sent(method, path, MISSING)
+                )
+                assert (answer.status_code, answer.headers.get("retry-after")) == (503, "5"), path
             server.start()
             assert client.get("/readyz").status_code == 200
             assert [one["id"] for one in client.get("/v1/agents").json()["data"]] == [made["id"]]
@@ -43,11 +53,23 @@ def test_a_sqlite_file_that_cannot_be_written(tmp_path: Path) -> None:
             rig.place.path.parent.chmod(0o700)
 
 
+def test_a_sqlite_file_that_was_removed_or_replaced(tmp_path: Path) -> None:
+    rig = Rig(place=sqlite_place(tmp_path))
+    key = rig.key().text
+    with rig.serving() as url, caller(url, key) as client:
+        path = rig.place.path
+        assert path is not None
+        made = client.post("/v1/agents", json={"name": "x", "model": "m"}).json()
+        kept = path.rename(path.with_suffix(".kept"))
+        _is_away(url, key)
+        assert not path.exists(), "an empty one would be taken for the platform's"
+        kept.rename(path)
+        assert [one["id"] for one in client.get("/v1/agents").json()["data"]] == [made["id"]]
+
+
 def test_a_sqlite_file_that_another_program_keeps_locked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import sqlite3
-
     from ringfence.store import database
 
     monkeypatch.setattr(database, "_WAIT", 0.2)
@@ -64,6 +86,49 @@ def test_a_sqlite_file_that_another_program_keeps_locked(
         other.execute("ROLLBACK")
         other.close()
         assert client.post("/v1/agents", json={"name": "x", "model": "m"}).status_code == 200
+
+
+def test_a_queue_that_is_away_delays_a_run_and_refuses_nobody(tmp_path: Path) -> None:
+    path = tmp_path / "queue" / "queue.sqlite"
+    rig = Rig(place=sqlite_place(tmp_path), queue=path)
+    key = rig.key().text
+    with rig.serving() as url, caller(url, key) as client:
+        agent = client.post("/v1/agents", json={"name": "x", "model": "m"}).json()["id"]
+        place = client.post("/v1/environments", json={"name": "x"}).json()["id"]
+        started = {"agent": agent, "environment_id": place}
+        first, second = (client.post("/v1/sessions", json=started).json()["id"] for _ in "12")
+        said = {"type": "user.message", "content": [{"type": "text", "text": "hi"}]}
+
+        def send(session: str) -> None:
+            events = {"events": [said]}
+            answer = client.post(f"/v1/sessions/{session}/events", json=events)
+            assert answer.status_code == 200, answer.text
+            assert client.get(f"/v1/sessions/{session}").json()["status"] == "running"
+
+        send(first)
+        _wait_for(lambda: _queued(path) == {f"{first}.1"})
+        other = sqlite3.connect(path, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        send(second)
+        assert client.get("/readyz").status_code == 200
+        assert _queued(path) == {f"{first}.1"}
+        other.execute("ROLLBACK")
+        other.close()
+        _wait_for(lambda: _queued(path) == {f"{first}.1", f"{second}.1"})
+
+
+def _queued(path: Path) -> set[str]:
+    """Runs that are on the queue's disk. A lock of a writer's stops no reader of a WAL file."""
+    with closing(sqlite3.connect(path)) as connection:
+        return {row[0] for row in connection.execute("SELECT id FROM run")}
+
+
+def _wait_for(holds: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if holds():
+            return
+        time.sleep(0.1)
+    raise AssertionError("not within a minute")
 
 
 def _is_away(url: str, key: str) -> None:

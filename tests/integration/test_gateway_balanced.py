@@ -116,7 +116,7 @@ def test_two_gateways_are_one(postgres_server: Any, tmp_path: Path) -> None:
         with nginx(tmp_path, [first, second]) as front, worker.working():
             with Anthropic(base_url=front, api_key=key, timeout=60) as client:
                 session = _session(client)
-                seen = _conversation(client, session, rounds=6)
+                seen = _conversation(client, session, rounds=3)
                 listed = [one.id for one in client.beta.sessions.events.list(session)]
                 assert seen == listed
                 _one_effect(front, key)

@@ -175,6 +175,7 @@ def test_an_environment_that_asks_for_more_than_the_policy_is_refused_and_not_ke
         ),
         ({"type": "cloud"}, {"execution": {"max_memory_mb": 1_000_000}}),
         ({"type": "cloud"}, {"isolation": "runtime"}),
+        ({"type": "cloud"}, {"approval_seconds": 86_401}),
         ({"type": "cloud"}, {"filesystem": {"readable_paths": ["/etc"]}}),
     ]
     for config, block in wide:
@@ -194,13 +195,29 @@ def test_an_environment_that_asks_for_more_than_the_policy_is_refused_and_not_ke
             "type": "cloud",
             "networking": {"type": "limited", "allowed_hosts": ["a.build.example.com"]},
         },
-        extra_body={"ringfence": {"isolation": "gvisor", "execution": {"pids": 64}}},
+        extra_body={
+            "ringfence": {
+                "isolation": "gvisor",
+                "execution": {"pids": 64},
+                "approval_seconds": 86_400,
+            }
+        },
     )
     with pytest.raises(anthropic.PermissionDeniedError):
         client.beta.environments.update(
             made.id, config={"type": "cloud", "networking": {"type": "unrestricted"}}
         )
     assert client.beta.environments.retrieve(made.id) == made
+
+
+def test_packages_that_nobody_would_install_are_refused(client: Anthropic) -> None:
+    for packages in ({"pip": ["requests"]}, {"apt": ["jq"]}):
+        with pytest.raises(anthropic.BadRequestError, match=rf"packages\.{next(iter(packages))}"):
+            client.beta.environments.create(
+                name="x", config={"type": "cloud", "packages": {"type": "packages", **packages}}
+            )
+    empty: Any = {"type": "packages", "pip": []}
+    client.beta.environments.create(name="x", config={"type": "cloud", "packages": empty})
 
 
 def test_what_is_not_supported_is_named(client: Anthropic) -> None:

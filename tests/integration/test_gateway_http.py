@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import hashlib
 import json
 import re
 import socket
@@ -13,14 +14,10 @@ import httpx2
 import pytest
 
 from gateway_rig import Rig, caller
+from gateway_routes import AGENT, CLOSED, MISSING, filled, names_one, possessions, sent
 from ringfence.config import GatewaySettings
 from ringfence.control.keys import SCOPES
-from ringfence.gateway.app import create_app
 from ringfence.gateway.guard import OPEN
-from ringfence.gateway.support import served
-
-AGENT = {"name": "x", "model": "m", "metadata": {"secret": "of acme"}}
-
 
 LIMITS = GatewaySettings(max_body_kb=64, body_seconds=1.0, requests_per_minute=60_000)
 
@@ -42,6 +39,14 @@ def acme(rig: Rig, base: str) -> Iterator[httpx2.Client]:
         yield client
 
 
+@pytest.fixture
+def owner(rig: Rig, base: str, request: pytest.FixtureRequest) -> Iterator[httpx2.Client]:
+    """A tenant of the test's own: what all others have made is not read again with each."""
+    name = hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:16]
+    with caller(base, rig.key(name).text) as client:
+        yield client
+
+
 def refused(answer: httpx2.Response, status: int, code: str) -> None:
     body = answer.json()
     assert (answer.status_code, body["error"]["details"]["error_code"]) == (status, code), body
@@ -49,54 +54,11 @@ def refused(answer: httpx2.Response, status: int, code: str) -> None:
     assert body["request_id"] == answer.headers["request-id"]
 
 
-def filled(template: str, ids: dict[str, str]) -> str:
-    return re.sub(r"\{([a-z_]+)\}", lambda match: ids[match[1]], template)
-
-
-ROUTES = sorted(served(create_app(None, None)))
-CLOSED = [(method, path) for method, path in ROUTES if path not in OPEN]
-BODIES: dict[tuple[str, str], dict[str, Any]] = {
-    ("POST", "/v1/agents"): {"name": "x", "model": "m"},
-    ("POST", "/v1/agents/{agent_id}"): {"name": "stolen"},
-    ("POST", "/v1/environments"): {"name": "x"},
-    ("POST", "/v1/environments/{environment_id}"): {"name": "stolen"},
-    ("POST", "/v1/sessions"): {"agent": "{agent_id}", "environment_id": "{environment_id}"},
-    ("POST", "/v1/sessions/{session_id}"): {"title": "stolen"},
-    ("POST", "/v1/sessions/{session_id}/events"): {
-        "events": [{"type": "user.message", "content": [{"type": "text", "text": "stolen"}]}]
-    },
-    ("POST", "/v1/vaults"): {"display_name": "x"},
-    ("POST", "/v1/vaults/{vault_id}"): {"display_name": "stolen"},
-    ("POST", "/v1/vaults/{vault_id}/credentials"): {
-        "auth": {
-            "type": "static_bearer",
-            "token": "0123456789",
-            "mcp_server_url": "https://two.example.com/",
-        }
-    },
-    ("POST", "/v1/vaults/{vault_id}/credentials/{credential_id}"): {"display_name": "stolen"},
-}
-MISSING = {
-    "agent_id": "agent_no",
-    "environment_id": "env_no",
-    "session_id": "sesn_no",
-    "file_id": "file_no",
-    "vault_id": "vlt_no",
-    "credential_id": "vcrd_no",
-}
 # what is refused for its state, and no longer for whose it is
-STATE = {("DELETE", "/v1/environments/{environment_id}"): {409}}
-
-
-def body_for(method: str, path: str, ids: dict[str, str]) -> Any:
-    body = BODIES.get((method, path))
-    return body and json.loads(filled(json.dumps(body), ids))
-
-
-def names_one(method: str, path: str) -> bool:
-    """Whether the path or the body names a thing of somebody's."""
-    text = path + json.dumps(BODIES.get((method, path)))
-    return any("{" + name + "}" in text for name in MISSING)
+STATE = {
+    ("DELETE", "/v1/environments/{environment_id}"): {409},
+    ("POST", "/v1/sessions/{session_id}/resources/{resource_id}"): {400},
+}
 
 
 def asked(client: httpx2.Client, method: str, target: str, **options: Any) -> httpx2.Response:
@@ -110,15 +72,8 @@ def asked(client: httpx2.Client, method: str, target: str, **options: Any) -> ht
     return answer
 
 
-def sent(method: str, path: str, ids: dict[str, str]) -> dict[str, Any]:
-    """What makes a request of a route a good one."""
-    if (method, path) == ("POST", "/v1/files"):
-        return {"files": {"file": ("x.txt", b"x")}}
-    return {"json": body_for(method, path, ids)}
-
-
 def test_there_are_routes() -> None:
-    assert len(CLOSED) >= 29
+    assert len(CLOSED) >= 34
 
 
 @pytest.mark.parametrize(("method", "path"), CLOSED)
@@ -128,7 +83,7 @@ def test_every_route_asks_for_a_key_and_one_scope(
     """From the route table, so that a new route is asked, too."""
     target = filled(path, MISSING)
     body = sent(method, path, MISSING)
-    with httpx2.Client(base_url=base) as nobody:
+    with httpx2.Client(base_url=base, verify=False) as nobody:
         refused(nobody.request(method, target, **body), 401, "api_key_missing")
         answers = {}
         for scope in SCOPES:
@@ -153,37 +108,13 @@ def all_text(client: httpx2.Client) -> str:
     return re.sub(r'"(duration|active)_seconds":[0-9.e-]+', "", text)
 
 
-def possessions(client: httpx2.Client) -> dict[str, str]:
-    """One thing of each kind, whose text says whose it is."""
-    vault = client.post("/v1/vaults", json={"display_name": "of acme"}).json()["id"]
-    auth = {
-        "type": "static_bearer",
-        "token": "0123456789",
-        "mcp_server_url": "https://a.example.com/",
-    }
-    named = {"auth": auth, "display_name": "of acme"}
-    agent = client.post("/v1/agents", json=AGENT).json()["id"]
-    environment = client.post("/v1/environments", json={"name": "of acme"}).json()["id"]
-    started = {"agent": agent, "environment_id": environment, "title": "of acme"}
-    return {
-        "agent_id": agent,
-        "environment_id": environment,
-        "session_id": client.post("/v1/sessions", json=started).json()["id"],
-        "file_id": client.post("/v1/files", files={"file": ("of acme.txt", b"of acme")}).json()[
-            "id"
-        ],
-        "vault_id": vault,
-        "credential_id": client.post(f"/v1/vaults/{vault}/credentials", json=named).json()["id"],
-    }
-
-
 @pytest.mark.parametrize(("method", "path"), CLOSED)
 def test_a_tenant_reaches_nothing_of_another(
-    rig: Rig, acme: httpx2.Client, base: str, method: str, path: str
+    rig: Rig, owner: httpx2.Client, base: str, method: str, path: str
 ) -> None:
-    ids = possessions(acme)
+    ids = possessions(owner)
     target, body = filled(path, ids), sent(method, path, ids)
-    before = all_text(acme)
+    before = all_text(owner)
     with caller(base, rig.key("rival").text) as rival:
         answer = asked(rival, method, target, **body)
         assert "of acme" not in answer.text
@@ -200,10 +131,10 @@ def test_a_tenant_reaches_nothing_of_another(
         else:
             assert answer.status_code == 200
             assert not any(one in answer.text for one in ids.values())
-    assert all_text(acme) == before
+    assert all_text(owner) == before
     # the allowed twin: its owner does reach it
     wanted = STATE.get((method, path), {200})
-    assert asked(acme, method, target, **body).status_code in wanted
+    assert asked(owner, method, target, **body).status_code in wanted
 
 
 def test_a_cursor_of_another_tenant_shows_only_ones_own(
@@ -243,11 +174,11 @@ BAD: list[tuple[str, bytes]] = [
 
 
 @pytest.mark.parametrize("body", [body for _, body in BAD], ids=[name for name, _ in BAD])
-def test_bad_input_is_a_400_and_leaves_nothing(acme: httpx2.Client, body: bytes) -> None:
-    before = all_text(acme)
-    answer = acme.post("/v1/agents", content=body, headers={"content-type": "application/json"})
+def test_bad_input_is_a_400_and_leaves_nothing(owner: httpx2.Client, body: bytes) -> None:
+    before = all_text(owner)
+    answer = owner.post("/v1/agents", content=body, headers={"content-type": "application/json"})
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
-    assert all_text(acme) == before
+    assert all_text(owner) == before
 
 
 @pytest.mark.parametrize(

@@ -413,12 +413,25 @@ def test_what_is_not_carried_out_is_refused_by_name(
 
 
 IMAGE = {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}
+PDF = {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0xLjQK"}
+
+
+def shown(*sources: Any, kind: str = "image") -> Any:
+    return {"type": "user.message", "content": [{"type": kind, "source": one} for one in sources]}
 
 
 @pytest.mark.parametrize(
     ("event", "allowed"),
     [
-        ({"type": "user.message", "content": [{"type": "image", "source": IMAGE}]}, True),
+        (shown(IMAGE), True),
+        (shown(PDF, kind="document"), True),
+        (shown(*[IMAGE] * 20), True),
+        (shown(*[IMAGE] * 21), False),
+        # what is called an image and is none would stay in the conversation, refused for good
+        (shown({**IMAGE, "media_type": "image/gif"}), False),
+        (shown({**IMAGE, "data": "aGVsbG8gd29ybGQ="}), False),
+        (shown({**PDF, "data": IMAGE["data"]}, kind="document"), False),
+        (shown({"type": "file", "file_id": "../x"}), False),
         ({"type": "user.message", "content": [{"type": "text", "text": "x"}]}, True),
         ({"type": "user.message", "content": []}, False),
         ({"type": "user.message", "content": [{"type": "text", "text": ""}]}, False),
@@ -528,3 +541,101 @@ def test_files_and_vaults_are_the_tenants_own(
                 ask()
             assert caught.value.error_code == code
     assert [one.id for one in client.beta.sessions.list(agent_id=agent)] == [made.id]
+
+
+def test_files_are_added_and_taken_away(
+    rig: Rig, base: str, client: Anthropic, agent: str, place_id: str
+) -> None:
+    first, second = (client.beta.files.upload(file=(f"{n}.csv", b"1")) for n in "ab")
+    with Anthropic(base_url=base, api_key=rig.key("rival").text, max_retries=0) as rival:
+        foreign = rival.beta.files.upload(file=("b.csv", b"3"))
+    session = client.beta.sessions.create(agent=agent, environment_id=place_id).id
+    other = client.beta.sessions.create(agent=agent, environment_id=place_id).id
+    held = client.beta.sessions.resources
+    one = held.add(session, file_id=first.id, type="file")
+    two = held.add(session, file_id=second.id, type="file", mount_path="/mnt/session/b.csv")
+    assert (one.type, one.mount_path) == ("file", f"/mnt/session/uploads/{first.id}")
+    assert [item.mount_path for item in held.list(session)] == [one.mount_path, two.mount_path]
+    pages = held.list(session, limit=1)
+    assert (len(pages.data), [item.mount_path for item in pages][1:]) == (1, [two.mount_path])
+    assert held.retrieve(two.id, session_id=session) == two
+    assert client.beta.sessions.retrieve(session).resources == [one, two]
+    refused: list[tuple[Any, Any, str]] = [
+        (404, lambda: held.add(session, file_id=foreign.id, type="file"), "file_not_found"),
+        (404, lambda: held.retrieve(one.id, session_id=other), "resource_not_found"),
+        (404, lambda: held.delete(one.id, session_id=other), "resource_not_found"),
+        (400, lambda: held.add(session, file_id=first.id, type="file"), "request_invalid"),
+        (400, lambda: held.update(one.id, session_id=session, authorization_token="t"), "request_invalid"),
+        (400, lambda: held.add(session, file_id=first.id, type="memory_store"), "request_invalid"),  # type: ignore[arg-type]
+    ]  # fmt: skip
+    for status, ask, code in refused:
+        with pytest.raises(anthropic.APIStatusError) as caught:
+            ask()
+        assert (caught.value.status_code, caught.value.error_code) == (status, code)
+    assert held.delete(one.id, session_id=session).type == "session_resource_deleted"
+    assert [item.mount_path for item in held.list(session)] == [two.mount_path]
+    # its place is free again, and the file was not deleted with it
+    held.add(session, file_id=first.id, type="file")
+    client.beta.sessions.archive(session)
+    with pytest.raises(anthropic.BadRequestError) as archived:
+        held.delete(two.id, session_id=session)
+    assert archived.value.error_code == "session_archived"
+
+
+def test_an_image_may_be_a_file_of_the_tenants(
+    rig: Rig, base: str, client: Anthropic, agent: str, place_id: str
+) -> None:
+    png = b"\x89PNG\r\n\x1a\n" + b"\0" * 64
+    image = client.beta.files.upload(file=("a.png", png, "image/png"))
+    table = client.beta.files.upload(file=("a.csv", b"1,2", "text/csv"))
+    large = client.beta.files.upload(file=("b.png", png + b"\0" * (3 << 20), "image/png"))
+    with Anthropic(base_url=base, api_key=rig.key("rival").text, max_retries=0) as rival:
+        foreign = rival.beta.files.upload(file=("c.png", png, "image/png"))
+    session = client.beta.sessions.create(agent=agent, environment_id=place_id).id
+
+    def send(kind: str, *files: str) -> Any:
+        sources = [{"type": "file", "file_id": one} for one in files]
+        return client.beta.sessions.events.send(session, events=[shown(*sources, kind=kind)])
+
+    for allowed in (("image", image.id), ("document", table.id), ("image", image.id, large.id)):
+        assert send(*allowed).data[0].content[0].source.file_id == allowed[1]
+    refused = [
+        (("image", foreign.id), "file_not_found"),
+        (("image", image.id, "file_none"), "file_not_found"),
+        (("image", table.id), "request_invalid"),
+        (("document", image.id), "request_invalid"),
+        (("image", large.id, large.id), "request_invalid"),
+    ]
+    for wrong, code in refused:
+        with pytest.raises(anthropic.APIStatusError) as caught:
+            send(*wrong)
+        assert caught.value.error_code == code
+    kept = client.beta.sessions.events.list(session, types=["user.message"])
+    assert len(list(kept)) == 3
+
+
+def test_a_session_that_nobody_waits_for(client: Anthropic, agent: str, place_id: str) -> None:
+    """Ours, beside the public fields: others' sessions say that they are none."""
+
+    def made(block: Any) -> Any:
+        return client.beta.sessions.create(
+            agent=agent, environment_id=place_id, extra_body={"ringfence": block}
+        )
+
+    def block_of(session: Any) -> Any:
+        return (session.model_extra or {})["ringfence"]
+
+    batch = made({"batch": True})
+    assert block_of(batch) == {"batch": True}
+    plain = client.beta.sessions.create(agent=agent, environment_id=place_id)
+    assert block_of(plain) == block_of(made(None)) == {"batch": False}
+    for wrong in ({"batch": "yes"}, {"batch": True, "priority": 1}, True):
+        with pytest.raises(anthropic.BadRequestError):
+            made(wrong)
+    back = client.beta.sessions.update(batch.id, extra_body={"ringfence": {"batch": False}})
+    assert block_of(back) == {"batch": False}
+    changed = client.beta.sessions.update(plain.id, extra_body={"ringfence": {"batch": True}})
+    assert block_of(changed) == {"batch": True}
+    titled = client.beta.sessions.update(plain.id, title="Tidy up")
+    assert block_of(titled) == {"batch": True}, "what is left out stays"
+    assert block_of(client.beta.sessions.retrieve(plain.id)) == {"batch": True}

@@ -442,6 +442,45 @@ def lying(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
         place.parent.rmdir()  # unless a test beside this one has its own there
 
 
+KILLER = """#!/bin/sh
+for word; do [ "$last" = --pid-file ] && file=$word; last=$word; done
+/usr/bin/runsc "$@" || exit
+read pid < "$file"
+kill -KILL "$pid"
+while grep -q "^State:.[^Z]" "/proc/$pid/status"; do sleep 0.02; done
+"""
+
+
+@pytest.mark.root
+def test_a_sentry_that_ended_before_the_gate_opened_ran_no_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing has begun, so that its status is no program's, however short that may be."""
+    place = Path("/usr/local/lib/ringfence-test") / f"{os.getpid()}-killer"
+    place.mkdir(parents=True)
+    killer = place / "runsc"
+    killer.write_text(KILLER)
+    killer.chmod(0o755)
+
+    async def work() -> None:
+        async with sandbox_of(tmp_path) as sandbox:
+            with monkeypatch.context() as patch:
+                patch.setattr(gvisor, "find_runsc", lambda: killer)
+                with pytest.raises(UnavailableError) as caught:
+                    await sandbox.exec(["true"])
+            assert caught.value.code == "sandbox-start-failed"
+            assert members(sandbox) == {}
+            process = await sandbox.exec(["true"])
+            assert await process.wait() == 0
+
+    try:
+        run(work)
+    finally:
+        shutil.rmtree(place)
+        with contextlib.suppress(OSError):
+            place.parent.rmdir()
+
+
 @pytest.mark.root
 @pytest.mark.parametrize("lie", [pytest.param(name, marks=PODMAN.marks) for name in LIES])
 def test_what_podman_asks_beyond_ours_stops_the_start(

@@ -16,6 +16,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from ringfence.cli import audit, sessions
+from ringfence.config import AnchorSettings, AuditSettings, Config
 from ringfence.record.audit import AuditLog, append_event
 from ringfence.record.events import ModelAnswered, RunEnded, RunStarted
 from ringfence.record.merkle import Frontier, leaf_hash
@@ -63,7 +64,7 @@ def state(tmp_path: Path) -> SimpleNamespace:
     calls: list[list[str]] = []
     return SimpleNamespace(
         state_dir=tmp_path,
-        config=None,
+        config=Config(state_dir=tmp_path),
         run=calls.append,
         calls=calls,
         sessions=lambda: SqliteSessionStore(tmp_path / "sessions.sqlite"),
@@ -243,11 +244,16 @@ def test_several_checkpoints_in_one_anchor_file(state: SimpleNamespace, tmp_path
         file.write(invoke(audit.app, state, "checkpoint").output)
     done = invoke(audit.app, state, "verify", "--anchor", str(kept))
     assert done.exit_code == 0, done.output
-    kept.write_text(kept.read_text().replace("\n10\n", "\n11\n"))
-    assert "anchor" in invoke(audit.app, state, "verify", "--anchor", str(kept)).output
-    kept.write_text(kept.read_text() + "and more\n")
+    whole = kept.read_text()
+    # as of one who was cut off: it is said, and the others stand
+    kept.write_text(whole + "and more\n")
     done = invoke(audit.app, state, "verify", "--anchor", str(kept))
-    assert done.exit_code == 2
+    assert (done.exit_code, "no whole checkpoint" in done.output) == (0, True), done.output
+    kept.write_text(whole.replace("\n10\n", "\n11\n"))
+    done = invoke(audit.app, state, "verify", "--anchor", str(kept))
+    assert (done.exit_code, "anchor" in done.output) == (3, True), done.output
+    kept.write_text("and more\n")
+    assert invoke(audit.app, state, "verify", "--anchor", str(kept)).exit_code == 2
 
 
 def test_a_recorder_that_says_nothing_is_an_alarm_on_its_own_host(
@@ -371,3 +377,50 @@ def test_sessions_resume_is_a_run(state: SimpleNamespace) -> None:
     assert state.calls == [["run", "and now?", "--resume", SID, "--timeout", "60"]]
     assert invoke(sessions.app, state, "resume", "../x", "hi").exit_code == 2
     assert len(state.calls) == 1
+
+
+def test_verify_asks_the_anchor_of_the_settings(state: SimpleNamespace, tmp_path: Path) -> None:
+    place = tmp_path / "elsewhere"
+    state.config = Config(
+        state_dir=tmp_path, audit=AuditSettings(anchor=AnchorSettings(file=place))
+    )
+    alone = invoke(audit.app, state, "verify")
+    assert (alone.exit_code, f"no checkpoint at {place}" in alone.output) == (0, True)
+
+    place.write_text(invoke(audit.app, state, "checkpoint").output)
+    good = invoke(audit.app, state, "verify")
+    assert (good.exit_code, "warning" in good.output) == (0, False)
+
+    longer = place.read_text().replace("\n9\n", "\n10\n")
+    place.write_text(longer)
+    assert invoke(audit.app, state, "verify").exit_code == 3
+
+
+def test_export_as_ocsf(state: SimpleNamespace, tmp_path: Path) -> None:
+    out = tmp_path / "siem"
+    done = invoke(audit.app, state, "export", "--format", "ocsf", "--out", str(out))
+    assert done.exit_code == 0
+    assert [entry.name for entry in out.iterdir()] == ["ocsf.jsonl"]
+    events = [json.loads(line) for line in (out / "ocsf.jsonl").read_text().splitlines()]
+    assert [event["metadata"]["sequence"] for event in events] == list(range(9))
+    with AuditReader(tmp_path / "audit") as reader:
+        hashes = [leaf_hash(body).hex() for _, body in reader.bodies()]
+    assert [event["metadata"]["uid"] for event in events] == hashes
+    assert b"\x1b" not in (out / "ocsf.jsonl").read_bytes()
+
+    rest = invoke(audit.app, state, "export", "--format", "ocsf", "--after", "6", "--out", "-")
+    assert [json.loads(line) for line in rest.stdout.splitlines()] == events[7:]
+
+
+def test_an_export_as_ocsf_is_whole_or_is_refused(state: SimpleNamespace, tmp_path: Path) -> None:
+    db = sqlite3.connect(tmp_path / "audit" / "log.sqlite")
+    db.execute("DROP TRIGGER record_no_update")
+    db.execute("UPDATE record SET body = ? WHERE idx = 8", (b'{"type":"run.ended"}',))
+    db.commit()
+    db.close()
+    out = tmp_path / "siem"
+    bad = invoke(audit.app, state, "export", "--format", "ocsf", "--out", str(out))
+    assert bad.exit_code == 4
+    assert not (out / "ocsf.jsonl").exists()
+    whole = invoke(audit.app, state, "export", "--after", "3", "--out", str(out))
+    assert whole.exit_code == 2

@@ -358,6 +358,77 @@ def test_only_an_anchor_shows_what_the_holder_of_the_key_did(audit: Path) -> Non
     assert "anchor" in report.reason
 
 
+def kept(directory: Path) -> list[str]:
+    """Its checkpoints, as an anchor has them."""
+    connection = sqlite3.connect(directory / "log.sqlite")
+    notes = [note for (note,) in connection.execute("SELECT note FROM checkpoint ORDER BY size")]
+    connection.close()
+    return notes
+
+
+def test_a_torn_checkpoint_spoils_no_other(audit: Path) -> None:
+    first, torn, last = kept(audit)[-3:]
+    assert check(audit, first + torn + last).warnings == []
+    shutil.copytree(audit, audit.parent / "forged")
+    resigned(audit.parent / "forged", 35)
+    for cut in [*range(1, len(torn) - 1, 3), *range(len(torn) - 8, len(torn) - 1)]:
+        piece = torn[:cut]
+        anchor = first + piece + ("" if piece.endswith("\n") else "\n") + last
+        report = check(audit, anchor)
+        assert report.ok, (cut, report.reason)
+        assert ["no whole checkpoint" in line for line in report.warnings] == [True], cut
+        assert not check(audit.parent / "forged", anchor).ok, "the whole ones are looked at"
+        # whoever can only append would hide the next checkpoint by a piece without an end
+        glued = first + piece + last
+        assert check(audit, glued).ok, cut
+        report = check(audit.parent / "forged", glued)
+        assert not report.ok, cut
+        assert "anchor" in report.reason
+
+
+@pytest.mark.parametrize(
+    ("before", "behind"),
+    [
+        ("\u2014 x " + "A" * 92, ""),
+        ("\u2014 x ", ""),
+        (f"{ORIGIN}\n41\n", ""),
+        (f"{ORIGIN}\n41\n{'A' * 43}=\n", ""),
+        (f"{ORIGIN}\n41\n{'A' * 43}=\n\n", ""),
+        (f"{ORIGIN}\n41\n{'A' * 43}=\n\n\u2014 {ORIGIN} {'A' * 91}", ""),
+        ("", f"\u2014 {ORIGIN} {'A' * 91}\n"),
+        ("", f"\u2014 {ORIGIN} {'A' * 92}\n" * 800),
+        ("", f"\u2014 x {'A' * 90}" + "\x00\n"),
+    ],
+)
+def test_nothing_that_is_appended_hides_a_whole_checkpoint(
+    audit: Path, before: str, behind: str
+) -> None:
+    """By who cannot take it away, and would rewrite what it covers."""
+    last = kept(audit)[-1]
+    shutil.copytree(audit, audit.parent / "forged")
+    resigned(audit.parent / "forged", 35)
+    anchor = kept(audit)[0] + before + last + behind
+    assert check(audit, anchor).ok
+    report = check(audit.parent / "forged", anchor)
+    assert not report.ok
+    assert "anchor" in report.reason
+
+
+@pytest.mark.parametrize("text", ["", "\n", "half a li", f"{ORIGIN}\n12\n"])
+def test_an_anchor_of_nothing_whole_is_refused(audit: Path, text: str) -> None:
+    with pytest.raises(verifier.UsageError, match="not a checkpoint"):
+        check(audit, text)
+    with pytest.raises(verifier.UsageError, match="not a checkpoint"):
+        check(audit, kept(audit)[-1][:-5])
+
+
+def test_half_a_character_is_half_a_line(audit: Path, tmp_path: Path) -> None:
+    first, torn, last = (note.encode() for note in kept(audit)[-3:])
+    (tmp_path / "anchor").write_bytes(first + torn[: torn.index(b"\xe2") + 1] + b"\n" + last)
+    arguments = [str(audit / "log.sqlite"), "--public-key", str(audit / "public.key")]
+    assert verifier.main([*arguments, "--anchor", str(tmp_path / "anchor")]) == 0
+
+
 def test_an_anchor_of_another_history(audit: Path) -> None:
     keys_file = audit / "key"
     other = audit.parent / "other"

@@ -92,6 +92,16 @@ def test_blocks_of_ids_are_nobodys(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     lease = hostfacts.lease_uid(range(3_001_000, 4_000_000, 65_536), tmp_path / "leases")
     assert lease.uid == 3_001_000
     lease.release()
+    # nor is any that a seat has an account's: the last of them, the first behind them, and a single
+    for account, step, lent in (
+        (3_001_015, 65_536, 3_001_000 + 65_536),
+        (3_001_016, 65_536, 3_001_000),
+        (3_001_015, 1, 3_001_000),
+    ):
+        monkeypatch.setattr(hostfacts, "_has_account", account.__eq__)
+        lease = hostfacts.lease_uid(range(3_001_000, 4_000_000, step), tmp_path / "leases")
+        assert lease.uid == lent
+        lease.release()
 
 
 @pytest.mark.root
@@ -378,6 +388,31 @@ async def _start(
         state_dir=place / "state",
     )
     return await BubblewrapBackend(state_dir=place / "state").start(spec)
+
+
+def test_groups_that_cannot_be_read_are_not_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only one that is gone is: its seat or lease is given to the next."""
+    monkeypatch.setattr(cgroups, "_END_SECONDS", 0.05)
+    hierarchy = cgroups.Hierarchy(
+        parents={cgroups.Control.PIDS: tmp_path}, freezer=None, unified=True
+    )
+    groups = cgroups.Groups(hierarchy, new_id("sb"))
+    (path,) = map(Path, groups.paths)
+    assert groups.end()
+    path.mkdir()
+    assert groups.end()
+    (path / "cgroup.procs").mkdir()
+    assert not groups.end()
+    with pytest.raises(IsADirectoryError):
+        groups.members()
+    # what cannot be read of a dead worker's is left to the next sweep, and hinders none
+    left = tmp_path / f"ringfence-4194304-1-{new_id('sb')}"
+    path.rename(left)
+    (tmp_path / f"ringfence-4194304-2-{new_id('sb')}").mkdir()
+    assert cgroups.sweep(hierarchy) == 1
+    assert left.exists()
 
 
 @pytest.mark.root

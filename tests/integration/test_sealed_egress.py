@@ -57,7 +57,7 @@ class Place:
         return SealedCredential(key_id=key_id(public), sealed=sealed, **fields)
 
     async def open(self, name: str, sealed: Sealed | None, **more: Any) -> Path:
-        rules, credentials = sealed.bound(RULES) if sealed else (RULES, [])
+        rules, credentials, _ = sealed.bound(RULES) if sealed else (RULES, [], ())
         path = self.state / f"{name}.sock"
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(path))

@@ -13,7 +13,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
-from gateway_rig import Place
+from gateway_rig import Place, postgres_place
 from ringfence.control import keys
 from ringfence.control.tenancy import Caller
 from ringfence.errors import DeniedError, UnavailableError
@@ -145,3 +145,100 @@ def test_a_url_that_is_none_is_refused_without_being_printed(url: str) -> None:
     with pytest.raises(CallerError) as caught:
         open_postgresql(url)
     assert "hunter2" not in caught.value.render()
+
+
+class Relay:
+    """Between a client and a real server; once `silent` nothing comes through, and nobody hangs up:
+    as of a host that lost its power, or a network that went.
+    """
+
+    def __init__(self, place: Path, server: Path) -> None:
+        self.path, self._server = place / server.name, server
+        self.silent = False
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._ends: list[asyncio.StreamWriter] = []
+
+    async def serve(self) -> asyncio.Server:
+        return await asyncio.start_unix_server(self._accept, self.path)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        theirs, ours = await asyncio.open_unix_connection(self._server)
+        self._ends += [ours, writer]
+        loop = asyncio.get_running_loop()
+        self._tasks |= {
+            loop.create_task(self._copy(reader, ours)),
+            loop.create_task(self._copy(theirs, writer)),
+        }
+
+    async def _copy(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        while data := await source.read(1 << 16):
+            while self.silent:
+                await asyncio.sleep(0.01)
+            target.write(data)
+        target.close()
+
+    async def end(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for end in self._ends:
+            end.close()
+        await asyncio.gather(*(end.wait_closed() for end in self._ends), return_exceptions=True)
+
+
+def test_who_waited_for_a_lock_sees_what_was_written(postgres_server: Any) -> None:
+    """Whatever the server's operator has made the default."""
+    import asyncpg
+
+    name = postgres_place(postgres_server).name
+    url = postgres_server.url(name)
+
+    async def default(*statements: str) -> str:
+        other = await asyncpg.connect(url)
+        for statement in statements:
+            await other.execute(statement)
+        found = await other.fetchval("SHOW transaction_isolation")
+        await other.close()
+        return str(found)
+
+    async def work() -> None:
+        isolation = "default_transaction_isolation = 'serializable'"
+        await default(f"ALTER DATABASE {name} SET {isolation}")
+        assert await default() == "serializable"
+        found = open_postgresql(url)
+        for block in (found.reading, found.writing):
+            async with block() as connection:
+                answer = await connection.execute(text("SHOW transaction_isolation"))
+                assert answer.scalar() == "read committed"
+        await found.close()
+
+    asyncio.run(work())
+
+
+async def test_nobody_waits_for_ever_for_a_server_that_is_silent(
+    postgres_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ringfence.store import database as module
+
+    monkeypatch.setattr(module, "_ANSWER_SECONDS", 2.0)
+    monkeypatch.setattr(module, "_CLOSE_SECONDS", 1.0)
+    relay = Relay(tmp_path, postgres_server.place / "data" / ".s.PGSQL.5432")
+    server = await relay.serve()
+    found = open_postgresql(f"postgresql://postgres@/postgres?host={tmp_path}")
+    async with asyncio.timeout(60):
+        await found.ping()
+        async with found.reading() as one, found.reading() as other:
+            for connection in (one, other):
+                await connection.execute(text("SELECT 1"))
+        relay.silent = True
+        for work in (found.ping, found.ping):
+            with pytest.raises(UnavailableError) as caught:
+                await work()
+            assert caught.value.code == "store-unavailable"
+        relay.silent = False
+        await found.ping()
+        # with connections that nobody answers any more
+        relay.silent = True
+        await found.close()
+    server.close()
+    await relay.end()

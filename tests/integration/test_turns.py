@@ -19,6 +19,7 @@ from ringfence.control.journal import Journal
 from ringfence.control.turns import Action, ActionKind, NewEvent, Settled, Superseded, Turn, TurnEnd
 from ringfence.errors import CallerError
 from ringfence.model import RunStatus, SessionStatus, Usage
+from ringfence.queue.protocol import BATCH, NORMAL
 from ringfence.store import sessions
 from ringfence.store.database import Database, now
 from ringfence.store.tables import EVENTS, TURNS
@@ -139,7 +140,7 @@ async def test_a_later_attempt_gets_the_same_and_fences_the_one_before(
 async def test_what_waits_for_the_queue_is_found_until_the_queue_has_it(
     database: Database, session: str
 ) -> None:
-    async def waits() -> list[tuple[str, str]]:
+    async def waits() -> list[tuple[str, str, int]]:
         async with database.reading() as connection:
             return [
                 one
@@ -149,8 +150,8 @@ async def test_what_waits_for_the_queue_is_found_until_the_queue_has_it(
 
     assert await waits() == []
     await say(database, session, "one")
-    ((run, tenant),) = await waits()
-    assert run == f"{session}.1"
+    ((run, tenant, priority),) = await waits()
+    assert (run, priority) == (f"{session}.1", NORMAL)
     async with database.reading() as connection:
         assert await turns.unqueued(connection, 1) == []
     await did(database, turns.queued, run)
@@ -161,7 +162,27 @@ async def test_what_waits_for_the_queue_is_found_until_the_queue_has_it(
     settled = await did(database, turns.settle, turn, DONE)
     # the word about the turn before says nothing about this one
     await did(database, turns.queued, run)
-    assert await waits() == [(settled.next_run, tenant)]
+    assert await waits() == [(settled.next_run, tenant, NORMAL)]
+
+
+async def test_turns_that_nobody_waits_for_come_after_the_others(
+    database: Database, session: str
+) -> None:
+    """From the next turn on, whoever hands it over: the outbox, the turn before, or the sweep."""
+    row = (await rows_of(database, session))[0]
+    await did(database, sessions.change, row, {"priority": BATCH})
+    await say(database, session, "one")
+    async with database.reading() as connection:
+        found = await turns.unqueued(connection, now() + 1)
+        assert (f"{session}.1", row.tenant_id, BATCH) in found
+    turn = await claimed(database, f"{session}.1", 1)
+    await say(database, session, "two")
+    settled = await did(database, turns.settle, turn, DONE)
+    assert (settled.next_run, settled.priority) == (f"{session}.2", BATCH)
+    await did(database, turns.queued, settled.next_run)
+    async with database.reading() as connection:
+        at_work = await sessions.at_work(connection, now() + 1, "", 1000)
+    assert [one.priority for one in at_work if one.session == session] == [BATCH]
 
 
 async def test_an_interrupt_reaches_every_attempt_and_not_the_next_turn(
@@ -452,22 +473,25 @@ async def test_two_attempts_at_once_are_one_after_the_other(
     database: Database, session: str
 ) -> None:
     await say(database, session, "one")
-    first = await claimed(database, f"{session}.1", 1)
+    first, begun = await claimed(database, f"{session}.1", 1), asyncio.Event()
 
-    async def attempt(turn: Turn, name: str) -> int:
-        for count in range(20):
+    async def attempt(turn: Turn, name: str, times: int) -> int:
+        for count in range(times):
             try:
                 await did(database, turns.append, turn, [message(name), message(name)])
             except Superseded:
                 return count
-        return 20
+            begun.set()
+        return times
 
     async def take_over() -> int:
-        await asyncio.sleep(0.03)
-        return await attempt(await claimed(database, f"{session}.1", 2), "second")
+        await begun.wait()
+        return await attempt(await claimed(database, f"{session}.1", 2), "second", 20)
 
-    older, newer = await asyncio.gather(attempt(first, "first"), take_over())
+    # the one that was taken over from is cut off, and not merely first
+    older, newer = await asyncio.gather(attempt(first, "first", 450), take_over())
     assert newer == 20
+    assert 0 < older < 450
     row, events = await rows_of(database, session)
     assert [event.position for event in events] == list(range(1, row.position + 1))
     said = [e.body["content"][0]["text"] for e in events if e.type == "agent.message"]

@@ -225,6 +225,8 @@ def test_an_answer_is_for_the_very_call_once() -> None:
     assert Desk(answered(yes)).word("t", "make install") == "deny", "another input"
     assert Desk(answered(yes)).word("t", name="Write") == "deny", "another tool"
     assert Desk(answered(yes)).word("old") == "deny", "of a transcript, and not pending"
+    assert Desk(answered(yes)).word("old", name="Read") == "deny", "whatever today's policy allows"
+    assert Desk(answered(yes)).word("new", name="Read") == "allow"
     assert Desk(answered(yes), mode=PermissionMode.PLAN).word("t") == "deny", "today's policy"
 
 

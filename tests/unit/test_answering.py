@@ -14,7 +14,7 @@ from ringfence.model import CallKind, PendingCall
 from ringfence.record.transcript import Progress
 from ringfence.worker.answering import answers_of, custom_tools_of, pending_of
 from ringfence.worker.public_events import TEXT_MOST, PublicEvents
-from ringfence.worker.turn import request_of
+from ringfence.worker.turn_asked import request_of
 from turn_rig import PLAN, public, result, started, turn
 
 NOW = time.time()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from ringfence.channel.messages import SealedCredential
 from ringfence.policy.binding import bind
 from ringfence.policy.codec import egress_from_json, egress_to_json
 from ringfence.policy.compiled import CredentialRule, EgressRules, HostRule, PathRule
 from ringfence.policy.decide import host_rule
+from ringfence.worker.sealed import Sealed
 
 HOST = "mcp.example.com"
 
@@ -69,3 +71,19 @@ def test_of_two_for_one_host_the_first_is_taken() -> None:
     assert found is not None
     assert found.credential == "vcrd_1"
     assert [one.reason for one in unbound] == ["host-has-a-credential"]
+
+
+def test_what_has_no_place_is_named_and_not_opened() -> None:
+    def credential(name: str, host: str) -> SealedCredential:
+        return SealedCredential(
+            vault_id="vlt_1", credential_id=name, host=host, key_id="k", sealed="s"
+        )
+
+    found = (credential("vcrd_1", HOST), credential("vcrd_2", "elsewhere.example.com"))
+    sealed = Sealed(tenant="t", credentials=found)
+    after, kept, unbound = sealed.bound(rules(HostRule(host=HOST)))
+    assert kept == [found[0]]
+    assert [(one.name, one.host, one.reason) for one in unbound] == [
+        ("vcrd_2", "elsewhere.example.com", "host-not-allowed")
+    ]
+    assert [one.name for one in after.credentials] == ["vcrd_1"]

@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import struct
+import subprocess
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 
 from ringfence.channel.link import MAX_FRAME, Channel, EgressLink
 from ringfence.channel.messages import MESSAGES, Ack, CloseSandbox, Configure, EgressDenied
+from ringfence.channel.spawn import EgressProcess
 from ringfence.errors import UnavailableError
 
 SECRET = "sk-CHANNEL-CANARY-123456"
@@ -120,3 +122,35 @@ def test_a_credential_in_a_message_is_shown_nowhere() -> None:
     with pytest.raises(ValidationError) as caught:
         MESSAGES.validate_python({"type": "configure", "environment_credential": [SECRET]})
     assert SECRET not in str(caught.value)
+
+
+class Undying:
+    """A process that waits inside the kernel, as no test can have one: it does not end."""
+
+    pid, killed = 4242, False
+
+    def __init__(self, ends_after: float) -> None:
+        self.ends_after, self.waited = ends_after, 0.0
+
+    def wait(self, seconds: float) -> int:
+        self.waited += seconds
+        if self.waited < self.ends_after or not self.killed:
+            raise subprocess.TimeoutExpired("egress", seconds)
+        return -9
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+def test_an_egress_process_that_was_killed_is_waited_for_and_then_named() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        slow: Any = Undying(ends_after=40.0)
+        EgressProcess(slow, ours).close()
+        assert slow.killed
+        never: Any = Undying(ends_after=float("inf"))
+        with pytest.raises(UnavailableError, match="4242") as caught:
+            EgressProcess(never, ours).close()
+        assert caught.value.code == "egress-unavailable"
+        assert caught.value.hint
+        assert never.killed

@@ -17,7 +17,7 @@ from ringfence.errors import CallerError
 from ringfence.model import RunStatus
 from ringfence.queue.embedded import EmbeddedQueue
 from ringfence.queue.protocol import Lease, QueueSettings
-from ringfence.wiring import queue
+from ringfence.wiring import platform, queue
 
 Run = Callable[..., Result]
 
@@ -82,6 +82,45 @@ def test_what_died_is_listed_replayed_and_cancelled(config: Config, run: Run) ->
     assert json.loads(run("cancel", "bad-1", "--json").stdout)["cancelled"] is False
     assert run("cancel", "never").exit_code == 2
     assert json.loads(run("stats", "--json").stdout)["depth"] == 0
+
+
+def test_a_tenant_s_limit_is_set_listed_and_taken_away(config: Config, run: Run) -> None:
+    assert json.loads(run("limits", "--json").stdout) == []
+    told = run("limit", "--tenant", "acme", "--runs", "4", "--json")
+    assert json.loads(told.stdout) == {"tenant": "acme", "runs": 4}
+    limits = json.loads(run("limits", "--json").stdout)
+    assert limits == [{"tenant": "acme", "runs": 4, "held": 0}]
+    assert run("limits").stdout.split() == ["acme", "0", "of", "4"]
+    assert "acme may have 0 runs" in run("limit", "--tenant", "acme", "--runs", "0").stderr
+    for wrong in ((), ("--runs", "1", "--none"), ("--runs", "-1")):
+        assert run("limit", "--tenant", "acme", *wrong).exit_code == 2
+    assert run("limit", "--tenant", "a b", "--runs", "1").exit_code == 2
+    assert [one["runs"] for one in json.loads(run("limits", "--json").stdout)] == [0]
+    assert run("limit", "--tenant", "acme", "--none").exit_code == 0
+    assert json.loads(run("limits", "--json").stdout) == []
+
+
+def test_a_tenant_s_limit_is_that_of_its_id(config: Config) -> None:
+    def run(*arguments: str) -> Result:
+        context = AppContext(
+            config=config,
+            launcher=None,
+            run=None,
+            queue=lambda drain: queue(config, drain),
+            platform=lambda: platform(config),
+        )  # type: ignore[arg-type]
+        return CliRunner().invoke(app, [*arguments, "--json"], obj=context)
+
+    assert run("keys", "create", "--tenant", "acme").exit_code == 0
+    nobody = run("queue", "limit", "--tenant", "amce", "--runs", "1")
+    assert nobody.exit_code == 2
+    assert json.loads(nobody.stdout)["error"]["code"] == "usage"
+    found = json.loads(run("queue", "limit", "--tenant", "acme", "--runs", "1").stdout)["tenant"]
+    assert found.startswith("wrkspc_")
+    again = run("queue", "limit", "--tenant", found, "--runs", "2")
+    assert json.loads(again.stdout) == {"tenant": found, "runs": 2}
+    limits = json.loads(run("queue", "limits").stdout)
+    assert limits == [{"tenant": found, "runs": 2, "held": 0}]
 
 
 def engine(tmp_path: Path, **settings: str) -> QueueEngine:

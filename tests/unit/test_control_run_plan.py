@@ -236,9 +236,53 @@ def test_model_effort_and_hosting() -> None:
     with pytest.raises(DeniedError, match="claude-c"):
         planned(limited, agent(model="claude-c"))
     assert planned(limited, agent(model="claude-b"), hosting="hybrid").hosting == "hybrid"
-    with pytest.raises(CallerError, match="multi_agent") as caught:
+    with pytest.raises(DeniedError, match="multi_agent"):
         planned(limited, agent(model="claude-b"), hosting="multi_agent")
+
+
+def test_several_agents_in_one_sandbox() -> None:
+    ceiling = policy(preset="ci", hosting={"pattern": "multi-agent"})
+    plan = planned(ceiling, agent(), hosting="multi_agent", max_agents=3, idle_seconds=5)
+    assert (plan.hosting, plan.max_agents, plan.idle_seconds) == ("multi_agent", 3, 5)
+    assert plan.travels
+    assert planned(ceiling, agent(), hosting="multi_agent").max_agents == 4
+    alone = planned(ceiling, agent(), hosting="ephemeral")
+    assert (alone.max_agents, alone.travels) == (1, False)
+
+
+@pytest.mark.parametrize(
+    ("rules", "block", "word"),
+    [
+        ({"isolation": {"backend": "gvisor"}}, {}, "gvisor"),
+        ({"isolation": {"backend": "microvm"}}, {}, "microvm"),
+        ({"isolation": {"backend": "runtime"}}, {}, "runtime"),
+        ({"isolation": {"backend": "auto", "threat_model": "internal_team"}}, {}, "auto"),
+        ({}, {"isolation": "gvisor"}, "gvisor"),
+        ({"filesystem": {"writable_paths": ["/workspace", "/srv/x"]}}, {}, "/srv/x"),
+        ({}, {"execution": {"max_memory_mb": 128}}, "memory_mb"),
+        ({}, {"execution": {"pids": 127}}, "pids"),
+        ({}, {"execution": {"max_disk_mb": 3}}, "disk_mb"),
+    ],
+)
+def test_who_cannot_be_kept_apart_is_refused(
+    rules: dict[str, Any], block: dict[str, Any], word: str
+) -> None:
+    ceiling = policy(preset="ci", hosting={"pattern": "multi-agent"}, **rules)
+    with pytest.raises(CallerError, match=word) as caught:
+        planned(ceiling, agent(), hosting="multi_agent", **block)
     assert caught.value.code == "hosting-unsupported"
+    assert caught.value.hint
+    # the same place for one agent is none of that
+    assert planned(ceiling, agent(), hosting="ephemeral", **block).hosting == "ephemeral"
+
+
+@pytest.mark.parametrize("backend", ["container", "bubblewrap"])
+def test_who_can_be_kept_apart_is_not(backend: str) -> None:
+    ceiling = policy(
+        preset="ci", hosting={"pattern": "multi-agent"}, isolation={"backend": backend}
+    )
+    plan = planned(ceiling, agent(), hosting="multi_agent", execution={"pids": 128})
+    assert plan.policy.sandbox.isolation == backend
 
 
 def test_an_environment_narrows_before_the_agent() -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from ringfence.cli.context import AppContext
 from ringfence.cli.main import app
 from ringfence.config import load_config
-from ringfence.errors import UnavailableError
+from ringfence.errors import CallerError, UnavailableError
 from ringfence.sandbox.protocol import Control, ControlState
 from ringfence.sandbox.registry import Backends
 
@@ -39,13 +39,14 @@ class Host:
         ]
 
 
-def doctor(place: Path, host: Host, *arguments: str, key: bool = True, claude: bool = True) -> Any:
+def doctor(
+    place: Path, host: Host, *arguments: str, key: bool = True, claude: bool = True, **more: str
+) -> Any:
     binary = place / "claude"
     binary.touch(mode=0o755 if claude else 0o644)
     state = place / "state"
-    config = load_config(
-        {"HOME": str(place), "RINGFENCE_STATE_DIR": str(state), "RINGFENCE_CLAUDE": str(binary)}
-    )
+    own = {"HOME": str(place), "RINGFENCE_STATE_DIR": str(state), "RINGFENCE_CLAUDE": str(binary)}
+    config = load_config({**own, **more})
     launcher = SimpleNamespace(
         config=config,
         make_backends=lambda _: Backends({"bubblewrap": lambda: host}),
@@ -100,9 +101,74 @@ def test_a_missing_key_is_said_and_does_not_stop_it(tmp_path: Path) -> None:
     assert checks(result)["credential"]["mend"] == "ringfence vault set anthropic"
 
 
+def test_a_provider_is_named_by_its_name_its_region_and_its_login(tmp_path: Path) -> None:
+    policy, missing = tmp_path / "policy.yaml", tmp_path / "not-there"
+    provider = {
+        "kind": "bedrock",
+        "region": "eu-central-1",
+        "models": {"claude-sonnet-5": "anthropic.claude-sonnet-5-v1:0"},
+        "aws": {"credentials_file": str(missing)},
+    }
+    settings = {"RINGFENCE_PROVIDERS__AWS": json.dumps(provider)}
+
+    def found(model: dict[str, object]) -> dict[str, dict[str, str]]:
+        hosts = {"allowed_hosts": ["api.anthropic.com"]}
+        policy.write_text(json.dumps({"version": 1, "network": hosts, "model": model}))
+        result = doctor(tmp_path, Host(), "--json", "--policy", str(policy), **settings)
+        return checks(result)
+
+    unknown = found({"provider": "nobody"})["provider"]
+    assert (unknown["state"], unknown["how"]) == ("stops", "the settings name no provider nobody")
+    far = found({"provider": "aws", "regions": ["us-east-1"]})["provider"]
+    assert far["state"] == "stops"
+    assert far["how"] == "aws serves from eu-central-1; the policy allows us-east-1"
+    pytest.importorskip("botocore")
+    lines = found({"provider": "aws", "regions": ["eu-central-1"]})
+    assert lines["provider"]["how"] == "aws: bedrock in eu-central-1"
+    assert lines["login"]["state"] == "stops"
+    assert lines["login"]["how"].startswith("secret-absent: ")
+    missing.write_text(
+        "[default]\naws_access_key_id = AKIAX\naws_secret_access_key = not-shown-1\n"
+    )
+    missing.chmod(0o600)
+    lines = found({"provider": "aws", "providers": ["aws"]})
+    assert lines["login"]["state"] == "ok"
+    assert "not-shown-1" not in json.dumps(lines)
+
+
 def test_a_claude_that_cannot_be_executed(tmp_path: Path) -> None:
     result = doctor(tmp_path, Host(), "--json", claude=False)
     assert (result.exit_code, checks(result)["claude"]["state"]) == (4, "stops")
+
+
+def test_a_credential_that_its_source_does_not_give_stops_the_runs_that_use_it(
+    tmp_path: Path,
+) -> None:
+    there = tmp_path / "there"
+    there.touch(0o600)
+    there.write_text("a-value-of-a-file")
+    places = {"anthropic": "file:///nowhere/at/all", "other": "credential://x", "good": f"file://{there}"}  # fmt: skip
+    settings = {
+        f"RINGFENCE_SECRETS__CREDENTIALS__{name.upper()}__SOURCE": source
+        for name, source in places.items()
+    }
+    result = doctor(tmp_path, Host(), "--json", **settings)
+    assert result.exit_code == 4
+    lines = [line for line in json.loads(result.stdout)["checks"] if line["name"] == "secret"]
+    said = {line["how"].partition(":")[0]: line for line in lines}
+    assert {name: line["state"] for name, line in said.items()} == {
+        "anthropic": "stops",
+        "other": "missing",  # no rule of this policy uses it
+        "good": "ok",
+    }
+    assert "secret-absent" in said["anthropic"]["how"]
+    assert "secrets.credentials.NAME.source" in said["anthropic"]["mend"]
+    assert "LoadCredential=" in said["other"]["mend"]
+    assert "a-value-of-a-file" not in result.output
+    assert not (tmp_path / "state").exists(), "it only looks"
+    with pytest.raises(CallerError, match=r"credentials\.other\.source: write vault://") as caught:
+        doctor(tmp_path, Host(), RINGFENCE_SECRETS__CREDENTIALS__OTHER__SOURCE="vault://kv/../x#y")
+    assert caught.value.code == "settings-invalid"
 
 
 @pytest.mark.user

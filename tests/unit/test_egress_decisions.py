@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ringfence.egress import address, headers
-from ringfence.egress.address import AddressError, Resolver, vet
+from ringfence.egress.address import AddressError, Resolver, near, vet
 from ringfence.egress.head import Body, HeadError, parse
 from ringfence.egress.model.body import BodyError, check
 from ringfence.egress.sni import HelloError, server_name
@@ -16,6 +19,7 @@ from ringfence.policy.compiled import EgressRules, HostRule, ModelRules, PathRul
 from ringfence.policy.decide import decide_host, decide_request
 
 WORLD = "93.184.216.34"
+METADATA4 = ["169.254.169.254", "169.254.170.2", "100.100.100.200", "192.0.0.192", "168.63.129.16"]
 
 
 def head(first: str, *lines: str, host: str = "api.test") -> Any:
@@ -130,7 +134,8 @@ def test_an_answer_of_nothing_or_of_too_much_is_no_answer() -> None:
 def test_dns_is_vetted_as_overrides_are(monkeypatch: pytest.MonkeyPatch) -> None:
     looked_up = []
 
-    async def lookup(host: str, port: int) -> list[str]:
+    async def lookup(host: str, port: int, *, ours: bool) -> list[str]:
+        assert not ours
         looked_up.append((host, port))
         return [WORLD] if host == "good.test" else ["127.0.0.1"]
 
@@ -154,6 +159,39 @@ def test_translated_addresses() -> None:
         assert not vet(inside)
     for unknown in ("64:ff9b:1::5db8:d822", "64:ff9b:1:a00:0:100:5db8:d822"):
         assert not vet(unknown)
+
+
+def wrapped(inside: IPv4Address) -> list[str]:
+    """Mapped, 6to4, NAT64 and Teredo (RFC 4380: its bits inverted)."""
+    number = int(inside)
+    return [
+        str(IPv6Address(0xFFFF << 32 | number)),
+        str(IPv6Address(0x2002 << 112 | number << 80 | 1)),
+        str(IPv6Address(0x64FF9B << 96 | number)),
+        str(IPv6Address(0x20010000 << 96 | number ^ 0xFFFFFFFF)),
+    ]
+
+
+@given(st.ip_addresses(v=4) | st.sampled_from([IPv4Address(one) for one in METADATA4]))
+def test_an_address_is_near_as_the_one_it_wraps(inside: IPv4Address) -> None:
+    for text in (*wrapped(inside), f"{wrapped(inside)[0]}%lo"):
+        assert near(text) == near(str(inside)), text
+
+
+@pytest.mark.parametrize("service", METADATA4)
+def test_a_metadata_service_is_never_near(service: str) -> None:
+    for text in (service, *wrapped(IPv4Address(service))):
+        assert not near(text), text
+
+
+def test_what_is_near() -> None:
+    for inside in ("127.0.0.1", "10.0.0.1", "192.168.1.1", "::1", "fd12::7", "fd12::7%lo"):
+        assert near(inside), inside
+    for service in ("fd00:ec2::254", "fd00:ec2::254%lo", "fd20:ce::254", "fe80::a9fe:a9fe%eth0"):
+        assert not near(service), service
+    # a network's own translator, whose address inside is unknown
+    assert not near("64:ff9b:1::a9fe:a9fe")
+    assert not near("no address")
 
 
 # headers of other hosts

@@ -331,6 +331,32 @@ def test_counting_tokens_is_judged_and_counted() -> None:
     assert free.spent == Usage()
 
 
+@pytest.mark.parametrize(
+    ("kind", "answer", "passes"),
+    [
+        (b"application/json", b'{"input_tokens": 9}', True),
+        (b"application/json", b'{"input_tokens": 9, "context_management": {}}', True),
+        (b"application/json", b'{"ok": true}', True),
+        (b"application/json", b'{"role": "assistant"}', False),
+        (b"application/json", b'{"input_tokens": 9, "content": []}', False),
+        (b"application/json", b'{"type": "message", "usage": {"input_tokens": 9}}', False),
+        (b"application/json", b"data", False),
+        (b"text/event-stream", b"", False),
+    ],
+)
+def test_what_passes_as_a_count_is_one(kind: bytes, answer: bytes, passes: bool) -> None:
+    """It is not metered: an upstream that answers it with a message must not be free of charge."""
+    exchange = ModelExchange(RULES, RunState(RULES))
+    request = json.dumps(body()).encode()
+    exchange.admit("POST", "/v1/messages/count_tokens", "", JSON, request)
+    head = exchange.answer_head(200, [(b"content-type", kind)])
+    if isinstance(head, Refusal):
+        assert (kind, head.reason) == (b"text/event-stream", "answer-no-count")
+        return
+    assert exchange.feed(answer) == b""
+    assert (exchange.end() == answer) is passes
+
+
 def stream_of(*pieces: str, stop: bool = True, identity: str = "t") -> RunState:
     """A run whose model asked for one Bash call with the input that the pieces are."""
     run = RunState(RULES)
@@ -437,6 +463,7 @@ def test_prices() -> None:
     assert cost("claude-sonnet-5", written, hour_writes=500_000) == pytest.approx(4.875)
     assert cost("claude-sonnet-5", written, hour_writes=10**9) == pytest.approx(6)
     assert worst_case("claude-sonnet-5", 3_000_000, 0) == pytest.approx(6), "the dearest way"
+    assert worst_case("claude-sonnet-5", 1_000_000, 0, bytes_a_token=1) == pytest.approx(6)
 
 
 def test_the_answer_says_how_long_cache_writes_last() -> None:

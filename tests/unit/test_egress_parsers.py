@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import random
 import ssl
 import tracemalloc
 from urllib.parse import quote
@@ -293,9 +294,10 @@ def test_paths() -> None:
 )
 def test_redaction_survives_any_cut(parts: list[bytes], at: int) -> None:
     secret = b"sk-ant-SECRETVALUE"
+    needles = Needles([secret])
     data = b"".join([*parts[:at], secret, *parts[at:]])
     for size in (1, 3, 7, 1000):
-        redactor = Redactor(Needles([secret]))
+        redactor = Redactor(lambda: needles)
         out = b"".join(redactor.feed(data[i : i + size]) for i in range(0, len(data), size))
         out += redactor.end()
         assert secret not in out
@@ -308,6 +310,7 @@ def test_what_an_upstream_echoes_is_found_in_its_usual_spellings(
     secret: bytes, offset: int
 ) -> None:
     text = b"x" * offset + b"Bearer " + secret + b" and more"
+    needles = Needles(spellings(secret))
     for echoed in (
         text,
         quote(text, safe="").encode(),
@@ -317,14 +320,53 @@ def test_what_an_upstream_echoes_is_found_in_its_usual_spellings(
         json.dumps(text.decode()).replace("/", "\\/").encode(),
     ):
         for size in (1, 5, 1000):
-            redactor = Redactor(Needles(spellings(secret)))
+            redactor = Redactor(lambda: needles)
             out = b"".join(redactor.feed(echoed[i : i + size]) for i in range(0, len(echoed), size))
             assert MARK in out + redactor.end(), echoed
-    assert Needles(spellings(secret)).named(b"x-" + secret.lower())
+    assert needles.named(b"x-" + secret.lower())
 
 
 def test_redaction_holds_nothing_back_without_need() -> None:
-    assert Redactor(Needles([b"sk-ant-SECRET"])).feed(b"data: hello\n\n") == b"data: hello\n\n"
+    redactor = Redactor(lambda: Needles([b"sk-ant-SECRET"]))
+    assert redactor.feed(b"data: hello\n\n") == b"data: hello\n\n"
+
+
+def test_redaction_looks_for_what_there_is_now() -> None:
+    """Values are replaced, and resolved for the first time, while an answer streams."""
+    now = [b"old-value-0123456789"]
+    redactor = Redactor(lambda: Needles(now))
+    assert redactor.feed(b"a new-value-0123456789 ") == b"a new-value-0123456789 "
+    now.append(b"new-value-0123456789")
+    assert redactor.feed(b"a new-value-0123456789 ") == b"a " + MARK + b" "
+    assert redactor.whole(b"new-value-0123456789") == MARK
+    # what was held as the beginning of one value may hold another whole
+    now[:] = [b"0123456789-held-back"]
+    assert redactor.feed(b"0123456789-hel") == b""
+    now.append(b"123456789-he")
+    assert redactor.end() == b"0" + MARK + b"l"
+
+
+@given(st.lists(st.text("ab", min_size=8, max_size=14), max_size=4), st.text("ab", max_size=20))
+def test_no_more_is_held_back_than_may_begin_a_value(values: list[str], data: str) -> None:
+    expected = max(
+        (n for value in values for n in range(1, len(value)) if data.endswith(value[:n])),
+        default=0,
+    )
+    needles = Needles([value.encode() for value in values])
+    assert needles.overlap(data.encode()) == expected
+
+
+def test_a_long_value_costs_as_much_as_it_is_long() -> None:
+    """Of the longest that a source may give: every prefix of it would be 300 MB a sandbox."""
+    value = bytes(random.Random(1).choices(range(0x21, 0x7F), k=8192))
+    tracemalloc.start()
+    try:
+        needles = Needles(spellings(value))
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert needles.overlap(b"x" + value[:8000]) == 8000
+    assert held < 4 << 20
 
 
 @given(st.binary(max_size=300))

@@ -112,6 +112,17 @@ def test_a_foreign_credential_does_not_stand_beside_ours(name: str) -> None:
     assert name.lower().encode() in alone
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["X-Original-URI", "X-Rewrite-Path", "X-Envoy-Original-Dst-Host", "X-Middleware-Subrequest", "Client-IP"],
+)  # fmt: skip
+def test_what_says_otherwise_than_the_request_passes_to_no_host(name: str) -> None:
+    """Where no credential is set, too: a path rule is worth what the host goes by."""
+    request = head("/x", f"{name}: /admin", "X-Of-Its-Own: 1")
+    names = {line[0] for line in request_headers(request, injected=None)}
+    assert names == {b"x-of-its-own", b"accept-encoding"}
+
+
 def test_a_header_that_is_ours_or_nominated_does_not_pass() -> None:
     request = head("/x", "X-Ours: foreign", "Connection: x-drop", "X-Drop: 1", "X-Forwarded-For: 1")
     assert request_headers(request, injected=frozenset({b"x-ours"})) == [

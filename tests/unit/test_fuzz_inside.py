@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ringfence.agent.frames import MAX_DEPTH, FrameGate
+from ringfence.agent.frames import MAX_DEPTH, MAX_PARTS, FrameGate
 from ringfence.egress.head import Body, HeadError, end_of_head
 from ringfence.egress.head import parse as parse_head
 from ringfence.egress.model.body import BodyError
@@ -211,6 +211,33 @@ def test_no_bytes_get_past_the_family(name: str, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_no_bytes_get_past_the_family_for_long(name: str, data: st.DataObject) -> None:
     hold(name, data)
+
+
+@pytest.mark.parametrize("part", [b"{},", b"[],", b'"",', b"1,", b'"\\\\",', b'"'])
+def test_a_frame_has_only_so_many_parts(part: bytes) -> None:
+    """Reading them would take a hundred times their bytes, of the worker of many runs."""
+
+    def full(count: int) -> bytes:
+        return b'{"type":"system","a":[' + part * count + b"0]}"
+
+    honest = FrameGate(PLACE, 0.0).read(full(1000), 0.0)
+    assert (honest is None) == (part == b'"')
+    with pytest.raises(AgentError, match="too many parts"):
+        FrameGate(PLACE, 0.0).read(full(2 * MAX_PARTS + 2), 0.0)
+
+
+def test_marks_in_a_text_are_no_parts() -> None:
+    text = 'def f(a, b):\n    return [a, {b}, "\\\\"]\n' * 200_000
+    frame = {"type": "system", "text": text}
+    assert FrameGate(PLACE, 0.0).read(json.dumps(frame).encode(), 0.0) == frame
+
+
+def test_a_number_that_json_cannot_say_is_no_frame() -> None:
+    """Written again it would be a word that is none, in the transcript and in the record."""
+    for number in (b"1e999", b"-1e999", b"NaN", b"Infinity"):
+        line = b'{"type":"result","subtype":"s","is_error":false,"num_turns":1,"cost":%b}'
+        assert FrameGate(PLACE, 0.0).read(line % number, 0.0) is None
+        assert FrameGate(PLACE, 0.0).read(line % b"1e300", 0.0) is not None
 
 
 def test_a_frame_is_only_so_deep() -> None:

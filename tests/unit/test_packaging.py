@@ -97,6 +97,43 @@ def test_the_locks_hold_what_the_project_asks_for() -> None:
             assert found[0].lower() in pinned, f"{requirement}: make lock"
 
 
+CORE = (
+    *("api", "keeper", "wiring", "egress.process", "worker.launch", "record.recorder"),
+    *("check.place", "check.run", "testing"),
+    *(f"cli.{name}" for name in ("run", "demo", "check", "audit", "sessions", "policy", "vault")),
+    *(f"cli.{name}" for name in ("isolation", "image", "doctor", "simulator", "sources")),
+)
+ONLY_PINNED = """
+import importlib, importlib.metadata, re, sys
+pinned = set(re.findall(r"^([a-z0-9.-]+)", open(sys.argv[1]).read(), re.MULTILINE))
+places = importlib.metadata.packages_distributions()
+plain = lambda name: re.sub(r"[-_.]+", "-", name).lower()
+extra = {top for top, dists in places.items() if pinned.isdisjoint(map(plain, dists))}
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in extra - {"ringfence"}:
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Absent())
+for name in sys.argv[2:]:
+    importlib.import_module("ringfence." + name)
+try:
+    import sqlalchemy
+except ModuleNotFoundError:
+    print("held")
+"""
+
+
+def test_what_needs_no_extra_is_imported_without_any() -> None:
+    lock = str(ROOT / "requirements.lock")
+    done = subprocess.run(
+        [sys.executable, "-c", ONLY_PINNED, lock, *CORE],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "held\n"), done.stderr
+
+
 def test_the_two_commands_of_the_readme_are_targets() -> None:
     readme = (ROOT / "README.md").read_text()
     makefile = (ROOT / "Makefile").read_text()

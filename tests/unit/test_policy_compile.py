@@ -101,11 +101,13 @@ def test_a_secret_goes_to_its_header() -> None:
         {"host": "a.example.com", "credential": "a"},
         {"host": "b.example.com", "credential": "b"},
         {"host": "c.example.com", "credential": "c"},
+        {"host": "g.example.com", "credential": "g"},
     ]
     secrets = {
         "a": {"hosts": ["a.example.com"]},
         "b": {"hosts": ["b.example.com"], "header": "x-api-key"},
         "c": {"hosts": ["c.example.com"], "query": "key"},
+        "g": {"hosts": ["g.example.com"], "user": "x-access-token"},
         "unused": {"hosts": ["d.example.com"]},
     }
     rules = compiled({"network": {"allowed_hosts": hosts}, "secrets": secrets}).egress
@@ -115,6 +117,9 @@ def test_a_secret_goes_to_its_header() -> None:
         ),
         CredentialRule(name="b", hosts=("b.example.com",), header="x-api-key", template="{}"),
         CredentialRule(name="c", hosts=("c.example.com",), header=None, template="{}", query="key"),
+        CredentialRule(
+            name="g", hosts=("g.example.com",), template="Basic {}", user="x-access-token"
+        ),
     )
     assert rules.hosts[0] == HostRule(
         host="a.example.com", credential="a", rule="network.allowed_hosts[0]"

@@ -31,6 +31,9 @@ def difference(before: dict[str, Any], after: dict[str, Any]) -> Difference:
     return diff(from_mapping(before), from_mapping(after))
 
 
+ELSEWHERE = {"failover": [{"provider": "aws"}]}
+
+
 def net(*hosts: Any, **values: Any) -> dict[str, Any]:
     return {"network": {"allowed_hosts": list(hosts), **values}}
 
@@ -77,6 +80,26 @@ WIDENINGS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         net("api.anthropic.com") | {"model": {"models": ["m"]}},
         net("api.anthropic.com"),
         "model: ask any model",
+    ),
+    (
+        net("api.anthropic.com") | {"model": {"regions": ["eu"]}},
+        net("api.anthropic.com") | {"model": {"regions": ["eu", "us"]}},
+        "model: served in us",
+    ),
+    (
+        net("api.anthropic.com") | {"model": {"regions": ["eu"]}},
+        net("api.anthropic.com"),
+        "model: served in any region",
+    ),
+    (
+        net("api.anthropic.com") | {"model": {**ELSEWHERE, "providers": ["anthropic"]}},
+        net("api.anthropic.com") | {"model": {**ELSEWHERE, "providers": ["anthropic", "aws"]}},
+        "model: provider aws",
+    ),
+    (
+        net("api.anthropic.com") | {"model": {**ELSEWHERE, "providers": ["anthropic"]}},
+        net("api.anthropic.com") | {"model": ELSEWHERE},
+        "model: provider aws",
     ),
     (
         net("api.anthropic.com"),
@@ -293,6 +316,7 @@ WHOLE: dict[str, Any] = {
             "template": "Key {}",
         }
     },
+    "model": {"failover": [{"provider": "p"}]},
 }
 
 OTHERWISE: dict[str, Any] = {
@@ -333,6 +357,7 @@ OTHERWISE: dict[str, Any] = {
     "secrets.*.header": "x-b",
     "secrets.*.template": "Other {}",
     "secrets.*.query": ("key", {"secrets.k.header": None, "secrets.k.template": None}),
+    "secrets.*.user": ("git", {"secrets.k.header": None, "secrets.k.template": None}),
     "execution.max_duration_seconds": 301,
     "execution.max_tool_seconds": 121,
     "execution.max_memory_mb": 2049,
@@ -350,8 +375,13 @@ OTHERWISE: dict[str, Any] = {
     "isolation.emulation": "allow",
     "hosting.pattern": "hybrid",
     "model.provider": "other",
+    "model.providers": ["anthropic"],
+    "model.regions": ["eu-central-1"],
     "model.models": ["m"],
     "model.fallback": "m",
+    "model.failover[].provider": "other",
+    "model.failover[].model": "m",
+    "model.exhausted": "queue",
     "model.max_budget_usd": 1,
     "model.max_turns": 1,
     "model.max_requests": 1,
@@ -374,6 +404,7 @@ PLACES = {
     "network.allowed_hosts[].opaque": "network.allowed_hosts[2].opaque",
     "network.allowed_hosts[]": "network.allowed_hosts[1]",
     "paths[]": "paths[0]",
+    "model.failover[]": "model.failover[0]",
     "tools.mcp_servers.*.url": "tools.mcp_servers.u.url",
     "tools.mcp_servers.*": "tools.mcp_servers.m",
     "tools.roles.*": "tools.roles.a",

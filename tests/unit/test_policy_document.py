@@ -393,6 +393,9 @@ def test_contradictions_are_refused(values: dict[str, Any], path: str) -> None:
         {"hosts": ["a.example.com"], "template": "{}\n"},
         {"hosts": ["a.example.com"], "query": "key", "header": "x-key"},
         {"hosts": ["a.example.com"], "query": "a&b"},
+        {"hosts": ["a.example.com"], "user": "a", "header": "x-key"},
+        {"hosts": ["a.example.com"], "user": "a", "template": "Bearer {}"},
+        {"hosts": ["a.example.com"], "user": "a:b"},
         {},
     ],
 )

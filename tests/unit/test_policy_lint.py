@@ -128,6 +128,11 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         CLEAN,
     ),
     ("POL035", with_("model", max_budget_usd=None), CLEAN),
+    (
+        "POL047",
+        with_("model", regions=["eu"], url_sources=True),
+        with_("model", regions=["eu"]),
+    ),
     ("POL036", with_("execution", max_duration_seconds=10, max_tool_seconds=20), CLEAN),
     *(
         (
@@ -160,6 +165,11 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ),
     ),
     ("POL037", CLEAN | {"hosting": {"pattern": "hybrid"}}, CLEAN),
+    (
+        "POL046",
+        with_("model", failover=[{"model": "claude-haiku-4-5"}]),
+        with_("model", failover=[{"provider": "second"}]),
+    ),
     (
         "POL045",
         CLEAN | {"isolation": {"backend": "microvm", "emulation": "allow"}},

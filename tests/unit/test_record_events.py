@@ -89,7 +89,15 @@ def test_egress_cannot_pose_as_the_worker_nor_anyone_as_the_recorder() -> None:
     assert may_write("egress", "egress.refused")
     assert may_write("egress", "model.requested")
     assert may_write("egress", "tool.requested")
-    for kind in ("tool.decided", "run.ended", "log.heartbeat", "sandbox.started", "patch.applied"):
+    for kind in (
+        "model.moved",
+        "breaker.changed",
+        "tool.decided",
+        "run.ended",
+        "log.heartbeat",
+        "sandbox.started",
+        "patch.applied",
+    ):
         assert not may_write("egress", kind)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from ringfence.errors import UnavailableError
 from ringfence.policy.compiled import Limits
-from ringfence.sandbox import cgroups
+from ringfence.sandbox import cgroups, members
 from ringfence.sandbox.protocol import Control
 
 ID = "sb_" + "0" * 26
@@ -84,6 +84,11 @@ def test_version_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert values["memory.swap.max"] == "0"
     assert values["cpu.max"] == "50000 100000"
     assert values["pids.max"] == "64"
+    # believed when the kernel says it
+    events = Path(path) / "cgroup.events"
+    events.write_text("populated 1\nfrozen 0\n")
+    assert not groups.freeze(frozen=True)
+    events.write_text("populated 1\nfrozen 1\n")
     assert groups.freeze(frozen=True)
     assert (Path(path) / "cgroup.freeze").read_text() == "1"
 
@@ -120,7 +125,7 @@ def test_a_limit_is_what_the_kernel_says(
     """Rounded down by less than a page is the limit; anything else is not one."""
     found = cgroups.discover(_version_1(tmp_path, "pids"))
     monkeypatch.setattr(Path, "read_text", lambda self: kept)
-    monkeypatch.setattr(cgroups, "_start_time", lambda pid: 1)
+    monkeypatch.setattr(members, "start_time", lambda pid: 1)
     groups = cgroups.Groups(found, ID)
     if fine:
         assert groups.make(LIMITS)
@@ -131,7 +136,7 @@ def test_a_limit_is_what_the_kernel_says(
 
 def test_groups_of_the_dead_are_swept_and_no_others(tmp_path: Path) -> None:
     found = cgroups.discover(_version_1(tmp_path, "pids"))
-    start = cgroups._start_time(os.getpid())
+    start = members.start_time(os.getpid())
     mine = f"ringfence-{os.getpid()}-{start}-{ID}"
     reused = f"ringfence-{os.getpid()}-{start + 1}-{ID}"
     gone = f"ringfence-4194304-1-{ID}"
@@ -178,3 +183,63 @@ def test_a_move_to_where_we_are_changes_nothing() -> None:
     before = Path("/proc/self/cgroup").read_text()
     cgroups.await_moves()
     assert Path("/proc/self/cgroup").read_text() == before
+
+
+@pytest.mark.parametrize(("pids", "thawed"), [("0\n", False), ("0\n77\n", True)])
+def test_only_orphans_are_thawed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pids: str, thawed: bool
+) -> None:
+    """A process of a PID namespace that cannot be seen from here is said to be 0."""
+    _group(tmp_path, cgroup__procs=pids, freezer__state="FROZEN")
+    monkeypatch.setattr(members, "_parent", lambda pid: 1)
+    monkeypatch.setattr(os, "pidfd_open", _refuse)
+    members.end_orphans(tmp_path)
+    assert (tmp_path / "freezer.state").read_text() == ("THAWED" if thawed else "FROZEN")
+
+
+def _refuse(pid: int) -> int:
+    raise OSError(pid)
+
+
+def test_a_process_of_another_namespace_is_not_this_ones_own_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = cgroups.Groups(cgroups.discover(_version_1(tmp_path, "freezer")), ID)
+    groups.make(LIMITS)
+    (path,) = groups.paths
+    (Path(path) / "cgroup.procs").write_text("0\n77\n")
+    killed: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, _: killed.append(pid))
+    groups.end_frozen()
+    assert killed == [77]
+
+
+def test_version_2_hands_its_controllers_down_or_no_seat_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = cgroups.discover(_version_2(tmp_path, "app.slice/x.scope", monkeypatch))
+    groups = cgroups.Groups(found, ID)
+    groups.make(LIMITS)
+    inner = groups.within()
+    assert {str(parent) for parent in inner.parents.values()} == set(groups.paths)
+    assert (set(inner.parents), inner.unified, inner.freezer) == (ALL, True, None)
+    seat = cgroups.Groups(inner, "sb_" + "1" * 26)
+    seat.make(LIMITS)
+    assert all(path.startswith(groups.paths[0] + "/ringfence-") for path in seat.paths)
+    monkeypatch.setattr(cgroups, "_enable", lambda _: {Control.CPU, Control.PIDS})
+    with pytest.raises(UnavailableError, match="memory"):
+        groups.within()
+
+
+def test_version_1_counts_what_is_below_or_no_seat_is_made(tmp_path: Path) -> None:
+    found = cgroups.discover(_version_1(tmp_path, "memory", "cpu", "pids", "freezer"))
+    groups = cgroups.Groups(found, ID)
+    groups.make(LIMITS)
+    inner = groups.within()
+    assert inner.freezer == groups.freezer
+    assert {str(one) for one in (*inner.parents.values(), inner.freezer)} == set(groups.paths)
+    file = inner.parents[Control.MEMORY] / "memory.use_hierarchy"
+    file.unlink()
+    file.mkdir()  # can neither be written nor read
+    with pytest.raises(UnavailableError, match="memory"):
+        groups.within()

@@ -18,7 +18,8 @@ import pytest
 from ringfence.policy.compile import compile_policy
 from ringfence.policy.load import PRESETS, from_mapping
 from ringfence.sandbox import oci
-from ringfence.sandbox.profile import HostFacts, ImageRoot, Tools, enclose_options, prepare_plan
+from ringfence.sandbox.bwrap_options import enclose_options
+from ringfence.sandbox.profile import HostFacts, ImageRoot, Tools, prepare_plan
 
 GOLDEN = Path(__file__).parent / "golden" / "sandbox"
 

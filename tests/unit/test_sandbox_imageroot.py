@@ -22,7 +22,7 @@ from ringfence.sandbox.profile import (
     shown_paths,
     system_covers,
 )
-from ringfence.sandbox.staged import StagedBackend
+from ringfence.sandbox.staging import StagedBackend
 
 Change = Callable[[Path], object]
 

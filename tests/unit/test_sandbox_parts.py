@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from ringfence.errors import AgentError, CallerError
 from ringfence.policy.compiled import SandboxProfile
 from ringfence.sandbox import seccomp
+from ringfence.sandbox.bwrap_options import enclose_options
 from ringfence.sandbox.hostfiles import classify
-from ringfence.sandbox.profile import HostFacts, Tools, enclose_options, prepare_plan, shown_paths
+from ringfence.sandbox.profile import HostFacts, Tools, prepare_plan, shown_paths
 from ringfence.sandbox.protocol import Change, ChangeKind
 from ringfence.sandbox.syscalls import AARCH64, RULED, X86_64
 from ringfence.sandbox.workspace import MAX_MASKS, Patterns, Scan, scan

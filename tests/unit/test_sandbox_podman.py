@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from ringfence.policy.compiled import SandboxProfile
 from ringfence.sandbox import oci, podman, seccomp
 from ringfence.sandbox.gvisor import gvisor_config
 from ringfence.sandbox.profile import HostFacts, Tools
-from ringfence.sandbox.staged import Program
+from ringfence.sandbox.staging import Program
 
 sys.path.append(str(Path(podman.__file__).parent))
 from launch_gvisor import verify
@@ -193,7 +192,11 @@ def test_what_podman_is_asked_for_gvisor() -> None:
 
 
 def test_a_sentry_that_is_gone_is_not_one_that_holds() -> None:
-    with subprocess.Popen(["/bin/true"]) as process:
-        process.wait()
-    wrong = verify(process.pid, "net:[1]", {}, parent=os.getpid())
+    # the number of one that has just ended may be another's already; and we have children
+    nobody = int(Path("/proc/sys/kernel/pid_max").read_text())
+    with subprocess.Popen(["sleep", "60"]) as alone:
+        try:
+            wrong = verify(nobody, "net:[1]", {}, parent=alone.pid)
+        finally:
+            alone.kill()
     assert "sentry: it is gone" in wrong

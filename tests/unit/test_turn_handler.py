@@ -9,33 +9,42 @@ from typing import Any
 import pytest
 
 from ringfence.agent.messages import TurnEnded
-from ringfence.control.turns import Message
+from ringfence.control.turns import Action, ActionKind, Message, TurnEnd
 from ringfence.errors import CallerError, DeniedError
 from ringfence.model import RunResult, RunStatus, Usage, WorkspaceMode
 from ringfence.record.transcript import Progress, progress
 from ringfence.sandbox.opening import refuse_workspace
+from ringfence.worker.marks import Work
 from ringfence.worker.memory import Memory, available_mb, slots_for
-from ringfence.worker.prepare import of_a_session, refuse_exposed
+from ringfence.worker.prepare import of_a_session, prompt_bytes, refuse_exposed
 from ringfence.worker.session_dirs import SessionDirectories
-from ringfence.worker.turn import (
+from ringfence.worker.turn_asked import (
     GO_ON,
     LOST_FILES,
-    end_of,
+    kept_here,
+    may_end,
     prompt_id,
     prompt_of,
     refuse_unsupported,
     request_of,
-    spent,
 )
+from ringfence.worker.turn_ends import end_of, is_unsaid, spent, spent_up, unrun
 from turn_rig import PLAN, POLICY, said, turn
 
 
 def test_messages_become_one_prompt() -> None:
     assert prompt_of(turn(messages=(said("a", "b"), said("c")))) == "a\n\nb\n\nc"
-    image = Message(position=1, event_id="e", content=[{"type": "image", "source": {}}])
-    with pytest.raises(CallerError, match="image") as caught:
-        prompt_of(turn(messages=(image,)))
-    assert caught.value.code == "turn-unsupported"
+    source = {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgoAAAAN"}
+    image = {"type": "image", "source": source}
+    shown = Message(position=2, event_id="e", content=[{"type": "text", "text": "c"}, image])
+    prompt = prompt_of(turn(messages=(said("a", "b"), shown)))
+    texts = [{"type": "text", "text": text} for text in "abc"]
+    assert prompt == (*texts, image)
+    request = request_of(turn(), PLAN, prompt, None)
+    assert (request.prompt, request.content) == ("a\n\nb\n\nc", prompt)
+    assert prompt_bytes(request) != prompt_bytes(replace(request, content=()))
+    # whoever goes on with the turn has been shown it
+    assert request_of(turn(attempt=2), PLAN, prompt, Progress.BEGUN).content == ()
 
 
 def test_what_is_not_carried_out_is_refused_by_name() -> None:
@@ -61,8 +70,30 @@ def test_a_transcript_that_has_the_prompt_is_gone_on_with() -> None:
     assert again.prompt == GO_ON + LOST_FILES
     assert (again.prompt_id, again.resume, again.session_id) == (None, turn().transcript, None)
     direct = replace(POLICY, sandbox=replace(POLICY.sandbox, workspace_mode=WorkspaceMode.DIRECT))
-    kept = request_of(turn(), replace(PLAN, policy=direct), "Do it.", Progress.BEGUN)
+    stands = replace(PLAN, policy=direct)
+    kept = request_of(turn(), stands, "Do it.", Progress.BEGUN, here=True)
     assert kept.prompt == GO_ON
+    elsewhere = request_of(turn(), stands, "Do it.", Progress.BEGUN)
+    assert elsewhere.prompt == GO_ON + LOST_FILES
+    assert request_of(turn(), stands, "Do it.", Progress.ABSENT).prompt == "Do it."
+
+
+@pytest.mark.parametrize(
+    ("mode", "stands", "here", "may"),
+    [
+        (WorkspaceMode.DIRECT, None, False, True),
+        (WorkspaceMode.DIRECT, Work.BEGUN, True, True),
+        (WorkspaceMode.REVIEW, None, False, False),
+        (WorkspaceMode.REVIEW, Work.BEGUN, False, False),
+        (WorkspaceMode.REVIEW, Work.KEEPING, True, True),
+    ],
+)
+def test_what_of_a_lost_attempt_is_in_the_directory(
+    mode: WorkspaceMode, stands: Work | None, here: bool, may: bool
+) -> None:
+    sandbox = replace(POLICY.sandbox, workspace_mode=mode)
+    plan = replace(PLAN, policy=replace(POLICY, sandbox=sandbox))
+    assert (kept_here(plan, stands), may_end(plan, stands)) == (here, may)
 
 
 def entry(kind: str, identity: str, content: Any, **more: Any) -> dict[str, Any]:
@@ -98,9 +129,68 @@ def test_how_far_a_transcript_has_come(entries: list[Any], expected: Any) -> Non
     assert progress(entries, "p") == expected
 
 
-def result(status: RunStatus, code: str = "") -> RunResult:
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ([CALL], (Progress.ABSENT, "")),
+        ([LAST, CALL, TOLD], (Progress.BEGUN, "")),
+        ([CALL, TOLD, LAST], (Progress.DONE, "Done.")),
+        ([CALL, {**TOLD, "isSidechain": True}, LAST], (Progress.DONE, "Done.")),
+        ([CALL, entry("user", "r", [{"type": "tool_result", "tool_use_id": "u"}]), LAST],
+         (Progress.ABSENT, "")),
+    ],
+)  # fmt: skip
+def test_how_far_a_turn_has_come_that_is_an_answer_alone(entries: list[Any], expected: Any) -> None:
+    """It has no prompt: what it does begins with the result of the call."""
+    assert progress(entries, "p", results=["t"]) == expected
+
+
+ACTION = Action(
+    event_id="sevt_c",
+    tool_use_id="t",
+    name="Bash",
+    kind=ActionKind.CONFIRMATION,
+    input={},
+    expires=1.0,
+)
+
+
+@pytest.mark.parametrize(
+    ("pending", "end", "said", "unsaid"),
+    [
+        # interrupted while the approved call ran
+        ((ACTION,), TurnEnd(status=RunStatus.CANCELLED), Progress.ABSENT, True),
+        ((ACTION,), TurnEnd(status=RunStatus.CANCELLED), Progress.BEGUN, False),
+        ((ACTION,), TurnEnd(status=RunStatus.SUCCEEDED, pending=[ACTION]), Progress.ABSENT, True),
+        # interrupted before it was told anything: it is not begun again
+        ((), TurnEnd(status=RunStatus.CANCELLED), Progress.ABSENT, False),
+        ((), TurnEnd(status=RunStatus.SUCCEEDED), Progress.DONE, False),
+        ((), spent_up(), Progress.ABSENT, True),
+        ((), spent_up(), Progress.BEGUN, False),
+    ],
+)
+def test_which_messages_wait_on(pending: Any, end: TurnEnd, said: Progress, unsaid: bool) -> None:
+    assert is_unsaid(turn(pending=pending), end, said) is unsaid
+
+
+def test_whoever_said_yes_hears_what_became_of_the_call() -> None:
+    custom = replace(ACTION, event_id="sevt_d", kind=ActionKind.RESULT)
+    remote = replace(ACTION, event_id="sevt_e", name="mcp__docs__find")
+    first = unrun(turn(pending=(ACTION, custom, remote)), ())
+    assert [(one.type, one.body["is_error"]) for one in first] == [
+        ("agent.tool_result", True),
+        ("agent.mcp_tool_result", True),
+    ]
+    assert first[0].body["tool_use_id"] == "sevt_c"
+    assert "was not run" in first[0].body["content"][0]["text"]
+    (later,) = unrun(turn(pending=(ACTION, remote), attempt=2), {"sevt_e"})
+    assert "not known" in later.body["content"][0]["text"]
+
+
+def result(status: RunStatus, code: str = "", cost: float = 0.0) -> RunResult:
     error = {"code": code, "message": "why", "family": "agent", "hint": ""} if code else None
-    return RunResult(run_id="run_1", session_id="s", status=status, error=error)
+    used = Usage(cost_usd=cost)
+    return RunResult(run_id="run_1", session_id="s", status=status, error=error, usage=used)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +206,14 @@ def result(status: RunStatus, code: str = "") -> RunResult:
             ["unknown_error"],
         ),
         (result(RunStatus.EXPIRED, "run-timeout"), None, "retries_exhausted", ["unknown_error"]),
+        # claude stops by its own count: only with the wire's is that the budget's end
+        (result(RunStatus.FAILED, "agent-failed", cost=1.5), 1.0, "budget_reached", []),
+        (
+            result(RunStatus.FAILED, "agent-failed", cost=0.5),
+            1.0,
+            "retries_exhausted",
+            ["unknown_error"],
+        ),
     ],
 )
 def test_how_a_turn_ends(what: RunResult, budget: Any, reason: str, kinds: list[str]) -> None:
@@ -149,9 +247,13 @@ def test_slots_and_room_come_from_memory() -> None:
     assert slots_for(4096, 2) == 8
     assert slots_for(2000, 2) == 4
     assert slots_for(100, 2) == 1
-    full = Memory(member_mb=300, read=lambda: MEMINFO.format(700 << 10))
-    room = Memory(member_mb=300, read=lambda: MEMINFO.format(900 << 10))
+    full = Memory(start=300, read=lambda: MEMINFO.format(700 << 10), left=lambda: None)
+    room = Memory(start=300, read=lambda: MEMINFO.format(900 << 10), left=lambda: None)
     assert (full.wait() > 0, room.wait()) == (True, 0.0)
+    # a limit of the container that the worker runs in is closer than the host's memory
+    held = Memory(start=300, read=lambda: MEMINFO.format(9000 << 10), left=lambda: 700 << 20)
+    assert held.wait() > 0
+    assert held.slots(64) == 1
 
 
 async def test_a_sessions_directory_is_the_one_place_that_may_be_shown(tmp_path: Path) -> None:

@@ -116,41 +116,41 @@ def test_writers_at_the_same_time_lose_nothing(tmp_path: Path) -> None:
     assert len(VaultFile(paths.store).entries()) == 13
 
 
-def test_a_secret_shows_its_redacted_twin_only() -> None:
+async def test_a_secret_shows_its_redacted_twin_only() -> None:
     secret = Secret(CANARY)
     credentials = Credentials({"a": secret})
     shown = f"{secret} {secret!r} {secret:>40} {credentials} {[secret]} { ({'a': secret}) }"
     assert CANARY not in shown
-    assert CANARY not in repr(credentials.for_model("a", "x-api-key", "api.anthropic.com"))
+    assert CANARY not in repr(await credentials.for_model("a", "x-api-key", "api.anthropic.com"))
     for breaking in (copy.copy, copy.deepcopy):
         with pytest.raises(TypeError):
             breaking(secret)
 
 
-def test_a_credential_goes_to_its_hosts_only() -> None:
+async def test_a_credential_goes_to_its_hosts_only() -> None:
     credentials = Credentials({"gh": Secret(CANARY)})
     rule = CredentialRule(name="gh", hosts=("api.github.com",), header="Authorization")
-    injection = credentials.for_host(rule, "api.github.com")
+    injection = await credentials.for_host(rule, "api.github.com")
     assert injection.headers == ((b"authorization", f"Bearer {CANARY}".encode()),)
     with pytest.raises(CredentialError):
-        credentials.for_host(rule, "evil.example")
+        await credentials.for_host(rule, "evil.example")
     with pytest.raises(CredentialError):
-        credentials.for_model("missing", "x-api-key", "api.anthropic.com")
+        await credentials.for_model("missing", "x-api-key", "api.anthropic.com")
 
 
-def test_a_credential_stays_with_the_hosts_it_was_sealed_for(tmp_path: Path) -> None:
+async def test_a_credential_stays_with_the_hosts_it_was_sealed_for(tmp_path: Path) -> None:
     """Requirement L: a policy that names another host does not get it there."""
     paths = VaultPaths(tmp_path)
     set_credential(paths, "gh", CANARY, ("api.github.com",))
     opened = open_vault(paths.store, paths.key).get("gh")
     credentials = Credentials({"gh": Secret(opened.reveal(), opened.hosts)})
     rule = CredentialRule(name="gh", hosts=("api.github.com", "*.evil.example"))
-    assert credentials.for_host(rule, "api.github.com").headers
-    assert credentials.for_model("gh", "x-api-key", "api.github.com").headers
+    assert (await credentials.for_host(rule, "api.github.com")).headers
+    assert (await credentials.for_model("gh", "x-api-key", "api.github.com")).headers
     with pytest.raises(CredentialError, match="not-for-host"):
-        credentials.for_host(rule, "api.evil.example")
+        await credentials.for_host(rule, "api.evil.example")
     with pytest.raises(CredentialError, match="not-for-host"):
-        credentials.for_model("gh", "x-api-key", "api.anthropic.com")
+        await credentials.for_model("gh", "x-api-key", "api.anthropic.com")
 
 
 @pytest.mark.parametrize("host", ["", "*", "https://api.github.com", "10.0.0.1", "API.github.com"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +19,7 @@ from ringfence.testing.fakes import MemoryRecorder
 from ringfence.worker import leases
 from ringfence.worker.attempt import Attempt
 from ringfence.worker.control import RunControl, Wish
+from ringfence.worker.driving import Driving
 from ringfence.worker.leases import heartbeat
 
 
@@ -45,6 +48,14 @@ def attempt(recorder: MemoryRecorder) -> Attempt:
     return Attempt(station, policy, request, control=RunControl(), on_message=lambda _: None)
 
 
+async def stopped(one: Attempt, box: Any) -> None:
+    one._inside = one._hold.enter(box)
+    try:
+        await one._stop(box)
+    finally:
+        assert one._hold.unstopped == []
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_the_record_does_not_depend_on_the_changes(broken: bool) -> None:
     recorder = MemoryRecorder()
@@ -52,7 +63,7 @@ def test_the_record_does_not_depend_on_the_changes(broken: bool) -> None:
 
     async def run() -> None:
         box: Any = Box(error if broken else Changes())
-        await attempt(recorder)._stop(box)
+        await stopped(attempt(recorder), box)
 
     if broken:
         with pytest.raises(UnavailableError):
@@ -70,7 +81,7 @@ def test_the_changes_do_not_depend_on_the_record() -> None:
         one = attempt(recorder)
         recorder.kill()
         with pytest.raises(UnavailableError):
-            await one._stop(box)
+            await stopped(one, box)
         return one
 
     box: Any = Box(found)
@@ -123,3 +134,119 @@ def test_a_lost_lease_ends_its_run(code: str, ends: bool, monkeypatch: pytest.Mo
     # not the caller's wish: the queue is told that the run came to no end
     assert (one._outcome.failure is not None) is ends
     assert (times == 1) is ends
+
+
+class Resting:
+    """A sandbox that rests, as far as an attempt is concerned."""
+
+    closed = False
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+def test_what_rests_is_ended_when_the_end_of_its_run_is_cut_off() -> None:
+    class Slow(MemoryRecorder):
+        async def append(self, *_: Any, **__: Any) -> int:
+            await asyncio.sleep(60)
+            return 0
+
+    async def run() -> Resting:
+        one, left = attempt(Slow()), Resting()
+        one._left = left  # type: ignore[assignment]
+        settling = asyncio.ensure_future(one._settle(None))  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        settling.cancel()
+        await asyncio.wait({settling})
+        assert settling.cancelled()
+        return left
+
+    assert asyncio.run(run()).closed
+
+
+async def test_what_rests_and_is_not_taken_over_is_stopped_then_closed() -> None:
+    said: list[str] = []
+
+    async def stop() -> None:
+        said.append("stop")
+        raise UnavailableError("sandbox-start-failed", "why")
+
+    async def close() -> None:
+        said.append("close")
+
+    values: dict[str, Any] = {name: None for name in Driving.__dataclass_fields__ if name[0] != "_"}
+    values |= {
+        "sandbox": SimpleNamespace(stop=stop),
+        "rests": SimpleNamespace(close=close),
+    }
+    driving = Driving(**values)
+    with pytest.raises(UnavailableError):
+        await driving.give_up()
+    await driving.give_up()
+    assert said == ["stop", "close"]
+
+
+async def test_a_cancel_does_not_wait_for_an_interrupt() -> None:
+    control, begun, said = RunControl(), asyncio.Event(), []
+
+    async def interrupt() -> None:
+        begun.set()
+        await asyncio.sleep(3600)
+
+    async def cancel() -> None:
+        said.append("cancel")
+
+    following = asyncio.ensure_future(control.follow(interrupt=interrupt, cancel=cancel))
+    control.interrupt()
+    await begun.wait()
+    control.interrupt()
+    async with asyncio.timeout(30):
+        await following
+    assert said == ["cancel"]
+
+
+@pytest.mark.parametrize("wish", ["interrupt", "cancel"])
+@pytest.mark.parametrize("fails", [True, False])
+async def test_a_wish_that_cannot_be_carried_out_does_not_vanish(fails: bool, wish: str) -> None:
+    """Else the run would go on to the end of its time."""
+    ended = asyncio.Event()
+
+    async def stop() -> None:
+        if fails:
+            raise OSError("a process in the kernel")
+        ended.set()
+
+    async def lost() -> None:
+        await asyncio.sleep(3600)
+
+    @contextlib.asynccontextmanager
+    async def metering(_: Any) -> AsyncIterator[None]:
+        yield
+
+    limits = SimpleNamespace(wall_seconds=3600.0)
+    values: dict[str, Any] = {name: None for name in Driving.__dataclass_fields__ if name[0] != "_"}
+    values |= {
+        "station": SimpleNamespace(lost=lost, metering=metering),
+        "sandbox": SimpleNamespace(stop=stop),
+        "policy": SimpleNamespace(sandbox=SimpleNamespace(limits=limits)),
+        "control": (control := RunControl()),
+    }
+    driving = Driving(**values)
+
+    async def work(_: object) -> None:
+        try:
+            await ended.wait()
+        finally:
+            ended.set()
+
+    driving._drive = work  # type: ignore[method-assign]
+    running = asyncio.ensure_future(driving.within_time(None))
+    await asyncio.sleep(0)
+    getattr(control, wish)()
+    async with asyncio.timeout(30):
+        if fails:
+            with pytest.raises(OSError, match="in the kernel"):
+                await running
+        else:
+            await running
+    assert ended.is_set()

@@ -113,8 +113,8 @@ def test_hooks_are_told_apart_by_what_is_spawned() -> None:
 )
 def test_each_setting_makes_another_key_or_is_not_spawned(name: str) -> None:
     changed = dataclasses.replace(SETTINGS, **{name: another(getattr(SETTINGS, name))})
-    # ids, and clocks that are kept outside
-    outside = {"session_id", "sandbox_id", "tool_seconds", "start_seconds"}
+    # ids, clocks that are kept outside, and a trace of one run: what waited for it has none
+    outside = {"session_id", "sandbox_id", "tool_seconds", "start_seconds", "trace"}
     assert (key(opts=options(changed)) == key()) == (name in outside)
 
 

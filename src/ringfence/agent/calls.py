@@ -174,6 +174,10 @@ class ToolCalls:
             # an id answers for one call only: a second one would ride on the first's approval
             return _by_policy("tool_use_id", "this call was decided already")
         self._seen.add(identity)
+        if self._waiting.in_transcript(identity) and not self._waiting.before(identity):
+            # claude takes up what was deferred once; today's policy may say yes to what its
+            # caller was told is over
+            return _by_policy("pending", "nobody waits for this call any more; make it again")
         decision = decide_tool(self._settings.grants, self._settings.mode, name, tool_input)
         message = f"{decision.reason} ({decision.rule})"
         if not decision.allowed and not decision.ask:
@@ -223,8 +227,6 @@ class ToolCalls:
         if nested:
             # claude goes on with a deferred call of the main conversation only
             return _by_policy(decision.rule, "a subagent cannot wait for anybody's word")
-        if self._waiting.in_transcript(identity) and not self._waiting.before(identity):
-            return _by_policy("pending", "nobody waits for this call any more; make it again")
         custom = self._settings.custom(name)
         call = PendingCall(
             tool_use_id=identity,

@@ -23,6 +23,7 @@ from claude_agent_sdk import (
 )
 
 from ringfence.agent.calls import Announce, ToolCalls
+from ringfence.agent.claims import claimed, since
 from ringfence.agent.command_line import CONFIG_DIR, argv, environment
 from ringfence.agent.messages import AgentMessage, Notice, Text, Thinking, ToolResult, TurnEnded
 from ringfence.agent.options import build_options
@@ -37,16 +38,18 @@ from ringfence.errors import (
     RingfenceError,
     UnavailableError,
 )
-from ringfence.model import PendingCall
+from ringfence.model import PendingCall, Prompt, Usage
 from ringfence.record.recorder import Recorder
 from ringfence.record.safe_text import one_line
-from ringfence.record.transcript import PROJECT, begun
+from ringfence.record.transcript import PROJECT, begun, deferred_ids
 from ringfence.sandbox.protocol import Sandbox
 
 # the SDK logs words of the process; without a handler the last resort would print them raw
 logging.getLogger("claude_agent_sdk").addHandler(logging.NullHandler())
 
 GRACE_SECONDS = 5.0
+QUIET_SECONDS = 0.1
+"""Of silence, after which an agent that has ended its turn has said all of it."""
 _SDK_START_SECONDS = 60.0
 _MIRROR_TRIES = 3  # after as many the SDK drops what it could not append, and only logs it
 _TEXT_MAX = 1 << 20
@@ -77,11 +80,11 @@ class Run:
 
 
 class ClaudeDriver:
-    """One `claude` process, one or more turns of one run.
+    """One `claude` process, one or more turns of one run, one or more runs of one session.
 
-    It may be started before there is a run; then it can be asked nothing, and what it asks ends
-    it, until `serve` is called. `failure` is the first thing that ended it from out here, None
-    when nothing did.
+    It may be started before there is a run, and may rest between two; then it can be asked
+    nothing, and what it asks ends it, until `serve` is called. `failure` is the first thing that
+    ended it from out here, None when nothing did.
     """
 
     def __init__(self, sandbox: Sandbox, settings: ClaudeSettings) -> None:
@@ -95,16 +98,19 @@ class ClaudeDriver:
         self._tasks: set[asyncio.Task[None]] = set()
         self._turning, self._interrupted = False, False
         self._turn_over = asyncio.Event()
+        self._said: Usage | None = None
+        self._said_before: Usage | None = None
         self.failure: RingfenceError | None = None
         self.options = build_options(settings, self, cast("SessionStore", self._mirror))
 
     def serve(self, run: Run) -> None:
-        """From now on it is this run's. Once."""
+        """From now on it is this run's, until it rests."""
         if self._calls is not None:
-            raise CallerError("internal", "a claude serves one run")
+            raise CallerError("internal", "a claude serves one run at a time")
         self._settings = replace(self._settings, run_id=run.run_id)
+        self._said_before = self._said
         self._mirror.store = run.mirror
-        self._waiting = run.waiting or self._waiting
+        self._waiting = run.waiting or Waiting()
         self._calls = ToolCalls(
             self._settings,
             recorder=run.recorder,
@@ -118,6 +124,47 @@ class ClaudeDriver:
         )
         if self._transport is not None:
             self._transport.serve()
+
+    async def rest(self) -> bool:
+        """Its run is over, and it may serve another of the same session: it stands still from now
+        on. All that it had said of the transcript is kept when this returns; what it has yet to
+        say is the next run's to keep. False when it cannot: then it is to be closed.
+        """
+        if self._calls is None or self._transport is None or not self._idle():
+            return False
+        rests = False
+        try:
+            # its last words are on their way: stopped at once it would say them to the next run
+            await self._silence(QUIET_SECONDS)
+            stands = await self._sandbox.freeze()
+            await self._silence(QUIET_SECONDS / 5)
+            await self._calls.close()
+            rests = stands and self._idle()
+        except (RingfenceError, OSError, TimeoutError):
+            return False
+        finally:
+            if not rests:
+                # so that it can end as any other does
+                with suppress(OSError, RingfenceError):
+                    await self._sandbox.thaw()
+        if rests:
+            self._transport.rest()
+            self._mirror.store = self._calls = None
+            self._messages = asyncio.Queue()
+        return rests
+
+    def _idle(self) -> bool:
+        busy = self._turning or self._interrupted or self._tasks or self._waiting.call is not None
+        return self.usable and not busy
+
+    async def _silence(self, seconds: float) -> None:
+        """Nothing has come for so long, and nothing is on its way to the transcript."""
+        transport = self._transport
+        async with asyncio.timeout(GRACE_SECONDS):
+            while transport is not None:
+                if transport.silent_for >= seconds and not self._mirror.appending:
+                    return
+                await asyncio.sleep(seconds / 5)
 
     @property
     def calls(self) -> ToolCalls:
@@ -154,7 +201,9 @@ class ClaudeDriver:
             self._sandbox,
             # the SDK sets this itself when can_use_tool is given, but only for its own process
             [*argv(options), "--permission-prompt-tool", "stdio"],
-            environment(self._settings.grants, defers=self._settings.defer),
+            environment(
+                self._settings.grants, defers=self._settings.defer, trace=self._settings.trace
+            ),
             transcripts=f"{CONFIG_DIR}/projects/{PROJECT}/{self._settings.session_id}",
             on_lie=self._broken,
             waiting=self._calls is None,
@@ -181,8 +230,25 @@ class ClaudeDriver:
         call = self._waiting.call
         return () if call is None else (call,)
 
+    async def offered(self) -> None:
+        """Wait until the call that waits stands in the stored transcript: whoever brings an answer,
+        on whatever worker, has `claude` take it up from there. A process that has told its result
+        may write that line later, and an answer without it would be a yes to nothing.
+
+        Raises:
+            UnavailableError: `transcript-lost`; nobody may be asked about the call.
+        """
+        call, end = self._waiting.call, asyncio.get_running_loop().time() + GRACE_SECONDS
+        while call is not None and self._mirror.deferred != call.tool_use_id:
+            if asyncio.get_running_loop().time() > end:
+                raise UnavailableError(
+                    "transcript-lost",
+                    "the call that waits for an answer is not in the transcript",
+                )
+            await asyncio.sleep(QUIET_SECONDS / 5)
+
     async def turn(
-        self, prompt: str | None, prompt_id: str | None = None
+        self, prompt: Prompt | None, prompt_id: str | None = None
     ) -> AsyncIterator[AgentMessage]:
         """Send a prompt; yields messages until the turn has ended. With None the turn is the one
         that a `claude` begins by itself: it was resumed where a call had been deferred.
@@ -205,13 +271,16 @@ class ClaudeDriver:
             self._turning = False
 
     async def _read(
-        self, client: ClaudeSDKClient, prompt: str | None, prompt_id: str | None
+        self, client: ClaudeSDKClient, prompt: Prompt | None, prompt_id: str | None
     ) -> None:
         ended = False
         try:
             # here, so that a process that does not read its input stalls nobody but itself
             if prompt is not None:
-                await client.query(prompt if prompt_id is None else _named(prompt, prompt_id))
+                if prompt_id is None and isinstance(prompt, str):
+                    await client.query(prompt)
+                else:
+                    await client.query(_named(prompt, prompt_id))
             async for message in client.receive_response():
                 ended = self._received(message) or ended
             if not ended:
@@ -237,12 +306,17 @@ class ClaudeDriver:
                 if isinstance(block, ToolResultBlock):
                     self._put(_told(block))
         elif isinstance(message, ResultMessage):
-            self._put(_ended(message))
+            self._put(replace(_ended(message), claimed=self._claimed(message)))
             return True
         elif isinstance(message, SystemMessage) and message.subtype == "api_retry":
             attempt = one_line(str(message.data.get("attempt", "?")), 20)
             self._put(Notice(kind="api_retry", text=f"the model is asked again ({attempt})"))
         return False
+
+    def _claimed(self, message: ResultMessage) -> Usage | None:
+        """Since this run began: the process says what it has used over all of its runs."""
+        self._said = claimed(message.model_usage)
+        return since(self._said, self._said_before)
 
     def _put(self, message: AgentMessage) -> None:
         self._messages.put_nowait(message)
@@ -320,8 +394,10 @@ class _Mirror:
 
     def __init__(self, broken: Any) -> None:
         self._broken = broken
-        self._failures = 0
+        self._failures = self.appending = 0
         self.store: SessionMirror | None = None
+        self.deferred = ""
+        """The last deferred call that is kept."""
 
     def _lent(self) -> SessionMirror:
         if self.store is None:
@@ -330,6 +406,13 @@ class _Mirror:
 
     async def append(self, key: Any, entries: Any) -> None:
         """See SessionStore."""
+        self.appending += 1
+        try:
+            await self._append(key, entries)
+        finally:
+            self.appending -= 1
+
+    async def _append(self, key: Any, entries: Any) -> None:
         try:
             await self._lent().append(key, entries)
         except DeniedError as error:
@@ -345,19 +428,23 @@ class _Mirror:
                 )
             raise
         self._failures = 0
+        if not key.get("subpath") and isinstance(entries, list):
+            for name in deferred_ids(entries):
+                self.deferred = name
 
     async def load(self, key: Any) -> Any:
         """See SessionStore."""
         return await self._lent().load(key)
 
 
-async def _named(prompt: str, prompt_id: str) -> AsyncIterator[dict[str, Any]]:
-    """A prompt in the wire form of the SDK, with an id of ours."""
+async def _named(prompt: Prompt, prompt_id: str | None) -> AsyncIterator[dict[str, Any]]:
+    """A prompt in the wire form of the SDK, with an id of ours if there is one."""
+    content = prompt if isinstance(prompt, str) else [dict(block) for block in prompt]
     yield {
         "type": "user",
-        "message": {"role": "user", "content": prompt},
+        "message": {"role": "user", "content": content},
         "parent_tool_use_id": None,
-        "uuid": prompt_id,
+        **({} if prompt_id is None else {"uuid": prompt_id}),
     }
 
 

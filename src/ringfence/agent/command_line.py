@@ -32,11 +32,14 @@ def argv(options: ClaudeAgentOptions) -> list[str]:
     return transport._build_command()  # noqa: SLF001
 
 
-def environment(grants: ToolGrants, *, defers: bool = False) -> dict[str, str]:
+MAX_RETRIES = "2"
+
+
+def environment(grants: ToolGrants, *, defers: bool = False, trace: str = "") -> dict[str, str]:
     """All that `claude` finds in its environment, beside PATH, HOME, LANG and TMPDIR.
 
     `defers` keeps it to streamed answers: in one that comes whole, several calls are one message,
-    and it defers none of those.
+    and it defers none of those. `trace` is for its spans, should the policy let it send any.
     """
     proxy = f"http://127.0.0.1:{INSIDE_PROXY_PORT}"
     return {
@@ -50,6 +53,9 @@ def environment(grants: ToolGrants, *, defers: bool = False) -> dict[str, str]:
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
         "CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1",
         "CLAUDE_CODE_ENABLE_TASKS": "0",
+        # egress repeats what can be repeated unseen (docs/decisions/0038); what is left is a stream
+        # that broke off in the middle
+        "CLAUDE_CODE_MAX_RETRIES": MAX_RETRIES,
         # a call in the background is over for its clock as soon as it has begun, and the turn,
         # which ends the run, does not wait for it
         "CLAUDE_CODE_DISABLE_BACKGROUND_TASKS": "1",
@@ -63,6 +69,7 @@ def environment(grants: ToolGrants, *, defers: bool = False) -> dict[str, str]:
         "DISABLE_BUG_COMMAND": "1",
         "TERM": "dumb",
         **({"CLAUDE_CODE_DISABLE_NONSTREAMING_FALLBACK": "1"} if defers else {}),
+        **({"TRACEPARENT": trace} if trace else {}),
         **tool_environment(proxy),
     }
 

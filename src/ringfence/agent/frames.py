@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from itertools import islice
+from math import isfinite
 from typing import Any, Never
 
 from ringfence.errors import AgentError, DeniedError
@@ -19,6 +21,10 @@ MAX_FRAME = 32 << 20
 """Bytes of one line: a Read of a large file comes in one."""
 MAX_DEPTH = 256
 """Objects and lists within one another: the SDK and the store walk a frame by recursion."""
+MAX_PARTS = 600_000
+"""Strings, objects, lists and commas of one line: a line of empty objects would become fifty times
+its size in memory, and take the worker of all its runs for seconds. A line that tells of a file's
+hundred thousand lines has some three hundred thousand."""
 FRAMES_AT_ONCE, FRAMES_PER_SECOND = 20_000, 500.0
 BYTES_AT_ONCE, BYTES_PER_SECOND = 128 << 20, float(8 << 20)
 MAX_OPEN = 512
@@ -68,8 +74,10 @@ class FrameGate:
         """
         if not (self._frames.take(1, now) and self._bytes.take(len(line), now)):
             _refuse("frames come faster than an agent works")
+        if _more_parts_than(line, MAX_PARTS):
+            _refuse("a frame has too many parts")
         try:
-            frame = json.loads(line, parse_constant=_no_number)
+            frame = json.loads(line, parse_constant=_no_number, parse_float=_finite)
         except (ValueError, RecursionError):
             frame = None
         if not isinstance(frame, dict):
@@ -151,6 +159,25 @@ class _Bucket:
         grown = self._left + (now - self._at) * self._rate
         self._left, self._at = min(self._size, grown) - amount, now
         return self._left >= 0
+
+
+_PART = re.compile(rb'"(?>[^"\\]+|\\.)*+(?:"|\\?\Z)|[{\[,]', re.DOTALL)
+"""A string, ended or not, so that no text is looked through twice; or a mark outside of one."""
+
+
+def _more_parts_than(line: bytes, limit: int) -> bool:
+    """Without reading it; what a mark in a text is worth is looked at only when there are many."""
+    if sum(map(line.count, (b"{", b"[", b",", b'"'))) <= limit:
+        return False
+    return next(islice(_PART.finditer(line), limit, None), None) is not None
+
+
+def _finite(text: str) -> float:
+    """A number that JSON can say again: 1e999 would be written as a word that is none."""
+    value = float(text)
+    if not isfinite(value):
+        raise ValueError("too large a number")
+    return value
 
 
 def _deeper_than(value: object, limit: int) -> bool:

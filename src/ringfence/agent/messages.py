@@ -100,6 +100,15 @@ class Notice(AgentMessage):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RunPutOff(AgentMessage):
+    """The run gives its sandbox back: the model's turn would come in so many seconds."""
+
+    type: ClassVar[str] = "put_off"
+    seconds: float
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Progress(AgentMessage):
     """What a run waits for before the agent's first word: `sandbox`, then `agent`, then `ready`."""
 
@@ -117,3 +126,5 @@ class TurnEnded(AgentMessage):
     num_turns: int
     reason: str
     errors: tuple[str, ...] = ()
+    claimed: Usage | None = None
+    """What its process says that it has used since it began, over all models; None: it does not."""

@@ -20,6 +20,7 @@ class ClaudeSettings:
         custom_tools: executed by the caller, always deferred.
         approval_seconds: how long a deferred call may wait.
         pending_tools: whose calls the session waits for.
+        trace: a TRACEPARENT of a trace of its own; empty for none.
     """
 
     session_id: str
@@ -41,6 +42,7 @@ class ClaudeSettings:
     custom_tools: tuple[CustomTool, ...] = ()
     approval_seconds: float = 86_400.0
     pending_tools: tuple[str, ...] = ()
+    trace: str = ""
 
     @property
     def own_mode(self) -> PermissionMode:

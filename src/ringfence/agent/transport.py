@@ -44,6 +44,7 @@ class SandboxTransport(Transport):
         self._process: Process | None = None
         self._lock = anyio.Lock()
         self._closing = False
+        self._waited = Waited(time.monotonic())
 
     async def connect(self) -> None:
         """See Transport."""
@@ -52,6 +53,15 @@ class SandboxTransport(Transport):
     def serve(self) -> None:
         """The process has a run: from now on its frames are read as one's that works."""
         self._gate.waiting = False
+
+    def rest(self) -> None:
+        """It has a run no more: what it still says, or says next, acts for nobody."""
+        self._gate.waiting = True
+
+    @property
+    def silent_for(self) -> float:
+        """Seconds for which there has been nothing to read; 0.0 while something is read."""
+        return self._waited.silent_for(time.monotonic())
 
     async def ended(self) -> None:
         """Wait for the end of the process."""
@@ -75,7 +85,7 @@ class SandboxTransport(Transport):
         if process is None:
             return
         try:
-            waited = Waited(time.monotonic())
+            waited = self._waited = Waited(time.monotonic())
             async for line in _lines(process, waited):
                 frame = self._gate.read(line, waited.now)
                 if frame is not None:
@@ -120,6 +130,12 @@ class Waited:
 
     def __init__(self, now: float) -> None:
         self.now = now
+        self.since: float | None = None
+        """Since when a read waits, on the real clock; None while what it brought is looked at."""
+
+    def silent_for(self, now: float) -> float:
+        """Seconds for which the read that is going on has waited."""
+        return 0.0 if self.since is None else now - self.since
 
     def add(self, seconds: float, size: int) -> None:
         """A read took so long and brought so many bytes."""
@@ -131,8 +147,9 @@ async def _lines(process: Process, waited: Waited) -> AsyncIterator[bytes]:
     buffer = bytearray()
     searched = 0
     while True:
-        began = time.monotonic()
+        began = waited.since = time.monotonic()
         chunk = await process.read(1 << 18)
+        waited.since = None
         waited.add(time.monotonic() - began, len(chunk))
         if not chunk:
             return

@@ -28,11 +28,20 @@ class ProviderConfig(Message):
         credential: name of the secret in the vault (`anthropic` by default), or `environment`
             for the value in `Configure.environment_credential`; None sends none.
         header: header that carries it: `x-api-key`, or `authorization` with Bearer.
+        kind: what it speaks; region, project and models are of a cloud.
+        login: the credential is one that the keeper logs in for, and not a value of a header.
+        renews: such a credential is another one when it is asked for again.
     """
 
     base_url: str = "https://api.anthropic.com"
     credential: str | None = "anthropic"
     header: Literal["x-api-key", "authorization"] = "x-api-key"
+    kind: Literal["anthropic", "bedrock", "vertex"] = "anthropic"
+    region: str = ""
+    project: str | None = None
+    models: dict[str, str] = {}
+    login: bool = False
+    renews: bool = False
 
 
 class Configure(Message):
@@ -46,6 +55,11 @@ class Configure(Message):
     opens_tenants: bool = False
     """Keep the private key, to open what `OpenSandbox.credentials` brings."""
     environment_credential: str | None = Field(default=None, repr=False)
+    secrets: dict[str, Any] = {}
+    """`SecretSettings` as JSON: where values lie, and none of them; empty when none does."""
+    logins: dict[str, Any] = {}
+    """`AwsLogin` and `GoogleLogin` as JSON by the name of their credential, with `region`."""
+    state_dir: str = ""
     ca_dir: str | None = None
     resolver_overrides: dict[str, list[str]] = {}
     upstream_overrides: dict[str, str] = {}
@@ -53,6 +67,12 @@ class Configure(Message):
     whose upstreams live on loopback; only ever set from the operator's settings."""
     upstream_ca: str | None = None
     drop_to_uid: int | None = None
+    asks_for_turns: bool = False
+    """Model requests leave when `ModelTurn` says so, which `ModelWanted` asks for."""
+    limited: bool = False
+    """A provider's 429 is waited out in the queue of the fleet's limits."""
+    retry_seconds: tuple[float, float, float] = (0.5, 20.0, 120.0)
+    """Of tries of a model request: the first bound of a wait, the longest, and all together."""
     wait_for_audit: bool = True
     """False only in benchmarks, to measure the write-ahead apart."""
 
@@ -103,6 +123,8 @@ class OpenSandbox(Message):
     """Whose session it is: a credential of anybody else does not open."""
     credentials: list[SealedCredential] = []
     """By id; `rules` say where each goes (ringfence.policy.binding)."""
+    batch: bool = False
+    """Its model requests stand behind those of runs that somebody waits for."""
 
 
 class AddListener(Message):
@@ -169,21 +191,167 @@ class EgressDenied(Message):
     sandbox_id: str
     reason: str
     target: str
+    rule: str = ""
 
 
 class ModelCalled(Message):
-    """Notice: a request left for the model, and, with `over`, what came of it."""
+    """Notice: a request left for the model, and, with `over`, what came of it.
+
+    `model` is the one that was asked for, then the one that answered.
+    """
 
     type: Literal["model_called"] = "model_called"
     sandbox_id: str
     request_id: str
     over: bool = False
+    provider: str = ""
+    model: str = ""
     status: int = 0
+    stop_reason: str = ""
     input_tokens: int = 0
     output_tokens: int = 0
     cache_creation_input_tokens: int = 0
     cache_read_input_tokens: int = 0
     cost_usd: float | None = 0.0
+
+
+class ModelLeg(BaseModel):
+    """Where a model request may go: a provider, and the model there."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    provider: str
+    model: str
+
+
+class ModelWanted(Message):
+    """Notice: a request would leave for the model, and waits for its `ModelTurn`.
+
+    Attributes:
+        ticket: its name, unique in the egress process.
+        key: what keeps its place when the run is released and comes back.
+        legs: where it may go, the first first. shut: places of those that it does not try again.
+        again: place of the leg that this try would repeat; None for a first try of a leg.
+        ends: no leg is left, and the run is put off.
+        body_bytes, max_tokens: what it is estimated and priced by.
+        worst_usd: the most that it can cost; None when its model has no price.
+        waited: seconds for which it is held open already.
+    """
+
+    type: Literal["model_wanted"] = "model_wanted"
+    sandbox_id: str
+    run_id: str
+    session_id: str
+    tenant: str
+    batch: bool
+    ticket: int
+    key: str
+    legs: list[ModelLeg] = Field(min_length=1, max_length=16)
+    shut: list[int] = []
+    again: int | None = None
+    ends: bool = False
+    body_bytes: int
+    max_tokens: int
+    worst_usd: float | None
+    waited: float
+
+
+class ModelTurn(Message):
+    """The answer to a `ModelWanted`.
+
+    Attributes:
+        leg: place of the one to take, or, when `spent`, that the fleet cannot repeat now.
+        wait: seconds after which to ask again; None is a refusal, and `reason` its tag.
+    """
+
+    type: Literal["model_turn"] = "model_turn"
+    id: int
+    sandbox_id: str
+    ticket: int
+    go: bool
+    leg: int = Field(default=0, ge=0, lt=16)
+    spent: bool = False
+    wait: float | None = Field(default=None, ge=0, le=3600)
+    reason: str = Field(default="", max_length=128, pattern=r"^[a-z0-9-]*$")
+
+
+class ModelHeard(Message):
+    """Notice: the head of the provider's answer to what a `ModelWanted` asked for.
+
+    Attributes:
+        limits: what its headers say of limits, by name in lower case.
+    """
+
+    type: Literal["model_heard"] = "model_heard"
+    sandbox_id: str
+    ticket: int
+    status: int
+    limits: dict[str, str] = {}
+
+
+class ModelBegan(Message):
+    """Notice: the first of an answer to what a `ModelWanted` asked for has reached the client."""
+
+    type: Literal["model_began"] = "model_began"
+    sandbox_id: str
+    ticket: int
+
+
+class ModelUsed(Message):
+    """Notice: what came of a `ModelWanted`, whether it was sent or gave up waiting.
+
+    Attributes:
+        status: HTTP status of the provider; 0 when there was no answer.
+        used: the provider will charge for it.
+        failed: the provider did, whoever had asked.
+    """
+
+    type: Literal["model_used"] = "model_used"
+    sandbox_id: str
+    ticket: int
+    status: int = 0
+    used: bool = False
+    failed: bool = False
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cache_creation_input_tokens: int = 0
+    cache_read_input_tokens: int = 0
+    cost_usd: float | None = None
+
+
+class GuardWanted(Message):
+    """Notice: a request would leave for an MCP server of the policy, `host:port`, and waits for its
+    `ModelTurn`: by that server's breaker.
+    """
+
+    type: Literal["guard_wanted"] = "guard_wanted"
+    sandbox_id: str
+    run_id: str
+    session_id: str
+    tenant: str
+    ticket: int
+    server: str = Field(max_length=270)
+
+
+class GuardUsed(Message):
+    """Notice: what came of it; `ok` is None where that says nothing of the server."""
+
+    type: Literal["guard_used"] = "guard_used"
+    sandbox_id: str
+    run_id: str
+    session_id: str
+    tenant: str
+    ticket: int
+    server: str = Field(max_length=270)
+    ok: bool | None
+
+
+class PutOff(Message):
+    """The worker tells itself: a sandbox's run would wait longer than its client does."""
+
+    type: Literal["put_off"] = "put_off"
+    sandbox_id: str
+    seconds: float
+    reason: str
 
 
 class WitnessViolated(Message):
@@ -223,9 +391,20 @@ AnyMessage = Annotated[
     | Refused
     | EgressDenied
     | ModelCalled
+    | ModelWanted
+    | ModelTurn
+    | ModelHeard
+    | ModelBegan
+    | ModelUsed
+    | GuardWanted
+    | GuardUsed
+    | PutOff
     | WitnessViolated,
     Field(discriminator="type"),
 ]
+
+DeskMessage = ModelWanted | ModelHeard | ModelBegan | ModelUsed | GuardWanted | GuardUsed
+"""What is about turns of requests, and not for one attempt."""
 
 MESSAGES: TypeAdapter[AnyMessage] = TypeAdapter(
     AnyMessage, config=ConfigDict(hide_input_in_errors=True)

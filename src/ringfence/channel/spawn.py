@@ -7,6 +7,12 @@ import socket
 import subprocess
 import sys
 
+from ringfence.errors import UnavailableError
+
+_KILLED_SECONDS = 60.0
+"""A host that swaps or waits for its disk takes its time over what was killed: the run behind it
+has succeeded, and must not fail for that."""
+
 # what the OS keyring is found by, when it holds the vault's key
 _KEYRING = (
     "HOME",
@@ -15,6 +21,15 @@ _KEYRING = (
     "XDG_RUNTIME_DIR",
     "DBUS_SESSION_BUS_ADDRESS",
 )
+# a directory's name: what systemd decrypted for the unit lies there
+_MOUNTS = ("CREDENTIALS_DIRECTORY",)
+# where a container's role is asked for; what it is asked with lies in the file
+_CONTAINER = (
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
+)
+_PASSED = (*_KEYRING, *_MOUNTS, *_CONTAINER)
 
 
 class EgressProcess:
@@ -48,12 +63,25 @@ class EgressProcess:
         return self._process.pid
 
     def close(self, seconds: float = 5.0) -> None:
-        """Wait for its end; the channel must be closed before."""
+        """Wait for its end; the channel must be closed before.
+
+        Raises:
+            UnavailableError: `egress-unavailable` when it outlives even SIGKILL: it holds secrets.
+        """
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait(seconds)
+        else:
+            return
+        try:
+            self._process.wait(_KILLED_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise UnavailableError(
+                "egress-unavailable",
+                f"egress (pid {self.pid}) was killed and has not ended",
+                hint="it waits inside the kernel: see that the host's disks and mounts answer",
+            ) from None
 
     def kill(self) -> None:
         """SIGKILL: for tests of failing closed."""
@@ -63,5 +91,5 @@ class EgressProcess:
 
 def egress_environment() -> dict[str, str]:
     """What the process gets of our environment: no credential is among it."""
-    found = {name: os.environ[name] for name in _KEYRING if name in os.environ}
+    found = {name: os.environ[name] for name in _PASSED if name in os.environ}
     return {**found, "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}

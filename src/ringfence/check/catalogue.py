@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ringfence.check import static, versions
+from ringfence.check import promised, providers, secrets, static, versions
 from ringfence.check.finding import Check
 from ringfence.check.probes.definition import built_in
 from ringfence.errors import CallerError
@@ -21,7 +21,10 @@ def catalogue() -> tuple[Check, ...]:
     return (
         *static.policy_checks(),
         *static.feature_checks(),
+        *promised.checks(),
         *static.control_checks(),
+        *secrets.checks(),
+        *providers.checks(),
         *versions.checks(),
         *(probe.check for probe in built_in()),
     )

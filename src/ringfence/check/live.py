@@ -26,6 +26,8 @@ LANES = 4
 _GROUP = 4
 _LONG = frozenset({"SEC-03", "HTTP-26", "SEC-04", "SEC-15"})
 """Searches of the whole file system, and waits."""
+_MANY = 16
+"""Probes without a verdict beyond which it is no busy host, and asking again is in vain."""
 _SECONDS = 45.0
 _SMALL = Limits(memory_mb=256, pids=64, disk_mb=64, cpus=0.5, open_files=256)
 """The limits that limit probes run against."""
@@ -54,6 +56,7 @@ class Attack:
         self._report, self._claude = report, claude
         self._declared = declared or {}
         self._told: set[str] = set()
+        self._unclear: dict[Probe, tuple[Verdict, float]] = {}
         self.controls: Sequence[ControlState] = ()
         self.start_seconds: float | None = None
 
@@ -67,11 +70,14 @@ class Attack:
                 async with asyncio.TaskGroup() as group:
                     group.create_task(self._guard(self._main()))
                     group.create_task(self._guard(self._without_egress()))
-                    group.create_task(self._guard(self._agent()))
+                    group.create_task(self._guard(self._agent(self._pick(lambda p: p.agent))))
+                await self._guard(self._once_more())
             except* RingfenceError as errors:
                 error = errors.exceptions[0]
                 why = f"no verdict: {error}"
         finally:
+            for probe, (verdict, seconds) in self._unclear.items():
+                self._tell(probe, verdict, seconds)
             for probe in self.probes:
                 self._tell(probe, (Outcome.ERROR, why), 0.0)
 
@@ -81,6 +87,36 @@ class Attack:
             await work
         except (OSError, RuntimeError, TimeoutError) as error:
             raise UnavailableError("host-failed", words(error)) from error
+
+    def _settle(self, probe: Probe, verdict: Verdict, seconds: float) -> None:
+        """Tell it; what has no verdict is asked once more at the end, what failed is not."""
+        if verdict[0] is Outcome.ERROR and probe not in self._unclear:
+            self._unclear[probe] = verdict, seconds
+        else:
+            self._tell(probe, verdict, seconds)
+
+    async def _once_more(self) -> None:
+        """What had no verdict, one after the other with nothing beside it: most of them had no time
+        on a busy host.
+        """
+        unclear = list(self._unclear)
+        if not unclear or len(unclear) > _MANY:
+            return
+        await self._agent([probe for probe in unclear if probe.agent])
+        bare = [probe for probe in unclear if not probe.agent]
+        if not bare:
+            return
+        async with Place(self._make_backend, self._profile) as place:
+            for probe in bare:
+                await self._on_its_own(place, probe)
+
+    async def _on_its_own(self, place: Place, probe: Probe) -> None:
+        if probe.limits:
+            await self._limits(place, [probe])
+        elif probe.check.id in hostside.JUDGES:
+            await self._judges(place, [probe])
+        else:
+            await self._alone(place, [probe])
 
     def _tell(self, probe: Probe, verdict: Verdict, seconds: float) -> None:
         if probe.check.id in self._told:
@@ -149,7 +185,9 @@ class Attack:
                 broke = verdict[0] is Outcome.ERROR
                 if broke and (await ground.renewed() or ground.lane is not tried):
                     [(verdict, seconds)] = await self._group(place, ground, [probe])  # noqa: PLW2901
-                self._tell(probe, verdict, seconds)
+                    self._tell(probe, verdict, seconds)
+                else:
+                    self._settle(probe, verdict, seconds)
 
     async def _group(
         self, place: Place, ground: Ground, probes: Sequence[Probe]
@@ -204,14 +242,15 @@ class Attack:
     async def _attack(self, place: Place, ground: Ground, probe: Probe) -> None:
         """A probe that leaves its twin no room: the twin runs after it."""
         verdict, seconds = await self._try(place, ground.lane, probe)
-        if verdict[0] is Outcome.ERROR and await ground.renewed():
+        wrecked = verdict[0] is Outcome.ERROR and await ground.renewed()
+        if wrecked:
             verdict, seconds = await self._try(place, ground.lane, probe)
         if verdict[0] is Outcome.PASS:
             if probe.check.id in _MAY_DIE:
                 await ground.renewed()
             wrong = await ground.confirm(probe.twin)
             verdict = (Outcome.ERROR, wrong) if wrong else _read_back(probe, ground.lane, verdict)
-        self._tell(probe, verdict, seconds)
+        (self._tell if wrecked else self._settle)(probe, verdict, seconds)
 
     async def _limits(self, place: Place, probes: Sequence[Probe]) -> None:
         """The twin is looked for after the attack: beside it, it would meet the same limit."""
@@ -246,7 +285,7 @@ class Attack:
         if ground is not None and verdict[0] is Outcome.PASS:
             wrong = await ground.confirm(probe.twin)
             verdict = (Outcome.ERROR, wrong) if wrong else verdict
-        self._tell(probe, verdict, seconds)
+        (self._tell if ground is None else self._settle)(probe, verdict, seconds)
 
     async def _artefacts(self, place: Place) -> None:
         probes = self._pick(lambda p: p.check.id in artefacts.JUDGES)
@@ -265,9 +304,8 @@ class Attack:
             for probe, look in chosen:
                 await self._judge(stage, None, probe, look)
 
-    async def _agent(self) -> None:
+    async def _agent(self, probes: Sequence[Probe]) -> None:
         """A host without claude has no agent to attack: nobody looked."""
-        probes = self._pick(lambda p: p.agent)
         if not probes:
             return
         began = time.monotonic()
@@ -281,7 +319,7 @@ class Attack:
             verdict = (Outcome.NOT_AVAILABLE if missing else Outcome.ERROR), words(error)
             verdicts = dict.fromkeys((probe.check.id for probe in probes), verdict)
         for probe in probes:
-            self._tell(probe, verdicts[probe.check.id], time.monotonic() - began)
+            self._settle(probe, verdicts[probe.check.id], time.monotonic() - began)
 
     async def _without_egress(self) -> None:
         """In places of their own, because they are broken on purpose."""

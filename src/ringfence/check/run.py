@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ringfence.check import static, versions
+from ringfence.check import promised, providers, secrets, static, versions
 from ringfence.check.catalogue import EVERYTHING, Selection
 from ringfence.check.finding import Finding
 from ringfence.check.live import Attack
 from ringfence.check.probes.definition import Probe, built_in
 from ringfence.check.report import Result, Tried
 from ringfence.config import Config
+from ringfence.config.secrets import SecretSettings
 from ringfence.errors import CallerError, RingfenceError
 from ringfence.policy.compile import compile_policy
 from ringfence.policy.compiled import CompiledPolicy
 from ringfence.policy.document import PolicyDocument
 from ringfence.sandbox.protocol import Backend, ControlState, engine_of, not_held, stopping
+
+if TYPE_CHECKING:
+    from ringfence.control.platform import Platform
 
 Factories = Mapping[str, Callable[[Config], Backend]]
 Tell = Callable[[Finding], None]
@@ -32,6 +37,7 @@ class Question:
 
     Attributes:
         isolation: a name, `all` or `auto`. own: an operator's probes beside the built-in ones.
+        platform: makes what reads the platform's database; None where nothing can.
     """
 
     config: Config
@@ -41,6 +47,7 @@ class Question:
     isolation: str = "auto"
     selection: Selection = EVERYTHING
     own: tuple[Probe, ...] = ()
+    platform: Callable[[], Platform] | None = None
 
 
 async def check(question: Question, tell: Tell) -> Result:
@@ -60,14 +67,8 @@ async def check(question: Question, tell: Tell) -> Result:
             found.append(finding)
             tell(finding)
 
-    for finding in static.policy_findings(question.document, exists=os.path.exists):
+    async for finding in _without_a_sandbox(question, policy, names):
         keep(finding)
-    for finding in static.feature_findings(policy):
-        keep(finding)
-    if any(question.selection.takes(check.id) for check in versions.checks()):
-        engine, place = policy.sandbox.engine, question.config.runtime
-        for finding in versions.findings(names, engine=engine, runtime=place):
-            keep(finding)
     tried = [await _isolation(question, policy, name, keep) for name in names]
     return Result(
         time=now.isoformat(timespec="seconds").replace("+00:00", "Z"),
@@ -77,6 +78,28 @@ async def check(question: Question, tell: Tell) -> Result:
         isolations=tuple(tried),
         findings=tuple(found),
     )
+
+
+async def _without_a_sandbox(
+    question: Question, policy: CompiledPolicy, names: Sequence[str]
+) -> AsyncIterator[Finding]:
+    config, takes = question.config, question.selection.takes
+    found = [
+        *static.policy_findings(question.document, exists=os.path.exists),
+        *static.feature_findings(policy),
+        *await promised.asked(config, policy.egress.model, question.platform, takes=takes),
+        *providers.findings(config, policy),
+    ]
+    for finding in found:
+        yield finding
+    if any(takes(check.id) for check in secrets.checks()):
+        for finding in await secrets.findings(config):
+            yield finding
+    if any(takes(check.id) for check in versions.checks()):
+        for finding in versions.findings(
+            names, engine=policy.sandbox.engine, runtime=config.runtime
+        ):
+            yield finding
 
 
 def resolve(question: Question, policy: CompiledPolicy) -> Sequence[str]:
@@ -140,11 +163,13 @@ async def _isolation(question: Question, policy: CompiledPolicy, name: str, tell
 
 
 def _apart(config: Config, state: Path) -> Config:
-    """The same with a state directory of the check's own. What guests boot is not state: the
-    operator's own is what is attacked.
+    """The same with a state directory of the check's own, and no way to the operator's secrets.
+    What guests boot is not state: the operator's own is what is attacked.
     """
     machines = config.machines or config.state_dir / "microvm"
-    return config.model_copy(update={"state_dir": state, "machines": machines})
+    return config.model_copy(
+        update={"state_dir": state, "machines": machines, "secrets": SecretSettings()}
+    )
 
 
 def _stopped(stops: Sequence[ControlState]) -> str:

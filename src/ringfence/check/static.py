@@ -90,29 +90,13 @@ SPEND = _settled(
 )  # fmt: skip
 FALLBACK = _settled(
     "DEG-01", Line.DEGRADATION, "The policy names a model to go on with", "a fallback model",
-    "model.fallback in the policy",
+    "model.failover or model.fallback in the policy",
 )  # fmt: skip
 NOT_BUILT = {
-    _settled(
-        "RATE-02", Line.RATE, "Requests and tokens a minute are admitted before they are sent",
-        "admission per tenant", "not built yet",
-    ): "admission by rate is not built; a run's budget is (RATE-01, API-23)",
-    _settled(
-        "EBG-01", Line.ERROR_BUDGET, "The failure rate is measured against an error budget",
-        "an alert", "not built yet",
-    ): "error budgets are not built",
     _settled(
         "EBG-02", Line.ERROR_BUDGET, "A release that spends its error budget is stopped",
         "a rollback", "not built yet",
     ): "releases are not built",
-    _settled(
-        "DEG-02", Line.DEGRADATION, "Requests fail over to another provider", "a second provider",
-        "not built yet",
-    ): "failover between providers is not built",
-    _settled(
-        "DEG-03", Line.DEGRADATION, "Runs wait in a queue while the API is unavailable", "a queue",
-        "not built yet",
-    ): "the queue is not built",
 }  # fmt: skip
 
 
@@ -136,11 +120,12 @@ def feature_findings(policy: CompiledPolicy) -> list[Finding]:
     else:
         how = f"{model.max_budget_usd} dollars, {model.max_requests} requests"
         found.append(_answer(SPEND, True, how) if spend else _absent(SPEND, "none is set (POL035)"))
-        fallback = policy.tools.fallback_model
+        others = [leg.model or leg.provider or "" for leg in model.failover]
+        fallback = policy.tools.fallback_model or ", ".join(others)
         found.append(
             _answer(FALLBACK, True, fallback)
             if fallback
-            else _absent(FALLBACK, "the policy names no fallback model")
+            else _absent(FALLBACK, "the policy names no other model or provider")
         )
     return found + [_absent(check, why) for check, why in NOT_BUILT.items()]
 

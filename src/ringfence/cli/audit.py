@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import sqlite3
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
+import ringfence
 from ringfence.cli.output import clear_errors, print_json
 from ringfence.errors import CallerError, UnavailableError
 from ringfence.model import Usage
+from ringfence.record import ocsf
 from ringfence.record import verify as verifier
+from ringfence.record.merkle import leaf_hash
 from ringfence.record.read import AuditReader
 from ringfence.record.safe_text import one_line
 from ringfence.record.usage import RequestUsage, total
@@ -102,13 +106,15 @@ def verify(
                 "audit-invalid", f"{log} is not there", hint="name a log, or run first"
             )
         try:
-            texts = [_read(entry) for entry in anchor or []]
+            texts = [_read_anchor(entry) for entry in anchor or []]
             head = log.parent / "head"
             if path is None and head.exists():
                 texts.append(_read(head))
+            warnings = [] if path else _add_own_anchor(ctx, texts)
             # a copy may have been made in the middle of a run; this host's own log goes on
             now = None if path else time.time()
             report = verifier.verify(log, _read(key), texts, now=now)
+            report.warnings += warnings
         except verifier.UsageError as error:
             raise CallerError("audit-invalid", str(error)) from None
         if as_json:
@@ -120,9 +126,27 @@ def verify(
             raise typer.Exit(_BAD)
 
 
-def _read(path: Path) -> str:
+def _add_own_anchor(ctx: typer.Context, texts: list[str]) -> list[str]:
+    """The file that the settings have recorders anchor this log in; a warning while it is not
+    there, which is how it looks before the first run, and after somebody took it away.
+    """
+    file: Path | None = ctx.obj.config.audit.anchor.file
+    if file is None:
+        return []
+    if not file.exists():
+        return [f"there is no checkpoint at {file}: nothing but this host vouches for the log"]
+    texts.append(_read_anchor(file))
+    return []
+
+
+def _read_anchor(path: Path) -> str:
+    """Of a line that was cut off half a character may be left, which spoils no other."""
+    return _read(path, errors="replace")
+
+
+def _read(path: Path, errors: str = "strict") -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8", errors=errors)
     except (OSError, UnicodeDecodeError) as error:
         raise CallerError("audit-invalid", f"{path} cannot be read: {error}") from None
 
@@ -139,11 +163,26 @@ def export(
     with_verifier: Annotated[
         bool, typer.Option("--verifier", help="Add verify.py, which needs nothing of ringfence.")
     ] = False,
+    form: Annotated[
+        Literal["log", "ocsf"],
+        typer.Option("--format", help="ocsf: events of OCSF 1.8.0 in ocsf.jsonl, and no log."),
+    ] = "log",
+    after: Annotated[
+        int, typer.Option("--after", min=-1, help="ocsf: only records after this index.")
+    ] = -1,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """Copy the log, its public key and its last checkpoint, for whoever is to verify it."""
+    """Copy the log, its public key and its last checkpoint, for whoever is to verify it.
+
+    With --format ocsf, write its records as events for a SIEM instead; `--out -` prints them.
+    """
     with clear_errors(as_json=as_json):
         directory = _directory(ctx)
+        if form == "ocsf":
+            _export_ocsf(directory, out, after, as_json=as_json)
+            return
+        if after != -1:
+            raise CallerError("usage", "--after goes with --format ocsf: a log is whole")
         with AuditReader(directory) as reader:
             notes = reader.checkpoints()
         if out.resolve() == directory.resolve():
@@ -171,11 +210,52 @@ def export(
             sys.stdout.write("".join(f"{out / name}\n" for name in names))
 
 
+def _export_ocsf(directory: Path, out: Path, after: int, *, as_json: bool) -> None:
+    """Whole or not at all in a directory; as they come on standard output."""
+    with AuditReader(directory) as reader:
+        if out == Path("-"):
+            for line in _ocsf_lines(reader, after):
+                sys.stdout.buffer.write(line)
+            sys.stdout.buffer.flush()
+            return
+        part = out / "ocsf.jsonl.part"
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                file.writelines(_ocsf_lines(reader, after))
+            part.replace(out / "ocsf.jsonl")
+        except OSError as error:
+            raise UnavailableError(
+                "store-unavailable", f"cannot export to {out}: {error}"
+            ) from None
+    if as_json:
+        print_json({"out": str(out), "files": ["ocsf.jsonl"]})
+    else:
+        sys.stdout.write(f"{out / 'ocsf.jsonl'}\n")
+
+
+def _ocsf_lines(reader: AuditReader, after: int) -> Iterator[bytes]:
+    for index, body in reader.bodies(after):
+        try:
+            told = ocsf.event(
+                json.loads(body),
+                index=index,
+                leaf=leaf_hash(body).hex(),
+                version=ringfence.__version__,
+            )
+            line = json.dumps(told, separators=(",", ":"), allow_nan=False)
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            raise UnavailableError(
+                "audit-invalid", f"record {index} cannot be read", hint="ringfence audit verify"
+            ) from None
+        yield line.encode() + b"\n"
+
+
 def _write_lines(out: Path) -> None:
     """From the copy, so that both say the same."""
     part = out / "records.jsonl.part"
     with AuditReader(out) as reader, part.open("wb") as file:
-        file.writelines(body + b"\n" for body in reader.bodies())
+        file.writelines(body + b"\n" for _, body in reader.bodies())
     part.replace(out / "records.jsonl")
 
 

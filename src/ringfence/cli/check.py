@@ -113,6 +113,7 @@ def _question(
         isolation=isolation,
         selection=selection,
         own=own,
+        platform=context.platform,
     )
 
 

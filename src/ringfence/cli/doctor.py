@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import platform
 from collections.abc import Iterator
@@ -54,7 +55,8 @@ def doctor(
     """Say whether a run would start on this host, and what would mend it; changes nothing.
 
     Tries what a start needs: bubblewrap, user namespaces, control groups, the claude binary, the
-    state directory, a credential. Fails (4) when a start would be refused.
+    state directory, a credential and, where the settings name one, its source. Fails (4) when a
+    start would be refused, or the run would lack a credential that its policy names.
     """
     with clear_errors(as_json=as_json):
         from ringfence.policy.compile import compile_policy
@@ -82,7 +84,8 @@ def _examine(context: AppContext, policy: CompiledPolicy) -> Iterator[Line]:
     yield _state_directory(context.state_dir)
     yield from _isolation(context, policy)
     yield _claude(context)
-    yield _credential(context, policy)
+    yield from _provider(context, policy)
+    yield from _sources(context, policy)
 
 
 def _state_directory(path: Path) -> Line:
@@ -139,13 +142,73 @@ def _claude(context: AppContext) -> Line:
     return Line(name="claude", state="ok", how=str(path))
 
 
+def _provider(context: AppContext, policy: CompiledPolicy) -> Iterator[Line]:
+    """Whether it is there, may be asked, and knows us."""
+    from ringfence.worker.providers import denied, known
+
+    rules, config = policy.egress.model, context.config
+    if not rules.enabled:
+        yield Line(name="credential", state="ok", how="the policy allows no model")
+    elif not known(config, rules.provider):
+        how = f"the settings name no provider {rules.provider}"
+        mend = f"set providers.{rules.provider} in the settings, or model.provider in the policy"
+        yield Line(name="provider", state="stops", how=how, mend=mend)
+    elif refused := denied(config, rules):
+        mend = "model.provider, providers and regions in the policy"
+        yield Line(name="provider", state="stops", how=refused, mend=mend)
+    else:
+        found = config.providers[rules.provider]
+        where = f" in {found.region}" if found.region else ""
+        yield Line(name="provider", state="ok", how=f"{rules.provider}: {found.kind}{where}")
+        yield _credential(context, policy)
+        names = [rules.provider, *(leg.provider for leg in rules.failover if leg.provider)]
+        for name in dict.fromkeys(names):
+            if known(config, name) and config.providers[name].login is not None:
+                yield _login(context, name, first=name == rules.provider)
+
+
+def _login(context: AppContext, provider: str, *, first: bool) -> Line:
+    """Tried now: a role that cannot be assumed stops every request that goes there."""
+    import asyncio
+
+    from ringfence.config.providers import LOGIN
+    from ringfence.egress.sources import look
+    from ringfence.worker.launch import logins
+
+    config, named = context.config, "login" if first else f"login of {provider}"
+    asked = {LOGIN + provider: logins(config)[LOGIN + provider]}
+    states = asyncio.run(look(config.secrets, config.state_dir, asked))
+    state = next(one for one in states if one.name == LOGIN + provider)
+    if not state.good:
+        how = f"{state.code}: {state.message}"
+        return Line(name=named, state="stops", how=how, mend=state.hint)
+    lasts = "" if state.lease_seconds is None else f", for {state.lease_seconds:.0f} s"
+    return Line(name=named, state="ok", how=f"{state.source} gives what it is asked with{lasts}")
+
+
 def _credential(context: AppContext, policy: CompiledPolicy) -> Line:
     provider = policy.egress.model.provider
-    if not policy.egress.model.enabled:
-        return Line(name="credential", state="ok", how="the policy allows no model")
     url = context.config.providers[provider].base_url
-    missing = context.launcher().missing_credential(provider)
+    missing = context.launcher().missing_credential(*policy.egress.model.reached)
     if missing is None:
         return Line(name="credential", state="ok", how=f"there is one for {url}")
     how, mend = f"none for {url}; `exec` needs none", f"ringfence vault set {missing}"
     return Line(name="credential", state="missing", how=how, mend=mend)
+
+
+def _sources(context: AppContext, policy: CompiledPolicy) -> Iterator[Line]:
+    """Each is asked now. What this policy does not use stops no run of it."""
+    from ringfence.egress.sources import look
+
+    config = context.config
+    used = {rule.name for rule in policy.egress.credentials}
+    if policy.egress.model.enabled:
+        asked = (config.providers.get(name) for name in policy.egress.model.reached)
+        used |= {one.credential for one in asked if one is not None and one.credential}
+    for one in asyncio.run(look(config.secrets, context.state_dir)):
+        if one.good:
+            yield Line(name="secret", state="ok", how=f"{one.name}: {one.source}")
+        else:
+            how = f"{one.name}: {one.code}, {one.message}"
+            state: Literal["missing", "stops"] = "stops" if one.name in used else "missing"
+            yield Line(name="secret", state=state, how=how, mend=one.hint)

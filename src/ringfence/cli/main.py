@@ -17,13 +17,16 @@ from ringfence.cli import (
     image,
     isolation,
     keys,
+    limits,
     patch,
+    places,
     policy,
     queue,
     run,
     serve,
     sessions,
     simulator,
+    slo,
     submit,
     up,
     vault,
@@ -76,6 +79,9 @@ submit.register(app)
 app.add_typer(definitions.agents, name="agents")
 app.add_typer(definitions.environments, name="environments")
 sessions.app.add_typer(submit.remote, name="remote")
+places.register(sessions.app)
 app.add_typer(approvals.app, name="approvals")
 app.add_typer(keys.app, name="keys")
 app.add_typer(queue.app, name="queue")
+app.add_typer(limits.app, name="limits")
+app.add_typer(slo.app, name="slo")

@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from ringfence.errors import RingfenceError, UnavailableError
+from ringfence.errors import EXTRAS, RingfenceError, UnavailableError, missing_library
 from ringfence.record.safe_text import one_line
 
 
@@ -47,6 +47,8 @@ def as_known(error: Exception) -> RingfenceError:
     """
     if isinstance(error, RingfenceError):
         return error
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in EXTRAS:
+        return missing_library(error)
     if os.environ.get("RINGFENCE_LOG") == "debug":
         traceback.print_exception(error)
     if isinstance(error, OSError | sqlite3.Error):

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import httpx2
 import typer
 
 from ringfence.errors import (
@@ -31,7 +30,7 @@ DEFAULT_URL = "http://127.0.0.1:8470"
 KEY = "RINGFENCE_API_KEY"
 """The environment's variable with the API key: on a command line every user of the host sees it."""
 
-_TIMEOUT = httpx2.Timeout(30.0)
+_TIMEOUT_SECONDS = 30.0
 _SILENT_SECONDS = 120.0
 """A stream that says nothing for so long is opened again; the gateway pings in between."""
 _MOST_SILENCE = 30
@@ -45,8 +44,11 @@ class Gateway:
     """
 
     def __init__(self, url: str, key: str) -> None:
+        # a tenth of a second, which commands that talk to no gateway need not wait for
+        import httpx2
+
         self._http = httpx2.Client(
-            base_url=url, headers={"x-api-key": key}, timeout=_TIMEOUT, trust_env=False
+            base_url=url, headers={"x-api-key": key}, timeout=_TIMEOUT_SECONDS, trust_env=False
         )
 
     def __enter__(self) -> Self:
@@ -103,8 +105,10 @@ class Gateway:
 
     def _connected(self, session: str) -> Iterator[dict[str, Any]]:
         """The stream is opened first and the list read then: nothing falls between the two."""
+        import httpx2
+
         path = f"/v1/sessions/{session}/events"
-        limits = httpx2.Timeout(30.0, read=_SILENT_SECONDS)
+        limits = httpx2.Timeout(_TIMEOUT_SECONDS, read=_SILENT_SECONDS)
         with _clear(), self._http.stream("GET", f"{path}/stream", timeout=limits) as answer:
             if answer.is_error:
                 raise refusal(answer.status_code, answer.read())
@@ -149,6 +153,8 @@ def refusal(status: int, content: bytes) -> RingfenceError:
 
 @contextmanager
 def _clear() -> Iterator[None]:
+    import httpx2
+
     try:
         yield
     except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:

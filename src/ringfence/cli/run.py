@@ -56,6 +56,11 @@ IsolationName = Annotated[
 ]
 
 
+Batch = Annotated[
+    bool, typer.Option("--batch", help="Where models are limited, let others' requests go first.")
+]
+
+
 class OutputForm(StrEnum):
     """How a run speaks."""
 
@@ -113,6 +118,7 @@ def run(
     fork: Annotated[
         bool, typer.Option("--fork", help="With --resume: into a new session.")
     ] = False,
+    batch: Batch = False,
     apply: Apply = False,
     include: Include = None,
     output: Output = OutputForm.TEXT,
@@ -133,6 +139,7 @@ def run(
             timeout_seconds=timeout,
             resume=resume,
             fork=fork,
+            batch=batch,
         )
         result = _execute(context.obj, request, policy, preset, output)
         _finish(context.obj, result, output, apply=apply, include=tuple(include or ()))
@@ -235,10 +242,11 @@ def _execute(
     from ringfence.policy.compile import compile_policy
     from ringfence.policy.load import load_policy
 
+    _log_aside()
     compiled = compile_policy(load_policy(policy, preset=preset))
     launcher = context.launcher()
     provider = compiled.egress.model.provider
-    missing = launcher.missing_credential(provider)
+    missing = launcher.missing_credential(*compiled.egress.model.reached)
     if not request.command and compiled.egress.model.enabled and missing is not None:
         raise UnavailableError(
             "credential-missing",
@@ -252,6 +260,13 @@ def _execute(
             err=True,
         )
     return asyncio.run(_attempt(launcher, compiled, request, output))
+
+
+def _log_aside() -> None:
+    """What is logged is no part of the output, which a program may read."""
+    import structlog
+
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
 
 
 async def _attempt(launcher: Any, compiled: Any, request: RunRequest, output: str) -> RunResult:

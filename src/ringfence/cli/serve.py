@@ -11,14 +11,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO, cast
 
-import structlog
 import typer
 
 from ringfence.cli.context import AppContext
 from ringfence.cli.output import clear_errors
-from ringfence.errors import UnavailableError, words
+from ringfence.errors import CallerError, UnavailableError, words
 
 if TYPE_CHECKING:
     import uvicorn
@@ -26,7 +25,9 @@ if TYPE_CHECKING:
     from ringfence.control.platform import Platform
     from ringfence.control.tenancy import Ceiling
     from ringfence.queue.protocol import Queue
+    from ringfence.store.contents import Contents
     from ringfence.store.database import Database
+    from ringfence.telemetry.hub import Telemetry
 
 _OTHER_FILES = 256
 """The database's, the log's, and what the libraries open."""
@@ -55,6 +56,10 @@ def serve(
     port: Annotated[
         int | None, typer.Option(min=0, max=65_535, help="8470 by default; 0 takes a free one.")
     ] = None,
+    fd: Annotated[
+        int | None,
+        typer.Option(min=0, help="A listening socket that was inherited, in the place of an own."),
+    ] = None,
 ) -> None:
     """Serve the public Managed Agents API for callers with a key or a token.
 
@@ -69,11 +74,14 @@ def serve(
         assert state.platform is not None  # noqa: S101  the composition root sets it
         platform = state.platform()
         settings = platform.settings
-        listener = listen(host or settings.host, settings.port if port is None else port)
+        if fd is not None:
+            listener = inherited(fd)
+        else:
+            listener = listen(host or settings.host, settings.port if port is None else port)
         make_room(settings.connections)
         import uvloop
 
-        uvloop.run(_serve(platform, platform.ceiling(ceiling_policy), listener))
+        uvloop.run(_serve(state, platform, platform.ceiling(ceiling_policy), listener))
 
 
 def make_room(connections: int) -> None:
@@ -99,16 +107,51 @@ def listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
+def inherited(descriptor: int) -> socket.socket:
+    """A socket of whoever started us, which several gateways may share: the system gives each
+    connection to one of them, and what one that dies had not taken the others take.
+
+    Raises:
+        CallerError: `usage` when it is no listening socket.
+    """
+    with contextlib.suppress(OSError):
+        found = socket.socket(fileno=descriptor)
+        if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return found
+        found.detach()  # whatever it is, it is not ours
+    raise CallerError("usage", f"descriptor {descriptor} is no listening socket")
+
+
+class _MaybeRead:
+    """A stream whose reader may be gone: what is said then is lost, and nobody ends of it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self._stream.flush()
+
+
 def log_to_stderr() -> None:
     """One JSON object a line."""
+    import structlog
+
     structlog.configure(
         processors=[
+            # whose work a line is about: bound where that is known
+            structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
             structlog.processors.JSONRenderer(),
         ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(cast("TextIO", _MaybeRead(sys.stderr))),
     )
     # what it says of a request is no JSON, and is said by us already
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
@@ -128,6 +171,7 @@ def gateway_server(
     queue: Queue,
     *,
     signals: bool = True,
+    telemetry: Telemetry | None = None,
 ) -> uvicorn.Server:
     """The gateway, to be served. Without `signals` somebody else ends it (`should_exit`)."""
     from ringfence.gateway.app import create_app, guarded
@@ -140,18 +184,53 @@ def gateway_server(
             yield
 
     settings = platform.settings
-    app = create_app(database, ceiling, platform.keeping, queue=queue, settings=settings)
+    app = create_app(
+        database,
+        ceiling,
+        platform.keeping,
+        queue=queue,
+        settings=settings,
+        webhooks=platform.targets(),
+        watch=platform.watch(database, None if telemetry is None else telemetry.promises),
+        telemetry=telemetry,
+    )
     kind = Server if signals else Quiet
-    return kind(configured(guarded(app, database, settings), settings), app.state.fanout)
+    return kind(configured(guarded(app, database, settings, telemetry), settings), app.state.fanout)
 
 
-async def _serve(platform: Platform, ceiling: Ceiling, listener: socket.socket) -> None:
+async def look_for_files(database: Database, contents: Contents) -> None:
+    """Say so when another process keeps uploaded files elsewhere: sessions that name them would
+    find out one by one.
+    """
+    import structlog
+
+    from ringfence.control.places import FilePlace, check_shared
+
+    try:
+        await check_shared(database, "files", FilePlace(contents))
+    except UnavailableError as error:
+        if error.code != "place-not-shared":
+            raise
+        structlog.get_logger().warning("gateway.files", why=error.message, hint=error.hint)
+
+
+async def _serve(
+    state: AppContext, platform: Platform, ceiling: Ceiling, listener: socket.socket
+) -> None:
+    log_to_stderr()
+    with state.telemetry("gateway", "gateway") as telemetry:
+        await _serving(platform, ceiling, listener, telemetry)
+
+
+async def _serving(
+    platform: Platform, ceiling: Ceiling, listener: socket.socket, telemetry: Telemetry | None
+) -> None:
     from ringfence.gateway.serving import bound_unread
 
-    log_to_stderr()
     async with platform.opened() as database:
+        await look_for_files(database, platform.keeping.contents)
         queue = platform.queue()
-        server = gateway_server(platform, database, ceiling, queue)
+        server = gateway_server(platform, database, ceiling, queue, telemetry=telemetry)
         bound_unread(listener)
         # the socket listens already: what comes before the first turn waits in its backlog
         sys.stdout.write(f"{address_of(listener)}\n")

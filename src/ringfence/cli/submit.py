@@ -38,6 +38,9 @@ def submit(
     environment: Annotated[str | None, typer.Option(help="Id or name; for a new session.")] = None,
     session: Annotated[str | None, typer.Option(help="Go on with this one instead.")] = None,
     title: Annotated[str | None, typer.Option(help="Of a new session.")] = None,
+    batch: Annotated[
+        bool, typer.Option("--batch", help="Nobody waits for it: others go first.")
+    ] = False,
     follow: Annotated[bool, typer.Option("--follow", help="Show events until it is idle.")] = False,
     url: Url = DEFAULT_URL,
     json: Json = False,
@@ -48,7 +51,9 @@ def submit(
     """
     with clear_errors(as_json=json), gateway(url) as there:
         if session is None:
-            session = _created(there, agent, environment, title)
+            session = _created(there, agent, environment, title, batch=batch)
+        elif batch:
+            there.call("POST", f"/v1/sessions/{session}", {"ringfence": {"batch": True}})
         seen = {one["id"] for one in there.pages(f"/v1/sessions/{session}/events")}
         message = {"type": "user.message", "content": [{"type": "text", "text": prompt}]}
         there.call("POST", f"/v1/sessions/{session}/events", {"events": [message]})
@@ -61,7 +66,9 @@ def submit(
         _finish(_followed(new, json=json))
 
 
-def _created(there: Any, agent: str | None, environment: str | None, title: str | None) -> str:
+def _created(
+    there: Any, agent: str | None, environment: str | None, title: str | None, *, batch: bool
+) -> str:
     if agent is None or environment is None:
         raise typer.BadParameter("a new session needs --agent and --environment")
     body: dict[str, Any] = {
@@ -70,6 +77,8 @@ def _created(there: Any, agent: str | None, environment: str | None, title: str 
     }
     if title is not None:
         body["title"] = title
+    if batch:
+        body["ringfence"] = {"batch": True}
     return str(there.call("POST", "/v1/sessions", body)["id"])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -35,7 +35,9 @@ TENANT = "default"
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command("up", epilog="Example: ringfence up --preset ci")(up)
+    app.command(
+        "up", epilog="Example: ringfence up --preset ci --gateways 2 --workers 2 --services"
+    )(up)
 
 
 def up(
@@ -49,12 +51,28 @@ def up(
     ] = None,
     slots: Slots = None,
     drain: Drain = 10.0,
+    gateways: Annotated[
+        int, typer.Option(min=1, max=64, help="Processes that serve the API, on one socket.")
+    ] = 1,
+    workers: Annotated[
+        int, typer.Option(min=1, max=64, help="Processes that do the work, each with its slots.")
+    ] = 1,
+    services: Annotated[
+        bool,
+        typer.Option(
+            "--services",
+            help="Start PostgreSQL and Temporal's development server where none is named.",
+        ),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Address and key as JSON.")] = False,
 ) -> None:
     """Serve the public Managed Agents API and do its work, on this machine alone.
 
     Nothing else need be installed: state is below the state directory. The first start makes an
     API key and prints it, this once. Ctrl-C drains and ends everything that was started.
+
+    With more than one gateway or worker each is a process of its own, and is started again when
+    it ends; logs of all go to standard error, each line with its process.
     """
     with clear_errors(as_json=json):
         from ringfence.policy.load import load_policy
@@ -64,7 +82,25 @@ def up(
         assert state.platform is not None  # noqa: S101  the composition root sets it
         settings = state.platform().settings
         listener = listen(host or settings.host, settings.port if port is None else port)
-        asyncio.run(_up(state, document, listener, slots, drain, json=json))
+        if gateways == workers == 1 and not services:
+            asyncio.run(_up(state, document, listener, slots, drain, json=json))
+            return
+        from ringfence.cli.fleet import serve_fleet
+
+        named = (("--policy", policy and str(policy.absolute())), ("--preset", preset))
+        asyncio.run(
+            serve_fleet(
+                state,
+                listener,
+                gateways=gateways,
+                workers=workers,
+                services=services,
+                slots=slots,
+                drain=drain,
+                arguments=tuple(part for name, value in named if value for part in (name, value)),
+                json=json,
+            )
+        )
 
 
 async def _up(
@@ -84,17 +120,22 @@ async def _up(
     platform = state.platform()
     ceiling, stop = platform.ceiling(document), stopping()
     async with AsyncExitStack() as stack:
+        telemetry = stack.enter_context(state.telemetry("up", "gateway", "worker"))
         database = await stack.enter_async_context(platform.opened())
         queue = await stack.enter_async_context(opened_queue(state, drain))
         handler = await stack.enter_async_context(
-            turn_handler(state, document, database, queue, ceiling)
+            turn_handler(state, document, database, queue, ceiling, telemetry)
         )
-        server = gateway_server(platform, database, ceiling, queue, signals=False)
+        server = gateway_server(
+            platform, database, ceiling, queue, signals=False, telemetry=telemetry
+        )
         bound_unread(listener)
-        _announce(address_of(listener), await _first_key(database), json=json)
+        announce(address_of(listener), await first_key(database), json=json)
         loop = asyncio.get_running_loop()
         serving = loop.create_task(server.serve(sockets=[listener]))
-        working = loop.create_task(serve_turns(handler, slots=slots or default_slots(), stop=stop))
+        working = loop.create_task(
+            serve_turns(handler, slots=slots or default_slots(handler.station.memory), stop=stop)
+        )
         try:
             # the gateway goes on while turns drain: whoever watches one sees how it ends
             await asyncio.wait({serving, working}, return_when=asyncio.FIRST_COMPLETED)
@@ -110,7 +151,7 @@ async def _up(
         serving.result()
 
 
-async def _first_key(database: Database) -> str | None:
+async def first_key(database: Database) -> str | None:
     """The text of the first key; None when there is one already."""
     from ringfence.control import keys
 
@@ -121,7 +162,7 @@ async def _first_key(database: Database) -> str | None:
     return made.text
 
 
-def _announce(url: str, key: str | None, *, json: bool) -> None:
+def announce(url: str, key: str | None, *, json: bool) -> None:
     """On standard output: the address, and below it the key, if there is one to be shown."""
     if json:
         print_json({"url": url, "key": key})
@@ -129,5 +170,7 @@ def _announce(url: str, key: str | None, *, json: bool) -> None:
     sys.stdout.write(url + "\n" + (f"{key}\n" if key else ""))
     sys.stdout.flush()
     if key is not None:
-        typer.echo("ringfence: that is the first API key; it is shown this once", err=True)
-        typer.echo(f"  export RINGFENCE_URL={url} RINGFENCE_API_KEY=…", err=True)
+        # whoever reads standard error may be gone, and all serve: that must not end them
+        with suppress(OSError, ValueError, AttributeError):
+            typer.echo("ringfence: that is the first API key; it is shown this once", err=True)
+            typer.echo(f"  export RINGFENCE_URL={url} RINGFENCE_API_KEY=…", err=True)

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from ringfence.cli import sources
 from ringfence.cli.context import AppContext
 from ringfence.cli.output import clear_errors, print_json
 from ringfence.errors import CallerError
@@ -21,6 +22,8 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Credentials, sealed to the egress process. They are set and removed, never shown.",
 )
+
+app.add_typer(sources.app, name="sources")
 
 _MAX_INPUT = 1 << 16
 

@@ -6,12 +6,11 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import structlog
 import typer
 
 from ringfence.cli.context import AppContext
@@ -23,8 +22,13 @@ if TYPE_CHECKING:
     from ringfence.policy.document import PolicyDocument
     from ringfence.queue.protocol import Queue
     from ringfence.store.database import Database
+    from ringfence.telemetry.hub import Telemetry
     from ringfence.worker.launch import Launcher
+    from ringfence.worker.memory import Memory
     from ringfence.worker.turn import TurnHandler
+
+MEASURED = "sandbox-memory.json"
+"""In the state directory: what sandboxes of this host took."""
 
 Policy = Annotated[
     Path | None,
@@ -74,6 +78,8 @@ def worker(
 async def _work(
     state: AppContext, document: PolicyDocument, slots: int | None, drain: float
 ) -> None:
+    import structlog
+
     from ringfence.cli.serve import log_to_stderr
     from ringfence.worker.platform import serve_turns
 
@@ -81,14 +87,17 @@ async def _work(
     assert state.platform is not None  # noqa: S101  the composition root sets it
     platform = state.platform()
     stop = stopping()
-    async with (
-        platform.opened() as database,
-        opened_queue(state, drain) as queue,
-        turn_handler(state, document, database, queue, platform.ceiling(document)) as handler,
-    ):
-        number = slots or default_slots()
-        structlog.get_logger().info("worker.ready", slots=number)
-        await serve_turns(handler, slots=number, stop=stop)
+    async with AsyncExitStack() as stack:
+        telemetry = stack.enter_context(state.telemetry("worker", "worker"))
+        database = await stack.enter_async_context(platform.opened())
+        queue = await stack.enter_async_context(opened_queue(state, drain))
+        handler = await stack.enter_async_context(
+            turn_handler(state, document, database, queue, platform.ceiling(document), telemetry)
+        )
+        number = slots or default_slots(handler.station.memory)
+        _say_ready(handler, number)
+        watch = platform.watch(database, None if telemetry is None else telemetry.promises)
+        await serve_turns(handler, slots=number, stop=stop, watch=watch)
         structlog.get_logger().info("worker.drained")
 
 
@@ -100,11 +109,17 @@ def stopping() -> asyncio.Event:
     return stop
 
 
-def default_slots() -> int:
-    """By this host's memory, as it is now."""
-    from ringfence.worker.memory import Memory
+def _say_ready(handler: TurnHandler, slots: int) -> None:
+    import structlog
 
-    return Memory().slots(len(os.sched_getaffinity(0)))
+    memory = handler.station.memory
+    told = {} if memory is None else {"member_mb": memory.member_mb, "measured": memory.measured}
+    structlog.get_logger().info("worker.ready", slots=slots, **told)
+
+
+def default_slots(memory: Memory | None) -> int:
+    """By this host's memory, as it is now, and what sandboxes took here before."""
+    return 1 if memory is None else memory.slots(len(os.sched_getaffinity(0)))
 
 
 @asynccontextmanager
@@ -125,35 +140,61 @@ async def turn_handler(
     database: Database,
     queue: Queue,
     ceiling: Ceiling,
+    telemetry: Telemetry | None = None,
 ) -> AsyncIterator[TurnHandler]:
-    """A station and what handles turns with it.
+    """A station and what handles turns with it; `telemetry` is told of all of it.
 
     Raises:
-        UnavailableError: `credential-missing`, and what a station raises.
+        UnavailableError: `credential-missing`, `place-not-shared`, and what a station raises.
+        DeniedError: `provider-denied`.
     """
     from ringfence.agent.permissions import DenyApprover
+    from ringfence.control.vaults import sealer
+    from ringfence.worker.livepool import LivePool
     from ringfence.worker.memory import Memory
+    from ringfence.worker.places import check_places
     from ringfence.worker.session_dirs import SessionDirectories
     from ringfence.worker.turn import TurnHandler
 
     assert state.snapshots is not None  # noqa: S101  the composition root sets it
     assert state.platform is not None  # noqa: S101  the composition root sets it
-    launcher = replace(state.launcher(), opens_tenants=True)
+    told = lambda: nullcontext(telemetry)  # noqa: E731
+    launcher = replace(state.launcher(), opens_tenants=True, make_telemetry=told)
     _refuse_without_credential(launcher, document)
-    async with launcher.station(DenyApprover()) as station:
+    kept, snapshots = state.platform().keeping, state.snapshots()
+    async with launcher.station(DenyApprover()) as made:
+        await check_places(
+            database,
+            transcripts=made.sessions,
+            snapshots=snapshots,
+            files=kept.contents,
+            key=sealer(kept.vault).name,
+        )
+        # made by now: the state directory is the launcher's to make
+        memory = Memory(state.state_dir / MEASURED)
+        station = replace(made, memory=memory)
         yield TurnHandler(
             station=station,
             database=database,
             queue=queue,
             ceiling=ceiling,
-            workspaces=SessionDirectories(state.state_dir, state.snapshots()),
-            contents=state.platform().keeping.contents,
-            room=Memory().wait,
+            workspaces=SessionDirectories(state.state_dir, snapshots),
+            contents=kept.contents,
+            limits=kept.limits,
+            room=memory.wait,
+            live=LivePool(state.config.live, database, station.recorder),
+            slo=state.config.slo,
+            telemetry=telemetry,
         )
 
 
 def _refuse_without_credential(launcher: Launcher, document: PolicyDocument) -> None:
-    missing = launcher.missing_credential(document.model.provider)
+    from ringfence.policy.compile import compile_policy
+    from ringfence.worker import providers
+
+    rules = compile_policy(document).egress.model
+    missing = launcher.missing_credential(*rules.reached)
+    providers.check(launcher.config, rules)
     if missing is not None:
         raise UnavailableError(
             "credential-missing",

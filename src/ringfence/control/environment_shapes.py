@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Discriminator, Field, StringConstraints, model_validator
 
+from ringfence.config.slo import Share, a_bound
 from ringfence.control.shapes import (
     Description,
     Host,
@@ -21,6 +22,7 @@ from ringfence.control.shapes import (
     patched,
     unsupported,
 )
+from ringfence.control.urgency import Urgency
 from ringfence.policy.isolation import ThreatModel
 
 # A leading hyphen would be an option of the package manager, a blank a second argument.
@@ -52,7 +54,7 @@ Networking = Annotated[Unrestricted | Limited, Discriminator("type")]
 
 
 class Packages(Shape):
-    """What is to be installed, by package manager."""
+    """What is to be installed, by package manager: nothing, see `EnvironmentDefinition`."""
 
     type: Literal["packages"] | None = None
     apt: PackageList | None = None
@@ -105,6 +107,20 @@ class ExecutionBlock(Shape):
     allow_subprocess: Literal[False] | None = None
 
 
+class LatencyBlock(Shape):
+    """That a share of interactive runs end in time."""
+
+    share: Share
+    seconds: Annotated[float, AfterValidator(a_bound)]
+
+
+class SloBlock(Shape):
+    """What is promised of the environment's runs, at most what the operator promises of all."""
+
+    success: Share | None = None
+    latency: LatencyBlock | None = None
+
+
 class RingfenceBlock(Shape):
     """Ours: where runs go. What is left out is the operator's."""
 
@@ -113,8 +129,27 @@ class RingfenceBlock(Shape):
     )
     threat_model: ThreatModel | None = None
     hosting: Literal["ephemeral", "long_running", "hybrid", "multi_agent"] | None = None
+    idle_seconds: Annotated[float, Field(gt=0, le=604_800)] | None = None
+    max_agents: Annotated[int, Field(ge=2, le=16)] | None = None
     filesystem: FilesystemBlock | None = None
     execution: ExecutionBlock | None = None
+    approval_seconds: Annotated[float, Field(ge=1, le=2_592_000)] | None = None
+    priority: Urgency | None = None
+    slo: SloBlock | None = None
+
+    @model_validator(mode="after")
+    def _lines_of_patterns(self) -> RingfenceBlock:
+        stays = ("long_running", "multi_agent")
+        if self.idle_seconds is not None and self.hosting not in stays:
+            raise ValueError("idle_seconds belongs to hosting long_running and multi_agent")
+        if self.max_agents is not None and self.hosting != "multi_agent":
+            raise ValueError("max_agents belongs to hosting multi_agent")
+        return self
+
+    @property
+    def agents(self) -> int:
+        """How many sessions share a sandbox; 1 where none do."""
+        return (self.max_agents or 4) if self.hosting == "multi_agent" else 1
 
 
 class EnvironmentDefinition(Shape):
@@ -133,15 +168,14 @@ class EnvironmentDefinition(Shape):
         return _refuse_account(value)
 
     @model_validator(mode="after")
-    def _packages_need_their_manager(self) -> EnvironmentDefinition:
-        config = self.config
-        if config is None or config.packages is None or not _any(config.packages):
-            return self
-        networking = config.networking
-        if not isinstance(networking, Unrestricted) and not (
-            networking and networking.allow_package_managers
-        ):
-            raise ValueError("packages require networking.allow_package_managers to be true")
+    def _no_packages(self) -> EnvironmentDefinition:
+        packages = self.config.packages if self.config else None
+        named = [one for one in MANAGERS if packages is not None and getattr(packages, one)]
+        if named:
+            raise unsupported(
+                f"config.packages.{named[0]} (the operator's image has packages, and an agent "
+                "installs its own where networking.allow_package_managers leads to a registry)"
+            )
         return self
 
 
@@ -165,10 +199,6 @@ def _refuse_account(value: Any) -> Any:
     if isinstance(value, dict) and value.get("scope") == "account":
         raise unsupported("scope `account`")
     return value
-
-
-def _any(packages: Packages) -> bool:
-    return any(getattr(packages, manager) for manager in MANAGERS)
 
 
 def resolved(environment: EnvironmentDefinition) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from ringfence.control.environment_shapes import (
     resolved,
 )
 from ringfence.control.lists import Listed, cursor
-from ringfence.control.narrowing import narrow
+from ringfence.control.narrowing import approval_seconds, narrow
+from ringfence.control.promises import refuse_more
 from ringfence.control.quota import fitting, one_more
 from ringfence.control.tenancy import Caller, Ceiling, moment, new_id, validated
 from ringfence.errors import CallerError
@@ -123,7 +124,10 @@ async def page(connection: AsyncConnection, caller: Caller, wanted: Page) -> Lis
 def _held(caller: Caller, ceiling: Ceiling, environment: EnvironmentDefinition) -> dict[str, Any]:
     """The definition spelled out, when a run could be started with it today."""
     body = fitting(caller.quota, resolved(environment))
-    narrow(ceiling.policy, validated(EnvironmentDefinition, body), ceiling.network)
+    definition = validated(EnvironmentDefinition, body)
+    narrow(ceiling.policy, definition, ceiling.network)
+    approval_seconds(ceiling.approval_seconds, definition)
+    refuse_more(ceiling.slo, definition)
     return body
 
 

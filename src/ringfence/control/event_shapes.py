@@ -8,10 +8,11 @@ content that somebody would have to fetch: no URL of a caller's is opened for it
 from __future__ import annotations
 
 import binascii
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, Discriminator, Field, StringConstraints, model_validator
 
+from ringfence.control.media import MOST_BLOCKS, is_what_it_says
 from ringfence.control.shapes import Shape, unsupported
 
 EventType = Literal[
@@ -106,6 +107,19 @@ def _base64(text: str) -> str:
     return text
 
 
+class _Named(Shape):
+    """A source that is called by its media type, in the event itself."""
+
+    media_type: str
+    data: str
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if not is_what_it_says(self.media_type, self.data):
+            raise ValueError(f"data: not {self.media_type}")
+        return self
+
+
 Base64 = Annotated[str, StringConstraints(min_length=4), AfterValidator(_base64)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 
@@ -117,7 +131,14 @@ class TextBlock(Shape):
     text: Text
 
 
-class ImageSource(Shape):
+class FileSource(Shape):
+    """A file that was uploaded; it is read when the turn begins."""
+
+    type: Literal["file"]
+    file_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,128}$")]
+
+
+class ImageSource(_Named):
     """An image, in the event itself."""
 
     type: Literal["base64"]
@@ -129,10 +150,10 @@ class ImageBlock(Shape):
     """An image."""
 
     type: Literal["image"]
-    source: ImageSource
+    source: Annotated[ImageSource | FileSource, Discriminator("type")]
 
 
-class PdfSource(Shape):
+class PdfSource(_Named):
     """A PDF, in the event itself."""
 
     type: Literal["base64"]
@@ -152,7 +173,7 @@ class DocumentBlock(Shape):
     """A document."""
 
     type: Literal["document"]
-    source: Annotated[PdfSource | PlainSource, Discriminator("type")]
+    source: Annotated[PdfSource | PlainSource | FileSource, Discriminator("type")]
     context: str | None = None
     title: str | None = None
 
@@ -185,6 +206,12 @@ class UserMessage(Shape):
 
     type: Literal["user.message"]
     content: Annotated[list[MessageBlock], Field(min_length=1, max_length=100)]
+
+    @model_validator(mode="after")
+    def _bounded(self) -> UserMessage:
+        if sum(block.type != "text" for block in self.content) > MOST_BLOCKS:
+            raise ValueError(f"content: at most {MOST_BLOCKS} images and documents")
+        return self
 
 
 class UserInterrupt(Shape):
@@ -268,8 +295,8 @@ def _refuse_block(block: Any) -> None:
         raise unsupported("a block of type `redacted`")
     source = block.get("source")
     kind = source.get("type") if isinstance(source, dict) else None
-    if kind in {"url", "file"}:
-        raise unsupported(f"a source of type `{kind}` (send the content itself)")
+    if kind == "url":
+        raise unsupported("a source of type `url` (send the content itself, or upload it)")
 
 
 def body_of(event: Shape) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,9 +24,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ringfence.control.lists import Listed, cursor, only
 from ringfence.control.mounts import ROOT, mount_path
+from ringfence.control.quota import one_more
 from ringfence.control.tenancy import Caller, moment, new_id
 from ringfence.errors import CallerError, DeniedError, UnavailableError, words
 from ringfence.sandbox import safeopen
+from ringfence.store import counts
 from ringfence.store import file_rows as rows
 from ringfence.store.contents import Contents, Writing, damaged
 from ringfence.store.database import Database, now
@@ -46,10 +48,13 @@ _MIME = re.compile(r"[a-z0-9!#$&^_.+-]{1,63}/[a-z0-9!#$&^_.+-]{1,63}")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileLimits:
-    """What the operator has settled. Bytes; seconds: of a download in all."""
+    """What the operator has settled. Bytes; count: files of a tenant; seconds: of a download in
+    all.
+    """
 
     file: int
     tenant: int
+    count: int = 100_000
     seconds: float = 900.0
     download_uploads: bool = True
 
@@ -151,6 +156,7 @@ async def create(
 
     Raises:
         CallerError: `storage-quota-exceeded`, `request-too-large`.
+        DeniedError: `tenant-full`: an empty file weighs nothing, and is a row all the same.
     """
     _fits(await rows.used(connection, tenant, lock=True), size, limits)
     created = now()
@@ -166,6 +172,7 @@ async def create(
         created_at=created,
         expires_at=expires,
     )
+    await one_more(connection, tenant, "files", limits.count)
     await rows.add(connection, tenant, row)
     return shown(row)
 
@@ -204,6 +211,7 @@ async def delete(connection: AsyncConnection, caller: Caller, identity: str) -> 
     """Forget it; the caller removes the content once this is kept. Raises as `retrieve` does."""
     if not await rows.remove(connection, caller.tenant, identity):
         raise _missing(identity)
+    await counts.give(connection, caller.tenant, "files")
     return {"id": identity, "type": "file_deleted"}
 
 
@@ -229,29 +237,45 @@ async def downloadable(connection: AsyncConnection, caller: Caller, identity: st
     return row
 
 
+async def together(
+    connection: AsyncConnection, tenant: str, named: Sequence[str], most: int
+) -> list[FileRow]:
+    """The files that a session names, in that order. One that is named twice is copied twice, and
+    counts so: a small file named a hundred times is a hundred files on the worker's disk.
+
+    Raises:
+        CallerError: `file-not-found`, `file-expired`; `request-too-large` past `most` bytes.
+    """
+    known: dict[str, FileRow] = {}
+    for identity in named:
+        if identity not in known:
+            known[identity] = await readable(connection, tenant, identity)
+    size = sum(known[identity].size_bytes for identity in named)
+    if size > most:
+        raise CallerError(
+            "request-too-large",
+            f"resources: the files are {size} bytes together, more than {most}",
+        )
+    return [known[identity] for identity in named]
+
+
 async def materialise(
-    connection: AsyncConnection,
-    contents: Contents,
-    *,
-    tenant: str,
-    file_id: str,
-    directory: Path,
-    path: str | None = None,
+    contents: Contents, row: FileRow, *, tenant: str, directory: Path, path: str | None = None
 ) -> str:
     """Copy a file into a directory that will be `/mnt/session`; its path inside.
 
     `path` is the resource's `mount_path`. The copy is read-only (0444), whole or absent, and what
     was uploaded: its SHA-256 is compared. Nothing on the way may be a link: a session that has run
-    may have left some.
+    may have left some. `row` was read before, in a transaction that has ended: a database ends
+    one that stands idle for as long as a large file takes.
 
     Raises:
-        CallerError: `file-not-found`, `file-expired`, `request-invalid` for a path elsewhere.
+        CallerError: `request-invalid` for a path elsewhere.
         DeniedError: `path-escapes` for a link on the way, or a directory in the file's place.
         UnavailableError: `file-damaged`, `host-failed`.
     """
-    inside = mount_path(file_id, path)
-    row = await readable(connection, tenant, file_id)
-    with await asyncio.to_thread(contents.open, tenant, file_id, row.size_bytes) as source:
+    inside = mount_path(row.id, path)
+    with await asyncio.to_thread(contents.open, tenant, row.id, row.size_bytes) as source:
         await asyncio.to_thread(_copy, source, row, directory, inside.removeprefix(f"{ROOT}/"))
     return inside
 

@@ -6,18 +6,22 @@ row, so that positions have no gap and no double, and no two moves start from on
 
 from __future__ import annotations
 
+import math
 import secrets
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from ringfence.config import WebhookKind
 from ringfence.model import SessionStatus, Usage
 from ringfence.states import SessionEvent, session_after
-from ringfence.store import events, sessions
+from ringfence.store import deliveries, events, sessions
 from ringfence.store.database import now
 from ringfence.store.events import EventRow
 from ringfence.store.sessions import SessionRow
+from ringfence.telemetry.context import asked
 
 MESSAGES = ("user.message",)
 INTERRUPTS = ("user.interrupt",)
@@ -81,7 +85,14 @@ class Journal:
     def begin(self, event: SessionEvent) -> None:
         """The next turn; the queue is to be told of it."""
         self.move(event)
-        self.set(turn=self.row.turn + 1, attempt=0, unqueued_at=self.moment)
+        self.set(
+            turn=self.row.turn + 1,
+            attempt=0,
+            unqueued_at=self.moment,
+            began_at=self.moment,
+            wakes_at=None,
+            trace=asked(),
+        )
 
     async def write(self) -> None:
         """Put it down. May be called again after more has happened."""
@@ -89,7 +100,22 @@ class Journal:
             changes = {**self._changes, "updated_at": self.moment}
             await sessions.change(self.connection, self.row, changes)
         await events.add(self.connection, self.row.tenant_id, self.row.id, self._events)
+        for event in self._events:
+            await self._notify(event)
         self._changes, self._events = {}, []
+
+    async def _notify(self, event: EventRow) -> None:
+        """Who wants to be told of it has it in this very transaction, or never had it."""
+        kind = noticed(event.type, event.body)
+        if kind is not None:
+            await deliveries.add(
+                self.connection,
+                tenant=self.row.tenant_id,
+                session=self.row.id,
+                identity=f"whevt_{secrets.token_hex(12)}",
+                kind=kind,
+                moment=self.moment,
+            )
 
     async def waits(self, types: tuple[str, ...]) -> bool:
         """Whether an event of these types has been taken by no turn."""
@@ -118,10 +144,16 @@ class Journal:
         spent. What nobody answered in time is a no, and the next message tells the agent so.
         """
         row = self.row
-        if row.status is not SessionStatus.IDLE or self._outstanding():
+        if row.status is not SessionStatus.IDLE:
             return
         answered = any(one["answer"] is not None for one in row.pending)
         if not answered and not await self.waits(MESSAGES):
+            return
+        until = self._outstanding()
+        if until != row.wakes_at:
+            # at that moment nobody may have a reason to come by
+            self.set(wakes_at=until)
+        if until is not None:
             return
         if budget_left(row) == 0.0:
             self.say("session.status_idle", {"stop_reason": {"type": "budget_reached"}})
@@ -129,9 +161,24 @@ class Journal:
         self.begin(SessionEvent.BEGIN)
         self.say("session.status_running")
 
-    def _outstanding(self) -> bool:
-        moment, pending = self.moment / 1e6, self.row.pending
-        return any(one["answer"] is None and moment < one["expires"] for one in pending)
+    def _outstanding(self) -> int | None:
+        """Until when an answer may come that is waited for, in microseconds; None without one."""
+        times = [one["expires"] for one in self.row.pending if one["answer"] is None]
+        until = max(times, default=0.0)
+        return math.ceil(until * 1e6) if self.moment / 1e6 < until else None
+
+
+def noticed(kind: str, body: Mapping[str, Any]) -> WebhookKind | None:
+    """What an operator's server is told of an event of a session; None: nothing."""
+    if kind == "session.status_terminated":
+        return "session.status_terminated"
+    if kind != "session.status_idle":
+        return None
+    stopped: dict[str, WebhookKind] = {
+        "requires_action": "session.requires_action",
+        "budget_reached": "session.budget_reached",
+    }
+    return stopped.get(body["stop_reason"]["type"], "session.status_idled")
 
 
 def unanswered(row: SessionRow) -> list[str]:

@@ -22,13 +22,14 @@ from ringfence.control.environment_shapes import (
     RingfenceBlock,
     Unrestricted,
 )
-from ringfence.errors import DeniedError
+from ringfence.errors import CallerError, DeniedError
 from ringfence.model import WorkspaceMode
 from ringfence.policy.compile import WORKSPACE_WIDTH, compile_policy
+from ringfence.policy.compiled import SandboxProfile
 from ringfence.policy.diff import diff
 from ringfence.policy.document import HostGrant, PolicyDocument
 from ringfence.policy.hosts import MODEL_HOST, matches
-from ringfence.policy.isolation import THREAT_MODELS, ThreatModel, floor
+from ringfence.policy.isolation import SEATS, THREAT_MODELS, ThreatModel, floor
 from ringfence.policy.paths import WORKSPACE, below
 from ringfence.policy.validate import build
 
@@ -57,7 +58,8 @@ def narrow(
 
     Raises:
         DeniedError: `unrestricted-denied`, `environment-denied`: a line is wider than the ceiling.
-        CallerError: `policy-invalid`: lines that are each narrow and contradict each other.
+        CallerError: `policy-invalid`: lines that are each narrow and contradict each other;
+            `hosting-unsupported`: several agents in a sandbox that cannot keep them apart.
     """
     block = environment.ringfence or RingfenceBlock()
     values: dict[str, Any] = ceiling.canonical()
@@ -68,7 +70,21 @@ def narrow(
     _hosting(values["hosting"], ceiling, block)
     narrowed = build(values)
     _hold(ceiling, narrowed)
+    if block.agents > 1:
+        _seats(compile_policy(narrowed).sandbox, block.agents)
     return narrowed
+
+
+def approval_seconds(most: float, environment: EnvironmentDefinition) -> float:
+    """How long a call in this environment may wait for its answer; `most` is the operator's.
+
+    Raises:
+        DeniedError: `environment-denied`.
+    """
+    wanted = environment.ringfence.approval_seconds if environment.ringfence else None
+    if wanted is not None and wanted > most:
+        raise _wider(f"approval_seconds: {wanted:g}", f"more than the operator's {most:g}")
+    return most if wanted is None else wanted
 
 
 HOSTING: dict[str, tuple[str, ...]] = {
@@ -88,6 +104,31 @@ def _hosting(section: dict[str, Any], ceiling: PolicyDocument, block: RingfenceB
     if pattern not in HOSTING[own]:
         raise _wider(f"hosting: {block.hosting}", f"more than the policy's {own}")
     section["pattern"] = pattern
+
+
+_LEAST = {"memory_mb": 192, "pids": 32, "disk_mb": 1}
+"""Of one agent's share: what a `claude` needs that answers once, its threads, and a runtime's that
+starts it. With less it would be refused by the kernel, in a turn that was taken.
+"""
+
+
+def _seats(rules: SandboxProfile, agents: int) -> None:
+    """Raise CallerError `hosting-unsupported` where so many agents cannot share a sandbox."""
+    name = rules.isolation
+    # of `auto` the host decides, later: a session that was taken would have no place then
+    why = "what it comes to is known at the start only" if name == "auto" else SEATS[name]
+    hint = "isolation: container, or hosting: ephemeral, a sandbox each"
+    written = [path for path in rules.writable if not below(path, WORKSPACE)]
+    if not why and written:
+        why, hint = f"all of them would write to {written[0]}", "take that path out"
+    small = [key for key, least in _LEAST.items() if getattr(rules.limits, key) < least * agents]
+    if not why and small:
+        why = f"{small[0]} is too small to be shared by {agents}"
+        hint = f"max_agents, or {small[0].removesuffix('_mb')} of at least {_LEAST[small[0]]} each"
+    if why:
+        raise CallerError(
+            "hosting-unsupported", f"hosting multi_agent with isolation {name}: {why}", hint=hint
+        )
 
 
 def _hold(ceiling: PolicyDocument, narrowed: PolicyDocument) -> None:

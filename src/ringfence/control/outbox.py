@@ -69,8 +69,8 @@ class Outbox:
         for _ in range(_BATCHES):
             async with self._database.reading() as connection:
                 waiting = await turns.unqueued(connection, now() + 1, _BATCH)
-            for run_id, tenant in waiting:
-                await self._queue.submit(run_id, tenant=tenant)
+            for run_id, tenant, priority in waiting:
+                await self._queue.submit(run_id, tenant=tenant, priority=priority)
                 async with self._database.writing() as connection:
                     await turns.queued(connection, run_id)
             done += len(waiting)

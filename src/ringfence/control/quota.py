@@ -19,8 +19,11 @@ def quota_of(settings: GatewaySettings) -> Quota:
         agents=settings.agents,
         versions=settings.agent_versions,
         environments=settings.environments,
+        sessions=settings.sessions,
+        vaults=settings.vaults,
         definition_bytes=settings.definition_kb * 1024,
         page_bytes=settings.page_kb * 1024,
+        session_file_bytes=settings.session_files_mb << 20,
     )
 
 

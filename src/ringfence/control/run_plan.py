@@ -27,10 +27,10 @@ from ringfence.control.agent_shapes import (
     ToolConfig,
 )
 from ringfence.control.environment_shapes import EnvironmentDefinition, Limited
-from ringfence.control.narrowing import narrow
+from ringfence.control.narrowing import approval_seconds, narrow
 from ringfence.control.tenancy import Ceiling, validated
-from ringfence.errors import CallerError, DeniedError
-from ringfence.policy.compile import compile_policy, role_of
+from ringfence.errors import DeniedError
+from ringfence.policy.compile import compile_policy, failover_of, role_of
 from ringfence.policy.compiled import CompiledPolicy
 from ringfence.policy.diff import diff
 from ringfence.policy.document import PolicyDocument, permission_mode_of
@@ -50,7 +50,8 @@ BUILTIN = {
 }
 """The public names of the built-in tools, to those of policies and of `claude`."""
 
-HOSTING = ("ephemeral", "hybrid", "long_running")
+MULTI_AGENT = "multi_agent"
+HOSTING = ("ephemeral", "hybrid", "long_running", MULTI_AGENT)
 """Hosting patterns that are served; the environment's default is the first."""
 
 
@@ -62,6 +63,10 @@ class RunPlan:
         policy: at most as wide as the operator's; its digest names what was in force.
         model: what `claude` asks for. effort: `low` to `max`.
         hosting: one of HOSTING.
+        approval_seconds: how long a call may wait for its answer.
+        idle_seconds: how long a sandbox may rest between two turns, where it stays; None leaves
+            it to the worker.
+        max_agents: how many sessions share a sandbox, where any do.
         custom_tools: tools that the caller executes, as the agent defines them.
     """
 
@@ -70,7 +75,15 @@ class RunPlan:
     effort: str
     system_prompt: str | None
     hosting: str
+    approval_seconds: float = 86_400.0
+    idle_seconds: float | None = None
+    max_agents: int = 1
     custom_tools: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def travels(self) -> bool:
+        """Whether the session's files are saved at the end of a turn, for any worker."""
+        return self.hosting in {"hybrid", "long_running", MULTI_AGENT}
 
 
 def run_plan(ceiling: Ceiling, agent: Mapping[str, Any], environment: Mapping[str, Any]) -> RunPlan:
@@ -94,6 +107,9 @@ def run_plan(ceiling: Ceiling, agent: Mapping[str, Any], environment: Mapping[st
         effort=effort.type if effort is not None else "high",
         system_prompt=definition.system,
         hosting=hosting,
+        approval_seconds=approval_seconds(ceiling.approval_seconds, place),
+        idle_seconds=place.ringfence.idle_seconds if place.ringfence else None,
+        max_agents=place.ringfence.agents if place.ringfence else 1,
         custom_tools=tuple(
             tool.model_dump(mode="json", exclude_unset=True)
             for tool in definition.tools
@@ -107,14 +123,7 @@ def _known(kind: type[Any], value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hosting(place: EnvironmentDefinition) -> str:
-    wanted = (place.ringfence.hosting if place.ringfence else None) or HOSTING[0]
-    if wanted not in HOSTING:
-        raise CallerError(
-            "hosting-unsupported",
-            f"hosting {wanted} is not supported by this version of ringfence",
-            hint=f"there are: {', '.join(HOSTING)}",
-        )
-    return wanted
+    return (place.ringfence.hosting if place.ringfence else None) or HOSTING[0]
 
 
 def _mcp(place: EnvironmentDefinition) -> bool:
@@ -229,8 +238,9 @@ def _model(section: dict[str, Any], narrowed: PolicyDocument, model: str) -> Non
         raise _denied(f"the model {model}; the operator's policy allows {', '.join(allowed)}")
     # an alias stands for a name that only `claude` knows, and its WebFetch asks a smaller model
     if model.startswith("claude-") and "WebFetch" not in compile_policy(narrowed).tools.offered:
-        fallback = narrowed.model.fallback
-        section["models"] = [model, *([fallback] if fallback and fallback != model else [])]
+        # a request that goes to another model elsewhere is written there, by egress
+        others = [leg.model for leg in failover_of(narrowed)]
+        section["models"] = list(dict.fromkeys([model, *(each for each in others if each)]))
 
 
 def _denied(why: str) -> DeniedError:

@@ -80,6 +80,25 @@ class FileResource(Shape):
     mount_path: Annotated[str, StringConstraints(max_length=4096)] | None = None
 
 
+class NewResource(FileResource):
+    """The body of an addition."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kept(cls, value: Any) -> Any:
+        _refuse_resources([value])
+        return value
+
+
+class ResourcePatch(Shape):
+    """The body of an update of one: the token of a repository."""
+
+    authorization_token: Annotated[str, StringConstraints(min_length=1, max_length=8192)]
+
+
+MOST_RESOURCES = 100
+"""Of one session."""
+
 RESOURCES = frozenset({"file", "github_repository", "memory_store"})
 
 
@@ -90,6 +109,12 @@ def _refuse_resources(value: Any) -> None:
             raise unsupported(f"a resource of type `{kind}`")
 
 
+class SessionBlock(Shape):
+    """Ours: how its turns are served. `batch`: nobody waits for them, and others go first."""
+
+    batch: bool | None = None
+
+
 class SessionDefinition(Shape):
     """The body of a creation."""
 
@@ -98,9 +123,12 @@ class SessionDefinition(Shape):
     budget: Budget | None = None
     initial_events: Annotated[list[UserMessage], Field(max_length=50)] = Field(default_factory=list)
     metadata: Metadata = Field(default_factory=dict)
-    resources: Annotated[list[FileResource], Field(max_length=100)] = Field(default_factory=list)
+    resources: Annotated[list[FileResource], Field(max_length=MOST_RESOURCES)] = Field(
+        default_factory=list
+    )
     title: Title | None = None
     vault_ids: Annotated[list[Identifier], Field(max_length=20)] = Field(default_factory=list)
+    ringfence: SessionBlock | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -125,6 +153,7 @@ class SessionPatch(Shape):
     budget: Budget | None = None
     metadata: MetadataPatch | None = None
     title: Title | None = None
+    ringfence: SessionBlock | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -8,6 +8,7 @@ from typing import Any
 from ringfence.control.journal import usage_of
 from ringfence.control.tenancy import moment
 from ringfence.model import SessionStatus
+from ringfence.queue.protocol import NORMAL
 from ringfence.store.events import EventRow
 from ringfence.store.sessions import SessionRow
 
@@ -36,6 +37,7 @@ def session(row: SessionRow, at: int) -> dict[str, Any]:
         "usage": {**_usage(row), "active_seconds": active / 1e6},
         "outcome_evaluations": [],
         "deployment_id": None,
+        "ringfence": {"batch": row.priority > NORMAL},
         "created_at": moment(row.created_at),
         "updated_at": moment(row.updated_at),
         "archived_at": moment(row.archived_at),

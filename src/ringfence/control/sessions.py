@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from ringfence.control import files, session_view, vaults
+from ringfence.control import attachments, resources, session_view, vaults
 from ringfence.control.agent_shapes import AgentDefinition, resolved
 from ringfence.control.environment_shapes import EnvironmentDefinition
 from ringfence.control.event_shapes import (
@@ -23,26 +23,27 @@ from ringfence.control.event_shapes import (
     body_of,
 )
 from ringfence.control.journal import MESSAGES, Journal, unanswered, usage_of
-from ringfence.control.lists import Listed, cursor, only
-from ringfence.control.mounts import mount_path, refuse_overlaps
-from ringfence.control.narrowing import narrow
+from ringfence.control.lists import Listed, cursor
+from ringfence.control.narrowing import approval_seconds, narrow
+from ringfence.control.quota import fitting, one_more
+from ringfence.control.session_access import get, opened
 from ringfence.control.session_shapes import (
     AgentWithOverrides,
     Budget,
-    FileResource,
+    SessionBlock,
     SessionDefinition,
     SessionPatch,
     changed_agent,
     overridden,
 )
 from ringfence.control.shapes import patched
-from ringfence.control.tenancy import Caller, Ceiling, new_id, validated
-from ringfence.control.tenancy import moment as at
+from ringfence.control.tenancy import Caller, Ceiling, Quota, new_id, validated
 from ringfence.control.turns import ActionKind, requires_action
+from ringfence.control.urgency import priority_of
 from ringfence.egress.model.pricing import price
 from ringfence.errors import CallerError
 from ringfence.model import SessionStatus, Usage
-from ringfence.store import agents, deleted, environments, events
+from ringfence.store import agents, counts, deleted, environments, events
 from ringfence.store import sessions as rows
 from ringfence.store.database import now
 from ringfence.store.events import EventPage, EventRow, waiting_size
@@ -59,15 +60,17 @@ async def create(
     Raises:
         CallerError: `agent-not-found`, `agent-archived`, `environment-not-found`,
             `environment-archived`, `request-invalid`, `policy-invalid`, `model-not-budgetable`,
-            `file-not-found`, `file-expired`, `vault-not-found`, `vault-archived`.
-        DeniedError: `environment-denied`, `unrestricted-denied`.
+            `file-not-found`, `file-expired`, `request-too-large` for its files together,
+            `vault-not-found`, `vault-archived`.
+        DeniedError: `environment-denied`, `unrestricted-denied`, `tenant-full`.
     """
     agent_id, version, agent = await _agent(connection, caller, wanted)
-    await _environment(connection, caller, ceiling, wanted.environment_id, agent)
+    place = await _environment(connection, caller, ceiling, wanted.environment_id, agent)
     if wanted.budget is not None:
         _budgetable(agent)
     moment = now()
-    resources = await _resources(connection, caller, wanted.resources, moment)
+    await attachments.check(connection, caller, wanted.initial_events)
+    held = await resources.named(connection, caller, wanted.resources, moment)
     vault_ids = list(dict.fromkeys(wanted.vault_ids))
     await vaults.for_session(connection, caller.tenant, vault_ids)
     row = SessionRow(
@@ -79,7 +82,7 @@ async def create(
         environment_id=wanted.environment_id,
         title=wanted.title,
         metadata=dict(wanted.metadata),
-        resources=resources,
+        resources=held,
         vault_ids=vault_ids,
         budget=None if wanted.budget is None else wanted.budget.model_dump(mode="json"),
         status=SessionStatus.IDLE,
@@ -97,7 +100,9 @@ async def create(
         created_at=moment,
         updated_at=moment,
         archived_at=None,
+        priority=priority_of(_batch(wanted.ringfence), place),
     )
+    await one_more(connection, caller.tenant, "sessions", caller.quota.sessions)
     await rows.add(connection, row)
     journal = Journal(connection, row)
     for event in wanted.initial_events:
@@ -122,28 +127,8 @@ async def _agent(
     body = row.body
     if isinstance(choice, AgentWithOverrides):
         body = resolved(validated(AgentDefinition, overridden(body, choice)))
+        fitting(caller.quota, body)
     return row.id, row.version, body
-
-
-async def _resources(
-    connection: AsyncConnection, caller: Caller, wanted: Sequence[FileResource], moment: int
-) -> list[dict[str, Any]]:
-    """Files of the tenant, each with a place of its own; in the public shape, as it is stored."""
-    found = []
-    for one in wanted:
-        await files.readable(connection, caller.tenant, one.file_id)
-        found.append(
-            {
-                "id": new_id("sesrsc"),
-                "type": one.type,
-                "file_id": one.file_id,
-                "mount_path": mount_path(one.file_id, one.mount_path),
-                "created_at": at(moment),
-                "updated_at": at(moment),
-            }
-        )
-    refuse_overlaps(str(one["mount_path"]) for one in found)
-    return found
 
 
 async def _environment(
@@ -152,8 +137,10 @@ async def _environment(
     ceiling: Ceiling,
     identity: str,
     agent: dict[str, Any],
-) -> None:
-    """Hold it against today's policy, and lock it: it must not be deleted under the session."""
+) -> dict[str, Any]:
+    """Hold it against today's policy, and lock it: it must not be deleted under the session. Its
+    body.
+    """
     place = await environments.get(connection, caller.tenant, identity, lock=True)
     if place is None:
         raise CallerError("environment-not-found", f"environment {identity} does not exist")
@@ -162,12 +149,14 @@ async def _environment(
             "environment-archived", f"environment {identity} is archived and takes no session"
         )
     _narrowed(ceiling, place.body, agent)
+    return place.body
 
 
 def _narrowed(ceiling: Ceiling, environment: dict[str, Any], agent: dict[str, Any]) -> None:
     hosts = [urlsplit(server["url"]).hostname or "" for server in agent["mcp_servers"]]
     definition = validated(EnvironmentDefinition, environment)
     narrow(ceiling.policy, definition, ceiling.network, mcp_hosts=hosts)
+    approval_seconds(ceiling.approval_seconds, definition)
 
 
 def _budgetable(agent: dict[str, Any]) -> None:
@@ -185,17 +174,16 @@ async def retrieve(connection: AsyncConnection, caller: Caller, identity: str) -
     Raises:
         CallerError: `session-not-found`, which one of another tenant is, too.
     """
-    return session_view.session(await _get(connection, caller, identity), now())
+    return session_view.session(await get(connection, caller, identity), now())
 
 
 async def page(connection: AsyncConnection, caller: Caller, wanted: SessionPage) -> Listed:
     """Newest first unless asked otherwise."""
-    found = list(await rows.page(connection, caller.tenant, wanted))
-    shown, last = only(found, wanted.page.limit)
+    shown, last = await rows.page(connection, caller.tenant, wanted, caller.quota.page_bytes)
     moment = now()
     return Listed(
         data=[session_view.session(row, moment) for row in shown],
-        next_page=None if last is None else cursor(last.created_at, last.id),
+        next_page=None if last is None else cursor(*last),
     )
 
 
@@ -214,12 +202,12 @@ async def update(
             `budget-not-raised`, `model-not-budgetable`.
         DeniedError: as `create` does.
     """
-    row = await _open(connection, caller, identity)
+    row = await opened(connection, caller, identity)
     journal = Journal(connection, row)
     given = patch.model_fields_set
     said: dict[str, Any] = {}
     if "agent" in given:
-        said |= await _change_agent(journal, ceiling, patch)
+        said |= await _change_agent(journal, ceiling, patch, caller.quota)
     if "title" in given and patch.title != row.title:
         journal.set(title=patch.title)
         said["title"] = patch.title
@@ -227,6 +215,11 @@ async def update(
         said |= _change_metadata(journal, patch)
     if "budget" in given:
         said |= _change_budget(journal, patch.budget)
+    if "ringfence" in given:
+        # no word of the public `session.updated`
+        place = await _place_of(journal)
+        journal.set(priority=priority_of(_batch(patch.ringfence), place))
+        await journal.write()
     if said:
         journal.say("session.updated", said)
         await journal.go_on()
@@ -234,7 +227,20 @@ async def update(
     return session_view.session(journal.row, journal.moment)
 
 
-async def _change_agent(journal: Journal, ceiling: Ceiling, patch: SessionPatch) -> dict[str, Any]:
+def _batch(block: SessionBlock | None) -> bool | None:
+    return None if block is None else block.batch
+
+
+async def _place_of(journal: Journal) -> dict[str, Any]:
+    row = journal.row
+    place = await environments.get(journal.connection, row.tenant_id, row.environment_id)
+    assert place is not None  # noqa: S101  a foreign key keeps it
+    return place.body
+
+
+async def _change_agent(
+    journal: Journal, ceiling: Ceiling, patch: SessionPatch, quota: Quota
+) -> dict[str, Any]:
     row = journal.row
     if row.status is not SessionStatus.IDLE:
         raise _running(row, "its agent cannot be changed")
@@ -243,9 +249,8 @@ async def _change_agent(journal: Journal, ceiling: Ceiling, patch: SessionPatch)
     changed = resolved(validated(AgentDefinition, changed_agent(body, patch.agent)))
     if changed == body:
         return {}
-    place = await environments.get(journal.connection, row.tenant_id, row.environment_id)
-    assert place is not None  # noqa: S101  a foreign key keeps it
-    _narrowed(ceiling, place.body, changed)
+    fitting(quota, changed)
+    _narrowed(ceiling, await _place_of(journal), changed)
     journal.set(agent={**about, **changed})
     return {"agent": session_view.agent(journal.row.agent)}
 
@@ -285,7 +290,7 @@ async def archive(connection: AsyncConnection, caller: Caller, identity: str) ->
     Raises:
         CallerError: `session-not-found`, `session-running`.
     """
-    row = await _get(connection, caller, identity, lock=True)
+    row = await get(connection, caller, identity, lock=True)
     if row.archived_at is None:
         _at_rest(row, "it cannot be archived")
         journal = Journal(connection, row)
@@ -299,10 +304,11 @@ async def delete(connection: AsyncConnection, caller: Caller, identity: str) -> 
     """Forget it, with its events; a worker removes its transcript and its snapshots. Raises as
     `archive` does.
     """
-    row = await _get(connection, caller, identity, lock=True)
+    row = await get(connection, caller, identity, lock=True)
     _at_rest(row, "it cannot be deleted")
     await deleted.note(connection, row, now())
     await rows.remove(connection, row)
+    await counts.give(connection, caller.tenant, "sessions")
     return {"id": identity, "type": "session_deleted"}
 
 
@@ -334,12 +340,13 @@ async def send(
     interrupt of a session that does nothing changes nothing.
 
     Raises:
-        CallerError: `session-not-found`, `session-archived`, `session-terminated`;
-            `event-unexpected` for an answer that nothing waits for; `session-full` while too much
-            waits for the next turn. Nothing is kept then.
+        CallerError: `session-not-found`, `session-archived`, `session-terminated`, what
+            `attachments.check` raises; `event-unexpected` for an answer that nothing waits for;
+            `session-full` while too much waits for the next turn. Nothing is kept then.
     """
-    row = await _open(connection, caller, identity)
+    row = await opened(connection, caller, identity)
     await _refuse_flood(connection, row, sent)
+    await attachments.check(connection, caller, sent.events, row.id)
     journal = Journal(connection, row)
     said = [_say(journal, event, sent.events[:count]) for count, event in enumerate(sent.events)]
     rest = unanswered(journal.row)
@@ -392,12 +399,12 @@ async def events_page(
     connection: AsyncConnection, caller: Caller, identity: str, wanted: EventPage
 ) -> Listed:
     """Events of one session. Raises CallerError `session-not-found`."""
-    await _get(connection, caller, identity)
-    found = list(await events.page(connection, caller.tenant, identity, wanted))
-    shown, last = only(found, wanted.limit)
+    await get(connection, caller, identity)
+    most = caller.quota.page_bytes
+    shown, more = await events.page(connection, caller.tenant, identity, wanted, most)
     return Listed(
         data=[session_view.event(row) for row in shown],
-        next_page=None if last is None else cursor(last.position),
+        next_page=cursor(shown[-1].position) if more else None,
     )
 
 
@@ -410,32 +417,13 @@ async def offset(
     Raises:
         CallerError: `session-not-found`; `request-invalid` for an event that is not the session's.
     """
-    row = await _get(connection, caller, identity)
+    row = await get(connection, caller, identity)
     if after is None:
         return row.position, row.position
     found = await events.named(connection, caller.tenant, identity, [after])
     if not found:
         raise CallerError("request-invalid", "Last-Event-ID: not an event of this session")
     return found[0].position, row.position
-
-
-async def _get(
-    connection: AsyncConnection, caller: Caller, identity: str, *, lock: bool = False
-) -> SessionRow:
-    row = await rows.get(connection, caller.tenant, identity, lock=lock)
-    if row is None:
-        raise CallerError("session-not-found", f"session {identity} does not exist")
-    return row
-
-
-async def _open(connection: AsyncConnection, caller: Caller, identity: str) -> SessionRow:
-    """Locked, and one to which something may be said."""
-    row = await _get(connection, caller, identity, lock=True)
-    if row.archived_at is not None:
-        raise CallerError("session-archived", f"session {identity} is archived")
-    if row.status is SessionStatus.TERMINATED:
-        raise CallerError("session-terminated", f"session {identity} has ended for good")
-    return row
 
 
 def _at_rest(row: SessionRow, so: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from ringfence.config import SloSettings
 from ringfence.control.narrowing import NetworkRules
 from ringfence.errors import CallerError
 from ringfence.policy.document import PolicyDocument
@@ -20,15 +21,19 @@ class Quota:
     """The operator's bounds, for each tenant.
 
     Attributes:
-        agents, environments: rows at most. versions: of one agent.
-        definition_bytes: of one, as it is stored. page_bytes: definitions of one page.
+        agents, environments, sessions, vaults: rows at most. versions: of one agent.
+        definition_bytes: of one, as it is stored. page_bytes: of what a page shows.
+        session_file_bytes: of one session's files together.
     """
 
     agents: int = 10_000
     versions: int = 10_000
     environments: int = 1_000
+    sessions: int = 100_000
+    vaults: int = 1_000
     definition_bytes: int = 128 * 1024
     page_bytes: int = 2048 * 1024
+    session_file_bytes: int = 2048 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,10 +48,17 @@ class Caller:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ceiling:
-    """What the operator allows to all tenants together with their environments."""
+    """What the operator allows to all tenants together with their environments.
+
+    Attributes:
+        approval_seconds: how long a call may wait for somebody's answer.
+        slo: what is promised of runs at most.
+    """
 
     policy: PolicyDocument
     network: NetworkRules = field(default_factory=NetworkRules)
+    approval_seconds: float = 86_400.0
+    slo: SloSettings = field(default_factory=SloSettings)
 
 
 def new_id(prefix: str) -> str:

@@ -19,11 +19,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from enum import StrEnum
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from ringfence.control import tally
+from ringfence.control.actions import Action, ActionKind
 from ringfence.control.event_shapes import TOLD
 from ringfence.control.journal import (
     ANSWERS,
@@ -37,6 +38,7 @@ from ringfence.control.journal import (
 )
 from ringfence.errors import CallerError
 from ringfence.model import RunStatus, SessionStatus, Usage
+from ringfence.queue.protocol import NORMAL
 from ringfence.states import ENDS, SessionEvent
 from ringfence.store import environments, events, sessions
 from ringfence.store.events import EventRow
@@ -49,7 +51,7 @@ STOP_REASONS = frozenset(
 
 _REASON_MOST = 2_000
 
-__all__ = ["new_event_id"]
+__all__ = ["Action", "ActionKind", "new_event_id"]
 
 
 class Superseded(CallerError):  # noqa: N818  it tells the attempt to stop, and nothing is wrong
@@ -57,37 +59,6 @@ class Superseded(CallerError):  # noqa: N818  it tells the attempt to stop, and 
 
     def __init__(self, run_id: str) -> None:
         super().__init__("attempt-superseded", f"{run_id}: a later attempt has it, or it is over")
-
-
-class ActionKind(StrEnum):
-    """What the caller owes a tool call."""
-
-    CONFIRMATION = "confirmation"
-    """Yes or no, by `user.tool_confirmation`; an expired one counts as no."""
-    RESULT = "result"
-    """The result of a custom tool, by `user.custom_tool_result`."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Action:
-    """A tool call that a turn stopped at.
-
-    Attributes:
-        event_id: of the `agent.tool_use`, `agent.mcp_tool_use` or `agent.custom_tool_use` event;
-            what callers name, and what `session.status_idle` lists.
-        tool_use_id: the model's own id of the call, in the transcript.
-        name: as `PendingCall` has it: a custom tool's own, and the policy's for all others.
-        input: what the answer is about, kept out here: what the sandbox says later that it asked
-            for is held against it.
-        expires: seconds since the epoch; no answer, or one that comes then or later, is a no.
-    """
-
-    event_id: str
-    tool_use_id: str
-    name: str
-    kind: ActionKind
-    input: dict[str, Any]
-    expires: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,6 +103,7 @@ class Turn:
             it holds something.
         workspace: reference of the last snapshot.
         budget_left: dollars; 0.0 when the budget is spent or cannot be measured, None without.
+        trace: `traceparent` of the request that began it.
     """
 
     tenant: str
@@ -154,6 +126,7 @@ class Turn:
     resources: tuple[dict[str, Any], ...]
     metadata: Mapping[str, str]
     title: str | None
+    trace: str | None = None
 
     @property
     def run_id(self) -> str:
@@ -170,6 +143,7 @@ class Settled:
     status: RunStatus
     tenant: str = ""
     next_run: str | None = None
+    priority: int = NORMAL
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,6 +176,7 @@ class TurnEnd:
         workspace: reference of the new snapshot; None keeps the old one.
         unsaid: the agent stopped before it was told the turn's messages: the next turn has them.
         terminate: the session takes nothing more.
+        cause: why it did not succeed: `slo.outcomes.CAUSES`, or the code of an error.
     """
 
     status: RunStatus
@@ -213,6 +188,7 @@ class TurnEnd:
     pending: Sequence[Action] = ()
     unsaid: bool = False
     terminate: bool = False
+    cause: str = ""
 
 
 def run_id_of(session_id: str, turn: int) -> str:
@@ -228,14 +204,14 @@ def failure(message: str, *, kind: str = "unknown_error", retry: str = "exhauste
     return NewEvent(type="session.error", body={"error": error})
 
 
-async def claim(connection: AsyncConnection, run_id: str, attempt: int) -> Turn | Settled:
-    """Take a turn for an attempt of the queue, and all that waits for it.
+async def claimable(connection: AsyncConnection, run_id: str, attempt: int) -> SessionRow | Settled:
+    """The session of a turn that an attempt may begin; or how it ended already.
 
     Raises:
         Superseded: an attempt with this number or a higher one was here.
         CallerError: `run-unknown`.
     """
-    session, number = _parsed(run_id)
+    session, number = parsed(run_id)
     row = await sessions.find(connection, session)
     if row is None:
         return Settled(status=RunStatus.CANCELLED)
@@ -246,12 +222,25 @@ async def claim(connection: AsyncConnection, run_id: str, attempt: int) -> Turn 
         raise CallerError("run-unknown", f"{run_id} has not begun")
     if attempt <= row.attempt:
         raise Superseded(run_id)
+    return row
+
+
+async def claim(connection: AsyncConnection, run_id: str, attempt: int) -> Turn | Settled:
+    """Take a turn for an attempt of the queue, and all that waits for it.
+
+    Raises:
+        Superseded: an attempt with this number or a higher one was here.
+        CallerError: `run-unknown`.
+    """
+    row = await claimable(connection, run_id, attempt)
+    if isinstance(row, Settled):
+        return row
     journal = Journal(connection, row)
     if row.attempt == 0:
         await journal.take((*MESSAGES, *ANSWERS))
     else:
         _resume(journal)
-    journal.set(attempt=attempt, unqueued_at=None)
+    journal.set(attempt=attempt, unqueued_at=None, held_at=None)
     await journal.write()
     return await _turn(connection, journal.row)
 
@@ -347,17 +336,20 @@ async def settle(connection: AsyncConnection, turn: Turn, end: TurnEnd) -> Settl
         reason = requires_action([action.event_id for action in end.pending])
     if end.unsaid:
         await journal.give_back(MESSAGES)
-    return await _over(journal, end.status, reason, terminate=end.terminate)
+    return await _over(journal, end.status, reason, cause=end.cause, terminate=end.terminate)
 
 
-async def abandon(connection: AsyncConnection, run_id: str, reason: str) -> Settled:
+async def abandon(
+    connection: AsyncConnection, run_id: str, reason: str, *, cause: str = ""
+) -> Settled:
     """The queue has given the run up: the session waits for its caller again, whatever attempt
-    still runs. A turn that is over stays as it ended. `reason`: one line, shown to the caller.
+    still runs. A turn that is over stays as it ended. `reason`: one line, shown to the caller;
+    `cause`: as of a TurnEnd.
 
     Raises:
         CallerError: `run-unknown`.
     """
-    session, number = _parsed(run_id)
+    session, number = parsed(run_id)
     row = await sessions.find(connection, session)
     if row is None:
         return Settled(status=RunStatus.CANCELLED)
@@ -370,11 +362,16 @@ async def abandon(connection: AsyncConnection, run_id: str, reason: str) -> Sett
     dead = failure(reason)
     journal.say(dead.type, dict(dead.body))
     journal.set(pending=[])
-    return await _over(journal, RunStatus.FAILED, {"type": "retries_exhausted"})
+    return await _over(journal, RunStatus.FAILED, {"type": "retries_exhausted"}, cause=cause)
 
 
 async def _over(
-    journal: Journal, status: RunStatus, reason: dict[str, Any], *, terminate: bool = False
+    journal: Journal,
+    status: RunStatus,
+    reason: dict[str, Any],
+    *,
+    cause: str,
+    terminate: bool = False,
 ) -> Settled:
     """End the current turn of a locked session; the rest of its row has been set."""
     # an interrupt that came too late must not stop the next turn
@@ -384,7 +381,7 @@ async def _over(
         await journal.take(MESSAGES)
     row = journal.row
     await sessions.add_end(journal.connection, row, status, journal.moment)
-    journal.set(unqueued_at=None)
+    journal.set(unqueued_at=None, held_at=None)
     if terminate:
         journal.move(SessionEvent.TERMINATE)
         journal.say("session.status_terminated")
@@ -393,10 +390,14 @@ async def _over(
     else:
         journal.move(SessionEvent.SETTLE)
         journal.say("session.status_idle", {"stop_reason": reason})
+        if journal.row.pending:
+            await journal.go_on()
     await journal.write()
+    # last: others of the environment wait for these rows
+    await tally.count(journal.connection, row, status, cause, journal.moment)
     begun = journal.row.turn != row.turn
     following = run_id_of(row.id, journal.row.turn) if begun else None
-    return Settled(status=status, tenant=row.tenant_id, next_run=following)
+    return Settled(status=status, tenant=row.tenant_id, next_run=following, priority=row.priority)
 
 
 _GOES_ON = frozenset({"end_turn", "refusal"})
@@ -409,23 +410,24 @@ def requires_action(event_ids: Sequence[str]) -> dict[str, Any]:
 
 async def unqueued(
     connection: AsyncConnection, before: int, limit: int = 100
-) -> list[tuple[str, str]]:
-    """Runs (id, tenant) that wait to be submitted since before a moment, in microseconds.
+) -> list[tuple[str, str, int]]:
+    """Runs (id, tenant, priority) that wait to be submitted since before a moment, in microseconds.
 
     Whoever committed the turn submits it at once; a process that dies between is made good by
     whoever sweeps. Submission is idempotent, so that two sweepers do no harm.
     """
     found = await sessions.unqueued(connection, before, limit)
-    return [(run_id_of(session, turn), tenant) for tenant, session, turn in found]
+    return [(run_id_of(session, turn), tenant, rank) for tenant, session, turn, rank in found]
 
 
 async def queued(connection: AsyncConnection, run_id: str) -> None:
     """The queue has a run on its disk."""
-    session, number = _parsed(run_id)
+    session, number = parsed(run_id)
     await sessions.queued(connection, session, number)
 
 
-def _parsed(run_id: str) -> tuple[str, int]:
+def parsed(run_id: str) -> tuple[str, int]:
+    """Session and turn of a run's name. Raises CallerError `run-unknown`."""
     match = re.fullmatch(r"([A-Za-z0-9_-]{1,110})\.([1-9][0-9]{0,9})", run_id, re.ASCII)
     if match is None:
         raise CallerError("run-unknown", f"{run_id[:64]!r} is no turn of a session")
@@ -491,4 +493,5 @@ async def _turn(connection: AsyncConnection, row: SessionRow) -> Turn:
         resources=tuple(row.resources),
         metadata=row.metadata,
         title=row.title,
+        trace=row.trace,
     )

@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ringfence.channel.messages import SealedCredential
 from ringfence.control.lists import Listed, cursor, only
+from ringfence.control.quota import one_more
 from ringfence.control.shapes import patched
 from ringfence.control.tenancy import Caller, moment, new_id
 from ringfence.control.vault_shapes import (
@@ -28,6 +29,7 @@ from ringfence.control.vault_shapes import (
     host_of,
 )
 from ringfence.errors import CallerError, UnavailableError
+from ringfence.store import counts
 from ringfence.store import vaults as rows
 from ringfence.store.database import now
 from ringfence.store.paging import Page
@@ -73,10 +75,11 @@ async def adopt(connection: AsyncConnection, sealing: Sealer) -> int:
 async def create(
     connection: AsyncConnection, caller: Caller, vault: VaultDefinition
 ) -> dict[str, Any]:
-    """A new, empty vault."""
+    """A new, empty vault. Raises DeniedError `tenant-full`."""
     body = {"display_name": vault.display_name, "metadata": dict(vault.metadata)}
     moment_now = now()
     row = VaultRow(id=new_id("vlt"), body=body, created_at=moment_now, updated_at=moment_now)
+    await one_more(connection, caller.tenant, "vaults", caller.quota.vaults)
     await rows.add(connection, caller.tenant, row)
     return _vault(row)
 
@@ -120,7 +123,8 @@ async def archive(connection: AsyncConnection, caller: Caller, identity: str) ->
 async def delete(connection: AsyncConnection, caller: Caller, identity: str) -> dict[str, Any]:
     """Forget it and all that it holds. Raises as `retrieve` does."""
     await _get(connection, caller, identity, lock=True)
-    await rows.remove(connection, caller.tenant, identity)
+    if await rows.remove(connection, caller.tenant, identity):
+        await counts.give(connection, caller.tenant, "vaults")
     return {"id": identity, "type": "vault_deleted"}
 
 

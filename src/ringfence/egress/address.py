@@ -26,6 +26,7 @@ _UNROUTED = tuple(
     map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "2001:db8::/32", "3fff::/20"))
 )
 """Special or retired blocks (RFC 6890, 7526, 9637) that older libraries call global."""
+_LOCAL6 = ipaddress.ip_network("fc00::/7")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _TIMEOUT = 5.0
 _KEPT_SECONDS = 30.0
@@ -65,9 +66,16 @@ def near(text: str) -> bool:
     still no metadata service, which answers at link-local and a few other places.
     """
     try:
-        address = ipaddress.ip_address(text)
+        address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
         return False
+    if isinstance(address, ipaddress.IPv6Address):
+        embedded = _embedded(address)
+        if embedded is not None:
+            return near(str(embedded))
+        # a network's own translators (RFC 8215) are private, too, and can lead to metadata
+        if address not in _LOCAL6 and not address.is_loopback:
+            return False
     special = address.is_link_local or address.is_multicast or address.is_unspecified
     return address.is_private and not special and str(address) not in _METADATA
 
@@ -126,19 +134,22 @@ class Resolver:
         kept = self._kept.get((host, port, ours))
         if kept is not None and kept[0] > time.monotonic():
             return kept[1]
-        chosen = _first_vetted(await _lookup(host, port), port, ours=ours)
+        chosen = _first_vetted(await _lookup(host, port, ours=ours), port, ours=ours)
         if len(self._kept) > 4096:
             self._kept.clear()
         self._kept[host, port, ours] = time.monotonic() + _KEPT_SECONDS, chosen
         return chosen
 
 
-async def _lookup(host: str, port: int) -> list[str]:
+async def _lookup(host: str, port: int, *, ours: bool) -> list[str]:
+    # absolute, or a search domain would choose where a name on the allowlist leads; with the dot
+    # neither `localhost` nor a line of /etc/hosts is found, which an operator's own may be
+    name = host if ours else host + "."
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(_TIMEOUT):
             answers = await loop.getaddrinfo(
-                host + ".", port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
+                name, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
             )
     except (TimeoutError, OSError):
         raise AddressError("name-not-resolved") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from http.client import responses
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,13 @@ from ringfence.egress.address import AddressError
 from ringfence.egress.credentials import CredentialError, Injection
 from ringfence.egress.head import Head
 from ringfence.egress.model import Admitted, Cut, ModelExchange, Refusal
-from ringfence.egress.sandboxes import SandboxState, Target
+from ringfence.egress.model.dialects import Answering, DialectError, Direct, Unserved
+from ringfence.egress.model.dialects.faults import EXPIRED
+from ringfence.egress.model.exchange import error_event
+from ringfence.egress.outgoing import outgoing
+from ringfence.egress.sandboxes import Leg, SandboxState, Target
+from ringfence.egress.trying import CLIENT_CLOSED, Trying
+from ringfence.egress.turns import Ticket
 from ringfence.egress.upstream import Upstream
 from ringfence.errors import UnavailableError
 from ringfence.policy.compiled import HostRule
@@ -21,12 +28,11 @@ from ringfence.policy.decide import query_names
 if TYPE_CHECKING:
     from ringfence.egress.server import Client
 
-CLIENT_CLOSED = "client-closed"
 _ENCODINGS = {b"content-encoding": b"identity", b"transfer-encoding": b"chunked"}
 """All else hides what passes from redaction and metering (requirement O)."""
 
 
-class Exchange:
+class Exchange(Trying):
     """Receives an answer and hands it in. `Sink` of an Upstream.
 
     Its task is cancelled when the client hangs up; whatever it waits for then, nothing is sent
@@ -38,90 +44,72 @@ class Exchange:
         self._redactor = state.redactor()
         self._out: list[bytes] = []
         self._model: ModelExchange | None = None
+        self._answering: Answering = Direct()
         self._generic: HostRule | None = None
         self._upstream: Upstream | None = None
         self._done: asyncio.Future[None] = client.loop.create_future()
         self._reason: str | None = None
-        self._started = time.monotonic()
+        self._credential = ""
+        self._started = self._sent = time.monotonic()
+        self._ticket: Ticket | None = None
         self.status = 0
         self.bytes_in = 0
         self._chunked = self._begun = False
 
     # ways in
 
-    async def model(self, body: bytes) -> None:
-        """The model route. Everything that may be refused is refused before a byte goes out."""
-        state, head = self._state, self._head
-        path, _, query = head.target.partition("?")
-        exchange = ModelExchange(state.rules.model, state.run)
-        admitted = exchange.admit(head.method, path, query, head.headers, body)
-        while isinstance(admitted, Refusal) and admitted.later:
-            await state.settled()
-            admitted = exchange.admit(head.method, path, query, head.headers, body)
-        if isinstance(admitted, Refusal):
-            if admitted.violation is not None:
-                state.violation(admitted.violation)
-            self.refuse(admitted.status, admitted.reason, "model")
-            return
-        request_id = state.next_request()
-        if not admitted.counts_only:
-            state.called(request_id)
-        try:
-            await self._send_model(exchange, admitted, request_id)
-        finally:
-            reason = self._leave()
-            seconds = time.monotonic() - self._started
-            report = exchange.finish(used=self._used(reason), seconds=seconds)
-            state.settle()
-            billed = not admitted.counts_only
-            state.answered(request_id, report, self.status, seconds * 1000, reason, billed=billed)
-
-    def _used(self, reason: str) -> bool:
-        """Whether the provider will charge for it: not for an error, nor when it broke off before
-        it answered; but for a client that did not wait for the answer it asked for.
-        """
-        if self._upstream is None:
-            return False
-        return self.status == 200 or (self.status == 0 and reason == CLIENT_CLOSED)
-
     async def _send_model(
-        self, exchange: ModelExchange, admitted: Admitted, request_id: str
+        self, exchange: ModelExchange, admitted: Admitted, leg: Leg, request_id: str
     ) -> None:
-        state = self._state
-        provider, target = state.provider, state.model_target
-        if provider is None or target is None:
-            self.refuse(502, "provider-unknown", "model")
+        state, way = self._state, self._state.way(leg)
+        if way is None:
+            self._missed(502, "provider-unknown")
             return
+        provider, target = way
         try:
-            injection = _model_injection(state, provider.credential, provider.header, target.host)
+            made = await outgoing(state, provider, target, leg, admitted)
+            if isinstance(made, Unserved):
+                self._unserved(made.status, made.reason)
+                return
+            call, injection = made.call, made.injection
+            self._credential = injection.name if injection else ""
             await state.record(
                 "model.requested",
                 durable=injection is not None,
                 request_id=request_id,
-                provider=state.rules.model.provider,
-                model=admitted.model,
-                path=admitted.path_and_query,
-                body_bytes=len(admitted.body),
+                provider=leg.provider,
+                model=leg.model,
+                path=call.path,
+                body_bytes=len(call.body),
                 credential=injection.name if injection else "",
             )
         except CredentialError as error:
-            self.refuse(403, str(error), "model")
+            self._unarmed(error)
             return
         except UnavailableError:
             self.refuse(502, "recorder-unavailable", "model")
             return
-        self._model = exchange
-        lines = [*admitted.headers, *(injection.headers if injection else ())]
-        request = _request("POST", target.prefix + admitted.path_and_query, target, lines)
-        request += b"content-length: %d\r\n\r\n" % len(admitted.body) + admitted.body
-        await self._carry(target, request)
+        self._model, self._answering = exchange, made.answering
+        lines = [*call.headers, *(injection.headers if injection else ())]
+        request = _request("POST", target.prefix + call.path, target, lines)
+        request += b"content-length: %d\r\n\r\n" % len(call.body) + call.body
+        await self._carry(target, request, streaming=admitted.streaming)
 
     async def generic(self, rule: HostRule, host: str, body: bytes) -> None:
         """An allowed host that is terminated."""
+        if not await self._let_to(f"{host}:{rule.port}"):
+            return
+        try:
+            await self._generic_once(rule, host, body)
+        finally:
+            self._server_said()
+
+    async def _generic_once(self, rule: HostRule, host: str, body: bytes) -> None:
         state, head = self._state, self._head
         path, _, query = head.target.partition("?")
         try:
-            injection = _host_injection(state, rule, host)
+            injection = await _host_injection(state, rule, host, head.method, path)
+            self._credential = injection.name if injection else ""
             await state.record(
                 "egress.allowed",
                 durable=injection is not None,
@@ -134,7 +122,7 @@ class Exchange:
                 opaque=False,
             )
         except CredentialError as error:
-            self.refuse(403, str(error), rule.rule)
+            self.refuse(error.status, str(error), rule.rule)
             return
         except UnavailableError:
             self.refuse(502, "recorder-unavailable", rule.rule)
@@ -168,7 +156,7 @@ class Exchange:
 
     # carrying out
 
-    async def _carry(self, target: Target, request: bytes) -> None:
+    async def _carry(self, target: Target, request: bytes, *, streaming: bool = False) -> None:
         """Dial, send, wait for the end."""
         state = self._state
         try:
@@ -184,11 +172,11 @@ class Exchange:
             self.refuse(403, str(error), "address")
             return
         except TimeoutError:
-            self.refuse(504, "upstream-timeout", "upstream")
+            self._missed(504, "upstream-timeout")
             return
         except OSError as error:
             reason = "upstream-certificate" if "CERTIFICATE" in str(error) else "upstream-refused"
-            self.refuse(502, reason, "upstream")
+            self._missed(502, reason)
             return
         if state.shut:
             # since its head was judged it has waited: for its body, the budget, the disk, a dial
@@ -204,7 +192,9 @@ class Exchange:
             bodyless=self._head.method == "HEAD",
         )
         if self._client.paused:
+            self._slowed = True
             upstream.hold(True)
+        self._watch(streaming=streaming)
         await self._done
 
     def _leave(self) -> str:
@@ -217,6 +207,7 @@ class Exchange:
 
     def hold(self, held: bool) -> None:  # noqa: FBT001
         """Backpressure from the sandbox's side."""
+        self._slowed = self._slowed or held
         if self._upstream is not None and self._reason is None:
             self._upstream.hold(held)
 
@@ -225,15 +216,24 @@ class Exchange:
     def answer_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         """See Sink."""
         self.status = status
-        if any(_ENCODINGS.get(name, value) != value for name, value in headers):
-            self._fail_head("answer-encoded")
+        if status == 401 and self._credential:
+            self._state.credentials.doubt(self._credential)
+        told = self._told(status, headers)
+        if told is None:
             return
+        status, headers = told
+        if self._ticket is not None and self._state.shared.turns is not None:
+            self._state.shared.turns.heard(self._ticket, status, headers)
+            if self._head_failed(status, headers):
+                return
         if self._model is not None:
             kept = self._model.answer_head(status, headers)
             if isinstance(kept, Refusal):
                 self._fail_head(kept.reason)
                 return
+            self._watch(streaming=not self._model.started)
         else:
+            self._server_said()
             passed = generic_headers.response_headers(headers, rule=self._generic)
             kept = tuple(line for line in passed if not self._state.hidden.named(line[0]))
         self._chunked = (
@@ -248,32 +248,60 @@ class Exchange:
             lines.append(b"connection: close\r\n")
         self._out += [*lines, b"\r\n"]
 
+    def _told(
+        self, status: int, headers: list[tuple[bytes, bytes]]
+    ) -> tuple[int, list[tuple[bytes, bytes]]] | None:
+        """A head in the Messages API's words; None when it has none, and the answer ended."""
+        if any(_ENCODINGS.get(name, value) != value for name, value in headers):
+            self._fail_head("answer-encoded")
+            return None
+        try:
+            self.status, told = self._answering.head(status, headers)
+        except DialectError as error:
+            self._fail_head(str(error))
+            return None
+        if self._answering.tag == EXPIRED:
+            self._state.credentials.doubt(self._credential)
+        return self.status, list(told)
+
     def answer_body(self, data: bytes) -> None:
         """See Sink."""
         self.bytes_in += len(data)
-        if self._model is not None:
-            passed = self._model.feed(data)
-            if isinstance(passed, Cut):
-                self._cut(passed)
-                return
-            data = passed
-        self._pass(self._redactor.feed(data))
+        if self._model is not None and not self._read(self._model, self._answering.feed, data):
+            return
+        if self._model is None:
+            self._pass(self._redactor.feed(data))
+
+    def _read(self, model: ModelExchange, words: Callable[..., bytes], *data: bytes) -> bool:
+        """Pass what an answer's words may pass of; False when it ended here."""
+        try:
+            passed = model.feed(words(*data))
+        except DialectError as error:
+            passed = Cut(str(error), error_event(str(error)))
+        if isinstance(passed, Cut):
+            self._cut(passed)
+            return False
+        self._pass(self._redactor.feed(passed))
+        return True
 
     def answer_end(self) -> None:
         """See Sink."""
         if self._model is not None:
+            if not self._read(self._model, self._answering.end):
+                return
             rest = self._model.end()
             if isinstance(rest, Cut):
                 self._cut(rest)
                 return
             self._pass(self._redactor.feed(rest))
         self._finish(self._redactor.end())
-        self._settle("")
+        self._refuse_empty()
+        self._settle(self._answering.tag)
 
     def answer_failed(self, reason: str) -> None:
         """See Sink. A torn answer must look torn: no final chunk."""
         if not self._begun:
-            self.refuse(502, reason, "upstream")
+            self._missed(502, reason)
         else:
             self._client.abort()
             self._settle(reason)
@@ -283,6 +311,7 @@ class Exchange:
             return
         if self._chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
+        self._kept += len(data)
         self._out.append(data)
 
     def _finish(self, rest: bytes) -> None:
@@ -295,13 +324,22 @@ class Exchange:
         """See Sink: what one read brought goes in in one write, and one TLS record. An answer that
         is read whole before any of it passes keeps its head back too: it may still be refused.
         """
+        if self._kept_back():
+            return
+        if self.status:
+            self._hush()
         if self._out and not (self._model is not None and self._model.holds):
-            self._begun = True
+            if not self._begun:
+                self._begun = True
+                self._began()
             self._client.send(b"".join(self._out))
             self._out.clear()
 
     def _cut(self, cut: Cut) -> None:
         """A tool call outside the grant, or an answer we cannot read: it ends here."""
+        if self._may_miss and _misshapen(cut.reason):
+            self._missed(502, f"upstream-{cut.reason}")
+            return
         if self._upstream is not None:
             self._upstream.abort()
         if not self._begun:
@@ -314,6 +352,9 @@ class Exchange:
         self._settle(cut.reason)
 
     def _fail_head(self, reason: str) -> None:
+        if self._may_miss and _misshapen(reason):
+            self._missed(502, f"upstream-{reason}")
+            return
         if self._upstream is not None:
             self._upstream.abort()
         self.refuse(502, reason, "upstream")
@@ -330,18 +371,21 @@ class Exchange:
                 self._done.set_result(None)
 
 
-def _model_injection(
-    state: SandboxState, name: str | None, header: str, host: str
+def _misshapen(reason: str) -> bool:
+    """Whether it is the upstream that is broken (a redirect, a page of HTML, a torn frame), and
+    another may do: what it asked for beyond the grant, or at too great a length, stays refused.
+    """
+    return reason.startswith("answer-") and reason != "answer-too-large"
+
+
+async def _host_injection(
+    state: SandboxState, rule: HostRule, host: str, method: str, path: str
 ) -> Injection | None:
-    return None if name is None else state.credentials.for_model(name, header, host)
-
-
-def _host_injection(state: SandboxState, rule: HostRule, host: str) -> Injection | None:
     if rule.credential is None:
         return None
     for credential in state.rules.credentials:
         if credential.name == rule.credential:
-            return state.credentials.for_host(credential, host)
+            return await state.credentials.for_host(credential, host, method, path)
     raise CredentialError("credential-missing")
 
 

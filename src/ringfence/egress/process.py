@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import contextlib
 import ctypes
 import os
 import resource
 import signal
 import socket
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +25,33 @@ from ringfence.channel.messages import (
     CloseSandbox,
     Configure,
     Message,
+    ModelTurn,
     OpenSandbox,
     Refused,
     ToolDecided,
     witness_error,
 )
+from ringfence.config.secrets import RESERVED_CREDENTIAL, SecretSettings
 from ringfence.egress.address import Resolver
+from ringfence.egress.aside import Aside, fork_zygote
 from ringfence.egress.credentials import Credentials, Secret
+from ringfence.egress.keeping import KeeperLink
+from ringfence.egress.lifetime import Ages
 from ringfence.egress.model import RunState
+from ringfence.egress.model.course import Patience
+from ringfence.egress.resolving import Record, Resolving
 from ringfence.egress.sandboxes import SandboxState, Shared
 from ringfence.egress.server import Client
 from ringfence.egress.tls import Authority, upstream_context
-from ringfence.errors import RingfenceError, UnavailableError
+from ringfence.egress.turns import Turns
+from ringfence.errors import RingfenceError, UnavailableError, missing_library
 from ringfence.policy.call_input import CallInput
 from ringfence.policy.codec import egress_from_json
 from ringfence.record.client import RecorderClient
+from ringfence.vault.login import bases
 from ringfence.vault.open import TenantOpener, open_vault
 from ringfence.vault.tenants import Bound
 
-ENVIRONMENT_CREDENTIAL = "environment"
 _SETTLE_SECONDS = 2.0
 _LINGER_SECONDS = 0.001
 _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
@@ -51,10 +60,13 @@ _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
 class Egress:
     """State of the process: what is shared, and the sandboxes by id."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, zygote: socket.socket) -> None:
+        self._aside = Aside(zygote)
         self._ended = asyncio.Event()
         self._shared: Shared | None = None
         self._opener: TenantOpener | None = None
+        self._keeper: KeeperLink | None = None
+        self._resolving: Resolving | None = None
         self._sandboxes: dict[str, SandboxState] = {}
         self._notices: set[asyncio.Task[None]] = set()
         self._channel = Channel(connection, self._received, self._ended.set)
@@ -63,8 +75,13 @@ class Egress:
         """Until the worker goes away: nothing is served for a worker that is gone."""
         await self._ended.wait()
         await _settle([task for box in self._sandboxes.values() for task in box.close()])
+        if self._resolving is not None:
+            self._resolving.close()
+        if self._keeper is not None:
+            await self._keeper.close()
         if self._shared is not None:
             await self._shared.recorder.close()
+        self._aside.close()
         await self._channel.close()
 
     async def _received(self, message: AnyMessage, descriptors: list[int]) -> None:
@@ -85,6 +102,11 @@ class Egress:
             raise UnavailableError("egress-unavailable", "egress is not configured yet")
         if isinstance(message, OpenSandbox):
             return await self._open(self._shared, message, descriptors)
+        if isinstance(message, ModelTurn) and self._shared.turns is not None:
+            return self._shared.turns.told(message)
+        return await self._for_sandbox(message, descriptors)
+
+    async def _for_sandbox(self, message: AnyMessage, descriptors: list[int]) -> dict[str, Any]:
         sandbox = self._sandboxes.get(getattr(message, "sandbox_id", ""))
         if sandbox is None:
             raise UnavailableError("egress-unavailable", "no such sandbox")
@@ -117,21 +139,40 @@ class Egress:
             self._opener = TenantOpener(Path(message.key_path))
         authority = Authority.load(Path(message.ca_dir)) if message.ca_dir else None
         context = upstream_context(message.upstream_ca)
-        preload()
+        if message.secrets or message.logins:
+            # now: it keeps the rights to files that we give up
+            record, placed = _recording(recorder), message.secrets
+            placed = placed or SecretSettings().model_dump(mode="json")
+            self._keeper = await KeeperLink.start(
+                placed,
+                message.state_dir,
+                logins=message.logins,
+                ended=lambda status: record("keeper.ended", how=_how(status)),
+            )
+            kinds = {name: f"{one['kind']}-login" for name, one in message.logins.items()}
+            self._resolving = _resolving(
+                self._keeper, placed, record, self._forget_hidden, kinds, bases(message.logins)
+            )
+        sign = _signer() if any(one["kind"] == "aws" for one in message.logins.values()) else None
         if message.drop_to_uid is not None and os.geteuid() == 0:
+            self._aside.drop(message.drop_to_uid)
             _drop(message.drop_to_uid)
         await recorder.ready()
         self._shared = Shared(
             recorder=recorder,
-            credentials=Credentials(secrets),
+            credentials=Credentials(secrets, self._resolving),
             providers=message.providers,
             resolver=Resolver(message.resolver_overrides, message.upstream_overrides),
             authority=authority,
             upstream_tls=context,
             notify=self._notify,
             wait_for_audit=message.wait_for_audit,
+            aside=self._aside,
+            sign=sign,
+            turns=_turns(message, self._notify),
         )
-        return {"credentials": sorted(secrets)}
+        resolved = self._resolving.names() if self._resolving is not None else frozenset()
+        return {"credentials": sorted({*secrets, *resolved})}
 
     async def _open(
         self, shared: Shared, message: OpenSandbox, descriptors: list[int]
@@ -157,6 +198,8 @@ class Egress:
             shared=shared,
             run=run,
             credentials=credentials,
+            tenant=message.tenant,
+            batch=message.batch,
         )
         self._sandboxes[message.sandbox_id] = sandbox
         await self._listen(sandbox, descriptors)
@@ -190,6 +233,10 @@ class Egress:
             "cost_usd": usage.cost_usd,
         }
 
+    def _forget_hidden(self) -> None:
+        for sandbox in self._sandboxes.values():
+            sandbox.forget_hidden()
+
     def _notify(self, message: Message) -> None:
         task = asyncio.get_running_loop().create_task(self._send_notice(message))
         self._notices.add(task)
@@ -212,14 +259,63 @@ def _id(message: AnyMessage) -> int:
     return int(getattr(message, "id", 0))
 
 
+def _recording(recorder: RecorderClient) -> Record:
+    def record(kind: str, **fields: Any) -> None:
+        # a recorder that is gone stops the request that wants the value: its own append is awaited
+        with contextlib.suppress(UnavailableError):
+            recorder.append_soon({"type": kind, **fields})
+
+    return record
+
+
+def _how(status: int) -> str:
+    """As of waitpid(2): `exit 1`, `signal 9`."""
+    code = os.waitstatus_to_exitcode(status)
+    return f"exit {code}" if code >= 0 else f"signal {-code}"
+
+
+def _resolving(
+    keeper: KeeperLink,
+    secrets: dict[str, Any],
+    record: Record,
+    changed: Callable[[], None],
+    logins: Mapping[str, str],
+    kept: frozenset[str],
+) -> Resolving:
+    settings = SecretSettings.model_validate(secrets)
+    placed = {n: one for n, one in settings.credentials.items() if n not in kept}
+    ages = Ages(most=settings.max_age_seconds, stale=settings.stale_seconds)
+    return Resolving(keeper, placed, ages, record, changed=changed, logins=logins)
+
+
+def _signer() -> Callable[..., tuple[tuple[bytes, bytes], ...]]:
+    """botocore's, loaded whole: after ids are dropped nothing may be. Raises UnavailableError."""
+    try:
+        from ringfence.egress import signing
+    except ModuleNotFoundError as error:
+        raise missing_library(error, "aws") from None
+    signing.warm()
+    return signing.sign
+
+
+def _turns(message: Configure, notify: Callable[[Message], None]) -> Turns | None:
+    if not message.asks_for_turns:
+        return None
+    base, longest, total = message.retry_seconds
+    patience = Patience(base=base, longest=longest, total=total)
+    return Turns(notify, limited=message.limited, patience=patience)
+
+
 def _secrets(message: Configure) -> dict[str, Secret]:
     secrets = {}
     if message.vault_path is not None and message.key_path is not None:
         vault = open_vault(Path(message.vault_path), Path(message.key_path))
-        opened = {name: vault.get(name) for name in vault.names()}
+        # what a login begins with stays with the keeper: it outlasts each session made of it
+        kept = bases(message.logins)
+        opened = {name: vault.get(name) for name in vault.names() if name not in kept}
         secrets = {name: Secret(value.reveal(), value.hosts) for name, value in opened.items()}
     if message.environment_credential is not None:
-        secrets[ENVIRONMENT_CREDENTIAL] = Secret(message.environment_credential)
+        secrets[RESERVED_CREDENTIAL] = Secret(message.environment_credential)
     return secrets
 
 
@@ -282,9 +378,11 @@ def main(arguments: Sequence[str]) -> int:
     _harden()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = socket.socket(fileno=int(arguments[0]))
+    preload()
+    zygote = fork_zygote(connection.fileno())
 
     async def serve() -> None:
-        await Egress(connection).serve()
+        await Egress(connection, zygote).serve()
 
     uvloop.run(serve())
     return 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from urllib.parse import quote_from_bytes
 
 MARK = b"[redacted]"
@@ -36,51 +36,66 @@ class Needles:
     def __init__(self, values: Iterable[bytes]) -> None:
         self.values = tuple(sorted({v for v in values if len(v) >= 8}, key=len, reverse=True))
         self._lower = tuple(value.lower() for value in self.values)
-        begun: dict[int, set[bytes]] = {}
+        self._begun: dict[int, list[bytes]] = {}
         for value in self.values:
-            for length in range(1, len(value)):
-                begun.setdefault(value[length - 1], set()).add(value[:length])
-        self._begun = {
-            last: tuple(sorted(prefixes, key=len, reverse=True)) for last, prefixes in begun.items()
-        }
+            for last in set(value[:-1]):
+                self._begun.setdefault(last, []).append(value)
 
     def overlap(self, data: bytes) -> int:
         """Length of the longest suffix of `data` that is a proper prefix of a value.
 
-        Prefixes are kept by their last byte, so that nearly all data is cleared in one look.
+        Values are kept by the bytes that a beginning of theirs may end with, so that nearly all
+        data is cleared in one look. Nothing is kept by length: a value may have 8 KiB, there are
+        a dozen spellings of each, and all are prepared anew when one of them changes.
         """
-        begun = self._begun.get(data[-1]) if data else None
-        if begun is None or not data.endswith(begun):
-            return 0
-        return next(len(prefix) for prefix in begun if data.endswith(prefix))
+        longest = 0
+        for value in self._begun.get(data[-1], ()) if data else ():
+            longest = max(longest, _begun(value, data, longest))
+        return longest
 
     def named(self, name: bytes) -> bool:
         """Whether a header's name, which is lower case, holds a value."""
         return any(value in name for value in self._lower)
 
 
-class Redactor:
-    """One direction of one exchange."""
+def _begun(value: bytes, data: bytes, least: int) -> int:
+    """Length of the longest proper prefix of `value` that `data` ends with; 0 where that is not
+    over `least`.
+    """
+    # eight bytes lie where they do by chance hardly ever: one of them lies all over a text
+    few = max(least + 1, min(8, len(value) - 1))
+    start, first = max(0, len(data) - len(value) + 1), value[:few]
+    while (at := data.find(first, start)) >= 0:
+        if value.startswith(data[at:]):
+            return len(data) - at
+        start = at + 1
+    return next((n for n in range(few - 1, least, -1) if data.endswith(value[:n])), 0)
 
-    def __init__(self, needles: Needles) -> None:
+
+class Redactor:
+    """One direction of one exchange. `needles` says what to look for now: while an answer streams
+    a value may be replaced, or another be resolved by the sandbox's next request.
+    """
+
+    def __init__(self, needles: Callable[[], Needles]) -> None:
         self._needles = needles
         self._held = b""
 
     def feed(self, data: bytes) -> bytes:
         """What may pass now."""
         data = self.whole(self._held + data)
-        keep = self._needles.overlap(data)
+        keep = self._needles().overlap(data)
         self._held = data[len(data) - keep :] if keep else b""
         return data[: len(data) - keep] if keep else data
 
     def end(self) -> bytes:
         """What was held, at the end."""
         held, self._held = self._held, b""
-        return held
+        return self.whole(held)
 
     def whole(self, data: bytes) -> bytes:
         """A complete value, such as a header's."""
-        for value in self._needles.values:
+        for value in self._needles().values:
             if value in data:
                 data = data.replace(value, MARK)
         return data

@@ -18,10 +18,23 @@ from ringfence.channel.messages import (
     WitnessViolated,
 )
 from ringfence.egress.address import Resolver
+from ringfence.egress.aside import Aside, heavy
 from ringfence.egress.credentials import Credentials
-from ringfence.egress.model import Report, RunState, ToolUseSeen, Violation
+from ringfence.egress.model import (
+    Admitted,
+    Judged,
+    Refusal,
+    Report,
+    RunState,
+    ToolUseSeen,
+    Violation,
+    judge,
+)
+from ringfence.egress.model.carry import fit, fits
+from ringfence.egress.model.residency import serves
 from ringfence.egress.redact import Needles, Redactor
 from ringfence.egress.tls import Authority
+from ringfence.egress.turns import Turns
 from ringfence.egress.upstream import Pool
 from ringfence.errors import UnavailableError
 from ringfence.policy.compiled import EgressRules
@@ -30,8 +43,13 @@ from ringfence.record.client import RecorderClient
 MODEL_HOST = "model.internal"
 PUBLIC_MODEL_HOST = "api.anthropic.com"
 _MAX_NOTICES = 500
-_MAX_CALLS = 20_000
-"""Model requests of one sandbox that the worker hears of one by one."""
+_MAX_FREE = 20_000
+"""Model requests of one sandbox that cost nothing, and that the worker hears of: whoever is inside
+can have any number of them. Those that cost something it hears of however many there are."""
+_TOKENS = (
+    *("input_tokens", "output_tokens"),
+    *("cache_creation_input_tokens", "cache_read_input_tokens"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +85,16 @@ def provider_target(provider: ProviderConfig) -> Target:
     return Target(host, port, tls, prefix, literal, ours=host != PUBLIC_MODEL_HOST)
 
 
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """Where one try of a model request goes: a provider of the settings, and the model there, by
+    the name that the Messages API gives it.
+    """
+
+    provider: str
+    model: str
+
+
 class Connection(Protocol):
     """What a sandbox knows of one of its connections."""
 
@@ -88,6 +116,12 @@ class Shared:
     upstream_tls: ssl.SSLContext
     notify: Callable[[Message], None]
     wait_for_audit: bool = True
+    aside: Aside | None = None
+    """Without one every body is read in the loop, as in tests."""
+    sign: Callable[..., tuple[tuple[bytes, bytes], ...]] | None = None
+    """Of `ringfence.egress.signing`, where a provider wants it."""
+    turns: Turns | None = None
+    """None in tests alone: a request then has one try."""
 
 
 @dataclass(kw_only=True)
@@ -102,6 +136,8 @@ class SandboxState:
     run: RunState
     credentials: Credentials
     """The process's own and its tenant's; what no other sandbox has."""
+    tenant: str = ""
+    batch: bool = False
     pool: Pool = field(default_factory=Pool)
     servers: list[asyncio.Server] = field(default_factory=list)
     connections: set[Connection] = field(default_factory=set)
@@ -112,6 +148,10 @@ class SandboxState:
     closed: bool = False
     notices: int = 0
     requests: int = 0
+    free: int = 0
+    mixed: bool = False
+    """Whether another model than was asked for has answered here."""
+    reading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
         """What every request needs and no request changes."""
@@ -122,12 +162,37 @@ class SandboxState:
         }
         names = [rule.name for rule in self.rules.credentials]
         provider = self.shared.providers.get(self.rules.model.provider)
-        if provider is not None and provider.credential is not None:
-            names.append(provider.credential)
+        # a request may go to another of them than the first
+        each = self.shared.providers.values()
+        names += [one.credential for one in each if one.credential is not None]
+        self._untold: dict[str, ModelCalled] = {}
         self._waiters: list[asyncio.Future[None]] = []
-        self.hidden = Needles(self.credentials.values(names))
-        self.provider = provider
+        self._names = tuple(names)
+        self._generation = 0
+        self._hidden: Needles | None = None
         self.model_target = provider_target(provider) if provider is not None else None
+
+    def way(self, leg: Leg) -> tuple[ProviderConfig, Target] | None:
+        """The upstream of a leg; None for one that the settings do not have."""
+        provider = self.shared.providers.get(leg.provider)
+        return None if provider is None else (provider, provider_target(provider))
+
+    def legs(self, model: str) -> list[Leg]:
+        """Where a request for a model may go, in order. Where none serves it, the first is tried,
+        and says why not.
+        """
+        rules = self.rules.model
+        legs = [Leg(rules.provider, model)]
+        legs += [
+            Leg(each.provider or rules.provider, each.model or model) for each in rules.failover
+        ]
+        served = [each for each in dict.fromkeys(legs) if self._serves(each)]
+        return served or legs[:1]
+
+    def _serves(self, leg: Leg) -> bool:
+        """Whether a provider has the model, and the policy lets a request go there."""
+        provider = self.shared.providers.get(leg.provider)
+        return serves(self.rules.model, leg.provider, provider, leg.model)
 
     @property
     def shut(self) -> str:
@@ -136,9 +201,21 @@ class SandboxState:
             return "witness-violated"
         return "sandbox-frozen" if self.frozen else ""
 
+    @property
+    def hidden(self) -> Needles:
+        """Every value that may be in an answer to this sandbox, also one that was replaced."""
+        if self._hidden is None or self._generation != self.credentials.generation:
+            self._generation = self.credentials.generation
+            self._hidden = Needles(self.credentials.values(self._names))
+        return self._hidden
+
+    def forget_hidden(self) -> None:
+        """Values changed: one that is overwritten must not stay here until somebody asks."""
+        self._hidden = None
+
     def redactor(self) -> Redactor:
         """For one answer: removes every credential that this sandbox's rules can inject."""
-        return Redactor(self.hidden)
+        return Redactor(lambda: self.hidden)
 
     def next_request(self) -> str:
         """A name for a model request, unique in its run."""
@@ -146,11 +223,39 @@ class SandboxState:
         return f"req_{self.requests}"
 
     def called(self, request_id: str, **what: Any) -> None:
-        """Tell the worker of a model request."""
-        if self.requests <= _MAX_CALLS:
-            self.shared.notify(
-                ModelCalled(sandbox_id=self.sandbox_id, request_id=request_id, **what)
-            )
+        """Tell the worker of a model request, when it begins and when it is over. With too many
+        that were free, of one that was not when it is over, and of the others not at all.
+        """
+        told = ModelCalled(sandbox_id=self.sandbox_id, request_id=request_id, **what)
+        if not told.over and self.free >= _MAX_FREE:
+            self._untold[request_id] = told
+            return
+        if told.over:
+            paid = any(getattr(told, name) for name in _TOKENS)
+            self.free += not paid
+            begun = self._untold.pop(request_id, None)
+            if begun is not None and not paid:
+                return
+            if begun is not None:
+                self.shared.notify(begun)
+        self.shared.notify(told)
+
+    async def judge(self, body: bytes) -> Judged:
+        """What a model request's body alone decides. One that is hard to read is read aside, and
+        of one sandbox one at a time: it takes no more than its own place there.
+        """
+        if self.shared.aside is None or not heavy(body):
+            return judge(body, self.rules.model)
+        async with self.reading:
+            return await self.shared.aside.judge(body, self.rules.model)
+
+    async def fit(self, admitted: Admitted, model: str) -> Admitted | Refusal:
+        """A request as a leg's model takes it; read where `judge` reads it, and as rarely."""
+        mixed, aside = self.mixed, self.shared.aside
+        if fits(admitted, model, mixed=mixed) or aside is None or not heavy(admitted.body):
+            return fit(admitted, model, mixed=mixed)
+        async with self.reading:
+            return await aside.fit(admitted, model, mixed=mixed)
 
     async def settled(self) -> None:
         """Until a model request of this sandbox ends."""
@@ -187,7 +292,9 @@ class SandboxState:
         if self.notices < _MAX_NOTICES:
             self.notices += 1
             self.shared.notify(
-                EgressDenied(sandbox_id=self.sandbox_id, reason=reason, target=target[:256])
+                EgressDenied(
+                    sandbox_id=self.sandbox_id, reason=reason, target=target[:256], rule=rule
+                )
             )
 
     def violation(self, violation: Violation) -> None:
@@ -243,7 +350,8 @@ class SandboxState:
             **counted,
         )
         if billed:
-            self.called(request_id, over=True, status=status, **counted)
+            told = {"model": report.model[:128], "stop_reason": report.stop_reason[:128]}
+            self.called(request_id, over=True, status=status, **told, **counted)
 
     def close(self) -> list[asyncio.Task[None]]:
         """Stop listening, drop every connection; returns the work that is still to end."""

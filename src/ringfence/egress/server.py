@@ -27,7 +27,9 @@ HEAD_SECONDS = 10.0
 BODY_SECONDS = 120.0
 IDLE_SECONDS = 600.0
 _MAX_HELD = 1 << 20
-_TRANSIENT = frozenset({"upstream-timeout", "upstream-refused", "upstream-closed"})
+_TRANSIENT = frozenset(
+    {"upstream-timeout", "upstream-refused", "upstream-closed", "credential-unavailable"}
+)
 """What `claude` may try again: nothing of an answer has come in, and no rule was broken."""
 
 
@@ -359,7 +361,7 @@ class Client(asyncio.Protocol):
         to_model = self._gate.target is None or (
             self._head is not None and self._gate.to_model(self._head)
         )
-        body = _refusal_body(reason, model=to_model)
+        body = _refusal_body(status, reason, model=to_model)
         self.send(
             b"HTTP/1.1 %d Refused\r\ncontent-type: application/json\r\n"
             b"x-ringfence-reason: %b\r\nx-should-retry: %b\r\ncontent-length: %d\r\n"
@@ -442,9 +444,12 @@ class Client(asyncio.Protocol):
             self._transport.abort()
 
 
-def _refusal_body(reason: str, *, model: bool) -> bytes:
-    """As the Messages API shapes an error where `claude` reads it; our own shape elsewhere."""
+def _refusal_body(status: int, reason: str, *, model: bool) -> bytes:
+    """As the Messages API shapes an error where `claude` reads it; our own shape elsewhere. What is
+    no matter of permission is not called one, whether or not it may be tried again.
+    """
     if model:
-        error = {"type": "permission_error", "message": f"ringfence: {reason}"}
+        kind = "api_error" if status >= 500 else "permission_error"
+        error = {"type": kind, "message": f"ringfence: {reason}"}
         return json.dumps({"type": "error", "error": error}).encode()
     return json.dumps({"error": "egress_denied", "reason": reason}).encode()

@@ -78,7 +78,7 @@ class EnvironmentDeleted(BaseModel):
 
 
 class Session(BaseModel):
-    """A session."""
+    """A session; `ringfence` is ours."""
 
     id: str
     type: Literal["session"]
@@ -94,6 +94,7 @@ class Session(BaseModel):
     usage: dict[str, Any]
     outcome_evaluations: list[None]
     deployment_id: None
+    ringfence: dict[str, Any]
     created_at: datetime
     updated_at: datetime
     archived_at: datetime | None
@@ -111,6 +112,31 @@ class SessionDeleted(BaseModel):
 
     id: str
     type: Literal["session_deleted"]
+
+
+class FileResource(BaseModel):
+    """A file of a session."""
+
+    id: str
+    type: Literal["file"]
+    file_id: str
+    mount_path: str
+    created_at: datetime
+    updated_at: datetime
+
+
+class FileResourcePage(BaseModel):
+    """A page of them."""
+
+    data: list[FileResource]
+    next_page: str | None
+
+
+class FileResourceDeleted(BaseModel):
+    """What is left of one."""
+
+    id: str
+    type: Literal["session_resource_deleted"]
 
 
 class Event(BaseModel, extra="allow"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,9 +17,12 @@ from starlette.types import ASGIApp
 
 import ringfence
 from ringfence.config import GatewaySettings
+from ringfence.control.courier import Courier
 from ringfence.control.outbox import Outbox
 from ringfence.control.platform import Keeping
+from ringfence.control.slo_watch import Watch
 from ringfence.control.tenancy import Ceiling, problems
+from ringfence.control.webhooks import Target
 from ringfence.errors import CallerError, RingfenceError, UnavailableError
 from ringfence.gateway import (
     agents,
@@ -28,6 +31,7 @@ from ringfence.gateway import (
     events,
     files,
     health,
+    resources,
     sessions,
     vaults,
 )
@@ -37,9 +41,11 @@ from ringfence.gateway.limits import half_unless
 from ringfence.gateway.streams import Pace
 from ringfence.gateway.support import refusal
 from ringfence.gateway.tidying import tidying
+from ringfence.gateway.watched import QueueWatch, Watched, noted
 from ringfence.gateway.wire import answer
 from ringfence.queue.protocol import Queue
 from ringfence.store.database import Database
+from ringfence.telemetry.hub import Telemetry
 
 
 def create_app(
@@ -49,16 +55,21 @@ def create_app(
     *,
     queue: Queue | None = None,
     settings: GatewaySettings | None = None,
+    webhooks: Sequence[Target] = (),
+    watch: Watch | None = None,
+    telemetry: Telemetry | None = None,
 ) -> FastAPI:
     """Routes without what stands before them. Without a database only its document is of use;
-    without a queue another process hands the runs over.
+    without a queue another process hands the runs over; without a watch another looks, if any.
     """
     bounds = settings or GatewaySettings()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
-        helpers = [one for one in (app.state.fanout, app.state.outbox) if one is not None]
+        state = app.state
+        several = (state.fanout, state.outbox, state.courier, state.queue_watch, watch)
+        helpers = [one for one in several if one is not None]
         tasks = [loop.create_task(one.run()) for one in helpers]
         try:
             async with tidying(database, keeping):
@@ -91,11 +102,14 @@ def create_app(
     app.state.readiness = database and health.Readiness(database)
     app.state.ceiling = ceiling
     app.state.document = None
-    app.state.fanout = app.state.outbox = None
+    app.state.fanout = app.state.outbox = app.state.courier = app.state.queue_watch = None
     if database is not None:
         each = half_unless(bounds.streams_per_tenant, bounds.streams)
         app.state.fanout = Fanout(database, total=bounds.streams, each=each)
         app.state.outbox = queue and Outbox(database, queue)
+        app.state.courier = Courier(database, webhooks) if webhooks else None
+        if queue is not None and telemetry is not None:
+            app.state.queue_watch = QueueWatch(queue, telemetry)
     app.state.pace = Pace(alive=bounds.stream_alive_seconds, write=bounds.stream_write_seconds)
     app.state.keeping = keeping
     app.state.uploads = Counter()
@@ -103,6 +117,7 @@ def create_app(
         agents.router,
         environments.router,
         sessions.router,
+        resources.router,
         events.router,
         files.router,
         vaults.router,
@@ -113,9 +128,14 @@ def create_app(
     return app
 
 
-def guarded(app: FastAPI, database: Database, settings: GatewaySettings) -> ASGIApp:
+def guarded(
+    app: FastAPI,
+    database: Database,
+    settings: GatewaySettings,
+    telemetry: Telemetry | None = None,
+) -> ASGIApp:
     """What is served: the application behind its guard."""
-    return Guard(app, database, settings)
+    return Guard(Watched(app, telemetry), database, settings, noted=noted(telemetry))
 
 
 def _answered(

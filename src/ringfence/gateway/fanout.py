@@ -25,7 +25,7 @@ from ringfence.store import events, sessions
 from ringfence.store.database import Database, now
 from ringfence.store.events import EventRow
 
-_PAGE = 50
+_PAGE, _PAGE_BYTES = 50, 4 << 20
 _KEPT_BYTES = 1_000_000
 _PAUSE = 1.0
 """Seconds after the store did not answer."""
@@ -229,11 +229,18 @@ class Fanout:
             elif head > topic.position:
                 frames = await self.read(topic, topic.position)
                 topic.publish(frames)
-                if len(frames) == _PAGE:
+                if topic.position < head:
                     self.kick()
 
     async def read(self, topic: _Topic, position: int) -> Sequence[Frame]:
         """A page of what follows a position. Raises UnavailableError."""
         async with self._database.reading() as connection:
-            found = await events.beyond(connection, topic.tenant, topic.session, position, _PAGE)
+            found = await events.beyond(
+                connection,
+                topic.tenant,
+                topic.session,
+                position,
+                limit=_PAGE,
+                most_bytes=_PAGE_BYTES,
+            )
         return [frame(row) for row in found]

@@ -6,8 +6,8 @@ import asyncio
 import hashlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
@@ -195,11 +195,13 @@ async def download(
     first = await anext(source, b"")
 
     async def whole() -> AsyncIterator[bytes]:
-        yield first
-        async for data in source:
-            if time.monotonic() > deadline:
-                raise CallerError("request-too-slow", "the file was not taken in time")
-            yield data
+        # one that breaks off would be closed whenever the collector comes, with its file open
+        async with aclosing(source):
+            yield first
+            async for data in source:
+                if time.monotonic() > deadline:
+                    raise CallerError("request-too-slow", "the file was not taken in time")
+                yield data
 
     headers = {
         "content-length": str(row.size_bytes),
@@ -210,7 +212,7 @@ async def download(
     return StreamingResponse(whole(), headers=headers, media_type="application/octet-stream")
 
 
-async def _content(keep: Keeping, tenant: str, row: FileRow) -> AsyncIterator[bytes]:
+async def _content(keep: Keeping, tenant: str, row: FileRow) -> AsyncGenerator[bytes, None]:
     """The bytes, the last of them only when all are what was uploaded: a content that was changed
     on the disk breaks off, and never arrives whole.
     """

@@ -97,8 +97,15 @@ class _Exchange:
 class Guard:
     """The outermost application."""
 
-    def __init__(self, app: ASGIApp, database: Database, settings: GatewaySettings) -> None:
-        self._app = app
+    def __init__(
+        self,
+        app: ASGIApp,
+        database: Database,
+        settings: GatewaySettings,
+        *,
+        noted: Callable[[Scope, int, float], None] = lambda *_: None,
+    ) -> None:
+        self._app, self._noted = app, noted
         self._database = database
         self._settings = settings
         self._quota = quota_of(settings)
@@ -163,6 +170,8 @@ class Guard:
 
     def _note(self, scope: Scope, exchange: _Exchange, seconds: float) -> None:
         caller: Caller | None = scope["state"].get("caller")
+        self._noted(scope, exchange.status, seconds)
+        trace = scope["state"].get("trace_id")
         _LOG.info(
             "request",
             request_id=exchange.request_id,
@@ -173,6 +182,7 @@ class Guard:
             seconds=round(seconds, 4),
             tenant=caller and caller.tenant,
             key=caller and caller.key_id,
+            **({"trace_id": trace} if trace else {}),
         )
 
     async def _admit(self, scope: Scope, headers: Headers, exchange: _Exchange) -> None:

@@ -29,6 +29,7 @@ _STATUS: dict[str, tuple[int, str]] = {
     "agent-not-found": (404, "not_found_error"),
     "environment-not-found": (404, "not_found_error"),
     "session-not-found": (404, "not_found_error"),
+    "resource-not-found": (404, "not_found_error"),
     "environment-in-use": (409, "conflict_error"),
     "session-running": (409, "conflict_error"),
     "session-full": (429, "rate_limit_error"),

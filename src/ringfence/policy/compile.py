@@ -22,6 +22,7 @@ from ringfence.policy.compiled import (
     CompiledPolicy,
     CredentialRule,
     EgressRules,
+    Failover,
     HostRule,
     Limits,
     McpServer,
@@ -32,6 +33,7 @@ from ringfence.policy.compiled import (
 )
 from ringfence.policy.document import (
     MODE_WIDTH,
+    FailoverLeg,
     PolicyDocument,
     Role,
     permission_mode_of,
@@ -313,6 +315,13 @@ def _egress(document: PolicyDocument, grants: ToolGrants) -> EgressRules:
         credentials=tuple(
             _credential(document, name) for name in sorted(document.secrets) if name in used
         ),
+        mcp_servers=tuple(
+            sorted(
+                f"{address[0]}:{address[1]}"
+                for server in grants.mcp_servers
+                if (address := document.tools.mcp_servers[server.name].address)
+            )
+        ),
         blocked_ports=tuple(sorted(set(network.blocked_ports))),
         max_connections=network.max_connections,
         max_body_mb=network.max_body_mb,
@@ -324,10 +333,26 @@ def _egress(document: PolicyDocument, grants: ToolGrants) -> EgressRules:
 def _credential(document: PolicyDocument, name: str) -> CredentialRule:
     secret = document.secrets[name]
     header = None if secret.query else secret.header or "authorization"
-    template = secret.template or ("Bearer {}" if header == "authorization" else "{}")
+    scheme = "Basic" if secret.user else "Bearer"
+    template = secret.template or (f"{scheme} {{}}" if header == "authorization" else "{}")
     return CredentialRule(
-        name=name, hosts=secret.hosts, header=header, template=template, query=secret.query
+        name=name,
+        hosts=secret.hosts,
+        header=header,
+        template=template,
+        query=secret.query,
+        user=secret.user,
     )
+
+
+def failover_of(document: PolicyDocument) -> tuple[FailoverLeg, ...]:
+    """Where requests go in order, after the provider itself. The driver's fallback is the last: it
+    would ask for it when it is told of an overload, of which it hears nothing any more.
+    """
+    model, legs = document.model, document.model.failover
+    if model.fallback is None or any(leg.model == model.fallback for leg in legs):
+        return legs
+    return (*legs, FailoverLeg(model=model.fallback))
 
 
 def _model(document: PolicyDocument, grants: ToolGrants) -> ModelRules:
@@ -339,12 +364,18 @@ def _model(document: PolicyDocument, grants: ToolGrants) -> ModelRules:
     return ModelRules(
         enabled=model_route_open(document),
         provider=model.provider,
+        failover=tuple(
+            Failover(provider=leg.provider, model=leg.model) for leg in failover_of(document)
+        ),
+        exhausted=model.exhausted,
         tools=tuple(dict.fromkeys([*wire, *(WIRE_HELPERS if wire else ())])),
         server_tools=tuple(dict.fromkeys(server_tools)) if remote else (),
         url_sources=model.url_sources and remote,
         mcp_servers=model.mcp_servers and remote,
         betas=tuple(dict.fromkeys(model.betas)),
         models=tuple(dict.fromkeys(model.models)),
+        providers=tuple(dict.fromkeys(model.providers)),
+        regions=tuple(dict.fromkeys(model.regions)),
         max_budget_usd=model.max_budget_usd,
         max_requests=model.max_requests,
         max_output_tokens=model.max_output_tokens,

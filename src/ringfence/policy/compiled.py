@@ -8,6 +8,7 @@ agent's driver reads `ToolGrants`. Everything is frozen and JSON-shaped (`to_jso
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ringfence.model import PermissionMode, WorkspaceMode
 from ringfence.policy.isolation import ThreatModel
@@ -126,6 +127,7 @@ class CredentialRule:
         name: of the secret in the vault. hosts: normal names it may be sent to.
         header: lower-case header name that is overwritten. template: `{}` is the value.
         query: name of a query field instead of a header; at most one of the two is set.
+        user: `{}` is the base64 of user, colon and value then, as HTTP's Basic scheme has it.
     """
 
     name: str
@@ -133,6 +135,15 @@ class CredentialRule:
     header: str | None = "authorization"
     template: str = "Bearer {}"
     query: str | None = None
+    user: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failover:
+    """Where a request goes when those before do not answer; None is what was asked for."""
+
+    provider: str | None = None
+    model: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,6 +153,8 @@ class ModelRules:
     Attributes:
         enabled: False refuses every model request.
         provider: name of a provider in the operator's settings.
+        failover: where else a request may go, in order.
+        exhausted: what is done when nothing of that answers: `unavailable` or `queue`.
         tools: names that a request's `tools` and an answer's `tool_use` may hold. A name that
             ends in `*` is never here.
         server_tools: server-side tool type prefixes granted, such as `web_search_`.
@@ -149,21 +162,33 @@ class ModelRules:
         mcp_servers: whether the body may carry `mcp_servers`.
         betas: beta flags granted beside those pinned for the CLI version.
         models: model names that may be asked for; empty allows all.
+        providers, regions: where a request may go at all; empty leaves it to the settings.
         max_budget_usd, max_requests, max_output_tokens: of the run; None is unlimited. A
             request that counts tokens is one of max_requests.
     """
 
     enabled: bool = True
     provider: str = "anthropic"
+    failover: tuple[Failover, ...] = ()
+    exhausted: Literal["unavailable", "queue"] = "unavailable"
     tools: tuple[str, ...] = ()
     server_tools: tuple[str, ...] = ()
     url_sources: bool = False
     mcp_servers: bool = False
     betas: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
+    providers: tuple[str, ...] = ()
+    regions: tuple[str, ...] = ()
     max_budget_usd: float | None = None
     max_requests: int | None = None
     max_output_tokens: int | None = None
+
+    @property
+    def reached(self) -> tuple[str, ...]:
+        """All that a request may go to, the first first."""
+        others = (leg.provider for leg in self.failover if leg.provider is not None)
+        named = dict.fromkeys([self.provider, *others])
+        return tuple(one for one in named if not self.providers or one in self.providers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,6 +197,7 @@ class EgressRules:
 
     Attributes:
         blocked_ports: denied whatever `hosts` says: deny wins.
+        mcp_servers: `host:port` of those that are reached: each has a breaker.
         max_connections: at once. max_body_mb: of one request. max_bytes_mb: sent out per run.
         max_audit_records: quota of requirement K; past it, denials are coalesced.
     """
@@ -179,6 +205,7 @@ class EgressRules:
     model: ModelRules = ModelRules()
     hosts: tuple[HostRule, ...] = ()
     credentials: tuple[CredentialRule, ...] = ()
+    mcp_servers: tuple[str, ...] = ()
     blocked_ports: tuple[int, ...] = ()
     max_connections: int = 64
     max_body_mb: int = 32

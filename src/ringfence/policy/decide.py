@@ -8,14 +8,14 @@ command's text says is advice (`ringfence.policy.shell`); the sandbox is the bou
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote_plus
 
 from ringfence.model import Decision, Outcome, PermissionMode
 from ringfence.policy import shell
-from ringfence.policy.compiled import EgressRules, HostRule, ToolGrants
+from ringfence.policy.compiled import EgressRules, HostRule, PathRule, ToolGrants
 from ringfence.policy.headers import names_key
 from ringfence.policy.hosts import MODEL_HOST, is_host, matches
 from ringfence.policy.paths import WORKSPACE, WRITABLE_INSIDE, below, glob_matches, normal
@@ -100,6 +100,11 @@ def _by_path(rule: HostRule, method: str, path: str) -> Decision:
             name = f"{rule.rule}.paths[{index}]"
             return Decision(outcome=Outcome.ALLOW, rule=name, reason="path-allowed")
     return _deny(rule.rule, "method-not-granted" if fitting else "path-not-granted")
+
+
+def path_granted(grants: Sequence[PathRule], method: str, path: str) -> bool:
+    """Whether one of the grants names the method and the path."""
+    return any(one.method == method and _path_fits(one.path, path) for one in grants)
 
 
 def _carries_key(query: str, own_field: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ringfence.policy.compile import compile_policy, isolation_of, role_of
+from ringfence.policy.compile import compile_policy, failover_of, isolation_of, role_of
 from ringfence.policy.document import PolicyDocument
 from ringfence.policy.rights import (
     Right,
@@ -125,10 +125,20 @@ def _facts(document: PolicyDocument) -> dict[str, str]:
     return {
         "tools.role": role_of(document)[0],
         "model.fallback": document.model.fallback or "none",
+        "model.failover": failover_words(document),
         "hosting.pattern": document.hosting.pattern,
         "isolation.backend": isolation_of(document),
         "isolation.threat_model": document.isolation.threat_model or "none",
     }
+
+
+def failover_words(document: PolicyDocument) -> str:
+    """Where requests go that are not answered, in order, and what is done at the end."""
+    legs = [
+        f"{leg.model or 'the same model'} at {leg.provider or document.model.provider}"
+        for leg in failover_of(document)
+    ]
+    return ", ".join([*legs, document.model.exhausted])
 
 
 def _beyond(these: Iterable[Right], others: tuple[Right, ...]) -> Iterator[Right]:

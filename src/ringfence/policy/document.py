@@ -154,6 +154,7 @@ ServerName = Annotated[
     str, StringConstraints(pattern=r"^[A-Za-z0-9-]{1,32}(?:_[A-Za-z0-9-]{1,32}){0,3}$")
 ]
 ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@/-]{0,127}$")]
+Region = Annotated[str, StringConstraints(pattern=r"^[a-z]+(?:-[a-z0-9]+){0,4}$")]
 Beta = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]{0,63}$")]
 Host = Annotated[str, AfterValidator(_host)]
 HeaderName = Annotated[
@@ -384,15 +385,19 @@ class Secret(Section):
     Attributes:
         hosts: exact names. header: lower case; `authorization` when neither is given.
         template: `{}` is the value; None is `Bearer {}` for authorization, else `{}`.
+        user: the value is the password of this user in HTTP's Basic scheme: git, registries.
     """
 
     hosts: Annotated[Items[Annotated[str, AfterValidator(_exact_host)]], Field(min_length=1)]
     header: Annotated[str, StringConstraints(pattern=r"^[a-z0-9!#$&^_`|~.+-]{1,64}$")] | None = None
     template: Annotated[str, StringConstraints(pattern=r"^[\x20-\x7e]{2,256}$")] | None = None
     query: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] | None = None
+    user: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.@+-]{1,128}$")] | None = None
 
     @model_validator(mode="after")
     def _one_place(self) -> Secret:
+        if self.user and (self.query or self.header or self.template):
+            raise ValueError("user is HTTP's Basic scheme: drop query, header and template")
         if self.query and (self.header or self.template):
             raise ValueError("write either query, or header and template")
         if self.header in _FORBIDDEN_HEADERS:
@@ -402,19 +407,50 @@ class Secret(Section):
         return self
 
 
+class FailoverLeg(Section):
+    """Where a model request goes when those before it do not answer; what is not named stays.
+
+    Attributes:
+        provider: name of a provider in the operator's settings.
+        model: another model than was asked for; what it does not take of a request is left out.
+    """
+
+    provider: Name | None = None
+    model: ModelName | None = None
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> FailoverLeg:
+        if self.provider is None and self.model is None:
+            raise ValueError("write a provider, a model or both")
+        return self
+
+
 class Model(Section):
     """The model route, open only when `network.allowed_hosts` names api.anthropic.com.
 
     Attributes:
         provider: name of a provider in the operator's settings.
-        models: names that may be asked for; empty allows all. fallback: one to go on with.
+        providers: those that a request may go to at all; empty leaves it to `provider` and to what
+            the policy names beside it.
+        regions: where a request may be served, as the clouds write it: `eu-central-1`,
+            `europe-west1`, and of what is served anywhere in one `eu`, `us`, `global`. Empty allows
+            all. An upstream of no region is denied then.
+        models: names that may be asked for; empty allows all. fallback: one to go on with, after
+            all of failover.
+        failover: where requests go, in order, when the provider does not answer.
+        exhausted: what is done when none of them does: `unavailable` fails the run, `queue` puts
+            it off, as long waits for a limit do.
         server_tools, url_sources, mcp_servers: what the provider may reach on the agent's
             behalf, past every rule of `network`.
     """
 
     provider: Name = "anthropic"
+    providers: Items[Name] = ()
+    regions: Items[Region] = ()
     models: Items[ModelName] = ()
     fallback: ModelName | None = None
+    failover: Annotated[Items[FailoverLeg], Field(max_length=8)] = ()
+    exhausted: Literal["unavailable", "queue"] = "unavailable"
     max_budget_usd: Positive | None = None
     max_turns: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     max_requests: Annotated[int, Field(ge=1, le=10_000_000)] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ringfence.policy.compile import compile_policy, role_of, withheld
+from ringfence.policy.diff import failover_words
 from ringfence.policy.document import PolicyDocument
 from ringfence.policy.rights import denials, limits, printable, rights
 
@@ -45,6 +46,7 @@ def explain(document: PolicyDocument) -> dict[str, Any]:
         "permits": permits,
         "denies": [denial.text for denial in denials(policy)],
         "withheld": {tool: ceiling for tool in role.allow if (ceiling := withheld(document, tool))},
+        "failover": failover_words(document),
         "limits": limits(policy),
     }
 
@@ -61,6 +63,7 @@ def explain_text(document: PolicyDocument) -> str:
         lines += ["", "Granted, and taken away by a ceiling:"]
         lines += [f"  {tool} ({ceiling}: false)" for tool, ceiling in meaning["withheld"].items()]
     lines += ["", "Denied whatever else says:", *(f"  {text}" for text in meaning["denies"])]
+    lines += ["", f"When the model's provider does not answer: {meaning['failover']}"]
     lines += ["", "Limits:"]
     lines += [
         f"  {key}: {'unlimited' if value is None else f'{value:g}'}"

@@ -43,11 +43,15 @@ CONNECTION = frozenset(
         *("host", "content-length", "expect", "accept-encoding", "forwarded", "via"),
         *("max-forwards", "x-real-ip", "x-client-ip", "true-client-ip", "cf-connecting-ip"),
         *("x-http-method-override", "x-method-override", "x-http-method", "x-original-url"),
-        *("x-rewrite-url", "x-ringfence-reason"),
+        *("x-rewrite-url", "x-rewrite-path", "x-original-uri", "x-original-host", "x-host"),
+        *("x-original-method", "x-middleware-subrequest", "x-cluster-client-ip", "client-ip"),
+        *("x-originating-ip", "x-remote-ip", "x-remote-addr", "fastly-client-ip"),
+        *("x-ringfence-reason",),
     }
 )
 """Never passed on, to any host: the connection's own, and what says otherwise than the request."""
-CONNECTION_PREFIXES = ("x-forwarded-", "proxy-", "sec-websocket-")
+CONNECTION_PREFIXES = ("x-forwarded-", "x-envoy-", "proxy-", "sec-websocket-")
+"""`x-envoy-original-dst-host` alone would name another destination to a proxy of the host's."""
 
 INWARD = frozenset(
     {

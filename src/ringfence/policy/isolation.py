@@ -75,6 +75,16 @@ BOUNDARIES: dict[Technology, Boundary] = {
 """In the order in which they are listed. The container and bubblewrap share kernel, namespaces and
 kind of filter, so that neither can stand above the other."""
 
+SEATS: Mapping[str, str] = {
+    "runtime": "its namespaces and its port are made once, for one agent",
+    "bubblewrap": "",
+    "container": "",
+    "gvisor": "each program has a kernel of its own, so that agents beside each other in one "
+    "sandbox would share nothing but its limits",
+    "microvm": "the guest has one uid, one network and one directory for the one agent in it",
+}
+"""Why several agents cannot be kept apart in one sandbox; empty where they can."""
+
 EMULATED_STRENGTH = 1
 """Of a microVM without KVM. QEMU's security policy holds emulation for no boundary at all; what is
 left is the sandbox of the QEMU process itself. It never counts as hostile-grade (requirement J)."""

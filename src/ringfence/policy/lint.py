@@ -68,6 +68,10 @@ CATALOGUE: dict[str, tuple[Severity, str]] = {
     "POL033": (Severity.WARNING, "The provider reaches out on the agent's behalf."),
     "POL034": (Severity.ERROR, "A server-side right is granted that a ceiling takes away."),
     "POL035": (Severity.INFO, "A run has no limit in dollars."),
+    "POL047": (
+        Severity.WARNING,
+        "A region is named for models, and the provider may reach past it.",
+    ),
     "POL036": (Severity.INFO, "The tool limit is longer than the run's."),
     "POL037": (Severity.INFO, "A single run is always ephemeral."),
     "POL038": (Severity.WARNING, "An MCP server of which no tool is granted is not started."),
@@ -75,6 +79,7 @@ CATALOGUE: dict[str, tuple[Severity, str]] = {
     "POL040": (Severity.WARNING, "A host path that usually holds credentials is shown."),
     "POL041": (Severity.ERROR, "The isolation named is weaker than the threat model asks for."),
     "POL045": (Severity.WARNING, "A virtual machine may be emulated: slow, and a weaker boundary."),
+    "POL046": (Severity.WARNING, "All ways to the model end at one provider."),
 }
 """Every finding: severity and title."""
 
@@ -421,6 +426,22 @@ def _model(document: PolicyDocument) -> Iterator[Finding]:
                 f"{detail}: no rule of network binds it, and a URL can carry data out",
                 f"drop model.{key}",
             )
+    elsewhere = {leg.provider for leg in model.failover} - {None, model.provider}
+    if model.failover and not elsewhere:
+        yield _found(
+            "POL046",
+            "model.failover",
+            f"an outage of {model.provider} takes them all",
+            "name a provider of the settings in one of them",
+        )
+    reaches = [key for key, detail in rights.items() if detail]
+    if model.regions and reaches and document.execution.allow_network_tools is not False:
+        yield _found(
+            "POL047",
+            "model.regions",
+            f"{', '.join(reaches)}: what the provider fetches or asks lies anywhere",
+            f"drop model.{reaches[0]}",
+        )
     if model.max_budget_usd is None and model_route_open(document):
         yield _found("POL035", "model.max_budget_usd", "", "write model.max_budget_usd")
 

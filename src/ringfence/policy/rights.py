@@ -163,7 +163,10 @@ def _kind(rule: HostRule, egress: EgressRules) -> str:
     if rule.credential is None:
         return ""
     where = next(
-        f"query field {secret.query}" if secret.query else f"{secret.header}: {secret.template}"
+        f"query field {secret.query}"
+        if secret.query
+        else f"{secret.header}: {secret.template}"
+        + (f" for user {secret.user}" if secret.user else "")
         for secret in egress.credentials
         if secret.name == rule.credential
     )
@@ -189,7 +192,8 @@ def _host_covers(wider: tuple[str, ...], narrower: tuple[str, ...]) -> bool:
 def _model_rights(model: ModelRules) -> list[Right]:
     if not model.enabled:
         return []
-    texts = [f"provider {model.provider}"]
+    texts = [f"provider {name}" for name in model.reached]
+    texts += [f"served in {name}" for name in model.regions] or [_ANYWHERE]
     texts += [f"ask {name}" for name in model.models] or ["ask any model"]
     texts += [f"server-side tools {prefix}*" for prefix in model.server_tools]
     texts += [f"beta {name}" for name in model.betas]
@@ -198,12 +202,13 @@ def _model_rights(model: ModelRules) -> list[Right]:
     if model.mcp_servers:
         texts.append("the provider calls MCP servers by URL")
     return [
-        Right(area="model", text=text, subject=_ASK if text == "ask any model" else _split(text))
-        for text in texts
+        Right(area="model", text=text, subject=_WHOLE.get(text) or _split(text))
+        for text in dict.fromkeys(texts)
     ]
 
 
-_ASK = ("ask",)
+_ANYWHERE = "served in any region"
+_WHOLE = {"ask any model": ("ask",), _ANYWHERE: ("served",)}
 
 
 def _split(text: str) -> tuple[str, ...]:

@@ -9,7 +9,12 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from ringfence.policy.document import PolicyDocument, permission_mode_of, workspace_mode_of
+from ringfence.policy.document import (
+    Model,
+    PolicyDocument,
+    permission_mode_of,
+    workspace_mode_of,
+)
 from ringfence.policy.hosts import matches
 from ringfence.policy.problems import PolicyInvalidError, Problem, dotted, show
 from ringfence.policy.rules import parse_rule
@@ -40,12 +45,35 @@ def contradictions(document: PolicyDocument) -> Iterator[Problem]:
     yield from _tools(document)
     yield from _modes(document)
     model = document.model
+    if model.providers and model.provider not in model.providers:
+        yield Problem(
+            path="model.provider",
+            message="is not among model.providers; add it there, or name another",
+            value=show(model.provider),
+        )
     if model.models and model.fallback is not None and model.fallback not in model.models:
         yield Problem(
             path="model.fallback",
             message="is not among model.models; add it there",
             value=show(model.fallback),
         )
+    yield from _failover(model)
+
+
+def _failover(model: Model) -> Iterator[Problem]:
+    seen: list[tuple[str | None, str | None]] = [(model.provider, None)]
+    for index, leg in enumerate(model.failover):
+        path = f"model.failover[{index}]"
+        if leg.model is not None and model.models and leg.model not in model.models:
+            yield Problem(
+                path=f"{path}.model",
+                message="is not among model.models; add it there",
+                value=show(leg.model),
+            )
+        place = leg.provider or model.provider, leg.model
+        if place in seen:
+            yield Problem(path=path, message="a way that stands before it already; drop it")
+        seen.append(place)
 
 
 def _network(document: PolicyDocument) -> Iterator[Problem]:

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from ringfence.errors import CallerError, UnavailableError, words
-from ringfence.model import Attempt, Run
+from ringfence.errors import UnavailableError, words
+from ringfence.model import Attempt, Run, RunStatus
 from ringfence.queue import ledger
 from ringfence.queue.protocol import (
     NORMAL,
@@ -28,10 +28,13 @@ from ringfence.queue.protocol import (
     Handler,
     QueueSettings,
     Stats,
+    TenantLimit,
+    check_limit,
     check_submission,
 )
 from ringfence.queue.serving import Serving
 from ringfence.queue.writer import Writer
+from ringfence.states import ENDS
 from ringfence.store.sqlite import open_database
 
 T = TypeVar("T")
@@ -72,17 +75,18 @@ class EmbeddedQueue:
         return new
 
     async def limit(self, tenant: str, runs: int | None) -> None:
-        """Let workers hold so many runs of a tenant at once; None: any number.
-
-        It is kept in the file. Runs that are held already are not taken back.
-
-        Raises:
-            CallerError: `usage`.
-        """
-        check_submission("run", tenant, NORMAL)
-        if runs is not None and runs < 0:
-            raise CallerError("usage", f"{runs} is no number of runs")
+        """See the protocol. It is kept in the file."""
+        check_limit(tenant, runs)
         await self._writer.do(lambda db: ledger.limit(db, tenant, runs))
+
+    async def limits(self) -> tuple[TenantLimit, ...]:
+        """See the protocol."""
+        return await self._read(
+            lambda db: tuple(
+                TenantLimit(tenant=row[0], runs=row[1], held=row[2])
+                for row in ledger.execute(db, "limits")
+            )
+        )
 
     async def cancel(self, run_id: str) -> bool:
         """See the protocol."""
@@ -124,6 +128,11 @@ class EmbeddedQueue:
     async def replay(self, run_id: str) -> None:
         """See the protocol."""
         await self._writer.do(lambda db: ledger.replay(db, run_id))
+
+    async def outcome(self, run_id: str) -> RunStatus | None:
+        """See the protocol."""
+        run = await self.find(run_id)
+        return run.status if run is not None and run.status in ENDS else None
 
     async def find(self, run_id: str) -> Run | None:
         """One run, beyond the port: None when it was never submitted."""

@@ -7,6 +7,7 @@ What becomes of a run when an attempt is over is `ringfence.queue.verdict`, for 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -22,6 +23,7 @@ from ringfence.queue.verdict import (
     Deferred,
     Ending,
     Lost,
+    NoPlace,
     Raised,
     Released,
     Returned,
@@ -31,11 +33,14 @@ from ringfence.queue.verdict import (
 
 WORKFLOW = "ringfence.run"
 ACTIVITY = "ringfence.attempt"
+FORGET = "ringfence.forget"
 DEAD = "ringfence.dead-letter"
+WAKE = "ringfence.wake"
 # an activity has to have some limit; how long a run may take is its worker's to decide
 _LONGEST = timedelta(days=365)
-_ENDINGS: dict[str, type[Ending]] = {
-    kind.__name__: kind for kind in (Returned, Deferred, Raised, Released, Lost)
+_FORGETTING = timedelta(seconds=20)
+_ENDINGS: dict[str, type[Ending | NoPlace]] = {
+    kind.__name__: kind for kind in (Returned, Deferred, Raised, Released, Lost, NoPlace)
 }
 
 
@@ -51,12 +56,12 @@ class Ticket:
     failures: int = 0
 
 
-def encoded(ending: Ending) -> dict[str, Any]:
+def encoded(ending: Ending | NoPlace) -> dict[str, Any]:
     """An ending as JSON."""
     return {"kind": type(ending).__name__, **asdict(ending)}
 
 
-def decoded(fields: dict[str, Any]) -> Ending:
+def decoded(fields: dict[str, Any]) -> Ending | NoPlace:
     """And back. It comes from a worker of ours over a server that may hold older ones' answers."""
     values = {name: value for name, value in fields.items() if name != "kind"}
     if "status" in values:
@@ -68,13 +73,21 @@ def decoded(fields: dict[str, Any]) -> Ending:
 class RunFlow:
     """Attempt after attempt, until one ends the run."""
 
+    def __init__(self) -> None:
+        self._woken = False
+
+    @workflow.signal(name=WAKE)
+    def wake(self) -> None:
+        """There is a place for the run. Told too early or too often it asks once more in vain."""
+        self._woken = True
+
     @workflow.run
     async def run(self, ticket: Ticket) -> str:
         """The run's end; raises the dead letter, or the cancellation, as Temporal shows them."""
         while True:
             ticket = replace(ticket, attempt=ticket.attempt + 1)
             verdict = judge(
-                await self._attempt(ticket),
+                await self._placed(ticket),
                 status=RunStatus.RUNNING,
                 cancelling=workflow.cancellation_reason() is not None,
                 failures=ticket.failures,
@@ -100,7 +113,45 @@ class RunFlow:
         if workflow.info().is_continue_as_new_suggested():
             workflow.continue_as_new(ticket)
 
-    async def _attempt(self, ticket: Ticket) -> Ending:
+    async def _placed(self, ticket: Ticket) -> Ending:
+        """See `_asked`. One that is cancelled while it asks or waits may have been counted among
+        those that wait after its caller had it forgotten.
+        """
+        try:
+            return await self._asked(ticket)
+        except asyncio.CancelledError:
+            # not where a worker's cache lets go of the run
+            if workflow.cancellation_reason() is not None:
+                with contextlib.suppress(ActivityError):
+                    # a local one: it waits for no slot
+                    await workflow.execute_local_activity(
+                        FORGET,
+                        ticket.run_id,
+                        start_to_close_timeout=_FORGETTING,
+                        retry_policy=RetryPolicy(maximum_attempts=1),
+                    )
+            raise
+
+    async def _asked(self, ticket: Ticket) -> Ending:
+        """An attempt, once there is a place for it: until then none has begun, and its number is
+        used again.
+        """
+        while True:
+            # before it asks: whoever gives a place back after that wakes it
+            self._woken = False
+            ending = await self._attempt(ticket)
+            if not isinstance(ending, NoPlace):
+                return ending
+            if workflow.cancellation_reason() is not None:
+                raise asyncio.CancelledError
+            with contextlib.suppress(TimeoutError):
+                await workflow.wait_condition(
+                    lambda: self._woken, timeout=timedelta(seconds=ending.seconds)
+                )
+            if workflow.info().is_continue_as_new_suggested():
+                workflow.continue_as_new(replace(ticket, attempt=ticket.attempt - 1))
+
+    async def _attempt(self, ticket: Ticket) -> Ending | NoPlace:
         settings = ticket.settings
         try:
             fields = await workflow.execute_activity(

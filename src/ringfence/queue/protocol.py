@@ -8,6 +8,8 @@ The contract, for every engine:
   The queue holds its own writes to that: a superseded attempt cannot settle.
 - Priorities are strict between levels: 1 before 2. Within a level tenants take turns, whatever
   the number of runs each has waiting. Who may ask for which level is the gateway's to decide.
+- A tenant may have a limit of runs in hand at once, over all workers. What waits for a place keeps
+  its turn among its tenant's runs, and holds up nobody else's.
 - What a handler does is one of four: it returns the status in which the run has ended; it raises
   `RetryAfter` (the run waits, which counts as no failure); it raises anything else (a failure: the
   run is tried again later, and after the settings' `max_attempts` lies in the dead letters); it
@@ -33,6 +35,10 @@ from ringfence.model import RunStatus
 
 PRIORITIES = range(1, 6)
 NORMAL = 3
+BATCH = 4
+"""Of runs that nobody waits for. What comes after `NORMAL` is batch for the limits, too."""
+MAX_RUNS = 1_000_000
+"""A tenant's limit is no larger; none at all is."""
 MAX_DELAY_SECONDS = 7 * 86_400.0
 
 
@@ -120,6 +126,15 @@ class DeadLetter:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TenantLimit:
+    """A tenant's most runs in hand at once, and how many are."""
+
+    tenant: str
+    runs: int
+    held: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class QueueSettings:
     """What all workers of one queue share.
 
@@ -167,6 +182,11 @@ class Queue(Protocol):
             CallerError: `run-unknown`.
         """
 
+    async def outcome(self, run_id: str) -> RunStatus | None:
+        """How a run ended, a dead letter as one that failed; None while it has not, and for what is
+        not known.
+        """
+
     async def run_worker(self, handler: Handler, *, slots: int, stop: asyncio.Event) -> None:
         """Lease runs and handle up to `slots` at a time, until `stop` is set and it has drained.
 
@@ -188,11 +208,30 @@ class Queue(Protocol):
             CallerError: `run-unknown` for what is no dead letter.
         """
 
+    async def limit(self, tenant: str, runs: int | None) -> None:
+        """Let workers hold so many runs of a tenant at once, all workers together; None: any
+        number. Runs that are held already are not taken back, and one that finds no place waits
+        as if nobody had leased it: no attempt, no failure.
+
+        Raises:
+            CallerError: `usage`.
+        """
+
+    async def limits(self) -> tuple[TenantLimit, ...]:
+        """Every tenant that has one, by its name."""
+
     async def close(self) -> None:
         """Let go of the engine. Workers are stopped first."""
 
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}", re.ASCII)
+
+
+def check_limit(tenant: str, runs: int | None) -> None:
+    """What every engine takes. Raises CallerError `usage`."""
+    check_submission("run", tenant, NORMAL)
+    if runs is not None and not 0 <= runs <= MAX_RUNS:
+        raise CallerError("usage", f"{runs} is no number of runs", hint=f"0 to {MAX_RUNS}")
 
 
 def check_submission(run_id: str, tenant: str, priority: int) -> None:

@@ -21,6 +21,9 @@ ON CONFLICT (id) DO NOTHING;
 -- name: limit_tenant
 INSERT INTO tenant (name, cap) VALUES (:tenant, :cap) ON CONFLICT DO UPDATE SET cap = excluded.cap;
 
+-- name: limits
+SELECT name, cap, held FROM tenant WHERE cap IS NOT NULL ORDER BY name;
+
 -- name: find
 SELECT id, tenant, priority, status, attempt, failures, dead, reason, submitted, changed, worker,
        cancelling

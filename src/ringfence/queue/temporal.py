@@ -4,7 +4,8 @@ The server keeps runs, hands out attempts, misses heartbeats by its own clock, a
 answer of an attempt that it has given up. What becomes of a run is decided in
 `ringfence.queue.flow`. Priorities and turns between tenants are the server's, and nearly kept;
 turns only where it runs with `matching.enableFairness`. A run is cancelled by its workflow, and so
-when a worker is there. What no server counts, `stats` says.
+when a worker is there. What no server counts, `stats` says. How many runs of a tenant are in hand
+at once is counted in the platform's database: see `ringfence.queue.places`.
 
 The server is trusted with ids, tenants and reasons, and with who runs what. Whoever has its
 address can do the same, so it belongs behind TLS or on a network of its own.
@@ -19,13 +20,13 @@ import asyncio
 import contextlib
 import heapq
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
-from temporalio import activity
 from temporalio.api.enums.v1 import TaskQueueType
 from temporalio.api.taskqueue.v1 import TaskQueue
 from temporalio.api.workflowservice.v1 import DescribeTaskQueueRequest, DescribeTaskQueueResponse
@@ -44,22 +45,25 @@ from temporalio.worker import UnsandboxedWorkflowRunner, Worker
 from ringfence.config import QueueEngine
 from ringfence.errors import CallerError, UnavailableError
 from ringfence.model import RunStatus
-from ringfence.queue.flow import ACTIVITY, DEAD, WORKFLOW, RunFlow, Ticket, encoded
-from ringfence.queue.handling import called, ending_of
+from ringfence.queue.attempts import BEATS_A_LEASE, Attempts
+from ringfence.queue.flow import DEAD, WAKE, WORKFLOW, RunFlow, Ticket
+from ringfence.queue.places import TenantPlaces
 from ringfence.queue.protocol import (
     NORMAL,
     CrashPoint,
     DeadLetter,
     Handler,
-    Lease,
     QueueSettings,
     Stats,
+    TenantLimit,
+    check_limit,
     check_submission,
 )
 
-_BEATS_A_LEASE = 6
 _OUTAGE_SECONDS = 1.0
 _DECIDE = timedelta(seconds=5)
+_FORGET_MOST = 100
+"""Runs that are over and that one act forgets, each of which may name others that wait."""
 
 
 class TemporalQueue:
@@ -71,6 +75,7 @@ class TemporalQueue:
         settings: of the runs that are submitted here, and of workers for draining.
         namespace: of the server.
         access: TLS and what names us to it; plain without.
+        places: of tenants, closed with the queue; without, none has a limit.
         reached: is told of crash points; those within the server's commit cannot be.
     """
 
@@ -82,12 +87,14 @@ class TemporalQueue:
         *,
         namespace: str = "default",
         access: QueueEngine | None = None,
+        places: TenantPlaces | None = None,
         reached: Callable[[CrashPoint], None] = lambda _: None,
     ) -> None:
         self._address = address
         self._name = name
         self._namespace = namespace
         self._access = access
+        self._places = places
         self._settings = settings or QueueSettings()
         self._reached = reached
         self._connected: Client | None = None
@@ -110,24 +117,45 @@ class TemporalQueue:
                 if error.status is not RPCStatusCode.NOT_FOUND:
                     raise
                 raise _unknown(run_id) from None
+        if self._places is not None:
+            # away, its turn is over by itself
+            with contextlib.suppress(UnavailableError):
+                await self._wake(await self._places.forget(run_id))
         return True
+
+    async def limit(self, tenant: str, runs: int | None) -> None:
+        """See the protocol. It is kept in the platform's database."""
+        check_limit(tenant, runs)
+        await self._wake(await self._counting().limit(tenant, runs))
+
+    async def limits(self) -> tuple[TenantLimit, ...]:
+        """See the protocol."""
+        return await self._counting().limits()
 
     async def run_worker(self, handler: Handler, *, slots: int, stop: asyncio.Event) -> None:
         """See the protocol."""
-        attempts = _Attempts(handler, self._settings, self._reached)
-        every = timedelta(seconds=self._settings.lease_seconds / _BEATS_A_LEASE)
+        name = f"worker_{secrets.token_hex(8)}"
+        attempts = Attempts(
+            handler,
+            self._settings,
+            self._reached,
+            worker=name,
+            places=self._places,
+            wake=self._wake,
+        )
+        every = timedelta(seconds=self._settings.lease_seconds / BEATS_A_LEASE)
         worker = Worker(
             await self._reached_server(stop),
             task_queue=self._name,
             workflows=[RunFlow],
-            activities=[attempts.attempt],
+            activities=[attempts.attempt, attempts.forget],
             # what a workflow does here is pure, and ours
             workflow_runner=UnsandboxedWorkflowRunner(),
             max_concurrent_activities=slots,
             # what the open poll of a silent worker is given is lost: as few as there may be
             max_concurrent_activity_task_polls=1,
             max_concurrent_workflow_task_polls=2,
-            identity=f"worker_{secrets.token_hex(8)}",
+            identity=name,
             max_heartbeat_throttle_interval=every,
             default_heartbeat_throttle_interval=every,
             sticky_queue_schedule_to_start_timeout=timedelta(seconds=2),
@@ -135,13 +163,22 @@ class TemporalQueue:
         )
         serving = asyncio.get_running_loop().create_task(worker.run())
         stopped = asyncio.get_running_loop().create_task(stop.wait())
+        keeping = asyncio.get_running_loop().create_task(attempts.keep())
+        waits = {serving, stopped} if self._places is None else {serving, stopped, keeping}
         try:
-            await asyncio.wait({serving, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            # places that nobody keeps are others' soon: without that loop there is no worker
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
             stopped.cancel()
             if not serving.done():
                 await worker.shutdown()
-            await serving
+            try:
+                await serving
+            finally:
+                keeping.cancel()
+                await asyncio.wait({keeping})
+            if not keeping.cancelled():
+                keeping.result()
 
     async def stats(self) -> Stats:
         """See the protocol. What the server cannot tell apart, a run that is put off and one that
@@ -155,9 +192,10 @@ class TemporalQueue:
             flows = await self._backlog(client, TaskQueueType.TASK_QUEUE_TYPE_WORKFLOW)
             tries = await self._backlog(client, TaskQueueType.TASK_QUEUE_TYPE_ACTIVITY)
             dead = [letter async for letter in self._dead(client)]
+        waiting = 0 if self._places is None else await self._places.waiting()
         counts = [answer.stats.approximate_backlog_count for answer in (flows, tries)]
         ages = [_seconds(answer.stats.approximate_backlog_age) for answer in (flows, tries)]
-        depth = min(alive, sum(counts))
+        depth = min(alive, sum(counts) + waiting)
         return Stats(
             depth=depth,
             delayed=0,
@@ -184,7 +222,7 @@ class TemporalQueue:
             raise _unknown(run_id)
 
     async def outcome(self, run_id: str) -> RunStatus | None:
-        """How a run ended, beyond the port; None while it has not, or when it is not known."""
+        """See the protocol. One that somebody terminated by hand has failed."""
         with self._said():
             handle = (await self._client()).get_workflow_handle_for(RunFlow.run, self._id(run_id))
             try:
@@ -202,6 +240,44 @@ class TemporalQueue:
     async def close(self) -> None:
         """See the protocol."""
         self._connected = None
+        if self._places is not None:
+            await self._places.close()
+
+    def _counting(self) -> TenantPlaces:
+        if self._places is None:
+            raise CallerError(
+                "usage",
+                "this queue has no database to count a tenant's runs in",
+                hint="open it with the platform's",
+            )
+        return self._places
+
+    async def _wake(self, runs: Iterable[str]) -> None:
+        """Tell runs that there is a place for them. One that is over makes room for the next; one
+        that cannot be told asks again by itself.
+        """
+        left, forgotten = deque(runs), 0
+        with contextlib.suppress(UnavailableError):
+            # all of them: they are marked as told, and nobody else would tell them
+            while left:
+                run_id = left.popleft()
+                if await self._woken(run_id) or self._places is None:
+                    continue
+                if forgotten < _FORGET_MOST:
+                    forgotten += 1
+                    left += await self._places.forget(run_id)
+
+    async def _woken(self, run_id: str) -> bool:
+        """Whether there is still somebody to be told."""
+        with self._said():
+            handle = (await self._client()).get_workflow_handle(self._id(run_id))
+            try:
+                await handle.signal(WAKE)
+            except RPCError as error:
+                if error.status is not RPCStatusCode.NOT_FOUND:
+                    raise
+                return False
+        return True
 
     def _id(self, run_id: str) -> str:
         return f"{self._name}/{run_id}"
@@ -306,52 +382,6 @@ class TemporalQueue:
             settings=self._settings,
             attempt=attempt,
         )
-
-
-class _Attempts:
-    """The activity: one handler, beaten for while it runs."""
-
-    def __init__(
-        self, handler: Handler, settings: QueueSettings, reached: Callable[[CrashPoint], None]
-    ) -> None:
-        self._handler = handler
-        self._settings = settings
-        self._reached = reached
-
-    @activity.defn(name=ACTIVITY)
-    async def attempt(self, ticket: Ticket) -> dict[str, Any]:
-        """Its ending as JSON. What a superseded one returns the server refuses."""
-        self._reached(CrashPoint.LEASED)
-        lease = Lease(
-            run_id=ticket.run_id,
-            tenant=ticket.tenant,
-            priority=ticket.priority,
-            attempt=ticket.attempt,
-            failures=ticket.failures,
-        )
-        loop = asyncio.get_running_loop()
-        beating = loop.create_task(_beat(ticket.settings.lease_seconds / _BEATS_A_LEASE))
-        handling = loop.create_task(called(self._handler, lease))
-        self._reached(CrashPoint.STARTED)
-        told = False
-        try:
-            while not handling.done():
-                # cancelled by the server or by our own drain: the handler is told once, and waited
-                # for, so that its run is in no other hand while it still works
-                try:
-                    await asyncio.wait({handling})
-                except asyncio.CancelledError:
-                    told = told or handling.cancel()
-        finally:
-            beating.cancel()
-        self._reached(CrashPoint.HANDLED)
-        return encoded(ending_of(handling, told=told))
-
-
-async def _beat(pause: float) -> None:
-    while True:
-        activity.heartbeat()
-        await asyncio.sleep(pause)
 
 
 async def _failure(handle: WorkflowHandle[RunFlow, str]) -> ApplicationError | None:

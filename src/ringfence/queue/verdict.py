@@ -55,6 +55,16 @@ Ending = Returned | Deferred | Raised | Released | Lost
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NoPlace:
+    """No ending, since no attempt began: its tenant has all the places it may have. `seconds` to
+    wait, unless the run is woken before.
+    """
+
+    seconds: float
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
     """What to write.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from ringfence.errors import UnavailableError, words
 from ringfence.record.events import Event
-from ringfence.record.wire import Decoder, FrameError, encode
+from ringfence.record.wire import ANCHOR_VARIABLE, Decoder, FrameError, encode
 
 _READY_SECONDS = 15.0
 _CLOSE_SECONDS = 10.0
@@ -226,6 +226,14 @@ def _refused(why: str) -> UnavailableError:
     return UnavailableError("recorder-unavailable", f"the recorder refused the event: {why}")
 
 
+def _environment(anchor: str | None) -> dict[str, str]:
+    """Of a recorder. The anchor is not on its command line, which every user of the host can read:
+    a URL may be a capability.
+    """
+    common = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
+    return common if anchor is None else {**common, ANCHOR_VARIABLE: anchor}
+
+
 class RecorderProcess:
     """The process, and one socket for each of its clients."""
 
@@ -235,9 +243,13 @@ class RecorderProcess:
 
     @classmethod
     def start(
-        cls, directory: Path, labels: tuple[str, ...] = ("worker", "egress")
+        cls,
+        directory: Path,
+        labels: tuple[str, ...] = ("worker", "egress"),
+        anchor: str | None = None,
     ) -> RecorderProcess:
-        """Start a recorder for the log in `directory`; returns at once.
+        """Start a recorder for the log in `directory`; returns at once. `anchor` is an
+        `AnchorSettings` as JSON.
 
         A session of its own, so that a Ctrl-C meant for the run does not reach it; it ends by
         itself when its last client has gone.
@@ -253,7 +265,7 @@ class RecorderProcess:
                 pass_fds=tuple(theirs.values()),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+                env=_environment(anchor),
                 cwd="/",
             )
         except OSError as error:

@@ -66,6 +66,9 @@ class SandboxStarted(Event):
     """A sandbox is up; `controls` is what the kernel said, not what flags asked. A `warm` one was
     started before its run, which it is handed to by this record, and waited `waited_ms`.
 
+    One that several agents share says for how many (`seats`), and is of no run; each seat has such
+    a record, too, and is `within` the one of that id.
+
     `image` is the digest of the image that is the system inside, empty for the host's own.
     `reason` is why `auto` took this technology, `threat_model` what the policy declares, and
     `not_held` are the clauses of the sandbox contract that it says it does not hold.
@@ -81,10 +84,14 @@ class SandboxStarted(Event):
     not_held: list[str] = Field(default_factory=list)
     warm: bool = False
     waited_ms: float = 0.0
+    within: str = ""
+    seats: int = 0
 
 
 class SandboxStopped(Event):
-    """No process of the sandbox is alive."""
+    """No process of the sandbox is alive, nor in any of its seats; for the reason `rests` they are
+    frozen instead, until the session's next turn or another such record, and have no way out.
+    """
 
     type: Literal["sandbox.stopped"] = "sandbox.stopped"
     reason: str = ""
@@ -166,6 +173,80 @@ class ModelAnswered(Event):
     billed: bool = True
 
 
+class UsageDiffered(Event):
+    """`claude` reported other tokens for a run than the wire had. The wire's are what counts; the
+    `claimed_…` are the word of somebody inside.
+    """
+
+    type: Literal["usage.differed"] = "usage.differed"
+    input_tokens: int
+    output_tokens: int
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+    cost_usd: float | None = None
+    claimed_input_tokens: int
+    claimed_output_tokens: int
+    claimed_cache_creation_input_tokens: int
+    claimed_cache_read_input_tokens: int
+    claimed_cost_usd: float | None = None
+
+
+class BudgetAlerted(Event):
+    """A request brought a budget that runs share to its alert; the first that did, and no other.
+
+    `budget` is its name, whose it is, and its period. A limit that is not set is null.
+    """
+
+    type: Literal["budget.alerted"] = "budget.alerted"
+    budget: str
+    spent_usd: float
+    limit_usd: float | None = None
+    spent_tokens: int
+    limit_tokens: float | None = None
+    alert: float
+
+
+class ModelRetried(Event):
+    """A try of a model request came to nothing, and nothing of it reached the agent: another
+    follows after `wait_ms`, of the same provider and model or, without `same`, of the next.
+    """
+
+    type: Literal["model.retried"] = "model.retried"
+    request_id: str
+    reason: str
+    same: bool
+    wait_ms: float
+
+
+class ModelMoved(Event):
+    """A session's requests go to another provider or model from now on, or back.
+
+    `reason`: `failed` here, `breaker` where others failed, `limit` of the fleet, or `returned`.
+    """
+
+    type: Literal["model.moved"] = "model.moved"
+    provider: str
+    model: str
+    to_provider: str
+    to_model: str
+    reason: Literal["failed", "breaker", "limit", "returned"]
+
+
+class BreakerChanged(Event):
+    """A breaker opened, lets a probe through, or closed again; for all that share its store.
+
+    `breaker` names what it stands before: `model/provider/model`, `mcp/tenant/server` or
+    `tool/agent/version/tool`; of one session alone with `session/` before it. `seconds` is how long
+    one that opened stays so.
+    """
+
+    type: Literal["breaker.changed"] = "breaker.changed"
+    breaker: str
+    before: Literal["closed", "open", "half-open"]
+    state: Literal["closed", "open", "half-open"]
+    seconds: float = 0.0
+
+
 class EgressAllowed(Event):
     """Write-ahead: a request or tunnel to an allowed host."""
 
@@ -201,6 +282,40 @@ class EgressEnded(Event):
     bytes_in: int = 0
     duration_ms: float = 0.0
     reason: str = ""
+
+
+class CredentialResolved(Event):
+    """Egress has the value of a credential from its source. `version` is the source's own name for
+    it, and says nothing about it; `rotated` when it took the place of another. `scheme` is that of
+    its reference.
+    """
+
+    type: Literal["credential.resolved"] = "credential.resolved"
+    name: Name
+    scheme: Name
+    version: str = ""
+    lease_seconds: float | None = None
+    rotated: bool = False
+
+
+class CredentialUnresolved(Event):
+    """The source of a credential gave no value; `reason` is an error's code. What was had before
+    is used for as long as it may be when the source does not answer, and no longer when it says no.
+    """
+
+    type: Literal["credential.unresolved"] = "credential.unresolved"
+    name: Name
+    scheme: Name
+    reason: str
+
+
+class KeeperEnded(Event):
+    """The process that fetches secrets ended and was started again; `how` is its exit status or the
+    signal. Something of the host ends it (its memory?), or somebody does.
+    """
+
+    type: Literal["keeper.ended"] = "keeper.ended"
+    how: str
 
 
 class SessionChanged(Event):
@@ -248,6 +363,25 @@ class LogClockSetBack(Event):
     seconds: float
 
 
+class LogAnchored(Event):
+    """Checkpoints come to where the settings want them: the first of a recorder, and the first
+    after a failure. `size` is how many records it covers.
+    """
+
+    type: Literal["log.anchored"] = "log.anchored"
+    recorder: str
+    size: int
+
+
+class LogAnchorFailed(Event):
+    """A checkpoint did not get there, and none has since the last `log.anchored`."""
+
+    type: Literal["log.anchor_failed"] = "log.anchor_failed"
+    recorder: str
+    size: int
+    reason: str
+
+
 class LogRefused(Event):
     """Events that a client sent and the catalogue does not know; none of their content is kept."""
 
@@ -277,15 +411,25 @@ AnyEvent = Annotated[
     | WitnessDisagreed
     | ModelRequested
     | ModelAnswered
+    | UsageDiffered
+    | BudgetAlerted
+    | ModelRetried
+    | ModelMoved
+    | BreakerChanged
     | EgressAllowed
     | EgressRefused
     | EgressEnded
+    | CredentialResolved
+    | CredentialUnresolved
+    | KeeperEnded
     | SessionChanged
     | PatchApplied
     | LogOpened
     | LogClosed
     | LogHeartbeat
     | LogClockSetBack
+    | LogAnchored
+    | LogAnchorFailed
     | LogRefused
     | LogKeyRotated,
     Field(discriminator="type"),

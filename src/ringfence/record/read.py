@@ -92,15 +92,16 @@ class AuditReader:
             raise CallerError("run-unknown", f"the audit log holds no run {run_id[:64]!r}")
         return found
 
-    def bodies(self) -> Iterator[bytes]:
-        """Every record as it was hashed, in order, a page at a time."""
-        after = -1
+    def bodies(self, after: int = -1) -> Iterator[tuple[int, bytes]]:
+        """Every record from index `after` + 1 on with its index, as it was hashed, in order, a
+        page at a time.
+        """
         while rows := self._select(
             "SELECT idx, body FROM record NOT INDEXED WHERE idx > ? ORDER BY idx LIMIT ?",
             after,
             _PAGE,
         ):
-            yield from (body for _, body in rows)
+            yield from rows
             after = rows[-1][0]
 
     def last(self, count: int) -> list[dict[str, Any]]:

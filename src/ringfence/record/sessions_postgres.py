@@ -53,7 +53,7 @@ class PostgresSessionStore(SessionStore):
         super().__init__(limits)
         with ExitStack() as stack:
             self._portal = stack.enter_context(start_blocking_portal("asyncio"))
-            self._database = open_postgresql(url)
+            self._database = open_postgresql(url, "session_store")
             stack.callback(self._portal.call, self._database.close)
             self._portal.call(self._change, _migrate)
             self._open = stack.pop_all()

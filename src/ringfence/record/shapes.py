@@ -21,7 +21,8 @@ MAX_TEXT = 1024
 MAX_ITEMS = 256
 
 _EGRESS = frozenset({"tool.requested", "witness.disagreed"})
-_EGRESS_GROUPS = ("egress.", "model.")
+_EGRESS_GROUPS = ("egress.", "model.", "credential.", "keeper.")
+_WORKER = frozenset({"model.moved"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ def load_shapes() -> dict[str, Shape]:
 def may_write(source: str, kind: str) -> bool:
     """Whether a client may write this type: neither poses as the other, none as the recorder."""
     if source == "egress":
-        return kind in _EGRESS or kind.startswith(_EGRESS_GROUPS)
+        return kind in _EGRESS or (kind.startswith(_EGRESS_GROUPS) and kind not in _WORKER)
     return kind != "run.lost" and not kind.startswith("log.")
 
 

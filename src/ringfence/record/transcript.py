@@ -103,6 +103,14 @@ def begun(tool_use_id: str) -> Entry:
     return {"type": _BEGUN, "tool_use_id": tool_use_id}
 
 
+def deferred_ids(entries: Iterable[Entry]) -> Iterator[str]:
+    """Calls of which these entries say that they were deferred, as they appear."""
+    for entry in entries:
+        attachment = entry.get("attachment") if isinstance(entry, dict) else None
+        if isinstance(attachment, dict) and attachment.get("type") == _DEFERRED:
+            yield _storable(attachment.get("toolUseID"))
+
+
 class Deferred(NamedTuple):
     """The call that a session stands at: whether `claude` takes it up when it is resumed, or was
     told to once already, and what came of it is not known.
@@ -130,9 +138,8 @@ def deferred(lines: Iterable[bytes]) -> Deferred | None:
         ):
             continue
         entry = _object(line)
-        attachment = entry.get("attachment")
-        if isinstance(attachment, dict) and attachment.get("type") == _DEFERRED:
-            found = Deferred(_storable(attachment.get("toolUseID")), begun=False)
+        if (name := next(deferred_ids([entry]), None)) is not None:
+            found = Deferred(name, begun=False)
         elif found is not None and found.tool_use_id in set(tool_results([entry])):
             found = None
         elif found is not None and entry == begun(found.tool_use_id):
@@ -282,14 +289,17 @@ class Progress(StrEnum):
     """The agent has said its last words on it."""
 
 
-def progress(entries: Iterable[Entry], prompt_id: str) -> tuple[Progress, str]:
-    """How far the main conversation has come with the prompt that has this UUID, and the last
-    words when it is done. As all of a transcript it is the agent's own word: a forged end ends a
-    turn that the agent could have ended as well.
+def progress(
+    entries: Iterable[Entry], prompt_id: str, *, results: Iterable[str] = ()
+) -> tuple[Progress, str]:
+    """How far the main conversation has come with the prompt that has this UUID, or with what
+    follows the result of one of these calls; and the last words when it is done. As all of a
+    transcript it is the agent's own word: a forged end ends a turn that the agent could have ended
+    as well.
     """
-    found, words, stop = Progress.ABSENT, "", None
+    found, words, stop, calls = Progress.ABSENT, "", None, frozenset(results)
     for entry in entries:
-        if entry.get("uuid") == prompt_id:
+        if entry.get("uuid") == prompt_id or not calls.isdisjoint(tool_results([entry])):
             found, words, stop = Progress.BEGUN, "", None
         message = entry.get("message")
         if found is Progress.ABSENT or not isinstance(message, dict) or entry.get("isSidechain"):

@@ -1,5 +1,7 @@
 """Verify an audit log of ringfence. Needs the standard library and `cryptography`, nothing else.
 
+One file, whatever its length: it is copied alone to where a log is verified.
+
     python verify.py LOG.sqlite --public-key public.key [--anchor CHECKPOINTS]
 
 Everything is computed anew from the records: leaf hashes and tree as in RFC 6962, checkpoints as
@@ -41,18 +43,25 @@ UNSIGNED_RECORDS = 10_000
 _MAX_RECORD = 4 << 20
 _MAX_NOTE = 65_536
 _MAX_WARNINGS = 100
+_MOST_SIGNATURES = 16
+"""Of an anchor: the log's own comes first."""
 _TIME = re.compile(
     r"(?!0000)(\d{4})-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])"
     r"T([01]\d|2[0-3]):([0-5]\d):([0-5]\d)\.\d{6}Z",
     re.ASCII,
 )
-# a signature line, and then what is none: another note begins
-_NOTE_STARTS = re.compile(r"(?m)(?<=\n)(?=[^\n\u2014]+\n\d{1,18}\n[A-Za-z0-9+/=]{44}\n)")
+_HEAD = r"[^\n\u2014]+\n\d{1,18}\n[A-Za-z0-9+/]{43}=\n"
+# whole: no second head before its signatures, and none of them shorter than Ed25519's, as they are
+# where a note was cut off
+_NOTE = re.compile(
+    rf"(?m)^{_HEAD}(?:(?!{_HEAD})[^\n]+\n)*?\n(?:\u2014 [^ \n]+ [A-Za-z0-9+/]{{90,}}={{0,2}}\n)+"
+)
 _TABLES = {
     "record": [("idx", "INTEGER"), ("body", "BLOB"), ("leaf", "BLOB"), ("run", "TEXT")],
     "checkpoint": [("size", "INTEGER"), ("note", "TEXT")],
 }
-_parse = json.JSONDecoder().raw_decode
+# what raw_decode calls; where there is no value it raises StopIteration
+_parse: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 _canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 # a damaged schema ends up in the text of SQLite's error, which need not be UTF-8
 _DAMAGE = (sqlite3.Error, UnicodeDecodeError, OverflowError)
@@ -263,46 +272,42 @@ class _Verifier:
             raise BadLogError(good, f"a checkpoint after size {good} is damaged: {error}") from None
 
     def _records(self, connection: sqlite3.Connection, wanted: set[int]) -> None:
-        tree = self._tree
+        tree, read, sha256 = self._tree, self._read, hashlib.sha256
         if 0 in wanted:
             self._roots[0] = tree.root()
         try:
             query = "SELECT idx, body, leaf, run FROM record NOT INDEXED ORDER BY idx"
-            for row in connection.execute(query):
-                self._record(*row)
+            # half of a verifier's time goes by here: what is called once a record is worth it
+            for index, body, leaf, run in connection.execute(query):
+                expected = tree.size
+                if index != expected:
+                    raise _misplaced(index, expected)
+                if type(body) is not bytes or len(body) > _MAX_RECORD:
+                    raise BadLogError(expected, "the record is not a record")
+                computed = sha256(b"\x00" + body).digest()
+                if computed != leaf:
+                    raise BadLogError(expected, "altered: record and stored hash do not match")
+                read(expected, body, run)
+                tree.append(computed)
                 if tree.size in wanted:
                     self._roots[tree.size] = tree.root()
                     self._times[tree.size] = self._last_time
         except _DAMAGE as error:
             raise BadLogError(tree.size, f"the file is damaged here: {error}") from None
 
-    def _record(self, index: object, body: object, leaf: object, run: object) -> None:
-        expected = self._tree.size
-        if index != expected:
-            if isinstance(index, int) and index > expected:
-                raise BadLogError(expected, f"gap: records {expected} to {index - 1} are missing")
-            raise BadLogError(expected, "the index is not the next one")
-        if not isinstance(body, bytes) or len(body) > _MAX_RECORD:
-            raise BadLogError(expected, "the record is not a record")
-        computed = hashlib.sha256(b"\x00" + body).digest()
-        if computed != leaf:
-            raise BadLogError(expected, "altered: record and stored hash do not match")
-        self._read(expected, body, run)
-        self._tree.append(computed)
-
     def _read(self, index: int, body: bytes, run: object) -> None:
         try:
             text = body.decode("ascii")
-            record, end = _parse(text)
+            record, end = _parse(text, 0)
             kind, time, run_id = record["type"], record["time"], record.get("run_id", "")
             # under a signature the bytes are the recorder's; after the last one they may be
             # anybody's, and no two readers of JSON may see two records in them
             sound = end == len(text) and (index < self._signed_until or _canonical(record) == text)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, StopIteration):
             raise BadLogError(index, "the record is not JSON of a record") from None
-        if not sound or not isinstance(kind, str) or not isinstance(run_id, str):
+        if not (sound and type(kind) is type(run_id) is str):
             raise BadLogError(index, "the record is not the canonical JSON of a record")
-        if not isinstance(time, str) or not _TIME.fullmatch(time):
+        if type(time) is not str or not self._is_time(time):
             raise BadLogError(index, "the record has no time")
         if time < self._last_time:  # fixed width, so that text order is time order
             if kind != "log.clock_set_back":
@@ -312,8 +317,15 @@ class _Verifier:
         self._last_time = time
         if run != run_id.encode(errors="replace"):
             raise BadLogError(index, "altered: it is filed under another run")
-        if kind.startswith("log."):
+        if kind[:4] == "log.":
             self._about_the_log(index, kind, record, time)
+
+    def _is_time(self, time: str) -> bool:
+        """Most records are of the second of the one ahead: then its fraction alone is looked at."""
+        if time[:20] == self._last_time[:20] and len(time) == 27 and time[26] == "Z":
+            fraction = time[20:26]
+            return fraction.isascii() and fraction.isdigit()
+        return _TIME.fullmatch(time) is not None
 
     def _about_the_log(self, index: int, kind: str, record: dict[str, Any], time: str) -> None:
         if kind == "log.key_rotated":
@@ -411,6 +423,12 @@ class _Verifier:
         return keys
 
 
+def _misplaced(index: object, expected: int) -> BadLogError:
+    if isinstance(index, int) and index > expected:
+        return BadLogError(expected, f"gap: records {expected} to {index - 1} are missing")
+    return BadLogError(expected, "the index is not the next one")
+
+
 def _due(keys: list[tuple[int, Key]], size: int) -> list[Key]:
     """Who must have signed at this size: the key in use, and at a change the old one too."""
     current = 0
@@ -491,19 +509,54 @@ def verify(path: Path, public_key: str, anchors: list[str], *, now: float | None
         UsageError: when the file, the key or an anchor cannot be used at all.
     """
     key = parse_key(public_key)
-    notes = []
+    notes: list[Note] = []
+    torn = False
     for text in anchors:
-        try:
-            notes += [parse_note(part) for part in _NOTE_STARTS.split(text.strip() + "\n") if part]
-        except ValueError:
-            raise UsageError("the anchor is not a checkpoint") from None
+        found, rest = _whole(text, key)
+        if not found:
+            raise UsageError("the anchor is not a checkpoint")
+        notes += found
+        torn = torn or bool(rest)
     report = Report()
     for _ in range(3):
         before = _stamp(path)
         report = _attempt(path, key, notes, now)
         if report.ok or _stamp(path) == before:
             break  # else a recorder came in between and wrote into what was read without locks
+    if torn:
+        report.warnings.insert(0, "the anchor has text that is no whole checkpoint: left out")
     return report
+
+
+def _whole(text: str, key: Key) -> tuple[list[Note], str]:
+    """The whole checkpoints of a file to which several append, and what else is there: whoever was
+    cut off in the middle of one, by a full disk say, must not make the others useless. Nor must
+    whoever can only append: what he writes before and behind a whole one leaves it whole.
+    """
+    notes, rest, end = [], "", 0
+    # a note begins where its head does, also behind text that was left without the end of its line
+    head = rf"(?<!\n)(?={re.escape(key.name)}\n\d{{1,18}}\n[A-Za-z0-9+/]{{43}}=\n)"
+    text = re.sub(head, "\n", text.strip() + "\n")
+    for match in _NOTE.finditer(text):
+        body, _, signatures = match[0].rpartition("\n\n")
+        signed = [line for line in signatures.splitlines()[:_MOST_SIGNATURES] if _decodes(line)]
+        try:
+            note = parse_note("\n".join([body, "", *signed, ""]))
+        except ValueError:
+            continue
+        if not note.signatures:
+            continue
+        notes.append(note)
+        rest += text[end : match.start()]
+        end = match.end()
+    return notes, (rest + text[end:]).strip()
+
+
+def _decodes(signature: str) -> bool:
+    try:
+        return bool(base64.b64decode(signature.rpartition(" ")[2], validate=True))
+    except ValueError:
+        return False
 
 
 def _stamp(path: Path) -> tuple[int, int, bool]:
@@ -546,7 +599,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         key = options.public_key.read_text(encoding="utf-8")
-        anchors = [path.read_text(encoding="utf-8") for path in options.anchor]
+        # of a line that was cut off half a character may be left
+        anchors = [path.read_text(encoding="utf-8", errors="replace") for path in options.anchor]
         report = verify(options.log, key, anchors)
     except (UsageError, OSError, UnicodeDecodeError) as error:
         sys.stderr.write(f"verify: {ascii(str(error))[1:-1]}\n")

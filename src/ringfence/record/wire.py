@@ -12,6 +12,8 @@ import struct
 from typing import Any
 
 MAX_FRAME = 1 << 20
+ANCHOR_VARIABLE = "RINGFENCE_ANCHOR"
+"""Of a recorder's environment: the `AnchorSettings` as JSON."""
 
 
 def encode_index(number: int, index: int) -> bytes:

@@ -9,20 +9,24 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import select
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ringfence.errors import UnavailableError
 from ringfence.policy.compiled import Limits
+from ringfence.sandbox import members
 from ringfence.sandbox.protocol import Control, ControlState
 
 ROOT = Path("/sys/fs/cgroup")
 _PREFIX = "ringfence"
 _NAME = re.compile(rf"{_PREFIX}-(\d+)-(\d+)-sb_[0-9A-Z]{{26}}\Z")
 _PERIOD_US = 100_000
+_END_SECONDS = 5.0
+
+_FREEZE_SECONDS = 5.0
 
 _V1_CONTROLLERS = {Control.MEMORY: "memory", Control.CPU: "cpu", Control.PIDS: "pids"}
 
@@ -130,7 +134,7 @@ class Groups:
 
     def __init__(self, hierarchy: Hierarchy, sandbox_id: str) -> None:
         self._hierarchy = hierarchy
-        name = f"{_PREFIX}-{os.getpid()}-{_start_time(os.getpid())}-{sandbox_id}"
+        name = f"{_PREFIX}-{os.getpid()}-{members.start_time(os.getpid())}-{sandbox_id}"
         parents = dict.fromkeys(hierarchy.parents.values())
         if hierarchy.freezer is not None:
             parents[hierarchy.freezer] = None
@@ -140,6 +144,33 @@ class Groups:
     def paths(self) -> tuple[str, ...]:
         """Directories whose cgroup.procs a new process joins."""
         return tuple(str(path) for path in self._paths.values())
+
+    @property
+    def freezer(self) -> Path | None:
+        """The group of a freezer of its own (version 1)."""
+        parent = self._hierarchy.freezer
+        return None if parent is None else self._paths[parent]
+
+    def within(self) -> Hierarchy:
+        """Where groups of parts of the sandbox are made: below its own, whose limits hold for all
+        of them together. No process may join its own from then on: version 2 refuses that.
+
+        Raises:
+            UnavailableError: `sandbox-start-failed`.
+        """
+        parents = {c: self._paths[parent] for c, parent in self._hierarchy.parents.items()}
+        lost: set[Control] = set()
+        if self._hierarchy.unified:
+            for path in dict.fromkeys(parents.values()):
+                lost |= set(parents) - _enable(path)
+        elif Control.MEMORY in parents and not _counts_below(parents[Control.MEMORY]):
+            lost.add(Control.MEMORY)
+        if lost:
+            names = ", ".join(sorted(lost))
+            raise UnavailableError(
+                "sandbox-start-failed", f"{names}: no limit holds for groups below a sandbox's"
+            )
+        return Hierarchy(parents=parents, freezer=self.freezer, unified=self._hierarchy.unified)
 
     def make(self, limits: Limits) -> tuple[ControlState, ...]:
         """Make the groups, set the limits, read them back.
@@ -194,29 +225,153 @@ class Groups:
         return tuple(states)
 
     def members(self) -> set[int]:
-        """Host pids of every process in any of the groups."""
+        """Host pids of every process in any of the groups. Raises OSError."""
         found: set[int] = set()
         for path in self._paths.values():
-            with contextlib.suppress(OSError):
-                found.update(int(word) for word in (path / "cgroup.procs").read_text().split())
+            found.update(members.of(path))
         return found
 
-    def freeze(self, *, frozen: bool) -> bool:
-        """Stop or go on; False when this host has no freezer for us."""
-        if self._hierarchy.freezer is not None:
-            file = self._paths[self._hierarchy.freezer] / "freezer.state"
-            file.write_text("FROZEN" if frozen else "THAWED")
-            return _wait(lambda: file.read_text().strip() == ("FROZEN" if frozen else "THAWED"))
-        if self._hierarchy.unified and self._paths:
-            for path in self._paths.values():
-                (path / "cgroup.freeze").write_text("1" if frozen else "0")
-            return True
-        return False
+    def freeze(self, *, frozen: bool, given_up: Callable[[], bool] = lambda: False) -> bool:
+        """Stop or go on; False when this host has no freezer for us, or they do not all stand still
+        in time: then they go on. A process stands still when it has had the processor once more,
+        which on a busy host takes a while; `given_up` says when nobody waits for that any more.
+        """
+        if self._hierarchy.freezer is None and not (self._hierarchy.unified and self._paths):
+            return False
+        self._write_frozen(frozen=frozen)
+        if not frozen:
+            return self._hierarchy.freezer is None or _wait(lambda: self._state() == "THAWED")
+        _wait(lambda: self._stands_still() or given_up(), _FREEZE_SECONDS)
+        if not self._stands_still():
+            self._write_frozen(frozen=False)
+            return False
+        return True
+
+    def _state(self) -> str:
+        assert self.freezer is not None  # noqa: S101  asked for where there is one
+        return (self.freezer / "freezer.state").read_text().strip()
+
+    def _stands_still(self) -> bool:
+        if self.freezer is not None:
+            return self._state() == "FROZEN"
+        return all(map(_stands_still, self._paths.values()))
+
+    def _write_frozen(self, *, frozen: bool) -> None:
+        if self.freezer is not None:
+            (self.freezer / "freezer.state").write_text("FROZEN" if frozen else "THAWED")
+            return
+        for path in self._paths.values():
+            (path / "cgroup.freeze").write_text("1" if frozen else "0")
+
+    def end_frozen(self) -> None:
+        """SIGKILL to who is frozen: version 1 delivers it when they are thawed, before they run on.
+        A frozen process keeps its number, so that none of these can be another's.
+        """
+        for pid in self.members():
+            if pid <= 0:
+                continue  # of another PID namespace; to kill(2) it is the worker's own group
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def end(self) -> bool:
+        """SIGKILL to whoever is in any of them; whether nobody is, in the end."""
+
+        def empty() -> bool:
+            try:
+                found = [(path, pid) for path in self._paths.values() for pid in members.of(path)]
+            except OSError:
+                return False
+            for path, pid in found:
+                if pid > 0:  # 0: of another PID namespace
+                    members.kill(path, pid, lambda _: True)
+            return not found
+
+        return _wait(empty, _END_SECONDS)
+
+    def working_set(self) -> int | None:
+        """Bytes that the kernel cannot take back at once: all that is used, less the file cache
+        that nobody has looked at lately. None where this host keeps no account.
+        """
+        parent = self._hierarchy.parents.get(Control.MEMORY)
+        if parent is None:
+            return None
+        return working_set(self._paths[parent])
 
     def remove(self) -> None:
         """Remove the groups once they are empty; a leftover is swept by the next start."""
         for path in self._paths.values():
             _remove(path)
+
+
+def working_set(group: Path) -> int | None:
+    """See `Groups.working_set`; of any group, of version 1 or 2."""
+    try:
+        unified = (group / "memory.current").exists()
+        used = int((group / ("memory.current" if unified else "memory.usage_in_bytes")).read_text())
+        key = "inactive_file" if unified else "total_inactive_file"
+        lines = (group / "memory.stat").read_text().splitlines()
+        idle = next((int(line.split()[1]) for line in lines if line.split()[0] == key), 0)
+    except (OSError, ValueError, IndexError):
+        return None
+    return max(0, used - idle)
+
+
+_NO_LIMIT = 1 << 60
+"""Version 1 says so with the largest number of pages."""
+
+
+def memory_left(root: Path = ROOT, own: str | None = None) -> int | None:
+    """Bytes that the memory limits of this process's group, and of those above it, leave: a
+    container's limit is none of the host's figures. None where there is no limit. `own` is
+    /proc/self/cgroup.
+    """
+    lines = (own if own is not None else Path("/proc/self/cgroup").read_text()).splitlines()
+    unified = (root / "cgroup.controllers").exists()
+    top, path = (root, "/") if unified else (root / "memory", "/")
+    for line in lines:
+        number, names, found = line.split(":", 2)
+        if (unified and number == "0") or (not unified and "memory" in names.split(",")):
+            path = found
+    group = Path(os.path.normpath(top / path.lstrip("/")))
+    if not group.is_relative_to(top):
+        group = top  # of another namespace's view: ours begins at the top
+    limit = "memory.max" if unified else "memory.limit_in_bytes"
+    left = [
+        most - used
+        for each in (group, *group.parents)
+        if each.is_relative_to(top)
+        and (most := _number(each / limit)) is not None
+        and (used := working_set(each)) is not None
+    ]
+    return max(0, min(left)) if left else None
+
+
+def _number(file: Path) -> int | None:
+    """A limit; None for none."""
+    try:
+        word = file.read_text().strip()
+    except OSError:
+        return None
+    return int(word) if word.isdigit() and int(word) < _NO_LIMIT else None
+
+
+def _counts_below(group: Path) -> bool:
+    """Whether a memory limit of version 1 holds for the groups below, as it always does since
+    Linux 5.11 and before that only where it is asked for (memory.txt, section 6).
+    """
+    file = group / "memory.use_hierarchy"
+    with contextlib.suppress(OSError):
+        file.write_text("1")
+    try:
+        return file.read_text().strip() == "1"
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+
+
+def _stands_still(group: Path) -> bool:
+    return "frozen 1" in (group / "cgroup.events").read_text().splitlines()
 
 
 def _set(file: Path, value: str) -> None:
@@ -281,12 +436,6 @@ def _wait(condition: object, seconds: float = 1.0) -> bool:
     return True
 
 
-def _start_time(pid: int) -> int:
-    """Clock ticks since boot at which a process started: pid and this name it once and for all."""
-    stat = Path(f"/proc/{pid}/stat").read_text()
-    return int(stat[stat.rindex(")") + 2 :].split()[19])
-
-
 def sweep(hierarchy: Hierarchy) -> int:
     """Remove groups of workers that are gone, with what is left in them; returns how many.
 
@@ -294,56 +443,19 @@ def sweep(hierarchy: Hierarchy) -> int:
     and bubblewrap's first inside the sandbox, when the one outside is killed before the kernel is
     asked for that.
     """
-    removed = 0
     # the freezer first: who is frozen cannot die
     freezer = [] if hierarchy.freezer is None else [hierarchy.freezer]
-    for parent in dict.fromkeys([*freezer, *hierarchy.parents.values()]):
-        for path in parent.glob(f"{_PREFIX}-*"):
-            match = _NAME.match(path.name)
-            if match and not _alive(int(match[1]), int(match[2])):
-                _end_orphans(path)
-                with contextlib.suppress(OSError):
-                    path.rmdir()
-                    removed += 1
+    return sum(map(_swept, dict.fromkeys([*freezer, *hierarchy.parents.values()])))
+
+
+def _swept(parent: Path) -> int:
+    removed = 0
+    for path in parent.glob(f"{_PREFIX}-*"):
+        match = _NAME.match(path.name)
+        if match and not members.alive(int(match[1]), int(match[2])):
+            removed += _swept(path)  # those of its parts stand below it
+            with contextlib.suppress(OSError):
+                members.end_orphans(path)
+                path.rmdir()
+                removed += 1
     return removed
-
-
-def _end_orphans(group: Path) -> None:
-    """Kill who is in a group and process 1's child. A worker in another PID namespace, which looks
-    gone from here, is still the parent of its own.
-    """
-    state = group / "freezer.state"
-    if state.exists():
-        with contextlib.suppress(OSError):
-            state.write_text("THAWED")
-    for pid in _members(group):
-        with contextlib.suppress(OSError):
-            process = os.pidfd_open(pid)
-            try:
-                # looked at again: the number may have become another's before it was opened
-                if pid in _members(group) and _parent(pid) == 1:
-                    signal.pidfd_send_signal(process, signal.SIGKILL)
-                    ended = select.poll()  # select(2) cannot watch a descriptor above 1023
-                    ended.register(process, select.POLLIN)
-                    ended.poll(1000)
-            finally:
-                os.close(process)
-
-
-def _members(group: Path) -> list[int]:
-    try:
-        return [int(word) for word in (group / "cgroup.procs").read_text().split()]
-    except OSError:
-        return []
-
-
-def _parent(pid: int) -> int:
-    stat = Path(f"/proc/{pid}/stat").read_text()
-    return int(stat[stat.rindex(")") + 2 :].split()[1])
-
-
-def _alive(pid: int, start: int) -> bool:
-    try:
-        return _start_time(pid) == start
-    except (OSError, ValueError):
-        return False

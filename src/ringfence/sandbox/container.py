@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from ringfence.sandbox.enforce import STAGED
 from ringfence.sandbox.launcher import rehearse
 from ringfence.sandbox.profile import PATH, HostFacts, bare_plan
 from ringfence.sandbox.protocol import INSIDE_UID, ControlState
-from ringfence.sandbox.staged import EnclosingBackend, Program
+from ringfence.sandbox.seats import SeatIds, SeatingBackend
+from ringfence.sandbox.staging import Program
 
 RUNTIMES = ("runc", "crun")
 """What `auto` takes, in this order."""
@@ -54,7 +56,7 @@ HOW = STAGED
 """What this backend does for each control."""
 
 
-class ContainerBackend(EnclosingBackend):
+class ContainerBackend(SeatingBackend):
     """`Backend` of the protocol."""
 
     def __init__(
@@ -97,6 +99,12 @@ class ContainerBackend(EnclosingBackend):
         name = self._runtime(profile).name
         return "podman with crun" if name == "podman" else name
 
+    def seat_ids(self, facts: HostFacts, number: int) -> SeatIds:
+        """See SeatingBackend: the sandbox's block has one for each, inside and on the host."""
+        if not facts.as_root:
+            return SeatIds(facts)
+        return SeatIds(replace(facts, uid=facts.uid + number, inside=facts.inside + number))
+
     def enclose(self, rules: SandboxProfile, facts: HostFacts, program: Program) -> dict[str, Any]:
         """See EnclosingBackend."""
         return container_plan(self._runtime(rules), rules, facts, program)
@@ -117,6 +125,7 @@ def container_plan(
         environment=program.environment,
         cwd=program.cwd,
         seccomp=seccomp.oci(platform.machine()),
+        uid=facts.inside,
         one_id=not facts.as_root,
     )
     plan = {
@@ -153,7 +162,7 @@ def _filter(machine: str) -> bytes:
 def block_map(facts: HostFacts) -> list[list[int]]:
     """Lines of the user namespace's maps: (first id inside, first id of the host, count)."""
     if facts.as_root:
-        return [[0, facts.uid - INSIDE_UID, _BLOCK]]
+        return [[0, facts.uid - facts.inside, _BLOCK]]
     return [[0, facts.uid, 1]]
 
 

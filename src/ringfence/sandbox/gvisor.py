@@ -31,7 +31,8 @@ from ringfence.sandbox.enforce import STAGED
 from ringfence.sandbox.launcher import rehearse
 from ringfence.sandbox.profile import PATH, HostFacts, bare_plan
 from ringfence.sandbox.protocol import INSIDE_UID, Control, ControlState
-from ringfence.sandbox.staged import EnclosingBackend, Program
+from ringfence.sandbox.staged import EnclosingBackend
+from ringfence.sandbox.staging import Program
 
 _PATHS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MEND = "apt-get install runsc; on Debian bookworm: apt-get install -t bookworm-backports runsc"

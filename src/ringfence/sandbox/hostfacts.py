@@ -124,14 +124,17 @@ class UidLease:
         os.close(self.descriptor)
 
 
+MOST_SEATS = 16
+"""Agents of one sandbox (`max_agents`): a block has a uid for each, one after the other."""
+
 UID_LEASES = Path("/run/ringfence/uids")
 """One place a host and not one a state directory: two of those must not lend the same uid."""
 
 
 def lease_uid(uids: range, directory: Path = UID_LEASES) -> UidLease:
     """First uid of the range that no account has and nobody holds, by flock on a file of its own.
-    A range with a step lends blocks of that many ids; none touches what /etc/subuid lends to users,
-    who could become those ids.
+    A range with a step lends blocks of that many ids, of which those from the uid on are the seats'
+    of a shared sandbox; none touches what /etc/subuid lends to users, who could become those ids.
 
     Raises:
         UnavailableError: `sandbox-start-failed` when all are held.
@@ -140,7 +143,9 @@ def lease_uid(uids: range, directory: Path = UID_LEASES) -> UidLease:
     lent = subordinate_ids(Path("/etc/subuid"))
     for uid in uids:
         block = range(uid - uids.step + 1, uid + uids.step)
-        if _has_account(uid) or any(r.start < block.stop and block.start < r.stop for r in lent):
+        used = range(uid, uid + min(uids.step, MOST_SEATS))
+        subordinate = any(r.start < block.stop and block.start < r.stop for r in lent)
+        if subordinate or any(map(_has_account, used)):
             continue
         descriptor = os.open(directory / str(uid), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:

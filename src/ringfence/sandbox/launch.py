@@ -1,11 +1,13 @@
 """Runs outside the sandbox, standard library only: makes the place, becomes bubblewrap.
 
 Started by `launcher.py` with N, the descriptor of a control socket, as its one argument. Frames
-with descriptors come in, one goes out. Three phases:
+with descriptors come in, one goes out. Four phases:
 
 prepare  makes the namespaces and the mounts and hands descriptors of them out: they live through
          the descriptors that the worker holds. The process then waits for the first exec.
 attach   puts the workspace into a place that was prepared without one, see launch_attach.py.
+seat     makes the place of one agent in a place that several have, see launch_seat.py. The process
+         then waits as after prepare.
 exec     enters them (it may stand there already), gives up every privilege and becomes
          bubblewrap, which encloses.
 
@@ -204,7 +206,8 @@ def prepare(plan: Plan, descriptors: list[int]) -> tuple[Plan, list[int]]:
     tools = {target: _content(path) for path, target in plan["tools"].items()}
     stage = plan["stage"]
     mount("stage", stage, "tmpfs", MS_NOSUID | MS_NODEV, "size=16m,mode=0755")
-    _scratch(plan, uid)
+    scratch(plan, uid)
+    _mount_points(stage)
     # before the overlays, one of which has them below: what lies there may not change under it
     write_files(stage, {path: text.encode() for path, text in plan["files"].items()}, 0o644)
     fill(plan, trees, copying, "workspace")
@@ -315,7 +318,7 @@ def _overlay(stage: str, overlay: Plan) -> None:
 
 
 def _mask(stage: str, place: str, path: str, kind: str) -> None:
-    """Cover one path with what `_scratch` made for it. Mounted here rather than by each program's
+    """Cover one path with what `prepare` made for it. Mounted here rather than by each program's
     bubblewrap: a mount stays on its file when a folder above it is renamed, a path does not.
     """
     root = os.open(f"{stage}/{place}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -339,10 +342,11 @@ def _content(path: str) -> bytes:
         return file.read()
 
 
-def _scratch(plan: Plan, uid: int) -> None:
+def scratch(plan: Plan, uid: int) -> None:
+    """What the agent writes beside its workspace, all of one size; over what stands there."""
     stage = plan["stage"]
     scratch = f"{stage}/scratch"
-    os.mkdir(scratch)
+    os.makedirs(scratch, exist_ok=True)
     size = f"size={plan['disk_mb']}m,nr_inodes={max(4096, plan['disk_mb'] * 128)},mode=0755"
     mount("scratch", scratch, "tmpfs", MS_NOSUID | MS_NODEV, size)
     for name in ("upper", "work", "tmp", "home", "shm"):
@@ -351,10 +355,14 @@ def _scratch(plan: Plan, uid: int) -> None:
     flags = MS_NOSUID | MS_NODEV | (0 if plan["tmp_exec"] else MS_NOEXEC)
     for name in ("tmp", "home", "shm"):
         target = f"{stage}/{name}"
-        os.mkdir(target)
+        os.makedirs(target, exist_ok=True)
         mount(f"{scratch}/{name}", target, None, MS_BIND)
         mount("none", target, None, MS_REMOUNT | MS_BIND | flags)
-    for name in ("workspace", "lower", "nothing", "bundle"):
+
+
+def _mount_points(stage: str) -> None:
+    """Those that are not made with what is mounted there, and what covers."""
+    for name in ("workspace", "lower", "nothing", "bundle", "egress", "session"):
         os.mkdir(f"{stage}/{name}")
     os.mkdir(f"{stage}/shut", 0)
     for name, mode in (("masked", 0), ("blank", 0o444)):
@@ -462,8 +470,10 @@ def main() -> int:
             value, out = _later_phase("launch_attach").attach(plan, descriptors)
             send(control, value, out)
             return 0
-        if plan["phase"] == "prepare":
-            value, out = prepare(plan, descriptors)
+        if plan["phase"] in {"prepare", "seat"}:
+            seat = plan["phase"] == "seat"
+            make = _later_phase("launch_seat").seat if seat else prepare
+            value, out = make(plan, descriptors)
             send(control, value, out)
             for descriptor in out + descriptors:
                 os.close(descriptor)

@@ -51,8 +51,11 @@ def _run(plan: Plan, stdio: tuple[int, int, int], tell: int, seen: Plan) -> int:
     with open(pid_file) as file:
         sentry = int(file.read())
     differences = verify(sentry, seen["network"], plan)
-    if differences and not _ended(sentry):
+    if differences:
         raise OSError(errno.EPROTO, "gVisor is not what was asked for: " + differences[0])
+    # its first program waits at the gate: what ended by now was no program, however short
+    if _ended(sentry):
+        raise OSError(errno.EPROTO, "gVisor ended before its first program began")
     nothing = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     for descriptor in stdio:
         os.dup2(nothing, descriptor, inheritable=False)
@@ -68,9 +71,8 @@ def _ended(sentry: int) -> bool:
 
 
 def verify(sentry: int, network: str, plan: Plan, *, parent: int = 1) -> list[str]:
-    """What of sentry and gofer differs from what has to hold a sentry that was taken over. Nothing
-    that it says counts once the sentry has ended, which is for the caller to see. `parent` is whose
-    children both are.
+    """What of sentry and gofer differs from what has to hold a sentry that was taken over; that one
+    of them is gone is a difference. `parent` is whose children both are.
     """
     wrong = []
     processes = {"sentry": sentry, "gofer": _gofer(sentry, parent)}

@@ -39,7 +39,8 @@ from ringfence.sandbox.protocol import (
     ControlState,
     SandboxSpec,
 )
-from ringfence.sandbox.staged import Program, StagedBackend, StagedSandbox
+from ringfence.sandbox.staged import StagedSandbox, in_time
+from ringfence.sandbox.staging import Program, StagedBackend
 from ringfence.sandbox.stdio import SocketProcess
 
 _SETUP_SECONDS = 90.0
@@ -226,9 +227,10 @@ class MicrovmSandbox(StagedSandbox):
     async def stop(self) -> None:
         """See the protocol."""
         self._stopped = True
-        machine, self._machine = self._machine, None
-        if machine is not None:
-            await machine.close()
+        if self._machine is not None:
+            # forgotten when it is gone: who tries again must not find it ended
+            await in_time(self._machine.close())
+            self._machine = None
         if self._control is not None:
             self._control.close()
             self._control = None

@@ -9,17 +9,19 @@ from dataclasses import replace
 from typing import Any
 
 from ringfence.policy.compiled import Limits, SandboxProfile
+from ringfence.sandbox.bwrap_options import (
+    cover_options,
+    place_mounts,
+    program_mounts,
+    system_mounts,
+)
 from ringfence.sandbox.profile import (
     SECCOMP_FD,
     STATUS_FD,
     HostFacts,
     bare_plan,
-    cover_options,
-    place_mounts,
     prepare_plan,
-    program_mounts,
     source,
-    system_mounts,
 )
 from ringfence.sandbox.protocol import (
     INSIDE_CLAUDE,

@@ -1,8 +1,8 @@
 """Compiled rules and what the host has → the plan of a launch. PURE; golden files hold it.
 
 `prepare_plan` is carried out by `launch.py` before anything of the agent runs, `attach_plan`
-where a sandbox waited without a workspace, and `enclose_options` are bubblewrap's. All name paths
-of the stage, a file system that exists only in the sandbox's private mount namespace.
+where a sandbox waited without a workspace. Both name paths of the stage, a file system that
+exists only in the sandbox's private mount namespace; so do `bwrap_options`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from ringfence.errors import CallerError
 from ringfence.model import WorkspaceMode
 from ringfence.policy.compiled import SandboxProfile
 from ringfence.sandbox.protocol import (
-    INSIDE_CLAUDE,
-    INSIDE_EGRESS_DIR,
     INSIDE_HOME,
     INSIDE_PROXY_PORT,
     INSIDE_SESSION_FILES,
@@ -55,9 +53,6 @@ _ETC_FROM_HOST = (
     "localtime",
     "python3",
 )
-
-_PROC_MASKED_FILES = ("kcore", "keys", "key-users", "timer_list", "sched_debug", "kmsg", "kallsyms")
-_PROC_MASKED_DIRS = ("acpi", "scsi", "fs", "driver")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +92,7 @@ class HostFacts:
     """What was looked up on the host, so that planning stays pure.
 
     Attributes:
-        as_root: ringfence was started by root. uid: host uid of the sandbox.
+        as_root: ringfence was started by root. uid: host uid of the sandbox, `inside` there.
         links: root-level names that are links in the system shown, such as `bin` to `usr/bin`.
         image: what the system is, when it is not the host's own.
         existing: absolute host paths that exist, to whether each is a directory.
@@ -115,6 +110,7 @@ class HostFacts:
 
     as_root: bool
     uid: int
+    inside: int = INSIDE_UID
     tools: Tools
     links: Mapping[str, str] = field(default_factory=dict)
     existing: Mapping[str, bool] = field(default_factory=dict)
@@ -391,98 +387,12 @@ def source(
     }
 
 
-def enclose_options(
-    profile: SandboxProfile, facts: HostFacts, *, environment: Mapping[str, str], cwd: str
-) -> list[str]:
-    """Bubblewrap's options. Order is meaning: a later mount covers an earlier one."""
-    arguments = [
-        *("--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup"),
-        *("--disable-userns", "--uid", str(INSIDE_UID), "--gid", str(INSIDE_UID)),
-        *("--hostname", "sandbox", "--cap-drop", "ALL", "--clearenv"),
-        *("--die-with-parent", "--new-session"),
-        *("--seccomp", str(SECCOMP_FD), "--json-status-fd", str(STATUS_FD)),
-        *("--perms", "0755", "--size", str(1 << 20), "--tmpfs", "/"),
-        *system_mounts(facts),
-        *_proc(facts),
-        *place_mounts(profile, facts),
-        *cover_options(profile, facts),
-        *("--remount-ro", "/"),
-    ]
-    for name, value in environment.items():
-        arguments += ["--setenv", name, value]
-    return [*arguments, "--chdir", cwd]
-
-
-def system_mounts(facts: HostFacts) -> list[str]:
-    """The system's programs, and the synthetic /etc."""
-    return [*program_mounts(facts), "--ro-bind", f"{facts.stage}/etc", "/etc"]
-
-
-def program_mounts(facts: HostFacts) -> list[str]:
-    """The system's programs."""
-    arguments = []
-    for path, place in programs(facts):
-        arguments += ["--ro-bind", path, place]
-    for name in SYSTEM:
-        if name in facts.links:
-            arguments += ["--symlink", facts.links[name], f"/{name}"]
-    return arguments
-
-
 def programs(facts: HostFacts) -> tuple[tuple[str, str], ...]:
     """(path to mount, place inside) of the system's directories, /etc apart."""
     if facts.image is not None:
         return tuple((f"{facts.stage}/image/{one}", f"/{one}") for one in facts.image.directories)
     places = ["/usr", *(f"/{name}" for name in SYSTEM if f"/{name}" in facts.existing)]
     return tuple((place, place) for place in places)
-
-
-def _proc(facts: HostFacts) -> list[str]:
-    arguments = ["--proc", "/proc", "--ro-bind", "/proc/sys", "/proc/sys", "--dev", "/dev"]
-    for name in _PROC_MASKED_FILES:
-        if name in facts.proc_entries:
-            arguments += ["--ro-bind", "/dev/null", f"/proc/{name}"]
-    for name in _PROC_MASKED_DIRS:
-        if name in facts.proc_entries:
-            arguments += ["--tmpfs", f"/proc/{name}", "--remount-ro", f"/proc/{name}"]
-    return arguments
-
-
-def place_mounts(profile: SandboxProfile, facts: HostFacts) -> list[str]:
-    """Workspace, home, /tmp, and what the profile shows."""
-    workspace = "--ro-bind" if profile.workspace_mode is WorkspaceMode.READONLY else "--bind"
-    arguments = [
-        *("--bind", f"{facts.stage}/tmp", "/tmp", "--bind", f"{facts.stage}/tmp", "/var/tmp"),  # noqa: S108
-        *("--bind", f"{facts.stage}/shm", "/dev/shm"),  # noqa: S108
-        # bubblewrap's /dev is a tmpfs of the agent's own: without a size, and programs run from it
-        *("--remount-ro", "/dev"),
-        *("--bind", f"{facts.stage}/home", INSIDE_HOME),
-    ]
-    if facts.egress_dir is not None:
-        arguments += ["--ro-bind", f"{facts.stage}/egress", INSIDE_EGRESS_DIR]
-    if facts.claude is not None:
-        arguments += ["--ro-bind", f"{facts.stage}/claude", INSIDE_CLAUDE]
-    for name in facts.programs:
-        inside = str(PurePosixPath(INSIDE_CLAUDE).with_name(name))
-        arguments += ["--ro-bind", f"{facts.stage}/programs/{name}", inside]
-    for index, (path, writable) in enumerate(shown_paths(profile, facts)):
-        arguments += ["--bind" if writable else "--ro-bind", f"{facts.stage}/shown/{index}", path]
-    if facts.session_files is not None:
-        # after what the policy shows, which may be /mnt
-        arguments += ["--ro-bind", f"{facts.stage}/session", INSIDE_SESSION_FILES]
-    return [*arguments, workspace, f"{facts.stage}/workspace", INSIDE_WORKSPACE]
-
-
-def cover_options(profile: SandboxProfile, facts: HostFacts) -> list[str]:
-    """Bubblewrap's options for `system_covers`."""
-    arguments = []
-    for path, directory in system_covers(profile, facts):
-        if directory:
-            arguments += ["--perms", "0000", "--size", "4096", "--tmpfs", path]
-            arguments += ["--remount-ro", path]
-        else:
-            arguments += ["--ro-bind", f"{facts.stage}/masked", path]
-    return arguments
 
 
 def system_covers(profile: SandboxProfile, facts: HostFacts) -> tuple[tuple[str, bool], ...]:

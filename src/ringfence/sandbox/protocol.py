@@ -251,7 +251,9 @@ class Sandbox(Protocol):
         ...
 
     async def freeze(self) -> bool:
-        """Stop all processes where they stand; False when this host cannot, and they go on."""
+        """Stop all processes where they stand; False when this host cannot, and they go on. Those
+        of a ringfence that was killed meanwhile are dead within a second, as others are.
+        """
         ...
 
     async def thaw(self) -> None:
@@ -387,6 +389,17 @@ class Emulating(Protocol):
     @property
     def emulated(self) -> bool:
         """Whether they do on this host. Then it is no boundary against someone hostile."""
+        ...
+
+
+@runtime_checkable
+class Metered(Protocol):
+    """A sandbox whose memory this host keeps an account of."""
+
+    def memory(self) -> int | None:
+        """Bytes that it holds now and the kernel could not take back at once; None where nobody
+        counts. Blocks for a moment.
+        """
         ...
 
 

@@ -32,7 +32,8 @@ from ringfence.sandbox.runtime_profile import (
     runtime_options,
     runtime_plan,
 )
-from ringfence.sandbox.staged import EnclosingBackend, Program
+from ringfence.sandbox.staged import EnclosingBackend
+from ringfence.sandbox.staging import Program
 
 _PACKAGE = "@anthropic-ai/sandbox-runtime"
 _OLDEST, _OLDEST_NODE = (0, 0, 83), (22, 12, 0)

@@ -20,16 +20,14 @@ from typing import Any, NamedTuple
 
 from ringfence.model import WorkspaceMode
 from ringfence.policy.compiled import SandboxProfile
+from ringfence.sandbox.bwrap_options import cover_options, place_mounts, system_mounts
 from ringfence.sandbox.profile import (
     SECCOMP_FD,
     STATUS_FD,
     HostFacts,
-    cover_options,
-    place_mounts,
     prepare_plan,
     shown_paths,
     source,
-    system_mounts,
 )
 from ringfence.sandbox.protocol import (
     INSIDE_EGRESS_SOCKET,

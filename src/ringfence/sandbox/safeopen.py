@@ -11,7 +11,7 @@ import errno
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from ringfence.errors import AgentError, DeniedError
 
@@ -164,7 +164,7 @@ def walk(
     max_depth: int = 256,
     unlock: bool = False,
     shut: list[bytes] | None = None,
-) -> Iterator[tuple[bytes, os.stat_result]]:
+) -> Generator[tuple[bytes, os.stat_result], None, None]:
     """Every entry below a directory, depth first, sorted, without following links.
 
     Yields a directory before what lies in it. Holds one descriptor a level. What is deleted while

@@ -18,14 +18,15 @@ import functools
 import os
 import platform
 import socket
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, Self
 
 from ringfence.errors import CallerError, DeniedError, UnavailableError
 from ringfence.model import WorkspaceMode
-from ringfence.policy.compiled import Limits, SandboxProfile
+from ringfence.policy.compiled import SandboxProfile
 from ringfence.sandbox import cgroups, enforce, hostfacts, profile, seccomp
 from ringfence.sandbox.frames import send_frame
 from ringfence.sandbox.imageroot import HeldImage, hold
@@ -36,105 +37,24 @@ from ringfence.sandbox.protocol import (
     INSIDE_HOME,
     INSIDE_WORKSPACE,
     Changes,
-    Control,
     ControlState,
-    Enforcement,
     SandboxSpec,
     WaitingSpec,
 )
+from ringfence.sandbox.resident import resident
 from ringfence.sandbox.safeopen import (
     create_regular,
     make_directories,
     read_regular,
 )
+from ringfence.sandbox.seatplan import shared_plan
+from ringfence.sandbox.sharing import SharedSpec
+from ringfence.sandbox.staging import Program, StagedBackend
 from ringfence.sandbox.stdio import SocketProcess, hang_up
+from ringfence.sandbox.thawing import Watch
 
-
-class Program(NamedTuple):
-    """What is to run inside. `environment` is all of it."""
-
-    argv: Sequence[str]
-    environment: Mapping[str, str]
-    cwd: str
-
-
-class StagedBackend(ABC):
-    """`Backend` of the protocol, less what starts a sandbox in the place."""
-
-    words: ClassVar[Mapping[Control, Enforcement]] = enforce.STAGED
-    """What it does for each control; `HOW` of its module, which the docs are made of."""
-
-    def __init__(
-        self, *, state_dir: Path, uid_base: int = 2_000_000, uid_count: int = 65_536
-    ) -> None:
-        self._state_dir = state_dir
-        self._uids = range(uid_base, uid_base + uid_count)
-        self._spare = Spare()
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """As a policy names it."""
-
-    @abstractmethod
-    def check(self) -> None:
-        """Raise UnavailableError `isolation-unavailable` where it cannot run, tried and not
-        guessed.
-        """
-
-    def place(self, rules: SandboxProfile, facts: profile.HostFacts) -> dict[str, Any]:
-        """The plan of launch.py's first phase; what a technology needs beside it is added here."""
-        return profile.prepare_plan(rules, facts)
-
-    @property
-    def reads_programs(self) -> bool:
-        """Whether who encloses opens a program to run it: an execute-only file cannot be then."""
-        return False
-
-    @property
-    def from_images(self) -> bool:
-        """Whether an image can be the system. Where it cannot, a profile that names one is refused
-        by `probe`: its agent would find the host's files.
-        """
-        return False
-
-    @property
-    def needed_of_images(self) -> Sequence[str]:
-        """Files below an image's root without which no program can be started in it."""
-        return ()
-
-    def creators(self, facts: profile.HostFacts) -> list[int]:  # noqa: ARG002
-        """Host ids beside the sandbox's own that make files in the workspace's name: they give
-        each to its owner at once, and the mount has to know them.
-        """
-        return []
-
-    def host_limits(self, limits: Limits) -> Limits:
-        """What the control groups are set to: who encloses may need room beside the program."""
-        return limits
-
-    def probe(self, profile: SandboxProfile) -> Sequence[ControlState]:
-        """See the protocol."""
-        self.refuse_image(profile)
-        self.check()
-        return enforce.states(self.words, profile)
-
-    def refuse_image(self, profile: SandboxProfile) -> None:
-        """Raise UnavailableError `isolation-unavailable` where an image is asked for in vain."""
-        if profile.image is not None and not self.from_images:
-            raise UnavailableError(
-                "isolation-unavailable",
-                f"{self.name} cannot start from an image, and the policy names {profile.image}",
-                hint="isolation.backend: bubblewrap, container, gvisor or microvm",
-            )
-
-    def warm(self) -> None:
-        """See the protocol."""
-        self._spare.keep()
-
-    async def close(self) -> None:
-        """See the protocol."""
-        await self._spare.close()
+_END_SECONDS = 30.0
+"""For a program to end that was killed: the kernel takes its memory back meanwhile."""
 
 
 class StagedSandbox(ABC):
@@ -164,7 +84,9 @@ class StagedSandbox(ABC):
         self._processes: set[SocketProcess] = set()
         self._seccomp = os.memfd_create("seccomp", os.MFD_CLOEXEC)
         os.write(self._seccomp, seccomp.build(platform.machine()))
-        self._stopped = self._closed = False
+        self._stopped = self._closed = self._frozen = False
+        self._watch: Watch | None = None
+        self._freezing = threading.Lock()
 
     def _begun(self) -> None:
         # by the kernel's own clock, which stamps the workspace's files too
@@ -186,7 +108,8 @@ class StagedSandbox(ABC):
         held = [] if path is None else [open_workspace(path, state_dir)]
         lease = hostfacts.lease_uid(uids) if os.geteuid() == 0 else None
         groups = cgroups.Groups(hierarchy, spec.sandbox_id)
-        image = None
+        image = launcher = None
+        handles: list[int] = []
         try:
             image = await asyncio.to_thread(_hold_image, spec.profile, state_dir, backend)
             made = groups.make(backend.host_limits(spec.profile.limits))
@@ -204,26 +127,25 @@ class StagedSandbox(ABC):
             if path is not None:
                 facts = await look_at(facts, spec.profile, path, held[0])
             launcher = spare.take()
-            if isinstance(spec, WaitingSpec):
+            if isinstance(spec, SharedSpec):
+                plan = shared_plan(spec.profile, facts, spec.seats)
+            elif isinstance(spec, WaitingSpec):
                 plan = profile.prepare_plan(spec.profile, facts, waiting=spec.placeholders)
             else:
                 plan = backend.place(spec.profile, facts)
             plan["creators"] = backend.creators(facts)
             meanwhile = functools.partial(cgroups.sweep, hierarchy)
             handles = await prepare(launcher, plan, held, meanwhile)
+            sandbox = cls(
+                *(spec, facts, lease, groups, controls),
+                *(launcher, spare, handles, backend, image),
+            )
         except BaseException:
-            groups.remove()
-            if lease is not None:
-                lease.release()
-            if image is not None:
-                image.release()
+            await undo(launcher, handles, groups, lease, image)
             raise
         finally:
             for descriptor in held:
                 os.close(descriptor)
-        sandbox = cls(
-            spec, facts, lease, groups, controls, launcher, spare, handles, backend, image
-        )
         try:
             files = (spec.home_files if isinstance(spec, SandboxSpec) else None) or {}
             await sandbox.copy_in({f"{INSIDE_HOME}/{k}": v for k, v in files.items()})
@@ -395,24 +317,66 @@ class StagedSandbox(ABC):
 
     async def freeze(self) -> bool:
         """See the protocol."""
-        return await asyncio.to_thread(self._groups.freeze, frozen=True)
+        return await asyncio.to_thread(self._freeze)
+
+    def _freeze(self) -> bool:
+        with self._freezing:
+            if self._stopped:
+                return False  # a SIGKILL would wait for a thaw that has been
+            self._frozen = True
+            freezer = self._groups.freezer
+            if freezer is not None and self._watch is None:
+                self._watch = Watch(freezer)
+            stands = self._groups.freeze(frozen=True, given_up=lambda: self._stopped)
+            if not stands:
+                self._over()
+            return stands
 
     async def thaw(self) -> None:
         """See the protocol."""
-        await asyncio.to_thread(self._groups.freeze, frozen=False)
+        await asyncio.to_thread(self._thaw)
+
+    def _thaw(self) -> None:
+        with self._freezing:
+            try:
+                if self._stopped and self._frozen:
+                    # it never runs on: its workspace may be another's by now
+                    self._groups.end_frozen()
+                self._groups.freeze(frozen=False)
+            finally:
+                self._over()
+
+    def _over(self) -> None:
+        watch, self._watch, self._frozen = self._watch, None, False
+        if watch is not None:
+            watch.over()
+
+    def memory(self) -> int | None:
+        """See `Metered` of the protocol."""
+        counted = self._groups.working_set()
+        if counted is not None:
+            return counted
+        return resident(process.pid for process in list(self._processes)) or None
 
     async def stop(self) -> None:
-        """See the protocol."""
+        """See the protocol. Each of them is ended, whatever became of another.
+
+        Raises:
+            UnavailableError: `host-failed`: one does not end, as in a call that the kernel cannot
+                break off, or frozen for ever; it may be tried again.
+        """
         self._stopped = True
         with contextlib.suppress(OSError):
-            await self.thaw()
+            await asyncio.to_thread(self._thaw)
+        ends: list[Awaitable[None]] = [in_time(_end(process)) for process in self._processes]
         if self._ready is not None:
             launcher, self._ready = self._ready, None
-            await launcher.end()
-        for process in list(self._processes):
-            await process.kill()
-            await process.release()
+            ends.append(launcher.end())
+        failed = await asyncio.gather(*ends, return_exceptions=True)
         await asyncio.to_thread(self._groups.remove)
+        for error in failed:
+            if error is not None:
+                raise error
 
     async def changes(self) -> Changes:
         """See the protocol."""
@@ -473,6 +437,42 @@ class EnclosedSandbox(StagedSandbox):
         rules = self._spec.profile
         plan = self._backend.enclose(rules, self._facts, program)
         return await self.run(plan, enforce.rlimits(rules), merge_stderr=merge_stderr)
+
+
+async def _end(process: SocketProcess) -> None:
+    await process.kill()
+    await process.release()
+
+
+async def in_time(end: Awaitable[object]) -> None:
+    """Wait for the end of a process that was killed, and not for ever. Raises UnavailableError
+    `host-failed`.
+    """
+    try:
+        async with asyncio.timeout(_END_SECONDS):
+            await end
+    except TimeoutError:
+        raise UnavailableError("host-failed", "a process of the sandbox does not end") from None
+
+
+async def undo(
+    launcher: Launcher | None,
+    handles: Sequence[int],
+    groups: cgroups.Groups,
+    lease: hostfacts.UidLease | None,
+    image: HeldImage | None = None,
+) -> None:
+    """Give back what one had taken that came to nothing, at whichever step it broke off."""
+    for handle in handles:
+        os.close(handle)
+    try:
+        if launcher is not None:
+            await asyncio.shield(launcher.end())
+    finally:
+        groups.remove()
+        for one in (lease, image):
+            if one is not None:
+                one.release()
 
 
 def _hold_image(rules: SandboxProfile, state_dir: Path, backend: StagedBackend) -> HeldImage | None:

@@ -84,6 +84,8 @@ class Step(_Strict):
     )
     input_tokens: int | None = Field(default=None, ge=0, description="Usage to report.")
     output_tokens: int | None = Field(default=None, ge=0, description="Usage to report.")
+    cache_creation_input_tokens: int = Field(default=0, ge=0, description="Usage to report.")
+    cache_read_input_tokens: int = Field(default=0, ge=0, description="Usage to report.")
     result_contains: str | None = Field(
         default=None,
         description="A branch: goes on with `then` when a tool result of the turn before holds "
@@ -143,6 +145,17 @@ class Scene(_Strict):
         return value
 
 
+class Limits(_Strict):
+    """Limits that the simulated provider enforces; what is over gets a 429 with retry-after."""
+
+    requests: int | None = Field(default=None, ge=1, description="In a window.")
+    input_tokens: int | None = Field(default=None, ge=1, description="In a window.")
+    output_tokens: int | None = Field(default=None, ge=1, description="In a window.")
+    window_seconds: float = Field(
+        default=60, gt=0, le=3600, description="Shorter than the API's, for a test that ends."
+    )
+
+
 class Scenario(_Strict):
     """What a simulator plays: the first scene that matches the prompt, else `default`."""
 
@@ -150,6 +163,7 @@ class Scenario(_Strict):
     default: list[Step] = Field(
         default_factory=lambda: [Step(text="OK.")], description="For all other prompts."
     )
+    limits: Limits | None = Field(default=None, description="None: as much as anybody asks for.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -20,9 +21,14 @@ from starlette.routing import Route
 
 from ringfence.errors import CallerError
 from ringfence.simulator import wire
+from ringfence.simulator.clouds import Clouds, form_of, problem_of
+from ringfence.simulator.meter import Meter
 from ringfence.simulator.script import Scenario, Step, next_turn
 
 _MODELS = ("claude-opus-4-8", "claude-sonnet-5", "claude-haiku-4-5")
+
+
+_NEEDED = ("max_tokens", "messages")
 
 
 @dataclass
@@ -52,10 +58,18 @@ class _Faults:
 class _Api:
     """The routes, over what all requests share."""
 
-    def __init__(self, scenario: Scenario, requests: list[Recorded] | None) -> None:
+    def __init__(
+        self,
+        scenario: Scenario,
+        requests: list[Recorded] | None,
+        meter: Meter | None,
+        clouds: Clouds,
+    ) -> None:
         self._scenario = scenario
+        self._clouds = clouds
         self._requests = requests
         self._faults = _Faults()
+        self.meter = meter
 
     async def messages(self, request: Request) -> Response:
         body = await self._body(request)
@@ -63,13 +77,30 @@ class _Api:
         problem = problem or wire.problem(body or {}, ("model", "max_tokens", "messages"))
         if body is None or problem is not None:
             return _refusal(400, problem or "")
+        return await self._played(body, request.headers.get("x-claude-code-session-id", ""))
+
+    async def _played(self, body: dict[str, Any], session: str) -> Response:
+        """An answer to a body that is whole."""
         seed = _seed(body)
         try:
-            step = self._step(body, seed, request.headers.get("x-claude-code-session-id", ""))
+            step = self._step(body, seed, session)
         except CallerError as error:
             return _refusal(400, error.message)
+        usage = wire.usage(step, body, wire.content_blocks(step, seed))
+        wait = 0.0 if self.meter is None else self.meter.take(usage, time.monotonic())
+        if wait > 0:
+            return self._limited(_fault(Step(error=429, retry_after=wait), 429, seed))
         if step.delay:
             await asyncio.sleep(step.delay)
+        return self._limited(self._answer(step, body, seed))
+
+    def _limited(self, response: Response) -> Response:
+        """What the provider's own count says, over what an answer says without one."""
+        if self.meter is not None:
+            response.headers.update(self.meter.headers(time.monotonic()))
+        return response
+
+    def _answer(self, step: Step, body: dict[str, Any], seed: str) -> Response:
         if step.error is not None:
             return _fault(step, step.error, seed)
         if body.get("stream") is True:
@@ -97,6 +128,9 @@ class _Api:
         problem = wire.problem(body or {}, ("model", "messages"))
         if body is None or problem is not None:
             return _refusal(400, problem or "the body is no JSON object")
+        return self._counted(body)
+
+    def _counted(self, body: dict[str, Any]) -> Response:
         headers = wire.headers(Step(text=""), _seed(body), 200, _reset())
         return JSONResponse({"input_tokens": wire.count_tokens(body)}, headers=headers)
 
@@ -114,9 +148,23 @@ class _Api:
     async def hello(self, _: Request) -> Response:
         return Response(status_code=200)
 
-    async def missing(self, request: Request) -> Response:
-        await self._body(request)
-        return _refusal(404, request.url.path)
+    async def elsewhere(self, request: Request) -> Response:
+        """A cloud's form of the API, or nothing."""
+        body = await self._body(request) or {}
+        path = request.scope["raw_path"].decode("ascii").partition("?")[0]
+        form = form_of(path, body) if request.method == "POST" else None
+        if form is None:
+            return _refusal(404, request.url.path)
+        refused = problem_of(request, await request.body(), self._clouds)
+        if refused is not None:
+            return refused
+        if isinstance(form, Response):
+            return form
+        problem = wire.problem(form.body, ("messages",) if form.counts else _NEEDED)
+        if problem is not None:
+            return form.answer(_refusal(400, problem))
+        answer = self._counted(form.body) if form.counts else await self._played(form.body, "")
+        return form.answer(answer)
 
     async def _body(self, request: Request) -> dict[str, Any] | None:
         raw = await request.body()
@@ -131,9 +179,18 @@ class _Api:
         return body
 
 
-def application(scenario: Scenario, requests: list[Recorded] | None = None) -> Starlette:
-    """The API. With `requests`, everything that arrives is kept there."""
-    api = _Api(scenario, requests)
+def application(
+    scenario: Scenario,
+    requests: list[Recorded] | None = None,
+    meter: Meter | None = None,
+    clouds: Clouds | None = None,
+) -> Starlette:
+    """The API. With `requests`, everything that arrives is kept there; `clouds` has who may ask in
+    the forms of clouds, where that is checked.
+    """
+    if meter is None and scenario.limits is not None:
+        meter = Meter(scenario.limits, time.monotonic())
+    api = _Api(scenario, requests, meter, clouds or Clouds())
     methods = ["GET", "POST", "PUT", "DELETE", "PATCH", "HEAD"]
     return Starlette(
         routes=[
@@ -142,7 +199,7 @@ def application(scenario: Scenario, requests: list[Recorded] | None = None) -> S
             Route("/v1/models", api.models),
             Route("/v1/models/{name}", api.model),
             Route("/api/hello", api.hello, methods=["GET", "HEAD"]),
-            Route("/{path:path}", api.missing, methods=methods),
+            Route("/{path:path}", api.elsewhere, methods=methods),
         ]
     )
 
@@ -214,9 +271,12 @@ def server(app: Any, **where: Any) -> uvicorn.Server:
 class Simulator:
     """On a loopback port of its own, in a thread: `with Simulator() as s: s.base_url`."""
 
-    def __init__(self, scenario: Scenario | None = None) -> None:
+    def __init__(self, scenario: Scenario | None = None, clouds: Clouds | None = None) -> None:
         self.requests: list[Recorded] = []
-        self._server = server(application(scenario or Scenario(), self.requests))
+        played = scenario or Scenario()
+        limits = played.limits
+        self._meter = None if limits is None else Meter(limits, time.monotonic())
+        self._server = server(application(played, self.requests, self._meter, clouds))
         self._listener = socket.socket()
         self._listener.bind(("127.0.0.1", 0))
         self._listener.listen(256)
@@ -229,6 +289,11 @@ class Simulator:
     def base_url(self) -> str:
         """`http://127.0.0.1:PORT`."""
         return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    @property
+    def refused(self) -> int:
+        """How many requests were over the scenario's limits."""
+        return 0 if self._meter is None else self._meter.refused
 
     def __enter__(self) -> Self:
         """Start; the listener takes connections at once."""

@@ -118,8 +118,8 @@ def usage(step: Step, body: dict[str, Any], blocks: Sequence[dict[str, Any]]) ->
     return {
         "input_tokens": step.input_tokens if step.input_tokens is not None else count_tokens(body),
         "output_tokens": step.output_tokens if step.output_tokens is not None else out,
-        "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": 0,
+        "cache_creation_input_tokens": step.cache_creation_input_tokens,
+        "cache_read_input_tokens": step.cache_read_input_tokens,
     }
 
 

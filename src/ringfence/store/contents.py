@@ -21,6 +21,7 @@ from typing import BinaryIO, Self
 from ringfence.errors import UnavailableError, words
 
 _PART = ".part-"
+_MARK = ".place-"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,6 +134,20 @@ class Contents:
         with contextlib.suppress(OSError):
             (self._root / _name(found.tenant) / found.name).unlink(missing_ok=True)
 
+    def mark(self, name: str) -> None:
+        """Leave a sign in the directory itself, by which it is known again. Raises
+        UnavailableError `store-unavailable`.
+        """
+        with _clear(self._root):
+            # it may be the operator's own directory, a link or shared by a group
+            _made(self._root)
+            (self._root / f"{_MARK}{_name(name)}").touch(mode=0o600)
+            _sync(self._root)
+
+    def marked(self, name: str) -> bool:
+        """Whether it is there."""
+        return (self._root / f"{_MARK}{_name(name)}").is_file()
+
     def every(self, now: float) -> Iterator[Found]:
         """All that is there. `now`: seconds since 1970, the clock of the files' times."""
         with contextlib.suppress(FileNotFoundError):
@@ -175,13 +190,18 @@ def _clear(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _private(directory: Path) -> None:
-    """Make it 0700. It may lie on a network file system: there are no locks in it, and several
-    gateways and workers share it so.
+def _made(directory: Path) -> None:
+    """Make it 0700, unless it is there. It may lie on a network file system: there are no locks in
+    it, and several gateways and workers share it so.
     """
     for missing in reversed([directory, *directory.parents]):
         if not missing.exists():
             missing.mkdir(mode=0o700, exist_ok=True)
+
+
+def _private(directory: Path) -> None:
+    """Make it 0700, and take none that others may write to."""
+    _made(directory)
     status = directory.stat(follow_symlinks=False)
     if not stat.S_ISDIR(status.st_mode) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise OSError(errno.EPERM, "others may write to it", str(directory))

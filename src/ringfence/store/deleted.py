@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, delete, insert, select, update
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Text,
+    delete,
+    insert,
+    literal,
+    select,
+    tuple_,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ringfence.store.sessions import SessionRow
@@ -26,6 +36,17 @@ class Deleted:
     deleted_at: int
 
 
+Place = tuple[int, str]
+"""Of one among them: when it was deleted, and its session's id."""
+
+FIRST: Place = (-1, "")
+
+
+def behind(found: Sequence[Deleted], limit: int) -> Place:
+    """Where the next look begins: behind a full page, and in front again after the last one."""
+    return (found[-1].deleted_at, found[-1].session_id) if len(found) == limit else FIRST
+
+
 async def note(connection: AsyncConnection, row: SessionRow, moment: int) -> None:
     """In the transaction that deletes the session."""
     await connection.execute(
@@ -39,21 +60,27 @@ async def note(connection: AsyncConnection, row: SessionRow, moment: int) -> Non
     )
 
 
-async def with_transcript(connection: AsyncConnection, limit: int) -> Sequence[Deleted]:
-    """Those whose transcript is to be removed, the earliest first."""
-    return await _some(connection, TABLE.c.transcript.is_not(None), limit)
+async def with_transcript(
+    connection: AsyncConnection, limit: int, after: Place = FIRST
+) -> Sequence[Deleted]:
+    """Those whose transcript is to be removed, the earliest behind a place first."""
+    return await _some(connection, TABLE.c.transcript.is_not(None), limit, after)
 
 
-async def with_snapshots(connection: AsyncConnection, before: int, limit: int) -> Sequence[Deleted]:
+async def with_snapshots(
+    connection: AsyncConnection, before: int, limit: int, after: Place = FIRST
+) -> Sequence[Deleted]:
     """Those deleted before a moment, in microseconds, that may have left snapshots."""
-    return await _some(connection, TABLE.c.snapshots & (TABLE.c.deleted_at < before), limit)
+    return await _some(connection, TABLE.c.snapshots & (TABLE.c.deleted_at < before), limit, after)
 
 
 async def _some(
-    connection: AsyncConnection, which: ColumnElement[bool], limit: int
+    connection: AsyncConnection, which: ColumnElement[bool], limit: int, after: Place
 ) -> Sequence[Deleted]:
     order = (TABLE.c.deleted_at, TABLE.c.session_id)
-    found = await connection.execute(select(TABLE).where(which).order_by(*order).limit(limit))
+    seen = tuple_(literal(after[0], BigInteger), literal(after[1], Text))
+    query = select(TABLE).where(which, tuple_(*order) > seen)
+    found = await connection.execute(query.order_by(*order).limit(limit))
     return [Deleted(**row._mapping) for row in found]  # noqa: SLF001  SQLAlchemy's public name
 
 

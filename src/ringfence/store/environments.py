@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import Select, delete, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from ringfence.store import slo
 from ringfence.store.paging import Page, paged, portion
 from ringfence.store.tables import ENVIRONMENTS
 
@@ -79,7 +80,8 @@ async def archive(connection: AsyncConnection, tenant: str, identity: str, momen
 
 
 async def remove(connection: AsyncConnection, tenant: str, identity: str) -> bool:
-    """Forget it; whether there was one."""
+    """Forget it, with what was counted of its runs; whether there was one."""
+    await slo.remove(connection, tenant, identity)
     table = ENVIRONMENTS.c
     done = await connection.execute(
         delete(ENVIRONMENTS).where(table.tenant_id == tenant, table.id == identity)

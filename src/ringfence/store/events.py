@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import Select, Text, cast, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from ringfence.store.paging import weighed
 from ringfence.store.tables import EVENTS as TABLE
 
 
@@ -185,19 +186,44 @@ async def named(
 
 
 async def beyond(
-    connection: AsyncConnection, tenant: str, session: str, position: int, limit: int
+    connection: AsyncConnection,
+    tenant: str,
+    session: str,
+    position: int,
+    *,
+    limit: int,
+    most_bytes: int,
 ) -> Sequence[EventRow]:
-    """What follows a position, in order."""
-    query = _query(tenant, session).where(TABLE.c.position > position)
-    return await _read(connection, query.order_by(TABLE.c.position).limit(limit))
+    """What follows a position, in order; bounds as of `page`."""
+    wanted = EventPage(limit=limit, beyond=position)
+    return (await page(connection, tenant, session, wanted, most_bytes))[0]
 
 
 async def page(
-    connection: AsyncConnection, tenant: str, session: str, wanted: EventPage
-) -> Sequence[EventRow]:
-    """One page in the order of positions; one more than the limit when there is."""
+    connection: AsyncConnection, tenant: str, session: str, wanted: EventPage, most_bytes: int
+) -> tuple[Sequence[EventRow], bool]:
+    """One page in the order of positions, and whether more follow.
+
+    It ends early, after at least one event, where the bodies come to `most_bytes` (characters, as
+    both databases count them). They are weighed before one of them is read: a thousand of a
+    megabyte would be in memory together otherwise, however few of them are shown.
+    """
+    position, size = TABLE.c.position, func.length(cast(TABLE.c.body, Text))
+    weights = _paged(select(position, size), tenant, session, wanted)
+    found = [(int(place), int(weight)) for place, weight in await connection.execute(weights)]
+    count = weighed([weight for _, weight in found], wanted.limit, most_bytes)
+    if not count:
+        return [], False
+    places = [place for place, _ in found[:count]]
+    order = position if wanted.ascending else position.desc()
+    query = _query(tenant, session).where(position.in_(places))
+    return await _read(connection, query.order_by(order)), len(found) > count
+
+
+def _paged(query: Select[Any], tenant: str, session: str, wanted: EventPage) -> Select[Any]:
+    """Held to a session and a page, and one row more."""
     position, moment = TABLE.c.position, TABLE.c.processed_at
-    query = _query(tenant, session)
+    query = query.where(TABLE.c.tenant_id == tenant, TABLE.c.session_id == session)
     if wanted.beyond is not None:
         up = wanted.ascending
         query = query.where(position > wanted.beyond if up else position < wanted.beyond)
@@ -211,4 +237,4 @@ async def page(
     )
     query = query.where(*(holds(value) for value, holds in bounds if value is not None))
     order = position if wanted.ascending else position.desc()
-    return await _read(connection, query.order_by(order).limit(wanted.limit + 1))
+    return query.order_by(order).limit(wanted.limit + 1)

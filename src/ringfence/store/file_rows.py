@@ -112,6 +112,19 @@ async def used(connection: AsyncConnection, tenant: str, *, lock: bool = False) 
     return int((await connection.execute(query)).scalar_one())
 
 
+async def made_before(
+    connection: AsyncConnection, tenant: str, scope: str, filename: str, sha256: str
+) -> bool:
+    """Whether a session has made a file of this name with this content."""
+    query = select(FILES.c.id).where(
+        FILES.c.tenant_id == tenant,
+        FILES.c.scope_id == scope,
+        FILES.c.filename == filename,
+        FILES.c.sha256 == sha256,
+    )
+    return (await connection.execute(query.limit(1))).first() is not None
+
+
 async def remove(connection: AsyncConnection, tenant: str, identity: str) -> bool:
     """Forget it; whether there was one."""
     done = await connection.execute(

@@ -54,6 +54,15 @@ async def tenant_id(connection: AsyncConnection, name: str) -> str | None:
     return None if found is None else str(found)
 
 
+async def tenant_called(connection: AsyncConnection, text: str) -> str | None:
+    """The id of the tenant that has this name, or else this id."""
+    tenant = TENANTS.c
+    query = select(tenant.id).where((tenant.name == text) | (tenant.id == text))
+    # a name could be another's id
+    found = (await connection.execute(query.order_by(tenant.name != text).limit(1))).scalar()
+    return None if found is None else str(found)
+
+
 def _query() -> Select[Any]:
     key = API_KEYS.c
     return select(

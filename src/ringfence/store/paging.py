@@ -46,6 +46,18 @@ def paged(query: Select[Any], table: Table, tenant: str, page: Page) -> Select[A
     return query.order_by(created.desc(), identity.desc()).limit(page.limit + 1)
 
 
+def weighed(sizes: Sequence[int], limit: int, most_bytes: int) -> int:
+    """How many rows of a page are read: at most `limit`, at least one, and none behind the one with
+    which their sizes come to `most_bytes`.
+    """
+    total = 0
+    for count, size in enumerate(sizes[:limit], 1):
+        total += size
+        if total >= most_bytes:
+            return count
+    return min(len(sizes), limit)
+
+
 async def portion(
     connection: AsyncConnection,
     query: Select[Any],

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import Select, and_, delete, false, insert, or_, select, update
+from sqlalchemy import (
+    BigInteger,
+    Select,
+    Text,
+    cast,
+    delete,
+    false,
+    func,
+    insert,
+    literal,
+    select,
+    tuple_,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ringfence.model import RunStatus, SessionStatus
-from ringfence.store.paging import Page
-from ringfence.store.tables import EVENTS, TURNS
+from ringfence.store.paging import Page, weighed
+from ringfence.store.tables import AT_WORK, EVENTS, LIVE_SANDBOXES, SESSION_OUTPUTS, TURNS
 from ringfence.store.tables import SESSIONS as TABLE
 
 
@@ -45,6 +58,11 @@ class SessionRow:
     created_at: int
     updated_at: int
     archived_at: int | None
+    wakes_at: int | None = None
+    priority: int = 3
+    began_at: int | None = None
+    held_at: int | None = None
+    trace: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +85,17 @@ class SessionPage:
     nothing: bool = False
 
 
+class Handed(NamedTuple):
+    """What the queue is told of a session's turn."""
+
+    tenant: str
+    session: str
+    turn: int
+    priority: int
+
+
 _NAMES = tuple(field.name for field in fields(SessionRow))
+_HANDED = (TABLE.c.tenant_id, TABLE.c.id, TABLE.c.turn, TABLE.c.priority)
 
 
 def _query() -> Select[Any]:
@@ -111,7 +139,7 @@ async def change(connection: AsyncConnection, row: SessionRow, values: Mapping[s
 
 async def remove(connection: AsyncConnection, row: SessionRow) -> None:
     """Forget a locked one, with all that was said in it."""
-    for table in (EVENTS, TURNS):
+    for table in (EVENTS, TURNS, LIVE_SANDBOXES, SESSION_OUTPUTS):
         await connection.execute(
             delete(table).where(table.c.tenant_id == row.tenant_id, table.c.session_id == row.id)
         )
@@ -120,25 +148,42 @@ async def remove(connection: AsyncConnection, row: SessionRow) -> None:
     )
 
 
+_LARGE = ("agent", "resources", "pending")
+"""Columns whose size is the caller's or the agent's; the others are bounded by their shapes."""
+
+
 async def page(
-    connection: AsyncConnection, tenant: str, wanted: SessionPage
-) -> Sequence[SessionRow]:
-    """Newest first unless asked otherwise; one more than the limit when there is."""
+    connection: AsyncConnection, tenant: str, wanted: SessionPage, most_bytes: int
+) -> tuple[Sequence[SessionRow], tuple[int, str] | None]:
+    """Newest first unless asked otherwise; and creation time and id behind which more follow. The
+    page ends early where its rows come to `most_bytes`; they are weighed before they are read, as
+    events are.
+    """
+    agent, *others = (func.length(cast(TABLE.c[name], Text)) for name in _LARGE)
+    weights = select(TABLE.c.created_at, TABLE.c.id, sum(others, start=agent))
+    found = list(await connection.execute(_paged(weights, tenant, wanted)))
+    count = weighed([int(weight) for *_, weight in found], wanted.page.limit, most_bytes)
+    names = [name for _, name, _ in found[:count]]
+    query = _query().where(TABLE.c.tenant_id == tenant, TABLE.c.id.in_(names))
+    # one that was deleted in between is passed over; the next page begins behind it all the same
+    rows = {row.id: row for row in map(_row, await connection.execute(query))}
+    last = (int(found[count - 1][0]), names[-1]) if len(found) > count else None
+    return [rows[name] for name in names if name in rows], last
+
+
+def _paged(query: Select[Any], tenant: str, wanted: SessionPage) -> Select[Any]:
+    """Held to a tenant and a page, and one row more."""
     created, identity, page = TABLE.c.created_at, TABLE.c.id, wanted.page
-    query = _query().where(TABLE.c.tenant_id == tenant, *_filters(wanted))
+    query = query.where(TABLE.c.tenant_id == tenant, *_filters(wanted))
     if page.after is not None:
         moment, last = page.after
-        up = wanted.ascending
-        query = query.where(
-            or_(
-                created > moment if up else created < moment,
-                and_(created == moment, identity > last if up else identity < last),
-            )
-        )
+        # one comparison of the index's own columns: it begins there, however far down that is
+        place = tuple_(created, identity)
+        seen = tuple_(literal(moment, BigInteger), literal(last, Text))
+        query = query.where(place > seen if wanted.ascending else place < seen)
     columns = (created, identity)
     order = columns if wanted.ascending else [column.desc() for column in columns]
-    rows = await connection.execute(query.order_by(*order).limit(page.limit + 1))
-    return [_row(row) for row in rows]
+    return query.order_by(*order).limit(page.limit + 1)
 
 
 def _filters(wanted: SessionPage) -> list[Any]:
@@ -159,7 +204,10 @@ def _filters(wanted: SessionPage) -> list[Any]:
             found.append(TABLE.c.agent_version == wanted.agent_version)
     if wanted.nothing:
         found.append(false())
-    if wanted.statuses:
+    if len(wanted.statuses) == 1:
+        # as an equality the index keeps the order behind it, too
+        found.append(TABLE.c.status == wanted.statuses[0])
+    elif wanted.statuses:
         found.append(TABLE.c.status.in_(wanted.statuses))
     return found
 
@@ -179,17 +227,11 @@ async def heads(connection: AsyncConnection, identities: Sequence[str]) -> dict[
     return {row.id: row.position for row in found}
 
 
-async def unqueued(
-    connection: AsyncConnection, before: int, limit: int
-) -> Sequence[tuple[str, str, int]]:
-    """Tenant, session and turn of what waits for the queue since before a moment, oldest first."""
-    query = (
-        select(TABLE.c.tenant_id, TABLE.c.id, TABLE.c.turn)
-        .where(TABLE.c.unqueued_at < before)
-        .order_by(TABLE.c.unqueued_at)
-        .limit(limit)
-    )
-    return [(tenant, session, turn) for tenant, session, turn in await connection.execute(query)]
+async def unqueued(connection: AsyncConnection, before: int, limit: int) -> Sequence[Handed]:
+    """What waits for the queue since before a moment, oldest first."""
+    query = select(*_HANDED).where(TABLE.c.unqueued_at < before)
+    found = await connection.execute(query.order_by(TABLE.c.unqueued_at).limit(limit))
+    return [Handed(*row) for row in found]
 
 
 async def queued(connection: AsyncConnection, session: str, turn: int) -> None:
@@ -197,6 +239,31 @@ async def queued(connection: AsyncConnection, session: str, turn: int) -> None:
     await connection.execute(
         update(TABLE).where(TABLE.c.id == session, TABLE.c.turn == turn).values(unqueued_at=None)
     )
+
+
+async def overdue(
+    connection: AsyncConnection, moment: int, limit: int
+) -> Sequence[tuple[str, str]]:
+    """Tenant and id of sessions that go on by themselves at a moment or before, earliest first."""
+    query = select(TABLE.c.tenant_id, TABLE.c.id).where(TABLE.c.wakes_at <= moment)
+    found = await connection.execute(query.order_by(TABLE.c.wakes_at).limit(limit))
+    return [(tenant, session) for tenant, session in found]
+
+
+async def at_work(
+    connection: AsyncConnection, before: int, after: str, limit: int
+) -> Sequence[Handed]:
+    """What the queue was handed and that nobody has written to since before a moment; in the order
+    of ids, from behind `after`.
+    """
+    query = (
+        select(*_HANDED)
+        .where(AT_WORK, TABLE.c.id > after, TABLE.c.unqueued_at.is_(None))
+        .where(TABLE.c.updated_at < before)
+        .order_by(TABLE.c.id)
+        .limit(limit)
+    )
+    return [Handed(*row) for row in await connection.execute(query)]
 
 
 async def add_end(

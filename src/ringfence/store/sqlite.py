@@ -7,6 +7,7 @@ there would corrupt the file without notice, so such a place is refused.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -40,8 +41,7 @@ def open_database(path: Path, migrations: str, *, timeout: float = 10.0) -> sqli
     """
     try:
         make_private_directory(path.parent)
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        os.close(descriptor)
+        make_private_file(path)
         connection = sqlite3.connect(
             path, timeout=timeout, isolation_level=None, check_same_thread=False
         )
@@ -58,6 +58,25 @@ def open_database(path: Path, migrations: str, *, timeout: float = 10.0) -> sqli
         connection.close()
         raise _unavailable(path, words(error)) from None
     return connection
+
+
+def make_private_file(path: Path) -> None:
+    """Make a database's file 0600; one that is there is only looked at, and never opened.
+
+    To close any descriptor of a file takes away all locks that this process has on it, those of
+    its connections, too (fcntl(2); sqlite.org/howtocorrupt.html, 2.2). Without them the next
+    process to leave thinks that it is the last and deletes the write-ahead file, and what is
+    committed here afterwards is lost.
+
+    Raises:
+        OSError: when it is a link or no file, or cannot be made.
+    """
+    try:
+        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+        os.close(os.open(path, flags, 0o600))
+    except FileExistsError:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise OSError(errno.ELOOP, "it is a link, or no file", str(path)) from None
 
 
 @contextlib.contextmanager

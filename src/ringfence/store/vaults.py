@@ -262,6 +262,12 @@ async def key_in_use(connection: AsyncConnection, offered: str, moment: int) -> 
     return str((await connection.execute(query)).scalar_one())
 
 
+async def key_named(connection: AsyncConnection) -> str | None:
+    """The deployment's key by name; None before anything was sealed."""
+    found = (await connection.execute(select(VAULT_KEYS.c.key_id))).scalar()
+    return None if found is None else str(found)
+
+
 async def use_key(connection: AsyncConnection, key_id: str, moment: int) -> int:
     """Seal to another key from now on; how many values of all tenants are sealed to others."""
     await connection.execute(delete(VAULT_KEYS))

@@ -23,7 +23,7 @@ _SECONDS = 60.0
 
 
 class QueueClauses:
-    """What all clauses stand on. Override `engine` and `outcome`.
+    """What all clauses stand on. Override `engine`.
 
     Attributes:
         patience: how many times longer the engine may take than an embedded one.
@@ -33,6 +33,7 @@ class QueueClauses:
         in_order: whether priorities are kept exactly; else on the whole.
         counts: whether `stats` can tell what waits from what is put off or runs, at once.
         crash_points: those that the engine can tell of.
+        many: runs that it may have waiting at once.
     """
 
     patience = 1.0
@@ -43,15 +44,12 @@ class QueueClauses:
     in_order = True
     counts = True
     crash_points: frozenset[CrashPoint] = frozenset(CrashPoint)
+    many = 100_000
 
     @pytest.fixture
     def engine(self, tmp_path: Path) -> Engine:
         """The engine under test, empty."""
         raise NotImplementedError("a subclass names the engine")
-
-    async def outcome(self, queue: Queue, run_id: str) -> RunStatus | None:
-        """How the engine says that a run ended; None while it has not."""
-        raise NotImplementedError("a subclass knows where its engine tells this")
 
     def run(self, work: Awaitable[None]) -> None:
         """Run a clause under a time limit of its own."""
@@ -115,7 +113,7 @@ class QueueClauses:
         ends: list[RunStatus] = []
 
         async def ended() -> bool:
-            status = await self.outcome(queue, run_id)
+            status = await queue.outcome(run_id)
             ends.extend([status] if status is not None else [])
             return bool(ends)
 

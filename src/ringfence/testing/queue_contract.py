@@ -1,16 +1,12 @@
 """The contract of a queue, one test a clause; every engine passes it unchanged.
 
-Subclass `QueueContract`, give it an `engine` fixture and `outcome`, and pytest collects the clauses.
-`TenantLimits` beside it is for engines that hold a tenant's concurrency by themselves; with others
-the shared limiter does, and a handler that is refused a slot raises `RetryAfter`.
+Subclass `QueueContract`, give it an `engine` fixture, and pytest collects the clauses.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
-from typing import Protocol
 
 import pytest
 
@@ -18,10 +14,11 @@ from ringfence.errors import CallerError
 from ringfence.model import RunStatus
 from ringfence.queue.protocol import Lease, Queue, RetryAfter
 from ringfence.testing.queue_base import QueueClauses, Seen
+from ringfence.testing.queue_limits import LimitClauses
 from ringfence.testing.queue_worker import Engine
 from ringfence.testing.queue_workers import CrashClauses, WorkerClauses
 
-__all__ = ["Engine", "QueueContract", "TenantLimits"]
+__all__ = ["Engine", "LimitClauses", "QueueContract"]
 
 
 class _SubmitClauses(QueueClauses):
@@ -63,7 +60,7 @@ class _SubmitClauses(QueueClauses):
                     await queue.submit(run_id, tenant=tenant, priority=priority)
                 assert refused.value.code == "usage"
                 if run_id:
-                    assert await self.outcome(queue, run_id) is None
+                    assert await queue.outcome(run_id) is None
 
         self.run(work())
 
@@ -346,68 +343,53 @@ class _CancelClauses(QueueClauses):
         self.run(work())
 
 
-class QueueContract(
-    _SubmitClauses, _OrderClauses, _FailureClauses, _CancelClauses, WorkerClauses, CrashClauses
-):
-    """All clauses. Override `engine` and `outcome`."""
-
-
-class _Limited(Queue, Protocol):
-    async def limit(self, tenant: str, runs: int | None) -> None:
-        """Let workers hold so many runs of a tenant at once."""
-
-
-class TenantLimits(QueueClauses):
-    """Clauses of an engine whose queue has `limit(tenant, runs)`."""
-
-    def limited(self, queue: Queue) -> _Limited:
-        """The queue under test, with its `limit`."""
-        return queue  # type: ignore[return-value]
-
-    def test_a_tenant_has_so_many_runs_at_once(self, engine: Engine) -> None:
-        """Over all workers, as many as it may and no more; another tenant is not held up."""
+class _StormClauses(QueueClauses):
+    @pytest.mark.storm
+    @pytest.mark.timeout(3_600)
+    def test_as_many_wait_as_there_may(self, engine: Engine) -> None:
+        """Each is handled once, by one of two workers; who comes last is not served last."""
+        late = 10
+        left = self.many + late
 
         async def work() -> None:
-            one, two = Seen(seconds=0.1), Seen(seconds=0.1)
+            over = asyncio.Event()
+
+            async def play(_: Lease) -> RunStatus:
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    over.set()
+                return RunStatus.SUCCEEDED
+
+            one, two = Seen(play), Seen(play)
             async with self.opened(engine) as queue, self.opened(engine) as other:
-                await self.limited(queue).limit("a", 1)
-                await asyncio.gather(*(queue.submit(f"a{n}", tenant="a") for n in range(6)))
-                async with self.working(queue, one, slots=8), self.working(other, two, slots=8):
-                    await self.until(lambda: one.starts or two.starts, "a start")
-                    await queue.submit("b", tenant="b")
-                    assert await self.until_ended(queue, "b") is RunStatus.SUCCEEDED
-                    assert (await queue.stats()).depth > 0
-                    for number in range(6):
-                        await self.until_ended(queue, f"a{number}")
-            times = sorted(
-                at
+                for first in range(0, self.many, 100):
+                    some = range(first, min(self.many, first + 100))
+                    await asyncio.gather(*(queue.submit(f"a{n}", tenant="a") for n in some))
+                await asyncio.gather(*(queue.submit(f"b{n}", tenant="b") for n in range(late)))
+                async with self.working(queue, one), self.working(other, two):
+                    await over.wait()
+                assert await queue.dead_letters() == ()
+            starts = sorted(
+                (at, lease.run_id)
                 for seen in (one, two)
-                for lease, at in zip(seen.starts, seen.at, strict=True)
-                if lease.tenant == "a"
+                for at, lease in zip(seen.at, seen.starts, strict=True)
             )
-            assert len(times) == 6
-            assert min(b - a for a, b in itertools.pairwise(times)) >= 0.09
+            assert len(starts) == len({run for _, run in starts}) == self.many + late
+            last = max(place for place, (_, run) in enumerate(starts, 1) if run[0] == "b")
+            assert last <= 10 * self.last_of_ten
 
-        self.run(work())
+        asyncio.run(work())
 
-    def test_a_limit_is_raised_and_taken_away(self, engine: Engine) -> None:
-        """0 stops a tenant; more runs it at that width; none at all, at the workers'."""
 
-        async def work() -> None:
-            seen = Seen(seconds=0.2)
-            async with self.opened(engine) as queue, self.working(queue, seen, slots=8):
-                limited = self.limited(queue)
-                await limited.limit("a", 0)
-                for number in range(6):
-                    await queue.submit(f"a{number}", tenant="a")
-                await queue.submit("b", tenant="b")
-                assert await self.until_ended(queue, "b") is RunStatus.SUCCEEDED
-                assert seen.ids == ["b"]
-                await limited.limit("a", 2)
-                await self.until(lambda: len(seen.starts) == 3, "two starts of a")
-                assert seen.most["a"] == 2
-                await limited.limit("a", None)
-                await self.until(lambda: len(seen.starts) == 7, "all starts")
-                assert seen.most["a"] >= 3
-
-        self.run(work())
+class QueueContract(
+    _SubmitClauses,
+    _OrderClauses,
+    _FailureClauses,
+    _CancelClauses,
+    LimitClauses,
+    WorkerClauses,
+    CrashClauses,
+    _StormClauses,
+):
+    """All clauses. Override `engine`."""

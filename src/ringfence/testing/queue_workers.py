@@ -43,7 +43,7 @@ class WorkerClauses(QueueClauses):
                     await self.until(lambda: seen.starts, "a start")
                     await queue.submit("two", tenant="a")
                 assert (seen.ids, seen.cancelled) == (["one"], [])
-                assert await self.outcome(queue, "two") is None
+                assert await queue.outcome("two") is None
                 async with self.working(queue, seen):
                     for run_id in ("one", "two"):
                         assert await self.until_ended(queue, run_id) is RunStatus.SUCCEEDED
@@ -81,7 +81,7 @@ class WorkerClauses(QueueClauses):
                     assert await asyncio.to_thread(child.wait, 30 * self.patience) == 0
                 assert len(written(tmp_path, "end", "hold-1-a")) == 1
                 assert written(tmp_path, "start", "left") == []
-                assert await self.outcome(queue, "left") is None
+                assert await queue.outcome("left") is None
                 seen = Seen()
                 async with self.working(queue, seen):
                     for run_id in ("hold-1-a", "left"):
@@ -187,7 +187,7 @@ class CrashClauses(QueueClauses):
                     assert asleep.poll() is None
                     await queue.submit("its-own", tenant="a")
                     assert await self.until_ended(queue, "its-own") is RunStatus.FAILED
-                assert await self.outcome(queue, "hold-0.5-a") is RunStatus.SUCCEEDED
+                assert await queue.outcome("hold-0.5-a") is RunStatus.SUCCEEDED
             one, two = written(tmp_path, "start", "hold-0.5-a")
             assert one["attempt"] == 1 < two["attempt"]
             assert one["pid"] == asleep.pid != two["pid"]

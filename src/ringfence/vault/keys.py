@@ -14,7 +14,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from ringfence.errors import UnavailableError
+from ringfence.errors import UnavailableError, missing_library
 from ringfence.store.files import create_whole, write_whole
 from ringfence.vault.store import locked, refuse_open_file, unwritable
 
@@ -102,7 +102,7 @@ def _make(paths: VaultPaths) -> None:
     else:
         private = X25519PrivateKey.generate()
         text = base64.b64encode(private.private_bytes_raw()).decode()
-        ring = _keyring()
+        ring = real_keyring()
         if ring is not None and _to_keyring(ring, paths.key, text):
             text = _IN_KEYRING
         create_whole(paths.key, text.encode())
@@ -121,15 +121,17 @@ def _to_keyring(ring: Any, path: Path, text: str) -> bool:
 
 
 def _from_keyring(path: Path) -> str:
-    ring = _keyring()
+    try:
+        from keyring.errors import KeyringError
+    except ModuleNotFoundError as error:
+        raise missing_library(error) from None
+    ring = real_keyring()
     if ring is None:
         raise UnavailableError(
             "vault-refused",
             "the vault's key is in the OS keyring, and there is none here",
             hint="run in the session of the user who set the credential",
         )
-    from keyring.errors import KeyringError
-
     try:
         return str(ring.get_password(_SERVICE, str(path)) or "")
     except KeyringError as error:
@@ -138,7 +140,7 @@ def _from_keyring(path: Path) -> str:
         ) from None
 
 
-def _keyring() -> Any:
+def real_keyring() -> Any:
     """A real keyring, or None: the package is optional, and its `fail` backend is none."""
     if os.geteuid() == 0:
         return None

@@ -14,10 +14,12 @@ from ringfence.vault.tenants import Bound, key_id
 class Opened:
     """A value on its way to a header. Prints as its redacted twin."""
 
-    __slots__ = ("_value", "hosts")
+    __slots__ = ("_value", "hosts", "version")
 
-    def __init__(self, value: str, hosts: tuple[str, ...] = ()) -> None:
+    def __init__(self, value: str, hosts: tuple[str, ...] = (), version: str = "") -> None:
         self._value = value
+        self.version = version
+        """`Entry.fingerprint`."""
         self.hosts = hosts
         """Where alone it may be sent; authenticated with the value. Empty: the policy's hosts."""
 
@@ -53,14 +55,16 @@ class OpenedVault:
         return self._values[name]
 
 
-def open_vault(path: Path, key_path: Path) -> OpenedVault:
-    """Open every credential of the file.
+def open_vault(path: Path, key_path: Path, *, only: str | None = None) -> OpenedVault:
+    """Open every credential of the file, or one.
 
     Raises:
         UnavailableError: `vault-refused` when the file or a value was changed, or may be read
             by others.
     """
     entries = VaultFile(path).entries()
+    if only is not None:
+        entries = {name: entry for name, entry in entries.items() if name == only}
     if not entries:
         return OpenedVault({})
     key = private_key(key_path)
@@ -74,7 +78,7 @@ def open_vault(path: Path, key_path: Path) -> OpenedVault:
                 f"credential {name!r} does not open: it was changed, or sealed to another key",
                 hint=f"ringfence vault set {name}",
             ) from None
-        values[name] = Opened(value, entry.hosts)
+        values[name] = Opened(value, entry.hosts, entry.fingerprint)
     return OpenedVault(values)
 
 

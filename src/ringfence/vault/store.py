@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ringfence.config.secrets import RESERVED_CREDENTIAL
 from ringfence.errors import CallerError, UnavailableError
 from ringfence.policy.hosts import host_problem
 from ringfence.store.files import write_whole
@@ -62,6 +63,12 @@ def check_name(name: str) -> str:
             "credential-name",
             "a credential's name is lower-case letters, digits, - and _, from a letter on",
             hint="never pass the value itself: it is asked for, or read from standard input",
+        )
+    if name == RESERVED_CREDENTIAL:
+        raise CallerError(
+            "credential-name",
+            f"the name {name} is that of the environment's own key",
+            hint="write another",
         )
     return name
 

@@ -8,26 +8,16 @@ usage, record the end. The end is recorded even when the start failed half-way.
 from __future__ import annotations
 
 import asyncio
-import codecs
 import shutil
 import time
 import uuid
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from ringfence.agent.calls import Word
-from ringfence.agent.claude import GRACE_SECONDS, ClaudeDriver, Run
-from ringfence.agent.command import run_command
-from ringfence.agent.messages import (
-    ModelAnswered,
-    ModelAsked,
-    Notice,
-    Progress,
-    Text,
-    TurnEnded,
-)
-from ringfence.agent.pending import Waiting
+from ringfence.agent.messages import Notice, Progress, RunPutOff
 from ringfence.channel.messages import (
     AddListener,
     AnyMessage,
@@ -35,42 +25,48 @@ from ringfence.channel.messages import (
     EgressDenied,
     ModelCalled,
     OpenSandbox,
-    ToolDecided,
+    PutOff,
     WitnessViolated,
     witness_error,
 )
-from ringfence.errors import AgentError, RingfenceError, UnavailableError
-from ringfence.model import PendingCall, RunRequest, RunResult, Usage, WorkspaceMode
-from ringfence.policy.call_input import CallInput
+from ringfence.errors import RingfenceError, UnavailableError
+from ringfence.model import PendingCall, RunRequest, RunResult, RunStatus, Usage, WorkspaceMode
 from ringfence.policy.codec import egress_to_json
 from ringfence.policy.compiled import CompiledPolicy
 from ringfence.queue.handling import to_the_end
-from ringfence.record.events import RunStarted, SandboxStarted, SandboxStopped, SessionChanged
+from ringfence.record.events import SandboxStopped, SessionChanged
 from ringfence.record.leased import LeasedStore
 from ringfence.record.session_base import Claim
 from ringfence.sandbox.hostfiles import host_files
 from ringfence.sandbox.patch import render
-from ringfence.sandbox.protocol import Changes, Control, Sandbox, SandboxSpec, not_held
+from ringfence.sandbox.protocol import Changes, Sandbox, SandboxSpec
 from ringfence.sandbox.registry import Picked
 from ringfence.sandbox.saved import save_changes
-from ringfence.worker.control import RunControl
-from ringfence.worker.deferring import first_turns, pending_tool_uses
+from ringfence.worker.begins import run_started, sandbox_started
+from ringfence.worker.control import RunControl, Wish
+from ringfence.worker.deferring import pending_tool_uses
+from ringfence.worker.driving import Driving
 from ringfence.worker.egressdir import EgressDirectory
-from ringfence.worker.ends import broken_off, ended
+from ringfence.worker.ends import broken_off, differed, ended
 from ringfence.worker.ids import new_id
 from ringfence.worker.leases import heartbeat
-from ringfence.worker.outcome import Outcome, budget_spent
+from ringfence.worker.live import Hold, Inside, Live
+from ringfence.worker.livekey import MACHINES
+from ringfence.worker.modelcalls import model_message
+from ringfence.worker.outcome import Outcome, budget_spent, model_busy, model_unavailable
 from ringfence.worker.prepare import (
-    absent,
     check,
-    claude_settings,
     narrowed,
     pick,
     pinned,
+    prompt_bytes,
     start_notices,
+    started_notices,
+    unenforced,
 )
 from ringfence.worker.rundir import RunDirectory
 from ringfence.worker.sealed import NOTHING_SEALED, Sealed
+from ringfence.worker.seats import Company
 from ringfence.worker.station import OnMessage, Station
 from ringfence.worker.warm import Member
 
@@ -89,8 +85,13 @@ class Attempt:
         sealed: Sealed = NOTHING_SEALED,
         claim: Claim | None = None,
         files: Path | None = None,
+        hold: Hold | None = None,
+        company: Company | None = None,
+        batch: bool = False,
     ) -> None:
         self._sealed, self._claim, self._files = sealed, claim, files
+        self._hold, self._keeps = hold or Hold(keeps=False), hold is not None and hold.keeps
+        self._company, self._batch = company, batch or request.batch
         self._station, self._request = station, request
         self._stated, self._policy = policy, narrowed(policy, request)
         self._control, self._on_message = control, on_message
@@ -107,8 +108,12 @@ class Attempt:
         self._home: dict[str, bytes] = {}
         self._pending: tuple[PendingCall, ...] = ()
         self._sandbox: Sandbox | None = None
+        self._inside = Inside()
         self._member: Member | None = None
-        self._driver: ClaudeDriver | None = None
+        self._live: Live | None = None
+        self._left: Live | None = None
+        self._egress: EgressDirectory | None = None
+        self._known: list[str] = []
         self._hidden: tuple[str, ...] = ()
         self._unenforced: tuple[str, ...] = ()
 
@@ -131,7 +136,7 @@ class Attempt:
         directory = RunDirectory(self._station.config.state_dir, self.run_id)
         try:
             async with AsyncExitStack() as stack:
-                self._take(stack, picked)
+                await self._take(stack, picked)
                 lease = await self._lease(stack)
                 self._begun = True
                 await self._record_start()
@@ -158,26 +163,60 @@ class Attempt:
 
     async def _settle(self, directory: RunDirectory) -> RunResult:
         """Record the end and keep what there is; without a recorder the changes are kept still."""
+        try:
+            return await self._settled(directory)
+        finally:
+            # cut off before somebody held it, it would be frozen for ever, and its files unlocked
+            await self._drop_left()
+
+    async def _settled(self, directory: RunDirectory) -> RunResult:
         self._outcome.wish = self._control.wish
         try:
-            index = await self._record_end(self._result())
+            if other := differed(self._outcome, self._usage, self._ids()):
+                await self._station.recorder.append(other, durable=False)
+            index = await self._station.recorder.append(ended(self._result(), **self._ids()))
         except UnavailableError as error:
             self._outcome.fail(error)
             index = -1
         result = replace(self._result(), audit_index=index)
+        await self._leave(result)
         await asyncio.to_thread(self._save, directory, result)
         return result
 
+    async def _leave(self, result: RunResult) -> None:
+        """The sandbox that rests, to whoever holds it for the next turn."""
+        if self._keeps and result.status is RunStatus.SUCCEEDED:
+            self._hold.left, self._left = self._left, None
+        await self._drop_left()
+
+    async def _drop_left(self) -> None:
+        left, self._left = self._left, None
+        if left is not None:
+            await to_the_end(self._hold.end(left))
+
     # the steps
 
-    def _take(self, stack: AsyncExitStack, picked: Picked) -> None:
-        """One that waits for such a run, if there is: its session becomes this run's."""
+    async def _take(self, stack: AsyncExitStack, picked: Picked) -> None:
+        """The one that served the session's last turn; or one that waits for such a run, if there
+        is: its session becomes this run's.
+        """
         pool, backend = self._station.warm, picked.backend
-        # one that waits was started without the session's files
-        pool = None if self._files is not None else pool
+        self._live = self._hold.take(self._session_id, backend.name)
+        await self._hold.close()
+        self._keeps = self._keeps and backend.name not in MACHINES
+        if self._live is not None:
+            self._sandbox_id = self._live.sandbox.sandbox_id
+            self._inside = self._hold.enter(self._live.sandbox)
+            stack.push_async_callback(self._end, self._inside.close)
+            stack.push_async_callback(self._end, self._live.close)
+            return
+        # one that waits was started without the session's files, and alone
+        pool = None if self._files is not None or self._company is not None else pool
         recipe = pool.recipe(self._stated, self._request, backend) if pool is not None else None
         member = pool.take(recipe) if pool is not None and recipe is not None else None
         if member is not None:
+            self._inside = self._hold.enter(member.sandbox)
+            stack.push_async_callback(self._inside.close)
             stack.push_async_callback(member.close)
             self._member = member
             self._session_id, self._sandbox_id = member.session_id, member.sandbox.sandbox_id
@@ -207,16 +246,12 @@ class Attempt:
         station, request, policy = self._station, self._request, self._policy
         station.recorder.quota(self._sandbox_id, policy.egress.max_audit_records)
         await station.recorder.append(
-            RunStarted(
-                **self._ids(),
-                kind="command" if request.command else "claude",
-                policy_digest=policy.digest,
-                role=policy.tools.role,
-                permission_mode=self._mode.value,
-                workspace_mode=policy.sandbox.workspace_mode.value,
-                prompt_hmac=station.recorder.hmac(request.prompt.encode("utf-8", "replace")),
-                unenforced=sorted(policy.sandbox.accept_unenforced),
-                resumed_from=request.resume or "",
+            run_started(
+                request,
+                policy,
+                self._ids(),
+                mode=self._mode.value,
+                prompt_hmac=station.recorder.hmac(prompt_bytes(request)),
             )
         )
         if self._session_id:
@@ -235,25 +270,32 @@ class Attempt:
         egress_dir = await self._open_egress(stack)
         sandbox = await self._start_sandbox(stack, egress_dir, picked)
         try:
-            await self._within_time(sandbox, lease)
+            await self._work(sandbox, lease, picked.backend.name)
         finally:
-            # every process is dead before anything of the sandbox is read (requirement F)
+            # every process is dead before anything of the sandbox is read (requirement F); what
+            # rests is not read here
             await to_the_end(self._stop(sandbox))
 
     async def _open_egress(self, stack: AsyncExitStack) -> Path:
         """Listen before the sandbox exists: what connects early waits, and nothing fails open. One
-        that waited has the directory, and finds the socket there when it has a run.
+        that was there before has the directory, and finds the socket there when it has a run.
         """
-        station, member = self._station, self._member
-        if member is not None:
-            directory = member.egress
+        station, ready = self._station, self._live or self._member
+        if ready is not None:
+            directory = ready.egress
         else:
             directory = EgressDirectory(station.config.state_dir, self._sandbox_id)
-        stack.callback(directory.remove)
-        if self._request.resume is not None:
+        stack.push_async_callback(self._end, partial(asyncio.to_thread, directory.remove))
+        self._egress = directory
+        if self._request.resume is not None and self._live is None:
             self._home = await asyncio.to_thread(station.sessions.materialise, self._session_id)
+        if self._request.resume is not None:
+            self._known = await asyncio.to_thread(station.sessions.tool_use_ids, self._session_id)
         listener = directory.listen()
-        rules, credentials = self._sealed.bound(self._policy.egress)
+        rules, credentials, unbound = self._sealed.bound(self._policy.egress)
+        for one in unbound:
+            text = f"the credential {one.name} for {one.host} is not used: {one.reason}"
+            self._on_message(Notice(kind="credential-unbound", text=text))
         try:
             await station.egress.request(
                 OpenSandbox,
@@ -264,18 +306,14 @@ class Attempt:
                 rules=egress_to_json(rules),
                 tenant=self._sealed.tenant,
                 credentials=credentials,
-                known_tool_uses=await self._known_tool_uses(),
+                known_tool_uses=self._known,
                 pending_tool_uses=pending_tool_uses(self._request.pending, self._home),
+                batch=self._batch,
             )
         finally:
             listener.close()
         stack.push_async_callback(self._close_egress)
         return directory.path
-
-    async def _known_tool_uses(self) -> list[str]:
-        if self._request.resume is None:
-            return []
-        return await asyncio.to_thread(self._station.sessions.tool_use_ids, self._session_id)
 
     async def _close_egress(self) -> None:
         try:
@@ -292,9 +330,13 @@ class Attempt:
         self._on_message(Progress(waits_for="sandbox"))
         for notice in start_notices(picked, self._policy.sandbox):
             self._on_message(notice)
+        if self._live is not None:
+            stack.push_async_callback(self._end, self._inside.close)
+            await asyncio.to_thread(self._live.hang_up)
+            return self._live.sandbox
         if member is not None:
             # closed before egress settles, as one that starts now is
-            stack.push_async_callback(member.sandbox.close)
+            stack.push_async_callback(self._inside.close)
             await member.sandbox.attach(Path(request.workspace))
             return member.sandbox
         spec = SandboxSpec(
@@ -308,192 +350,84 @@ class Attempt:
             session_files=self._files,
             ca_certificate=station.ca_certificate,
         )
-        sandbox = await picked.backend.start(spec)
-        stack.push_async_callback(sandbox.close)
+        if self._company is not None:
+            taken = station.seats.taken(picked.backend, self._company, spec)
+            sandbox = await stack.enter_async_context(taken)
+        else:
+            sandbox = await picked.backend.start(spec)
+        self._inside = self._hold.enter(sandbox)
+        stack.push_async_callback(self._end, self._inside.close)
         return sandbox
+
+    async def _end(self, close: Callable[[], Awaitable[object]]) -> None:
+        """Of what stays for the next turn nothing is closed."""
+        if self._left is None:
+            await close()
 
     async def _start_sandbox(
         self, stack: AsyncExitStack, egress_dir: Path, picked: Picked
     ) -> Sandbox:
-        station, member = self._station, self._member
+        station, ready = self._station, self._live or self._member
         sandbox = await self._sandbox_for(stack, egress_dir, picked)
         self._sandbox = sandbox
         self._hidden = tuple(sandbox.hidden)
-        self._unenforced = tuple(
-            state.control.value
-            for state in sandbox.controls
-            if not state.enforced and state.control is not Control.UID_PER_SANDBOX
-        )
+        self._unenforced = unenforced(sandbox.controls)
         await station.recorder.append(
-            SandboxStarted(
-                **self._ids(),
-                isolation=picked.backend.name,
-                image=self._policy.sandbox.image or "",
+            sandbox_started(
+                self._ids(),
+                picked.backend,
+                self._policy.sandbox,
+                controls=sandbox.controls,
+                sandbox=sandbox,
                 reason=picked.reason,
-                threat_model=self._policy.sandbox.threat_model or "",
-                not_held=sorted(not_held(picked.backend)),
-                controls={state.control.value: state.enforced for state in sandbox.controls},
-                hidden_files=len(self._hidden),
-                warm=member is not None,
-                waited_ms=member.waited_ms() if member is not None else 0.0,
+                waited_ms=ready.waited_ms() if ready is not None else None,
             )
         )
-        for path in absent(self._policy):
-            self._on_message(
-                Notice(kind="absent", text=f"{path} cannot be found on this host: left out")
-            )
-        if self._unenforced:
-            text = f"not enforced on this host: {', '.join(self._unenforced)}"
-            self._on_message(Notice(kind="unenforced", text=text))
+        for notice in started_notices(self._policy, self._unenforced):
+            self._on_message(notice)
         if sandbox.proxy_listener is not None:
             await station.egress.request(
                 AddListener, descriptors=[sandbox.proxy_listener], sandbox_id=self._sandbox_id
             )
         return sandbox
 
-    async def _within_time(self, sandbox: Sandbox, lease: LeasedStore | None) -> None:
-        """The clock is out here: at the limit the turn is interrupted, then killed."""
-        loop = asyncio.get_running_loop()
-        work = loop.create_task(self._drive(sandbox, lease))
-        lost = loop.create_task(self._station.lost())
-        wishes = loop.create_task(
-            self._control.follow(interrupt=self._interrupt, cancel=self._cancel)
+    async def _work(self, sandbox: Sandbox, lease: LeasedStore | None, isolation: str) -> None:
+        ready = self._live or self._member
+        driving = Driving(
+            station=self._station,
+            policy=self._policy,
+            request=self._request,
+            sandbox=sandbox,
+            control=self._control,
+            outcome=self._outcome,
+            on_message=self._on_message,
+            ids=self._ids(),
+            driver=ready.driver if ready is not None else None,
+            frozen=self._live is not None,
+            keeps=self._keeps,
+            home=self._home,
+            known=self._known,
         )
         try:
-            await asyncio.wait(
-                {work, lost},
-                timeout=self._policy.sandbox.limits.wall_seconds,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            if lost.done():
-                self._outcome.fail(lost.result())
-                await sandbox.stop()
-            elif not work.done():
-                await self._expire(sandbox, work)
-            await asyncio.wait({work})
-            if not work.cancelled():
-                work.result()
+            await driving.within_time(lease)
+            self._keep(driving, isolation)
         finally:
-            for task in (work, lost, wishes):
-                task.cancel()
-            await to_the_end(asyncio.gather(work, lost, wishes, return_exceptions=True))
+            self._pending = driving.pending
+            if self._left is None:
+                await to_the_end(driving.give_up())
 
-    async def _expire(self, sandbox: Sandbox, work: asyncio.Task[None]) -> None:
-        seconds = self._policy.sandbox.limits.wall_seconds
-        self._outcome.expired = True
-        self._outcome.fail(
-            AgentError(
-                "run-timeout",
-                f"the run reached its limit of {seconds:g} seconds",
-                hint="raise execution.max_duration_seconds in the policy, or --timeout",
+    def _keep(self, driving: Driving, isolation: str) -> None:
+        fine = self._outcome.failure is None and self._control.wish is Wish.GO_ON
+        if driving.rests is not None and self._egress is not None and fine:
+            self._hold.leave(self._inside)
+            self._left = Live(
+                sandbox=driving.sandbox,
+                driver=driving.rests,
+                ids=self._ids(),
+                isolation=isolation,
+                egress=self._egress,
+                started=self._live.started if self._live is not None else self._started,
             )
-        )
-        await self._interrupt()
-        await sandbox.stop()
-        # nobody inside is left to write; what still waits out here is given up
-        await asyncio.wait({work}, timeout=GRACE_SECONDS)
-        if not work.done():
-            work.cancel()
-
-    async def _interrupt(self) -> None:
-        if self._driver is not None:
-            await self._driver.interrupt()
-        elif self._sandbox is not None:
-            await self._sandbox.stop()
-
-    async def _cancel(self) -> None:
-        if self._sandbox is not None:
-            await self._sandbox.stop()
-
-    async def _drive(self, sandbox: Sandbox, lease: LeasedStore | None) -> None:
-        if self._request.command:
-            await self._drive_command(sandbox)
-        else:
-            assert lease is not None  # noqa: S101  a session has a lease
-            await self._drive_claude(sandbox, lease)
-
-    async def _drive_command(self, sandbox: Sandbox) -> None:
-        request, model = self._request, self._policy.egress.model
-        # a character may lie across two reads
-        text = codecs.getincrementaldecoder("utf-8")("replace")
-        self._outcome.command = await run_command(
-            sandbox,
-            request.command,
-            task=request.prompt,
-            environment=dict(request.environment),
-            model=(request.model or "") if model.enabled else None,
-            on_output=lambda data: self._on_message(Text(text=text.decode(data))),
-        )
-
-    async def _drive_claude(self, sandbox: Sandbox, lease: LeasedStore) -> None:
-        request = self._request
-        driver = self._member.driver if self._member is not None else self._new_driver(sandbox)
-        driver.serve(
-            Run(
-                run_id=self.run_id,
-                recorder=self._station.recorder,
-                announce=self._announce,
-                approver=self._station.approver,
-                mirror=lease,
-                waiting=await self._waiting(),
-            )
-        )
-        self._driver = driver
-        try:
-            if self._member is None:
-                self._on_message(Progress(waits_for="agent"))
-                await driver.start()
-            self._on_message(Progress(waits_for="ready"))
-            for prompt in first_turns(request, self._home):
-                await self._turn(driver, prompt)
-                if driver.pending or not (self._outcome.ended and self._outcome.ended.ok):
-                    break
-        finally:
-            self._driver = None
-            await driver.close()
-        if driver.failure is not None:
-            self._outcome.fail(driver.failure)
-        self._pending = driver.pending
-        if lease.failed:
-            self._outcome.fail(
-                UnavailableError(
-                    "transcript-lost", "the transcript could not be kept, so the run was ended"
-                )
-            )
-
-    async def _waiting(self) -> Waiting:
-        known, request = await self._known_tool_uses(), self._request
-        return Waiting(
-            pending=request.pending, answers=request.answers, known=known, now=time.time()
-        )
-
-    async def _turn(self, driver: ClaudeDriver, prompt: str | None) -> None:
-        async for message in driver.turn(prompt, self._request.prompt_id):
-            if isinstance(message, TurnEnded):
-                self._outcome.ended = message
-            self._on_message(message)
-
-    def _new_driver(self, sandbox: Sandbox) -> ClaudeDriver:
-        settings = claude_settings(
-            self._policy,
-            self._request,
-            session_id=self._session_id,
-            run_id=self.run_id,
-            sandbox_id=self._sandbox_id,
-        )
-        return ClaudeDriver(sandbox, settings)
-
-    async def _announce(self, tool_use_id: str, name: str, told: CallInput, word: Word) -> None:
-        await self._station.egress.request(
-            ToolDecided,
-            sandbox_id=self._sandbox_id,
-            tool_use_id=tool_use_id,
-            name=name,
-            input_sha256=told.digest,
-            input_place=told.place,
-            allowed=word == "allow",
-            deferred=word == "defer",
-        )
 
     def _noticed(self, message: AnyMessage) -> None:
         if isinstance(message, EgressDenied):
@@ -501,21 +435,31 @@ class Attempt:
             self._on_message(Notice(kind="egress_denied", text=text))
             if message.reason.startswith("budget-exhausted"):
                 self._outcome.hindrance = budget_spent(message.reason)
+            elif message.reason == "model-unavailable":
+                self._outcome.hindrance = model_unavailable()
         elif isinstance(message, ModelCalled):
-            self._on_message(_called(message))
+            self._on_message(model_message(message))
+        elif isinstance(message, PutOff):
+            self._outcome.fail(model_busy(message.seconds, message.reason))
+            self._on_message(RunPutOff(seconds=message.seconds, reason=message.reason))
+            self._control.cancel()
         elif isinstance(message, WitnessViolated):
             self._outcome.fail(witness_error(message.reason))
             self._on_message(Notice(kind="witness_violated", text=message.reason))
             self._control.cancel()
 
     async def _stop(self, sandbox: Sandbox) -> None:
-        await sandbox.stop()
+        rests = self._left is not None
+        if not rests:
+            await self._inside.stop()
         try:
-            if self._policy.sandbox.workspace_mode is WorkspaceMode.REVIEW:
+            if self._policy.sandbox.workspace_mode is WorkspaceMode.REVIEW and not rests:
                 self._changes = await sandbox.changes()
         finally:
             # last: a recorder that is gone must not cost the changes, nor they the record
-            await self._station.recorder.append(SandboxStopped(**self._ids()), durable=False)
+            await self._station.recorder.append(
+                SandboxStopped(**self._ids(), reason="rests" if rests else ""), durable=False
+            )
 
     # the end
 
@@ -544,9 +488,6 @@ class Attempt:
             error=error.to_json() if error is not None else None,
         )
 
-    async def _record_end(self, result: RunResult) -> int:
-        return await self._station.recorder.append(ended(result, **self._ids()))
-
     def _save(self, directory: RunDirectory, result: RunResult) -> None:
         if self._changes.items or self._changes.refused:
             save_changes(directory.changes_file, self._changes, self._request.workspace)
@@ -558,17 +499,3 @@ class Attempt:
             "session_id": self._session_id,
             "sandbox_id": self._sandbox_id,
         }
-
-
-def _called(message: ModelCalled) -> ModelAsked | ModelAnswered:
-    if not message.over:
-        return ModelAsked(request_id=message.request_id)
-    usage = Usage(
-        input_tokens=message.input_tokens,
-        output_tokens=message.output_tokens,
-        cache_creation_input_tokens=message.cache_creation_input_tokens,
-        cache_read_input_tokens=message.cache_read_input_tokens,
-        requests=1,
-        cost_usd=message.cost_usd,
-    )
-    return ModelAnswered(request_id=message.request_id, status=message.status, usage=usage)

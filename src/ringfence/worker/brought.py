@@ -7,10 +7,11 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from ringfence.control import vaults
-from ringfence.control.files import materialise
+from ringfence.control.files import materialise, together
 from ringfence.control.turns import Turn
 from ringfence.store.contents import Contents
 from ringfence.store.database import Database
+from ringfence.worker import outputs
 from ringfence.worker.egressdir import FilesDirectory
 from ringfence.worker.ids import new_id
 from ringfence.worker.sealed import Sealed
@@ -26,26 +27,43 @@ async def sealed_of(database: Database, turn: Turn) -> Sealed:
     return Sealed(tenant=turn.tenant, credentials=found)
 
 
+async def check_files(database: Database, turn: Turn, most: int) -> None:
+    """The session's files, which its sandbox has, are there to be read still. Raises as
+    `together`.
+    """
+    named = [one["file_id"] for one in turn.resources]
+    async with database.reading() as connection:
+        await together(connection, turn.tenant, named, most)
+
+
 async def files_of(
-    database: Database, turn: Turn, contents: Contents, station: Station, stack: AsyncExitStack
+    database: Database,
+    turn: Turn,
+    contents: Contents,
+    station: Station,
+    stack: AsyncExitStack,
+    *,
+    workspace: Path | None = None,
 ) -> Path | None:
     """A directory of this attempt's own with the session's files, gone when `stack` ends; None
     without any. It is made anew each time: what lies in it never was in a sandbox's hands.
+    `workspace`: where the turn has its outputs; None for a turn that has none.
 
-    Raises as `materialise`.
+    Raises as `together` and `materialise`.
     """
-    if not turn.resources:
+    if not turn.resources and workspace is None:
         return None
+    named = [one["file_id"] for one in turn.resources]
+    most = station.config.gateway.session_files_mb << 20
+    async with database.reading() as connection:
+        # held to the bound again: a session may be older than it is
+        rows = await together(connection, turn.tenant, named, most)
     held = await asyncio.to_thread(FilesDirectory, station.config.state_dir, new_id("files"))
     stack.push_async_callback(asyncio.to_thread, held.remove)
-    for one in turn.resources:
-        async with database.reading() as connection:
-            await materialise(
-                connection,
-                contents,
-                tenant=turn.tenant,
-                file_id=one["file_id"],
-                directory=held.path,
-                path=one["mount_path"],
-            )
+    if workspace is not None:
+        await asyncio.to_thread(outputs.prepare, workspace, held.path)
+    for row, one in zip(rows, turn.resources, strict=True):
+        await materialise(
+            contents, row, tenant=turn.tenant, directory=held.path, path=one["mount_path"]
+        )
     return held.path

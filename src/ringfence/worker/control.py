@@ -49,7 +49,8 @@ class RunControl:
     async def follow(
         self, *, interrupt: Callable[[], Awaitable[None]], cancel: Callable[[], Awaitable[None]]
     ) -> None:
-        """Call each action once when its wish comes; returns after `cancel`.
+        """Call each action once when its wish comes; returns after `cancel`. Raises what an action
+        raised: whoever interrupts a turn and hears nothing believes that it has ended.
 
         A second wish does not wait for what the first one started: whoever is asked to end and
         does not must not delay being ended.
@@ -57,11 +58,17 @@ class RunControl:
         await self._reached(Wish.INTERRUPT)
         if self._wish is Wish.INTERRUPT:
             interrupting = asyncio.ensure_future(interrupt())
+            cancelled = asyncio.ensure_future(self._reached(Wish.CANCEL))
+            both = {interrupting, cancelled}
             try:
-                await self._reached(Wish.CANCEL)
+                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+                if not cancelled.done():
+                    interrupting.result()
+                    await cancelled
             finally:
-                interrupting.cancel()
-                await asyncio.gather(interrupting, return_exceptions=True)
+                for task in both:
+                    task.cancel()
+                await asyncio.gather(*both, return_exceptions=True)
         await cancel()
 
     async def _reached(self, wish: Wish) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ringfence.agent.pending import called
-from ringfence.model import PendingCall, RunRequest
+from ringfence.model import PendingCall, Prompt, RunRequest
 from ringfence.policy.call_input import call_input
 from ringfence.record.transcript import deferred
 
@@ -17,7 +17,7 @@ _UNFINISHED = (
 )
 
 
-def first_turns(request: RunRequest, home: Mapping[str, bytes]) -> tuple[str | None, ...]:
+def first_turns(request: RunRequest, home: Mapping[str, bytes]) -> tuple[Prompt | None, ...]:
     """The turns of a run in order; None is the one that `claude` begins by itself.
 
     It does so when the transcript ends with a deferred call, and waits for a prompt when it does
@@ -28,14 +28,17 @@ def first_turns(request: RunRequest, home: Mapping[str, bytes]) -> tuple[str | N
         request: with the caller's pending calls.
         home: files of the session, by path, as they are put before `claude`.
     """
+    prompt: Prompt = request.content or request.prompt
     if request.resume is None:
-        return (request.prompt,)
+        return (prompt,)
     stands_at = deferred(_main(home))
-    prompts = (request.prompt,) if request.prompt else ()
+    prompts = (prompt,) if prompt else ()
     if stands_at is None:
         return prompts or (GO_ON,)
     if stands_at.begun:
         note = _UNFINISHED.format(stands_at.tool_use_id)
+        if request.content:
+            return (({"type": "text", "text": note}, *request.content),)
         return (f"{note}\n\n{request.prompt or GO_ON}",)
     return (None, *prompts)
 

@@ -52,8 +52,11 @@ class EgressDirectory(_Directory):
     _kind = _EGRESS
 
     def listen(self) -> socket.socket:
-        """The listening socket; from now on the sandbox can connect."""
+        """The listening socket; from now on the sandbox can connect. Again for each run of a
+        sandbox that has several, one after another.
+        """
         path = self.path / "egress.sock"
+        path.unlink(missing_ok=True)  # of the turn before, at which nobody listens
         listener = listen(path)
         try:
             # whoever can reach the directory may connect; only the sandbox has it mounted

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
+from ringfence.agent.claims import differs
 from ringfence.errors import AgentError, RingfenceError, UnavailableError, words
-from ringfence.model import RunResult
-from ringfence.record.events import RunEnded
+from ringfence.model import RunResult, RunStatus, Usage
+from ringfence.record.events import RunEnded, UsageDiffered
+from ringfence.worker.outcome import Outcome
 
 
 def broken_off(error: BaseException) -> RingfenceError:
@@ -16,6 +19,28 @@ def broken_off(error: BaseException) -> RingfenceError:
     if isinstance(error, OSError):
         return UnavailableError("host-failed", words(error))
     return UnavailableError("internal", f"{type(error).__name__} in the worker")
+
+
+def differed(outcome: Outcome, metered: Usage, ids: Mapping[str, str]) -> UsageDiffered | None:
+    """What the record says when `claude` counts otherwise than the wire; None when it does not, or
+    was cut off and could not know.
+    """
+    claim = outcome.ended.claimed if outcome.ended is not None else None
+    if claim is None or outcome.status is not RunStatus.SUCCEEDED or not differs(claim, metered):
+        return None
+    return UsageDiffered(
+        **ids,
+        input_tokens=metered.input_tokens,
+        output_tokens=metered.output_tokens,
+        cache_creation_input_tokens=metered.cache_creation_input_tokens,
+        cache_read_input_tokens=metered.cache_read_input_tokens,
+        cost_usd=metered.cost_usd,
+        claimed_input_tokens=claim.input_tokens,
+        claimed_output_tokens=claim.output_tokens,
+        claimed_cache_creation_input_tokens=claim.cache_creation_input_tokens,
+        claimed_cache_read_input_tokens=claim.cache_read_input_tokens,
+        claimed_cost_usd=claim.cost_usd,
+    )
 
 
 def ended(result: RunResult, **ids: str) -> RunEnded:

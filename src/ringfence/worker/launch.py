@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,33 @@ from ringfence.channel.link import EgressLink
 from ringfence.channel.messages import Configure, ProviderConfig
 from ringfence.channel.spawn import EgressProcess
 from ringfence.config import Config, Provider
+from ringfence.config.providers import LOGIN
+from ringfence.config.secrets import RESERVED_CREDENTIAL
 from ringfence.errors import CallerError, DeniedError, UnavailableError
+from ringfence.limits.store import LimitStore, MemoryLimits
 from ringfence.model import RunRequest, RunResult
 from ringfence.policy.compiled import CompiledPolicy
 from ringfence.record.client import RecorderClient, RecorderProcess
 from ringfence.record.session_base import Claim, SessionStore
 from ringfence.record.sessions import SqliteSessionStore
 from ringfence.sandbox.registry import Backends
+from ringfence.telemetry.hub import Telemetry
 from ringfence.vault.keys import VaultPaths, public_key
 from ringfence.vault.store import VaultFile, check_value
+from ringfence.worker import providers
 from ringfence.worker.attempt import Attempt
 from ringfence.worker.control import RunControl
+from ringfence.worker.desk import Desk
 from ringfence.worker.egressdir import sweep
+from ringfence.worker.ids import new_id
+from ringfence.worker.listening import heard, turns_told
+from ringfence.worker.live import Hold
 from ringfence.worker.sealed import NOTHING_SEALED, Sealed
+from ringfence.worker.seats import Company, SeatPool
 from ringfence.worker.station import NoticeBoard, OnMessage, Station
 from ringfence.worker.warm import WarmPool
 
-_ENVIRONMENT, _PLATFORM = "environment", "anthropic"
+_PLATFORM = "anthropic"
 
 
 def local_sessions(config: Config) -> SessionStore:
@@ -46,6 +56,8 @@ class Launcher:
     Attributes:
         make_backends: the isolation technologies for a configuration; named in `wiring` only.
         make_sessions: the store of transcripts for a configuration.
+        make_limits: the store of limits that workers share; None where the settings limit nothing.
+        make_telemetry: who is told what happens, where anybody is.
         environment_key: the operator's ANTHROPIC_API_KEY, if there is one.
         opens_tenants: whether runs bring sealed credentials of tenants: egress then keeps the
             vault's private key in its memory.
@@ -56,6 +68,8 @@ class Launcher:
     make_sessions: Callable[[Config], SessionStore] = local_sessions
     environment_key: str | None = None
     opens_tenants: bool = False
+    make_limits: Callable[[Config], LimitStore | None] = lambda _: None
+    make_telemetry: Callable[[], AbstractContextManager[Telemetry | None]] = nullcontext
 
     @asynccontextmanager
     async def station(
@@ -68,25 +82,54 @@ class Launcher:
         private_directory(state)
         claude = claude_binary(self.config)
         async with AsyncExitStack() as stack:
+            telemetry = stack.enter_context(self.make_telemetry())
             backends = self.make_backends(self.config)
             stack.push_async_callback(backends.close)
             if (
                 isolation and isolation in backends.names
             ):  # what `auto` takes is known when it was tried
                 backends.get(isolation).warm()
-            recorder_process = RecorderProcess.start(state / "audit")
+            anchor = self.config.audit.anchor
+            recorder_process = RecorderProcess.start(
+                state / "audit", anchor=anchor.model_dump_json() if anchor.places else None
+            )
             stack.push_async_callback(asyncio.to_thread, recorder_process.close)
             egress_process = EgressProcess.start()
             stack.push_async_callback(asyncio.to_thread, egress_process.close)
-            recorder = RecorderClient(recorder_process.sockets["worker"])
-            stack.push_async_callback(recorder.close)
-            notices = NoticeBoard()
+            client = RecorderClient(recorder_process.sockets["worker"])
+            stack.push_async_callback(client.close)
+            recorder = heard(client, telemetry)
+            notices = NoticeBoard(telemetry)
             link = EgressLink(egress_process.connection, notices.post)
             stack.push_async_callback(link.close)
-            await recorder.ready()
+            await client.ready()
+            limits = await asyncio.to_thread(self.make_limits, self.config)
+            desk = Desk(
+                self.config.limits,
+                # breakers of a worker that shares nothing are its own
+                limits or MemoryLimits(),
+                recorder,
+                reply=turns_told(link.request, telemetry),
+                post=notices.post,
+                name=new_id("desk"),
+                breakers=self.config.breakers,
+                retries=self.config.retries,
+            )
+            notices.desk = desk.heard
+            if telemetry is not None:
+                desk.breakers.listen = telemetry.breaker_heard
+            stack.push_async_callback(desk.close)
+            retries = self.config.retries
             await link.request(
                 Configure,
                 descriptors=[recorder_process.sockets["egress"].fileno()],
+                asks_for_turns=True,
+                limited=self.config.limits.on,
+                retry_seconds=(
+                    retries.base_seconds,
+                    retries.longest_seconds,
+                    retries.total_seconds,
+                ),
                 **self._configuration(),
             )
             recorder_process.sockets["egress"].close()
@@ -96,6 +139,8 @@ class Launcher:
             ca_certificate = (state / "ca" / "ca.pem").read_bytes()
             warm = WarmPool(self.config, claude=claude, ca_certificate=ca_certificate)
             stack.push_async_callback(warm.close)
+            seats = SeatPool(self.config.live, recorder)
+            stack.push_async_callback(seats.close)
             yield Station(
                 config=self.config,
                 backends=backends,
@@ -106,7 +151,10 @@ class Launcher:
                 approver=approver,
                 claude=claude,
                 ca_certificate=ca_certificate,
+                seats=seats,
                 warm=warm,
+                breakers=desk.breakers,
+                telemetry=telemetry,
             )
 
     def _configuration(self) -> dict[str, Any]:
@@ -120,13 +168,16 @@ class Launcher:
             check_value(self.environment_key or "", "ANTHROPIC_API_KEY")
         return {
             "providers": {
-                name: _provider(provider, borrows=name in borrowed)
+                name: _provider(name, provider, borrows=name in borrowed)
                 for name, provider in config.providers.items()
             },
             "vault_path": str(paths.store) if sealed else None,
             "key_path": str(paths.key) if sealed or self.opens_tenants else None,
             "opens_tenants": self.opens_tenants,
             "environment_credential": self.environment_key if borrowed else None,
+            "secrets": config.secrets.model_dump(mode="json") if self._placed else {},
+            "logins": logins(config),
+            "state_dir": str(config.state_dir),
             "ca_dir": str(config.state_dir / "ca"),
             "resolver_overrides": config.egress.resolve,
             "upstream_overrides": config.egress.connect,
@@ -134,28 +185,37 @@ class Launcher:
             "drop_to_uid": config.egress_uid if os.geteuid() == 0 else None,
         }
 
+    @property
+    def _placed(self) -> Collection[str]:
+        """Credentials whose values the settings place in a source."""
+        return self.config.secrets.credentials
+
     def borrows_environment_key(self, provider: str = _PLATFORM) -> bool:
         """Whether a provider's credential is the one of the environment: the Anthropic key, no
         other, and only when the vault holds none.
         """
         name = self._named(provider).credential
-        if name != _PLATFORM or not self.environment_key:
+        if name != _PLATFORM or not self.environment_key or name in self._placed:
             return False
         return name not in VaultFile(VaultPaths(self.config.state_dir).store).entries()
 
-    def missing_credential(self, provider: str = _PLATFORM) -> str | None:
-        """Name of the credential that a provider needs and nobody has; None when all is well.
+    def missing_credential(self, *providers: str) -> str | None:
+        """Name of a credential that one of the providers needs and nobody has; None when all is
+        well.
 
         Raises:
             CallerError: `settings-invalid` for a provider that the settings do not name.
             UnavailableError: `state-refused`.
         """
         private_directory(self.config.state_dir)
-        name = self._named(provider).credential
-        if name is None or self.borrows_environment_key(provider):
-            return None
         sealed = VaultFile(VaultPaths(self.config.state_dir).store).entries()
-        return None if name in sealed else name
+        for provider in providers or (_PLATFORM,):
+            named = self._named(provider)
+            name = named.login.credential if named.login is not None else named.credential
+            placed = name is None or name in self._placed or name in sealed
+            if not placed and not self.borrows_environment_key(provider):
+                return name
+        return None
 
     def _named(self, provider: str) -> Provider:
         if provider not in self.config.providers:
@@ -167,11 +227,32 @@ class Launcher:
         return self.config.providers[provider]
 
 
-def _provider(provider: Provider, *, borrows: bool) -> ProviderConfig:
+def logins(config: Config) -> dict[str, Any]:
+    """What the keeper logs in for, by the name of its credential (`Configure.logins`)."""
+    return {
+        LOGIN + name: {
+            "kind": "aws" if provider.aws is not None else "google",
+            "login": provider.login.model_dump(mode="json"),
+            "region": provider.region,
+        }
+        for name, provider in config.providers.items()
+        if provider.login is not None
+    }
+
+
+def _provider(name: str, provider: Provider, *, borrows: bool) -> ProviderConfig:
+    login = provider.login
+    credential = RESERVED_CREDENTIAL if borrows else provider.credential
     return ProviderConfig(
         base_url=provider.base_url,
-        credential=_ENVIRONMENT if borrows else provider.credential,
+        credential=credential if login is None else LOGIN + name,
         header=provider.header,
+        kind=provider.kind,
+        region=provider.region,
+        project=provider.project,
+        models=provider.models,
+        login=login is not None,
+        renews=login is not None and login.renews,
     )
 
 
@@ -185,14 +266,19 @@ async def attempt(
     sealed: Sealed = NOTHING_SEALED,
     claim: Claim | None = None,
     files: Path | None = None,
+    hold: Hold | None = None,
+    company: Company | None = None,
+    batch: bool = False,
 ) -> RunResult:
     """One attempt on a station; `sealed` are its tenant's credentials, where it has a tenant;
+    `batch` lets its model requests stand behind those of others;
     `claim` is the queue's run that it is an attempt of; `files` a directory of this host that is
-    `/mnt/session` inside, read-only.
+    `/mnt/session` inside, read-only; `hold` brings the sandbox of the session's turn before, and
+    keeps this one's for the next; `company` has it take a seat beside others.
 
     Raises:
         DeniedError: `model-denied`, for an agent under a policy that allows no model: it would
-            start, and end with the words of a client that could not log in.
+            start, and end with the words of a client that could not log in; `provider-denied`.
     """
     if not request.command and not policy.egress.model.enabled:
         raise DeniedError(
@@ -200,6 +286,8 @@ async def attempt(
             "the policy allows no model",
             hint="network.allowed_hosts: [api.anthropic.com]",
         )
+    if not request.command:
+        providers.check(station.config, policy.egress.model)
     made = Attempt(
         station,
         policy,
@@ -209,6 +297,9 @@ async def attempt(
         sealed=sealed,
         claim=claim,
         files=files,
+        hold=hold,
+        company=company,
+        batch=batch,
     )
     return await made.run()
 

@@ -7,18 +7,28 @@ puts its runs off, and another host takes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import asyncio
+import contextlib
+import json
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
-MEMBER_MB = 320
-"""What one sandbox takes: `claude` peaks at 218 MB in its first turn and grew to 318 MB over 60
-turns with 27 KB of tool output each (measured); tools come on top, and are why it is a setting."""
+import structlog
+
+from ringfence.sandbox.cgroups import memory_left
+from ringfence.sandbox.protocol import Metered, Sandbox
+from ringfence.store.files import write_whole
+from ringfence.worker.footprint import MEMBER_MB, WINDOW, member_mb
+
+_LOG = structlog.get_logger("ringfence.worker")
 
 RESERVE_MB = 512
 """Left for everything else on the host."""
 
 WAIT_SECONDS = 2.0
+_LOOK_SECONDS = 0.25
 
 
 def available_mb(meminfo: str) -> int:
@@ -35,18 +45,102 @@ def slots_for(available: int, cpus: int, *, member: int = MEMBER_MB) -> int:
     return max(1, min((available - RESERVE_MB) // member, 4 * cpus))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Asks the host. `read` gives /proc/meminfo."""
+def owed_mb(highest: Iterable[int], member: int) -> int:
+    """Megabytes that sandboxes which run will yet take, by what one takes: those that were started
+    a moment ago show little so far. `highest`: bytes that each has used.
+    """
+    return sum(max(0, member - (used >> 20)) for used in highest)
 
-    member_mb: int = MEMBER_MB
-    read: Callable[[], str] = Path("/proc/meminfo").read_text
+
+class Memory:
+    """Asks the host, and remembers what sandboxes took; one for all attempts of a worker.
+
+    Args:
+        kept: file in which that outlives the worker; None keeps it nowhere.
+        start: megabytes of one that was not measured.
+        read: gives /proc/meminfo.
+        left: bytes that the control groups above this process leave; None without a limit.
+    """
+
+    def __init__(
+        self,
+        kept: Path | None = None,
+        *,
+        start: int = MEMBER_MB,
+        read: Callable[[], str] = Path("/proc/meminfo").read_text,
+        left: Callable[[], int | None] = memory_left,
+    ) -> None:
+        self._kept, self._start, self._read, self._left = kept, start, read, left
+        self._samples: deque[float] = deque(_loaded(kept), maxlen=WINDOW)
+        self._highest: dict[int, int] = {}
+
+    @property
+    def member_mb(self) -> int:
+        """What one more sandbox is counted with."""
+        return member_mb(self._samples, start=self._start)
+
+    @property
+    def measured(self) -> int:
+        """By how many sandboxes."""
+        return len(self._samples)
 
     def slots(self, cpus: int) -> int:
         """For the host as it is now."""
-        return slots_for(available_mb(self.read()), cpus, member=self.member_mb)
+        return slots_for(self._available_mb(), cpus, member=self.member_mb)
 
     def wait(self) -> float:
         """Seconds until it makes sense to ask again; 0.0 when there is room for one more."""
-        room = available_mb(self.read()) - RESERVE_MB
+        room = self._available_mb() - RESERVE_MB - owed_mb(self._highest.values(), self.member_mb)
         return 0.0 if room >= self.member_mb else WAIT_SECONDS
+
+    def _available_mb(self) -> int:
+        left, available = self._left(), available_mb(self._read())
+        return available if left is None else min(available, left >> 20)
+
+    @asynccontextmanager
+    async def metering(self, sandbox: Sandbox) -> AsyncIterator[None]:
+        """Look at a sandbox's memory while the block runs; its highest use is a sample."""
+        if not isinstance(sandbox, Metered):
+            yield
+            return
+        one, highest = id(sandbox), self._highest
+        highest[one] = 0
+
+        async def look() -> None:
+            while True:
+                with contextlib.suppress(OSError):
+                    used = await asyncio.to_thread(sandbox.memory)
+                    highest[one] = max(highest[one], used or 0)
+                await asyncio.sleep(_LOOK_SECONDS)
+
+        looking = asyncio.get_running_loop().create_task(look())
+        try:
+            yield
+        finally:
+            looking.cancel()
+            # waited for, and not awaited: its cancellation and our caller's would look the same
+            await asyncio.wait({looking})
+            most = highest.pop(one)
+            if most:
+                self._add(most / (1 << 20))
+
+    def _add(self, megabytes: float) -> None:
+        before = self.member_mb
+        self._samples.append(round(megabytes, 1))
+        if self.member_mb != before:
+            _LOG.info("worker.sandbox_memory", member_mb=self.member_mb, measured=self.measured)
+        if self._kept is not None:
+            # a smaller estimate after the next start, and nothing else, is what a full disk costs
+            with contextlib.suppress(OSError):
+                write_whole(self._kept, json.dumps(list(self._samples)).encode())
+
+
+def _loaded(path: Path | None) -> list[float]:
+    """What an earlier worker of this state directory measured; nothing, of a damaged file."""
+    try:
+        value = json.loads(path.read_bytes()) if path is not None else []
+    except (OSError, ValueError):
+        return []
+    if not isinstance(value, list):
+        return []
+    return [float(one) for one in value if type(one) in (int, float) and 0 < one < 1 << 30]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ringfence.agent.command import CommandResult
 from ringfence.agent.messages import TurnEnded
-from ringfence.errors import AgentError, RingfenceError
+from ringfence.errors import AgentError, RingfenceError, UnavailableError
 from ringfence.model import RunStatus
 from ringfence.worker.control import Wish
 
@@ -17,8 +17,9 @@ class Outcome:
 
     Attributes:
         failure: the first thing that went wrong; later ones are its effects.
-        hindrance: what egress refused for want of budget. It explains an agent that did not
-            succeed, and takes nothing from one that did: any tool inside can ask for too much.
+        hindrance: what egress refused for want of budget, or of a provider that answers. It
+            explains an agent that did not succeed, and takes nothing from one that did: any tool
+            inside can ask for too much.
         expired: the wall clock ran out.
         wish: how strongly the end was asked for from outside.
         ended: how the agent's turn ended, in its own words.
@@ -92,4 +93,23 @@ def budget_spent(reason: str) -> AgentError:
         "budget-exhausted",
         f"the run's budget is spent ({reason})",
         hint="raise model.max_budget_usd in the policy, or --max-budget-usd",
+    )
+
+
+def model_unavailable() -> UnavailableError:
+    """Egress tried all that the policy allows."""
+    return UnavailableError(
+        "model-unavailable",
+        "no provider that the policy allows answers: a model request was given up",
+        hint="see `ringfence limits status`; the policy's model.failover names others, and "
+        "model.exhausted: queue puts runs off",
+    )
+
+
+def model_busy(seconds: float, reason: str) -> UnavailableError:
+    """The fleet's limits would keep a request longer than its client waits."""
+    return UnavailableError(
+        "model-busy",
+        f"the model is busy: {reason}; its turn would come in {seconds:.0f} seconds",
+        hint="a worker's queue tries again by itself; see `ringfence limits status`",
     )

@@ -4,12 +4,13 @@ sandbox's socket.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -23,7 +24,7 @@ from ringfence.policy.compiled import CompiledPolicy, SandboxProfile
 from ringfence.policy.isolation import TECHNOLOGIES, enough, floor, strength
 from ringfence.sandbox.imageroot import digest_of
 from ringfence.sandbox.opening import WORKSPACES
-from ringfence.sandbox.protocol import Emulating, not_held
+from ringfence.sandbox.protocol import Control, ControlState, Emulating, not_held
 from ringfence.sandbox.registry import Backends, Picked
 
 _WORD_MAX = 128 * 1024 - 512  # MAX_ARG_STRLEN, less a name and its end
@@ -139,6 +140,13 @@ def check(request: RunRequest, policy: CompiledPolicy, *, state_dir: Path) -> No
     _check_isolation(request.isolation, profile)
     own = [] if of_a_session(state_dir, request.workspace) else [request.workspace]
     refuse_exposed(state_dir, [*own, *profile.readable, *profile.writable])
+
+
+def prompt_bytes(request: RunRequest) -> bytes:
+    """The user's turn as the audit log has it hashed: whatever of it the agent is told."""
+    if not request.content:
+        return request.prompt.encode("utf-8", "replace")
+    return json.dumps([dict(block) for block in request.content], sort_keys=True).encode()
 
 
 def _check_limits(request: RunRequest) -> None:
@@ -257,6 +265,25 @@ def start_notices(picked: Picked, profile: SandboxProfile) -> list[Notice]:
         clauses = "; ".join(f"{name.replace('_', ' ')} ({what})" for name, what in missing.items())
         text = f"isolation {backend.name} holds a part of the sandbox contract only, not: {clauses}"
         notices.append(Notice(kind="not-held", text=text))
+    return notices
+
+
+def unenforced(controls: Iterable[ControlState]) -> tuple[str, ...]:
+    """What this host does not hold of a sandbox, and a person should know."""
+    return tuple(
+        state.control.value
+        for state in controls
+        if not state.enforced and state.control is not Control.UID_PER_SANDBOX
+    )
+
+
+def started_notices(policy: CompiledPolicy, missing: Sequence[str]) -> list[Notice]:
+    """And about the sandbox that stands; `missing` as `unenforced` has it."""
+    texts = [f"{path} cannot be found on this host: left out" for path in absent(policy)]
+    notices = [Notice(kind="absent", text=text) for text in texts]
+    if missing:
+        text = f"not enforced on this host: {', '.join(missing)}"
+        notices.append(Notice(kind="unenforced", text=text))
     return notices
 
 

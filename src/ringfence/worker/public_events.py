@@ -37,6 +37,7 @@ TEXT_MOST = 256 << 10
 _PUBLIC = {ours: public for public, ours in BUILTIN.items()}
 _CUT = "\n[cut by ringfence]"
 _UNKNOWN = "the call was cut off; whether it had an effect is not known"
+_NOT_RUN = "the call was not run: its turn has ended before it"
 _OVER = {
     "timeout": "the call was over its time limit and was ended; whether it had an effect is not "
     "known",
@@ -191,6 +192,13 @@ class PublicEvents:
 def cut_off(kind: str, event_id: str) -> NewEvent:
     """The result of a call whose attempt was lost. kind: of the event that began it."""
     return _cut(kind.removeprefix("agent.").removesuffix("_use"), event_id)
+
+
+def left_over(action: Action, *, begun: bool) -> NewEvent:
+    """The result of an answered call whose turn ends without it. `begun`: an attempt may have run
+    it.
+    """
+    return _result(_kind(action), action.event_id, [_text(_UNKNOWN if begun else _NOT_RUN)])
 
 
 def _cut(kind: str, event_id: str) -> NewEvent:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ringfence.channel.messages import SealedCredential
-from ringfence.policy.binding import bind
+from ringfence.policy.binding import Unbound, bind
 from ringfence.policy.compiled import EgressRules
 
 
@@ -16,14 +16,17 @@ class Sealed:
     tenant: str
     credentials: tuple[SealedCredential, ...]
 
-    def bound(self, rules: EgressRules) -> tuple[EgressRules, list[SealedCredential]]:
+    def bound(
+        self, rules: EgressRules
+    ) -> tuple[EgressRules, list[SealedCredential], tuple[Unbound, ...]]:
         """The rules of egress with those that have a place in them, and those alone: what cannot
-        be used is not opened.
+        be used is not opened. And those that were left out.
         """
         named = [(each.credential_id, each.host) for each in self.credentials]
         rules, unbound = bind(rules, named)
         left_out = {each.name for each in unbound}
-        return rules, [each for each in self.credentials if each.credential_id not in left_out]
+        kept = [each for each in self.credentials if each.credential_id not in left_out]
+        return rules, kept, unbound
 
 
 NOTHING_SEALED = Sealed(tenant="", credentials=())

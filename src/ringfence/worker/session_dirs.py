@@ -15,7 +15,10 @@ import re
 import secrets
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+
+import structlog
 
 from ringfence.errors import CallerError, UnavailableError, words
 from ringfence.sandbox.apply import apply_changes
@@ -23,8 +26,10 @@ from ringfence.sandbox.applying import recover_all
 from ringfence.sandbox.opening import WORKSPACES
 from ringfence.sandbox.saved import load_changes
 from ringfence.store.files import write_whole
+from ringfence.worker.marks import NO_SNAPSHOT, Mark, Work
 from ringfence.worker.workspaces import WorkspaceStore, remove_tree
 
+_LOG = structlog.get_logger("ringfence.worker")
 _SESSION = re.compile(r"[A-Za-z0-9_-]{1,110}", re.ASCII)
 _DRAFT = re.compile(r"\.[A-Za-z0-9_-]{1,110}\.[0-9a-f]{16}", re.ASCII)
 """What was being made or removed when its worker died."""
@@ -52,7 +57,7 @@ class SessionDirectories:
             CallerError: `session-unknown`.
             UnavailableError: `session-busy` while another has it; `host-failed`.
         """
-        lock = self._locks / self._path(session_id).name
+        lock = self._locks / self.path(session_id).name
         try:
             self._locks.mkdir(mode=0o700, parents=True, exist_ok=True)
             descriptor = _locked(lock)
@@ -70,32 +75,54 @@ class SessionDirectories:
             os.close(descriptor)
 
     async def open(
-        self, session_id: str, *, tenant: str = "", reference: str | None = None
+        self,
+        session_id: str,
+        *,
+        tenant: str = "",
+        reference: str | None = None,
+        turn: int = 1,
+        travels: bool = False,
     ) -> Path:
-        """The session's directory, which the caller holds: as it is here, when it grew from the
-        session's snapshot; made from that, when it did not; empty, when there is neither.
+        """The session's directory for a turn, which the caller holds. Where the session has a
+        snapshot, or will have one (`travels`), it is as it is here when it is the session's own
+        still; else made from the snapshot, and empty without one. All others stay as they are.
 
         Raises:
             CallerError: `session-unknown`, `snapshot-unknown`.
             UnavailableError: `host-failed`, and what a restore raises.
         """
-        path = self._path(session_id)
+        path, grown = self.path(session_id), reference or NO_SNAPSHOT
         try:
-            if reference is not None and self._snapshots is not None:
-                here = await asyncio.to_thread(self._grew_from, session_id)
-                if here != reference:
-                    await self._clear(session_id)
-                    await asyncio.to_thread(self._ready, path)
+            mark = await asyncio.to_thread(self._mark, session_id)
+            own = mark is not None and mark.passes(grown, turn)
+            if self._snapshots is not None and not own and (travels or reference is not None):
+                await self._clear(session_id)
+                await asyncio.to_thread(self._ready, path)
+                if reference is not None:
                     await self._snapshots.restore(
                         reference, path, tenant=tenant, session=session_id
                     )
-                    await self.settled(session_id, reference)
             await asyncio.to_thread(self._ready, path)
+            # before anything is changed in it
+            begun = Mark(reference=grown, turn=turn)
+            if mark != begun or not own:
+                await asyncio.to_thread(self._write, session_id, begun)
         except OSError as error:
             raise UnavailableError(
                 "host-failed", f"the workspace cannot be made: {words(error)}"
             ) from None
         return path
+
+    async def fits(self, session_id: str, reference: str | None, turn: int) -> bool:
+        """Whether `open` leaves what is here as it is, for a session whose files travel. What
+        cannot be read does not fit; `open` says why.
+        """
+        try:
+            mark = await asyncio.to_thread(self._mark, session_id)
+        except OSError:
+            return False
+        own = mark is not None and mark.passes(reference or NO_SNAPSHOT, turn)
+        return own or self._snapshots is None
 
     async def save(self, session_id: str, *, tenant: str) -> str | None:
         """A snapshot of the directory; its reference, None where none are kept.
@@ -106,18 +133,57 @@ class SessionDirectories:
         """
         if self._snapshots is None:
             return None
-        return await self._snapshots.save(self._path(session_id), tenant=tenant, session=session_id)
+        return await self._snapshots.save(self.path(session_id), tenant=tenant, session=session_id)
 
-    async def settled(self, session_id: str, reference: str) -> None:
-        """The session has this snapshot now. Called after it is committed: a worker that dies in
-        between leaves a directory that is made anew, and never one that passes for another.
+    async def settled(self, session_id: str, reference: str | None, turn: int) -> None:
+        """A turn is over, with this snapshot or without one; then the next goes on with the files,
+        if this one had them here. Called after it is committed: a worker that dies in between
+        leaves a directory that is made anew, and never one that passes for another.
         """
 
         def mark() -> None:
-            self._marks.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_whole(self._marks / session_id, reference.encode())
+            before = self._mark(session_id)
+            if reference is not None:
+                self._write(session_id, Mark(reference=reference))
+            elif before is not None and turn == before.turn + (before.work is Work.OVER):
+                over = Mark(reference=before.reference, turn=turn, work=Work.OVER)
+                self._write(session_id, over)
 
-        await asyncio.to_thread(mark)
+        try:
+            await asyncio.to_thread(mark)
+        except OSError as error:
+            # the turn is over all the same; what is here is made anew
+            _LOG.warning("a session's directory could not be marked", why=words(error))
+
+    async def stands(self, session_id: str, reference: str | None, turn: int) -> Work | None:
+        """What an earlier attempt of a turn has left in the directory that is here: None when it is
+        not that attempt's, `BEGUN` when it may have changed files, `KEEPING` when all that a run in
+        review mode changed has been written. What a worker that died was writing is written now.
+
+        Raises:
+            UnavailableError: `host-failed`.
+        """
+
+        def look() -> Work | None:
+            mark = self._mark(session_id)
+            if mark is None or mark.turn != turn or mark.reference != (reference or NO_SNAPSHOT):
+                return None
+            if mark.work is Work.KEEPING:
+                recover_all(self._state_dir / "runs")
+                try:
+                    self._apply(mark.run)
+                except CallerError:
+                    # written already, or never to be: the agent looks for itself
+                    mark = replace(mark, work=Work.BEGUN, run="")
+                    self._write(session_id, mark)
+            return mark.work
+
+        try:
+            return await asyncio.to_thread(look)
+        except OSError as error:
+            raise UnavailableError(
+                "host-failed", f"the workspace cannot be read: {words(error)}"
+            ) from None
 
     async def collect(self, tenant: str, references: list[str]) -> None:
         """Remove of a tenant's snapshots what none of these needs, but for what is a day young.
@@ -126,13 +192,20 @@ class SessionDirectories:
         if self._snapshots is not None:
             await self._snapshots.collect(tenant, references)
 
-    def _grew_from(self, session_id: str) -> str | None:
+    def _mark(self, session_id: str) -> Mark | None:
         mark = self._marks / session_id
         if not (self._root / session_id).is_dir() or not mark.is_file():
             return None
-        return mark.read_text()
+        return Mark.parse(mark.read_text())
 
-    def _path(self, session_id: str) -> Path:
+    def _write(self, session_id: str, mark: Mark) -> None:
+        self._marks.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_whole(self._marks / session_id, mark.encode())
+
+    def path(self, session_id: str) -> Path:
+        """Where the session's files are on this host, whether or not they are there. Raises
+        CallerError `session-unknown`.
+        """
         if not _SESSION.fullmatch(session_id):
             raise CallerError("session-unknown", f"{session_id[:64]!r} is not a session's name")
         return self._root / session_id
@@ -143,16 +216,24 @@ class SessionDirectories:
         # a worker that died while it wrote changes left half of them
         recover_all(self._state_dir / "runs")
 
-    async def keep(self, run_id: str) -> None:
+    async def keep(self, run_id: str, session_id: str) -> None:
         """Write what a run in review mode changed into its session's directory, all of it: the
         files that run later on a person's machine run here in a sandbox alone.
 
         Raises:
             CallerError: `patch-conflict`.
         """
-        await asyncio.to_thread(self._keep, run_id)
 
-    def _keep(self, run_id: str) -> None:
+        def write() -> None:
+            mark = self._mark(session_id)
+            if mark is not None:
+                # first: whoever comes after a crash ends what was begun, and does not do it again
+                self._write(session_id, replace(mark, work=Work.KEEPING, run=run_id))
+            self._apply(run_id)
+
+        await asyncio.to_thread(write)
+
+    def _apply(self, run_id: str) -> None:
         file = self._state_dir / "runs" / run_id / "changes.bin"
         if not file.exists():
             return
@@ -169,8 +250,13 @@ class SessionDirectories:
         """Names, drafts' too, of what has not changed here for so long, by its own time."""
         if not self._root.is_dir():
             return []
-        until = time.time() - seconds
-        return [path.name for path in self._root.iterdir() if path.lstat().st_mtime < until]
+        until, found = time.time() - seconds, []
+        for path in self._root.iterdir():
+            # a session that is deleted meanwhile takes its own away
+            with contextlib.suppress(OSError):
+                if path.lstat().st_mtime < until:
+                    found.append(path.name)
+        return found
 
     async def remove(self, session_id: str) -> None:
         """Forget a session's files, or a draft that `unused` named. Links are not followed.

@@ -5,31 +5,47 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from ringfence.agent.messages import AgentMessage
 from ringfence.agent.permissions import Approver
 from ringfence.channel.link import EgressLink
-from ringfence.channel.messages import AnyMessage
+from ringfence.channel.messages import AnyMessage, DeskMessage
 from ringfence.config import Config
 from ringfence.errors import UnavailableError
 from ringfence.record.recorder import Recorder
 from ringfence.record.session_base import SessionStore
+from ringfence.sandbox.protocol import Sandbox
 from ringfence.sandbox.registry import Backends
+from ringfence.telemetry.hub import Telemetry
+from ringfence.worker.breakers import Breakers
+from ringfence.worker.memory import Memory
+from ringfence.worker.seats import SeatPool
 from ringfence.worker.warm import WarmPool
 
 OnMessage = Callable[[AgentMessage], None]
 
 
 class NoticeBoard:
-    """Hands egress's notices to the attempt whose sandbox they name."""
+    """Hands egress's notices to the attempt whose sandbox they name; what is about turns of model
+    requests to `desk`; and all to `telemetry`, where there is one.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, telemetry: Telemetry | None = None) -> None:
+        self._telemetry = telemetry
         self._readers: dict[str, Callable[[AnyMessage], None]] = {}
+        self.desk: Callable[[DeskMessage], None] | None = None
 
     def post(self, message: AnyMessage) -> None:
         """Called by the link for every notice."""
+        if self._telemetry is not None:
+            self._telemetry.noticed(message)
+        if isinstance(message, DeskMessage):
+            if self.desk is not None:
+                self.desk(message)
+            return
         reader = self._readers.get(getattr(message, "sandbox_id", ""))
         if reader is not None:
             reader(message)
@@ -61,7 +77,15 @@ class Station:
     approver: Approver
     claude: Path | None
     ca_certificate: bytes | None
+    seats: SeatPool
     warm: WarmPool | None = None
+    memory: Memory | None = None
+    breakers: Breakers | None = None
+    telemetry: Telemetry | None = None
+
+    def metering(self, sandbox: Sandbox) -> AbstractAsyncContextManager[None]:
+        """Look at what a sandbox takes while the block runs, where anybody wants to know."""
+        return contextlib.nullcontext() if self.memory is None else self.memory.metering(sandbox)
 
     async def lost(self) -> UnavailableError:
         """Wait until egress or the recorder is gone, and say which.

@@ -15,10 +15,12 @@ from dataclasses import replace
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ringfence.control import turns
+from ringfence.control.journal import usage_of
 from ringfence.control.turns import NewEvent, Turn, new_event_id
 from ringfence.errors import AgentError, UnavailableError
 from ringfence.model import Usage
 from ringfence.store import events as rows
+from ringfence.store import sessions
 from ringfence.store.database import Database
 
 _GATHER_SECONDS = 0.1
@@ -45,7 +47,7 @@ class Telling:
         self._usages: list[Usage] = []
         self._woken = asyncio.Event()
         self._closing = False
-        self.used = Usage()
+        self.used, self._counted = Usage(), turn.usage
 
     def put(self, events: Sequence[NewEvent], usage: Usage | None = None) -> None:
         """To be appended soon."""
@@ -111,19 +113,27 @@ class Telling:
         for tried in range(1, _TRIES + 1):
             try:
                 async with self._database.writing() as connection:
-                    if tried == 1 or not await self._there(connection, batch):
+                    if tried == 1 or not await self._there(connection, batch, usage):
                         await turns.append(connection, self._turn, batch, usage=usage)
             except UnavailableError:
                 if tried == _TRIES:
                     raise
                 await asyncio.sleep(_PAUSE_SECONDS * 2**tried)
             else:
+                self._counted = self._counted + usage
                 return
 
-    async def _there(self, connection: AsyncConnection, batch: Sequence[NewEvent]) -> bool:
-        """Whether a commit whose answer was lost has been made all the same."""
+    async def _there(
+        self, connection: AsyncConnection, batch: Sequence[NewEvent], usage: Usage
+    ) -> bool:
+        """Whether a commit whose answer was lost has been made all the same. Usage without an event
+        is there when the session has used what it would have then: nobody else counts for it.
+        """
         turn, names = self._turn, [event.id for event in batch[:1] if event.id is not None]
-        return bool(await rows.named(connection, turn.tenant, turn.session_id, names))
+        if names:
+            return bool(await rows.named(connection, turn.tenant, turn.session_id, names))
+        row = await sessions.get(connection, turn.tenant, turn.session_id)
+        return row is not None and usage_of(row) == self._counted + usage
 
 
 def _size(event: NewEvent) -> int:

@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import uuid
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from ringfence.agent.messages import AgentMessage, TurnEnded
+import structlog
+
+from ringfence.agent.messages import AgentMessage, Notice, RunPutOff, TurnEnded
 from ringfence.agent.pending import custom_names
+from ringfence.config import SloSettings
 from ringfence.control import turns
+from ringfence.control.files import FileLimits
 from ringfence.control.run_plan import RunPlan, run_plan
 from ringfence.control.tenancy import Ceiling
 from ringfence.control.turns import NewEvent, Settled, Superseded, Turn, TurnEnd, failure
@@ -34,54 +35,80 @@ from ringfence.errors import (
     RingfenceError,
     UnavailableError,
 )
-from ringfence.model import RunRequest, RunResult, RunStatus, Usage, WorkspaceMode
+from ringfence.model import RunRequest, RunResult, RunStatus
 from ringfence.queue.handling import to_the_end
-from ringfence.queue.protocol import Lease, Queue, RetryAfter
+from ringfence.queue.protocol import NORMAL, Lease, Queue, RetryAfter
 from ringfence.record.session_base import Claim, SessionStore
 from ringfence.record.transcript import Progress, progress
 from ringfence.store import events as rows
+from ringfence.store import live as live_rows
 from ringfence.store.contents import Contents
 from ringfence.store.database import Database
-from ringfence.worker.answering import answers_of, custom_tools_of, pending_of
-from ringfence.worker.brought import files_of, sealed_of
+from ringfence.store.live import LiveRow
+from ringfence.telemetry.hub import Telemetry
+from ringfence.worker import outputs
+from ringfence.worker.attached import attached
+from ringfence.worker.brought import sealed_of
 from ringfence.worker.control import RunControl
+from ringfence.worker.guards import tool_watch
+from ringfence.worker.holding import held_back
 from ringfence.worker.launch import attempt
-from ringfence.worker.public_events import PublicEvents, cut_off, model_failure, storable
-from ringfence.worker.sealed import Sealed
+from ringfence.worker.live import Withheld
+from ringfence.worker.livepool import LivePool, session_of
+from ringfence.worker.public_events import PublicEvents, model_failure, storable
 from ringfence.worker.session_dirs import SessionDirectories
 from ringfence.worker.station import Station
+from ringfence.worker.staying import Brought, Staying
 from ringfence.worker.telling import Telling
-
-MAX_TIMES_AWAY = 12
-"""How often a turn waits for a model that does not answer, the client's own retries apart: in all
-about forty minutes. Then it ends for its caller."""
-
-GO_ON = (
-    "The machine on which this was worked on stopped before it was done. What was done stands "
-    "above; a tool call without a result may have had its effect or not: look before you repeat "
-    "it. Go on from there."
+from ringfence.worker.turn_asked import (
+    company_of,
+    kept_here,
+    may_end,
+    prompt_id,
+    prompt_of,
+    refuse_unsupported,
+    request_of,
 )
-"""What the agent is told when its turn goes on elsewhere."""
-LOST_FILES = " Files are as they were before the user's last message: make lost changes again."
-"""What it is told beside, where changes are kept at the end of a turn only."""
+from ringfence.worker.turn_before import (
+    AWAY,
+    BUSY_SECONDS,
+    MAX_TIMES_AWAY,
+    busy,
+    lost_calls,
+    times_away,
+)
+from ringfence.worker.turn_ends import (
+    LEFT_ELSEWHERE,
+    end_of,
+    is_unsaid,
+    model_away,
+    refused,
+    spent,
+    spent_up,
+    unrun,
+    with_events,
+    words_of,
+)
+from ringfence.worker.watching import watching
 
 _PASSING = frozenset({0, 408, 429, 500, 502, 503, 504, 529})
 """Statuses of the model's answer after which another attempt makes sense; 0: there was none."""
-_AWAY = "the model did not answer"
-_FIRST_WAIT, _LONGEST_WAIT = 10.0, 300.0
-_INBOX_SECONDS = 0.5
-_BUSY_SECONDS = 5.0
-_NAMES = uuid.UUID("3f0c55a2-4a0e-4f57-9d0f-2f1f0d0a6c11")
+_OPERATORS = frozenset({"credential-unbound"})
+"""Notices that the worker's log has."""
+_LOG = structlog.get_logger("ringfence.worker")
+_FIRST_WAIT, _LONGEST_WAIT, _INBOX_SECONDS = 10.0, 300.0, 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class TurnHandler:
-    """Handles leases of the queue with one station.
+    """Handles leases of the queue with one station; `telemetry` is told of turns.
 
     Attributes:
-        contents: of the files that sessions name.
-        room: seconds to wait before another sandbox is started on this host; 0.0 when there is
-            memory for one now.
+        contents: of the files that sessions name, and make. limits: of those; None keeps none.
+        room: seconds until this host has memory for another sandbox; 0.0 when it has.
+        live: sandboxes that stay between two turns; None where none does.
+        slo: what is promised of runs; a spent budget holds back those of low priority.
+        withheld: what belongs to sandboxes that could not be stopped.
     """
 
     station: Station
@@ -90,86 +117,156 @@ class TurnHandler:
     ceiling: Ceiling
     workspaces: SessionDirectories
     contents: Contents
+    limits: FileLimits | None = None
     room: Callable[[], float] = lambda: 0.0
+    live: LivePool | None = None
+    slo: SloSettings = field(default_factory=SloSettings)
+    withheld: Withheld = field(default_factory=Withheld)
+    telemetry: Telemetry | None = None
 
     async def __call__(self, lease: Lease) -> RunStatus:
         """See `ringfence.queue.protocol.Handler`.
 
         Raises:
-            RetryAfter: the host is short of memory, or the model asked for time.
+            RetryAfter: it waits, for memory, its sandbox, the model or an error budget.
             UnavailableError: the platform or this host cannot now; the queue tries again.
             Superseded: a later attempt has the turn.
         """
-        wait = self.room()
-        if wait > 0:
-            raise RetryAfter(wait, "this host is short of memory for another sandbox")
+        over = await held_back(self.database, self.slo, lease)
+        if over is not None:
+            return await self._next(over)
+        if self.live is None:
+            return await self._handle(lease)
+        with self.live.working():
+            await self.live.leave_to_others(lease)
+            await self.live.make_room(but=session_of(lease))
+            return await self._handle(lease)
+
+    async def _handle(self, lease: Lease) -> RunStatus:
+        await self._refuse_short(lease)
         async with self.database.writing() as connection:
             claimed = await turns.claim(connection, lease.run_id, lease.attempt)
         if isinstance(claimed, Settled):
             return await self._next(claimed)
-        return await self._carry_out(claimed)
+        with watching(self.telemetry, claimed) as watch:
+            return watch.ended(await self._carry_out(claimed, batch=lease.priority > NORMAL))
+
+    async def _refuse_short(self, lease: Lease) -> None:
+        """Sandboxes that rest give way first; a session's own one is there already."""
+        live = self.live
+        if live is not None and session_of(lease) in live:
+            return
+        while (wait := self.room()) > 0:
+            if live is None or not await live.end_oldest():
+                raise RetryAfter(wait, "this host is short of memory for another sandbox")
 
     async def _next(self, settled: Settled) -> RunStatus:
         """Hand the turn that follows to the queue; whoever sweeps makes good what fails here."""
         if settled.next_run is not None:
             with contextlib.suppress(UnavailableError):
-                await self.queue.submit(settled.next_run, tenant=settled.tenant)
+                await self.queue.submit(
+                    settled.next_run, tenant=settled.tenant, priority=settled.priority
+                )
                 async with self.database.writing() as connection:
                     await turns.queued(connection, settled.next_run)
         return settled.status
 
-    async def settle(self, turn: Turn, end: TurnEnd) -> RunStatus:
-        """End the turn, and begin the one that waits. Raises Superseded."""
-        async with self.database.writing() as connection:
-            settled = await turns.settle(connection, turn, end)
-        return await self._next(settled)
-
-    async def _carry_out(self, turn: Turn) -> RunStatus:
-        try:
-            plan = run_plan(self.ceiling, turn.agent, turn.environment)
-            refuse_unsupported(turn)
-            prompt = prompt_of(turn)
-            said = await asyncio.to_thread(self.progress, turn)
-        except (CallerError, DeniedError) as error:
-            return await self.settle(turn, refused(error))
-        if turn.budget_left == 0:
-            return await self.settle(turn, _spent_up())
-        lost, told = await self._lost_calls(turn)
-        view = plan.policy.sandbox.workspace_mode
-        if said is not None and said[0] is Progress.DONE and view is not WorkspaceMode.REVIEW:
-            return await self.settle(turn, await self._done(turn, said[1], lost))
-        async with AsyncExitStack() as stack:
-            await self._hold(turn, stack)
-            try:
-                request = request_of(turn, plan, prompt, said[0] if said else None)
-                request = await self._placed(turn, request)
-                sealed = await sealed_of(self.database, turn)
-                files = await files_of(self.database, turn, self.contents, self.station, stack)
-            except (CallerError, DeniedError) as error:
-                return await self.settle(turn, refused(error))
-            work = _Work(self, turn, plan, request, lost, told, sealed=sealed, files=files)
-            return await work.run()
-
-    async def _hold(self, turn: Turn, stack: AsyncExitStack) -> None:
-        """Nobody else works in the session's directory until the stack ends.
+    async def settle(self, turn: Turn, end: TurnEnd, live: LiveRow | None = None) -> RunStatus:
+        """End the turn, whose directory is held, and begin the one that waits; `live` says who has
+        its sandbox.
 
         Raises:
-            RetryAfter: an attempt that was given up has it still; it ends when it finds that out.
+            Superseded.
         """
-        try:
-            stack.enter_context(self.workspaces.held(turn.session_id))
-        except UnavailableError as error:
-            if error.code != "session-busy":
-                raise
-            async with self.database.writing() as connection:
-                await turns.put_off(connection, turn)
-            raise RetryAfter(_BUSY_SECONDS, error.message) from None
+        async with self.database.writing() as connection:
+            settled = await turns.settle(connection, turn, end)
+            if live is not None:
+                await live_rows.put(connection, live)
+        await self.workspaces.settled(turn.session_id, end.workspace, turn.turn)
+        return await self._next(settled)
 
-    async def _placed(self, turn: Turn, request: RunRequest) -> RunRequest:
+    async def _carry_out(self, turn: Turn, *, batch: bool) -> RunStatus:
+        async with Staying(
+            pool=self.live, station=self.station, turn=turn, withheld=self.withheld
+        ) as staying:
+            # for an end as well: it says what of the directory is the session's
+            await self._hold(turn, staying)
+            lost, told = await lost_calls(self.database, turn)
+            try:
+                plan = run_plan(self.ceiling, turn.agent, turn.environment)
+                refuse_unsupported(turn)
+                said = await asyncio.to_thread(self.progress, turn)
+                untold = said is None or said[0] is Progress.ABSENT
+                turn = await attached(self.database, self.contents, turn, messages=untold)
+                prompt = prompt_of(turn)
+                if turn.budget_left == 0:
+                    end = spent_up(unsaid=untold, begun=said is not None)
+                    return await self.settle(turn, with_events(end, lost, unrun(turn, told)))
+                stands = await self.workspaces.stands(turn.session_id, turn.workspace, turn.turn)
+                here = kept_here(plan, stands)
+                if said is not None and said[0] is Progress.DONE and may_end(plan, stands):
+                    open_calls = [*lost, *unrun(turn, told)]
+                    return await self._done(turn, plan, said[1], open_calls, here=here)
+                request = request_of(turn, plan, prompt, said[0] if said else None, here=here)
+                if not await self.workspaces.fits(turn.session_id, turn.workspace, turn.turn):
+                    await staying.drop()
+                request = await self._placed(turn, plan, request)
+                sealed = await sealed_of(self.database, turn)
+                hold = await staying.hold(plan, request, sealed)
+                offered = Path(request.workspace) if self.keeps_outputs(plan) else None
+                files = await staying.files(self.database, self.contents, workspace=offered)
+            except Superseded:
+                raise
+            except (CallerError, DeniedError) as error:
+                return await self.settle(turn, with_events(refused(error), lost, unrun(turn, told)))
+            brought = Brought(sealed=sealed, files=files, hold=hold, staying=staying, batch=batch)
+            return await _Work(self, turn, plan, request, lost, told, brought).run()
+
+    def keeps_outputs(self, plan: RunPlan) -> bool:
+        """Whether a turn has a place to leave files for its session."""
+        return self.limits is not None and outputs.offered(plan.policy.sandbox)
+
+    async def _hold(self, turn: Turn, staying: Staying) -> None:
+        """Nobody else works in the session's directory until the turn gives it up.
+
+        Raises:
+            RetryAfter: another has it. UnavailableError: it has it for ever (see `busy`).
+        """
+        if await staying.take():
+            return
+        try:
+            staying.resources.enter_context(self.workspaces.held(turn.session_id))
+        except UnavailableError as error:
+            raise await busy(self.database, turn, error) from None
+
+    async def _placed(self, turn: Turn, plan: RunPlan, request: RunRequest) -> RunRequest:
         place = await self.workspaces.open(
-            turn.session_id, tenant=turn.tenant, reference=turn.workspace
+            turn.session_id,
+            tenant=turn.tenant,
+            reference=turn.workspace,
+            turn=turn.turn,
+            travels=plan.travels,
         )
         return replace(request, workspace=str(place))
+
+    async def snapshot(self, turn: Turn, plan: RunPlan) -> tuple[str | None, list[NewEvent]]:
+        """The workspace as it is now, kept for whichever host goes on; or why it is not. Raises
+        UnavailableError while it cannot be kept.
+        """
+        if not plan.travels:
+            return None, []
+        try:
+            return await self.workspaces.save(turn.session_id, tenant=turn.tenant), []
+        except AgentError as error:
+            return None, [failure(words_of(error))]
+
+    async def collect(self, turn: Turn, plan: RunPlan) -> list[NewEvent]:
+        """Keep what the agent left for its session; say what is not kept. Raises as that does."""
+        if self.limits is None or not self.keeps_outputs(plan):
+            return []
+        place = self.workspaces.path(turn.session_id)
+        problems = await outputs.collect(self.database, self.contents, self.limits, turn, place)
+        return [failure(str(storable(f"outputs: {'; '.join(problems)}")))] if problems else []
 
     def sessions(self, tenant: str) -> SessionStore:
         """Transcripts of a tenant: another's are unknown there."""
@@ -191,45 +288,14 @@ class TurnHandler:
                     hint="workers of several hosts need one store for transcripts",
                 ) from None
             return None
-        return progress(entries, prompt_id(turn))
+        # a turn without a message has no prompt: it begins with the result of the call
+        calls = () if turn.messages else (action.tool_use_id for action in turn.pending)
+        return progress(entries, prompt_id(turn), results=calls)
 
-    async def _lost_calls(self, turn: Turn) -> tuple[list[NewEvent], set[str]]:
-        """Results for the calls that attempts before this one began and did not end; and the
-        events of the calls that have one.
-        """
-        if turn.attempt == 1:
-            return [], set()
-        kinds = ("agent.tool_use", "agent.mcp_tool_use", "agent.tool_result")
-        async with self.database.reading() as connection:
-            found = await rows.of_turn(
-                connection,
-                turn.tenant,
-                turn.session_id,
-                (*kinds, "agent.mcp_tool_result"),
-                turn.turn,
-            )
-        ended = {
-            str(row.body.get("tool_use_id") or row.body.get("mcp_tool_use_id"))
-            for row in found
-            if row.type.endswith("_result")
-        }
-        lost = [
-            cut_off(row.type, row.id)
-            for row in found
-            if row.type.endswith("_use") and row.id not in ended
-        ]
-        return lost, ended
-
-    async def times_away(self, turn: Turn) -> int:
-        """How often this turn has been put off because the model did not answer."""
-        async with self.database.reading() as connection:
-            told = await rows.of_turn(
-                connection, turn.tenant, turn.session_id, ("session.error",), turn.turn
-            )
-        return sum(str(row.body["error"]["message"]).startswith(_AWAY) for row in told)
-
-    async def _done(self, turn: Turn, words: str, lost: Sequence[NewEvent]) -> TurnEnd:
-        """The agent had ended, and its worker died before it could say so."""
+    async def _done(
+        self, turn: Turn, plan: RunPlan, words: str, lost: Sequence[NewEvent], *, here: bool
+    ) -> RunStatus:
+        """The agent had ended, and its worker died before it could say so, or keep its files."""
         async with self.database.reading() as connection:
             said = await rows.of_turn(
                 connection, turn.tenant, turn.session_id, ("agent.message",), turn.turn
@@ -238,7 +304,14 @@ class TurnHandler:
         last = []
         if words and not any(row.body.get("content") == content for row in said):
             last = [NewEvent(type="agent.message", body={"content": content})]
-        return TurnEnd(status=RunStatus.SUCCEEDED, events=[*lost, *last])
+        left = await self.collect(turn, plan) if here else []
+        workspace, problems = await self.snapshot(turn, plan) if here else (None, [])
+        if plan.travels and not here:
+            problems = [failure(words_of(AgentError("snapshot-lost", LEFT_ELSEWHERE)))]
+        end = TurnEnd(
+            status=RunStatus.SUCCEEDED, events=[*lost, *last, *left, *problems], workspace=workspace
+        )
+        return await self.settle(turn, end)
 
 
 class _Work:
@@ -252,12 +325,11 @@ class _Work:
         request: RunRequest,
         lost: list[NewEvent],
         told: Collection[str],
-        *,
-        sealed: Sealed,
-        files: Path | None,
+        brought: Brought,
     ) -> None:
-        self._sealed, self._files = sealed, files
+        self._brought = brought
         self._handler, self._turn, self._plan, self._request = handler, turn, plan, request
+        self._answered = told
         self._control = RunControl()
         self._public = PublicEvents(
             # a result is told once, and an attempt before this one may have told it
@@ -265,7 +337,9 @@ class _Work:
             custom=custom_names(request.custom_tools),
         )
         self._ended: TurnEnded | None = None
+        self._put_off: RunPutOff | None = None
         self._over = False
+        self._tools = tool_watch(handler.station.breakers, turn)
         self._telling = Telling(handler.database, turn, broken=self._control.cancel)
         self._telling.put(lost)
 
@@ -281,7 +355,8 @@ class _Work:
             # refused before anything of the agent ran
             self._telling.put(self._public.close())
             await self._told(telling)
-            return await self._handler.settle(self._turn, refused(error))
+            end = with_events(refused(error), unrun(self._turn, self._answered))
+            return await self._handler.settle(self._turn, end)
         except (asyncio.CancelledError, RetryAfter, RingfenceError):
             # handed over: what has happened is told before another may go on
             self._telling.put(self._public.close())
@@ -293,30 +368,42 @@ class _Work:
             await asyncio.wait({watching, telling})
 
     async def _attempt(self) -> RunResult:
+        hold = self._brought.hold
         try:
-            return await attempt(
+            result = await attempt(
                 replace(self._handler.station, sessions=self._handler.sessions(self._turn.tenant)),
                 self._plan.policy,
                 self._request,
                 control=self._control,
                 on_message=self._hear,
-                sealed=self._sealed,
+                sealed=self._brought.sealed,
                 claim=Claim(self._turn.run_id, self._turn.attempt),
-                files=self._files,
+                files=self._brought.files,
+                hold=hold,
+                company=company_of(self._turn, self._plan),
+                batch=self._brought.batch,
             )
         except UnavailableError as error:
             if error.code != "session-busy":
                 raise
             # another run's, as of a person who forks it; it ends, or its lease runs out by itself
-            raise RetryAfter(_BUSY_SECONDS, error.message) from None
+            raise RetryAfter(BUSY_SECONDS, error.message) from None
+        if hold is not None and hold.unstopped:
+            raise UnavailableError("host-failed", "the turn's sandbox could not be stopped")
+        return result
 
     def _hear(self, message: AgentMessage) -> None:
         if isinstance(message, TurnEnded):
             self._ended = message
+        elif isinstance(message, RunPutOff):
+            self._put_off = message
+        elif isinstance(message, Notice) and message.kind in _OPERATORS:
+            # no event of the public shapes says it, and who set the policy can change it
+            _LOG.warning(message.text, run_id=self._turn.run_id)
+        self._tools.heard(message)
         used = self._public.used
         events = self._public.of(message)
-        more = spent(self._public.used, used)
-        self._telling.put(events, more)
+        self._telling.put(events, spent(self._public.used, used))
 
     async def _watch(self) -> None:
         """Look for an interrupt, and for a session that is no longer ours to work for."""
@@ -353,170 +440,66 @@ class _Work:
         await self._told(telling)
         if self._over:
             raise Superseded(self._turn.run_id)
-        if self._model_failed(result):
-            return await self._later()
         error = result.error
+        if self._put_off is not None and error is not None and error["code"] == "model-busy":
+            await self._wait_for_turn(self._put_off)
+        if self._model_failed(result):
+            return await self._later(result)
         if error is not None and error["family"] == UnavailableError.family:
             raise UnavailableError(error["code"], error["message"], hint=error["hint"])
         end = end_of(self._turn, result, self._ended)
-        end = replace(end, events=[*end.events, *calls], pending=pending)
-        return await self._settle(end, result)
+        return await self._settle(replace(with_events(end, calls), pending=pending), result)
 
     async def _settle(self, end: TurnEnd, result: RunResult) -> RunStatus:
-        handler = self._handler
+        handler, turn = self._handler, self._turn
+        await self._still_ours()
         try:
-            await handler.workspaces.keep(result.run_id)
+            await handler.workspaces.keep(result.run_id, turn.session_id)
         except CallerError as error:
-            end = replace(end, events=[*end.events, failure(_words(error))])
-        workspace = None
-        if self._plan.hosting == "hybrid":
-            workspace, problems = await self._snapshot()
-            end = replace(end, workspace=workspace, events=[*end.events, *problems])
-        said = await asyncio.to_thread(handler.progress, self._turn)
-        # a call that went on may stop the turn again before its messages had their turn
-        unsaid = bool(end.pending) and said is not None and said[0] is Progress.ABSENT
+            end = with_events(end, [failure(words_of(error))])
+        end = with_events(end, await handler.collect(turn, self._plan))
+        workspace, problems = await handler.snapshot(turn, self._plan)
+        said = await asyncio.to_thread(handler.progress, turn)
         end = replace(
-            end,
+            with_events(end, problems),
+            workspace=workspace,
             usage=spent(result.usage, self._telling.used),
             transcript_begun=said is not None,
-            unsaid=unsaid,
+            unsaid=is_unsaid(turn, end, said[0] if said else Progress.ABSENT),
         )
-        status = await handler.settle(self._turn, end)
-        if workspace is not None:
-            await handler.workspaces.settled(self._turn.session_id, workspace)
+        staying = self._brought.staying
+        status = await handler.settle(turn, end, staying.row())
+        await staying.keep(workspace or turn.workspace)
         return status
 
-    async def _snapshot(self) -> tuple[str | None, list[NewEvent]]:
-        """The workspace as it is now, kept for whichever host goes on; or why it is not."""
-        turn = self._turn
-        try:
-            kept = await self._handler.workspaces.save(turn.session_id, tenant=turn.tenant)
-        except AgentError as error:
-            return None, [failure(_words(error))]
-        return kept, []
+    async def _still_ours(self) -> None:
+        """Before files change that a later attempt of this turn would find. Raises Superseded."""
+        async with self._handler.database.reading() as connection:
+            if (await turns.inbox(connection, self._turn)).terminated:
+                raise Superseded(self._turn.run_id)
+
+    async def _wait_for_turn(self, put_off: RunPutOff) -> None:
+        """The fleet's limits are used up: the run keeps its place before the model and waits in
+        the queue, without a sandbox. Not counted against anybody. Raises RetryAfter.
+        """
+        words = f"the model's turn comes in about {put_off.seconds:.0f} seconds"
+        told = [model_failure(429, words, retry="retrying")]
+        async with self._handler.database.writing() as connection:
+            await turns.append(connection, self._turn, told)
+        raise RetryAfter(put_off.seconds, put_off.reason)
 
     def _model_failed(self, result: RunResult) -> bool:
         failed = result.error is not None and result.error["code"] == "agent-failed"
         return failed and self._public.last_status in _PASSING
 
-    async def _later(self) -> RunStatus:
+    async def _later(self, result: RunResult) -> RunStatus:
         """The model could not answer: the turn waits, and costs nobody a worker meanwhile."""
         status, turn, handler = self._public.last_status, self._turn, self._handler
-        words = f"{_AWAY} (HTTP {status})" if status else _AWAY
-        before = await handler.times_away(turn)
+        words = f"{AWAY} (HTTP {status})" if status else AWAY
+        before = await times_away(handler.database, turn)
         if before + 1 >= MAX_TIMES_AWAY:
             told = [model_failure(status, f"{words}, {before + 1} times", retry="exhausted")]
-            end = TurnEnd(
-                status=RunStatus.FAILED, stop_reason={"type": "retries_exhausted"}, events=told
-            )
-            return await handler.settle(turn, end)
+            return await self._settle(model_away(told), result)
         async with handler.database.writing() as connection:
             await turns.append(connection, turn, [model_failure(status, words, retry="retrying")])
         raise RetryAfter(min(_LONGEST_WAIT, _FIRST_WAIT * 2**before), words)
-
-
-def prompt_id(turn: Turn) -> str:
-    """The UUID of the turn's prompt in the transcript, the same for every attempt."""
-    return str(uuid.uuid5(_NAMES, turn.run_id))
-
-
-def prompt_of(turn: Turn) -> str:
-    """The messages of a turn, as one prompt.
-
-    Raises:
-        CallerError: `turn-unsupported`.
-    """
-    blocks = [block for message in turn.messages for block in message.content]
-    for block in blocks:
-        if block.get("type") != "text":
-            raise CallerError(
-                "turn-unsupported", f"a message holds a block of type {block.get('type')}"
-            )
-    return "\n\n".join(str(block["text"]) for block in blocks)
-
-
-def refuse_unsupported(turn: Turn) -> None:
-    """What no worker of this version carries out. Raises CallerError `turn-unsupported`."""
-    if [one for one in turn.resources if one.get("type") != "file"]:
-        raise CallerError("turn-unsupported", "the session has resources that are no files")
-
-
-def request_of(turn: Turn, plan: RunPlan, prompt: str, said: Progress | None) -> RunRequest:
-    """What `attempt` is asked for; the workspace is still to be named. `said`: how far the
-    transcript has come; None when there is none.
-
-    Raises:
-        CallerError: `turn-unsupported`.
-    """
-    begun = said in {Progress.BEGUN, Progress.DONE}
-    again = GO_ON
-    if plan.policy.sandbox.workspace_mode is WorkspaceMode.REVIEW:
-        again += LOST_FILES
-    return RunRequest(
-        prompt=again if begun else prompt,
-        prompt_id=None if begun else prompt_id(turn),
-        workspace="",
-        model=plan.model,
-        effort=plan.effort,
-        system_prompt=plan.system_prompt,
-        max_budget_usd=turn.budget_left,
-        resume=turn.transcript if said is not None else None,
-        session_id=turn.transcript if said is None else None,
-        defer=True,
-        ask_tools=plan.policy.tools.asked,
-        custom_tools=custom_tools_of(plan.custom_tools),
-        pending=pending_of(turn),
-        answers=answers_of(turn),
-    )
-
-
-def refused(error: RingfenceError) -> TurnEnd:
-    """The end of a turn that may not be run as things are today."""
-    return TurnEnd(
-        status=RunStatus.FAILED,
-        stop_reason={"type": "retries_exhausted"},
-        events=[failure(_words(error))],
-        transcript_begun=False,
-    )
-
-
-def end_of(turn: Turn, result: RunResult, ended: TurnEnded | None) -> TurnEnd:
-    """How a turn ends whose attempt has come to its end."""
-    if result.status in {RunStatus.SUCCEEDED, RunStatus.CANCELLED}:
-        return TurnEnd(status=result.status)
-    error: dict[str, Any] = result.error or {"code": "agent-failed", "message": "it failed"}
-    words = storable(f"{error['code']}: {error['message']}")
-    if error["code"] == "budget-exhausted" and turn.budget_left is not None:
-        return _spent_up(result.status)
-    limit = ended is not None and "max_turns" in ended.reason
-    kind = "tool_use_limit_reached_error" if limit else "unknown_error"
-    return TurnEnd(
-        status=result.status,
-        stop_reason={"type": "retries_exhausted"},
-        events=[failure(words, kind=kind)],
-    )
-
-
-def _spent_up(status: RunStatus = RunStatus.FAILED) -> TurnEnd:
-    return TurnEnd(status=status, stop_reason={"type": "budget_reached"})
-
-
-def spent(now: Usage, before: Usage) -> Usage:
-    """What was used in between."""
-    known = now.cost_usd is not None and before.cost_usd is not None
-    return Usage(
-        input_tokens=max(0, now.input_tokens - before.input_tokens),
-        output_tokens=max(0, now.output_tokens - before.output_tokens),
-        cache_creation_input_tokens=max(
-            0, now.cache_creation_input_tokens - before.cache_creation_input_tokens
-        ),
-        cache_read_input_tokens=max(
-            0, now.cache_read_input_tokens - before.cache_read_input_tokens
-        ),
-        requests=max(0, now.requests - before.requests),
-        cost_usd=max(0.0, (now.cost_usd or 0.0) - (before.cost_usd or 0.0)) if known else None,
-    )
-
-
-def _words(error: RingfenceError) -> str:
-    return str(storable(" ".join(f"{error.code}: {error.message}".split())))

@@ -77,14 +77,14 @@ def warm_key(
     limits = dataclasses.replace(policy.sandbox.limits, wall_seconds=0.0)
     fixed = {
         "options": {
-            field.name: _canonical(getattr(options, field.name))
+            field.name: form_of(getattr(options, field.name))
             for field in dataclasses.fields(options)
             if field.name not in PER_RUN
         },
         "environment": dict(environment),
         "policy": policy.digest,
-        "tools": _canonical(policy.tools),
-        "sandbox": _canonical(dataclasses.replace(policy.sandbox, limits=limits)),
+        "tools": form_of(policy.tools),
+        "sandbox": form_of(dataclasses.replace(policy.sandbox, limits=limits)),
         "isolation": isolation,
         "claude": claude,
         "workspace": workspace,
@@ -93,7 +93,7 @@ def warm_key(
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
-def _canonical(value: Any) -> Any:
+def form_of(value: Any) -> Any:
     """JSON that is equal when and only when the values are; a type is part of a value."""
     if value is None or type(value) in _PLAIN:
         return value
@@ -101,7 +101,7 @@ def _canonical(value: Any) -> Any:
         if isinstance(value, kind):
             return {kind.__name__: form(value)}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _canonical(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {f.name: form_of(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {type(value).__name__: fields}
     if callable(value):
         return {"called": True}  # that somebody answers is fixed at spawn, and not who
@@ -110,10 +110,16 @@ def _canonical(value: Any) -> Any:
 
 _PLAIN = (bool, int, float, str)
 _FORMS: tuple[tuple[type, Callable[[Any], Any]], ...] = (
-    (Enum, lambda value: _canonical(value.value)),
+    (Enum, lambda value: form_of(value.value)),
     (bytes, bytes.hex),
-    (Mapping, lambda value: [[_canonical(key), _canonical(value[key])] for key in sorted(value)]),
-    (frozenset, lambda value: sorted(json.dumps(_canonical(one), sort_keys=True) for one in value)),
-    (list, lambda value: [_canonical(one) for one in value]),
-    (tuple, lambda value: [_canonical(one) for one in value]),
+    (
+        Mapping,
+        lambda value: [[form_of(key), form_of(value[key])] for key in sorted(value)],
+    ),
+    (
+        frozenset,
+        lambda value: sorted(json.dumps(form_of(one), sort_keys=True) for one in value),
+    ),
+    (list, lambda value: [form_of(one) for one in value]),
+    (tuple, lambda value: [form_of(one) for one in value]),
 )

@@ -73,10 +73,10 @@ class SnapshotLimits:
 
 
 class WorkspaceStore:
-    """Saves and restores workspaces. A reference holds for its tenant alone."""
+    """Saves and restores workspaces in `blobs`. A reference holds for its tenant alone."""
 
     def __init__(self, blobs: BlobStore, limits: SnapshotLimits | None = None) -> None:
-        self._blobs = blobs
+        self.blobs = blobs
         self._limits = limits or SnapshotLimits()
 
     async def save(self, directory: Path, *, tenant: str, session: str) -> str:
@@ -128,7 +128,7 @@ class WorkspaceStore:
             for reference in named:
                 own = parse_reference(reference)
                 keep.update(kept_of(self._manifest(tenant, own), own))
-            return self._blobs.collect(tenant, frozenset(keep), grace_seconds=grace_seconds)
+            return self.blobs.collect(tenant, frozenset(keep), grace_seconds=grace_seconds)
 
         return await _in_thread(work)
 
@@ -147,7 +147,7 @@ class WorkspaceStore:
             if len(data) > MAX_MANIFEST_BYTES:
                 raise _refused(session, "its list of files is too long")
             # after all that it names, so that what can be read is whole
-            return reference_of(self._blobs.put(tenant, data), len(data))
+            return reference_of(self.blobs.put(tenant, data), len(data))
         raise UnavailableError(
             "snapshot-unsteady",
             f"the workspace of {session} went on changing: {what}",
@@ -157,7 +157,7 @@ class WorkspaceStore:
     def _read(self, directory: Path, tenant: str, stop: threading.Event) -> Manifest:
         root = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            with _Sender(lambda data: self._blobs.put(tenant, data), stop) as sender:
+            with _Sender(lambda data: self.blobs.put(tenant, data), stop) as sender:
                 cutter = Cutter(sender.send)
                 entries = tuple(self._entries(root, cutter))
                 cutter.finish()
@@ -186,7 +186,7 @@ class WorkspaceStore:
     # restoring
 
     def _manifest(self, tenant: str, own: Blob) -> Manifest:
-        return parse(self._blobs.get(tenant, own.digest, own.size))
+        return parse(self.blobs.get(tenant, own.digest, own.size))
 
     def _restore(
         self,
@@ -263,7 +263,7 @@ class WorkspaceStore:
             try:
                 while True:
                     for blob in rest:
-                        ahead.append(pool.submit(self._blobs.get, tenant, blob.digest, blob.size))
+                        ahead.append(pool.submit(self.blobs.get, tenant, blob.digest, blob.size))
                         if len(ahead) >= _AHEAD:
                             break
                     if not ahead:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ringfence.egress.model import body as rules_of_body
 from ringfence.egress.model import headers as rules_of_headers
+from ringfence.egress.model.body import Facts
 from ringfence.egress.model.headers import Headers
 from ringfence.egress.model.ledger import ToolLedger, Violation
-from ringfence.egress.model.pricing import cost, torn, worst_case
+from ringfence.egress.model.pricing import cost, price, torn, worst_case
 from ringfence.egress.model.sse import (
     Answer,
     EventStream,
@@ -39,6 +40,9 @@ class Admitted(NamedTuple):
     model: str
     streaming: bool
     counts_only: bool
+    max_tokens: int
+    worst_usd: float | None
+    """None for a model without a price."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,20 @@ class Report(NamedTuple):
     model: str
     stop_reason: str
     tool_uses: tuple[ToolUseSeen, ...]
+
+
+Judged = Facts | Refusal
+"""What a request's body alone decides."""
+
+
+def judge(body: bytes, rules: ModelRules) -> Judged:
+    """Read a body and hold it against the rules, once for all tries of its request."""
+    try:
+        return rules_of_body.check(parse(body), rules)
+    except NotStrictError as error:
+        return Refusal(400, str(error))
+    except rules_of_body.BodyError as error:
+        return Refusal(403, str(error))
 
 
 class Reservation(NamedTuple):
@@ -164,23 +182,50 @@ class ModelExchange:
         self._noted = 0
 
     @property
+    def started(self) -> bool:
+        """Whether some of the answer's content has come, or all of it that will."""
+        return self._stream is None or self._answer.started
+
+    @property
+    def failed_first(self) -> str:
+        """Type of an error that a stream brought before any content, and that another try may mend;
+        empty while there is none.
+        """
+        return self._answer.failed_first
+
+    @property
+    def error_first(self) -> bool:
+        """Whether a stream brought any error before any content."""
+        return bool(self._answer.error_first)
+
+    def goes_to(self, model: str) -> None:
+        """It is another model that is asked, and whose price is the least that an answer has."""
+        self._model = model
+
+    @property
     def holds(self) -> bool:
         """Whether the answer is read whole before any of it may go in."""
         return self._whole is not None
 
     def admit(
-        self, method: str, path: str, query: str, headers: Headers, body: bytes
+        self,
+        method: str,
+        path: str,
+        query: str,
+        headers: Headers,
+        body: bytes,
+        facts: Judged | None = None,
     ) -> Admitted | Refusal:
-        """Judge a request; an admitted one is reserved in the run's budget until `finish`."""
+        """Judge a request; an admitted one is reserved in the run's budget until `finish`.
+
+        `facts` is what `judge` said of this body, where it was asked already.
+        """
         refusal = self._refuse_target(method, path, query, headers)
         if refusal is not None:
             return refusal
-        try:
-            facts = rules_of_body.check(parse(body), self._rules)
-        except NotStrictError as error:
-            return Refusal(400, str(error))
-        except rules_of_body.BodyError as error:
-            return Refusal(403, str(error))
+        facts = judge(body, self._rules) if facts is None else facts
+        if isinstance(facts, Refusal):
+            return facts
         self._model, self._counts_only = facts.model, path == COUNT_TOKENS
         violation = self._run.ledger.check(facts.results)
         if violation is not None:
@@ -195,12 +240,29 @@ class ModelExchange:
             model=facts.model,
             streaming=facts.streaming,
             counts_only=self._counts_only,
+            max_tokens=facts.max_tokens,
+            worst_usd=self._worst(len(body), facts.max_tokens),
         )
 
+    def _models(self) -> set[str]:
+        """All that may come to answer it."""
+        return {self._model, *(leg.model for leg in self._rules.failover if leg.model is not None)}
+
+    def _worst(self, body_bytes: int, max_tokens: int) -> float | None:
+        """By the dearest of them; None when one has no price."""
+        models = self._models()
+        if any(price(model) is None for model in models):
+            return None
+        return max(worst_case(model, body_bytes, max_tokens, bytes_a_token=1) for model in models)
+
     def _reserve(self, body_bytes: int, max_tokens: int) -> Refusal | None:
-        wish = Reservation(0.0, 0)
+        wish, models = Reservation(0.0, 0), self._models()
+        if self._rules.max_budget_usd is not None and any(price(each) is None for each in models):
+            # what it costs is not known, and a budget that cannot be held is no budget
+            return Refusal(403, "budget-exhausted-model-not-priced")
         if not self._counts_only:
-            wish = Reservation(worst_case(self._model, body_bytes, max_tokens), max_tokens)
+            dearest = max(worst_case(model, body_bytes, max_tokens) for model in models)
+            wish = Reservation(dearest, max_tokens)
         spent, crowded = self._run.exhausted(), self._run.crowded(wish)
         limit = spent or crowded
         if limit is not None:
@@ -240,9 +302,12 @@ class ModelExchange:
             # a client takes each of these for an answer, and it would pass unread
             return Refusal(502, "answer-status")
         kind = next((value for name, value in headers if name == b"content-type"), b"")
-        if status == 200 and kind.startswith(b"text/event-stream"):
+        streams = kind.startswith(b"text/event-stream")
+        if status == 200 and streams and self._counts_only:
+            return Refusal(502, "answer-no-count")
+        if status == 200 and streams:
             self._stream = EventStream(self._answer)
-        elif status == 200 and not self._counts_only:
+        elif status == 200:
             self._whole = bytearray()
         return tuple(rules_of_headers.response_headers(headers))
 
@@ -268,6 +333,8 @@ class ModelExchange:
             return self._stream.rest() if self._stream is not None else b""
         body, self._whole = bytes(self._whole), None
         try:
+            if self._counts_only:
+                return body if _is_count(read_object(body)) else Cut("answer-no-count", b"")
             self._answer.message(read_object(body))
         except StreamError as error:
             return Cut(str(error), b"")
@@ -302,7 +369,8 @@ class ModelExchange:
                     seconds=seconds,
                     max_tokens=self._max_tokens,
                 )
-            usage = replace(usage, cost_usd=cost(model, usage, self._answer.hour_writes))
+            # an answer that names a cheaper one than was asked for would set its own price
+            usage = replace(usage, cost_usd=self._dearer(model, usage))
         if self._admitted:
             self._run.settle(id(self), usage if used else None)
             self._admitted = False
@@ -312,6 +380,20 @@ class ModelExchange:
             stop_reason=self._answer.stop_reason,
             tool_uses=tuple(self._answer.tool_uses),
         )
+
+    def _dearer(self, named: str, usage: Usage) -> float | None:
+        """Dollars, by the model that was asked or the one that the answer names; None when the
+        latter has no price.
+        """
+        costs = [cost(each, usage, self._answer.hour_writes) for each in (named, self._model)]
+        return None if costs[0] is None else max(each for each in costs if each is not None)
+
+
+def _is_count(answer: dict[str, Any]) -> bool:
+    """A count costs nothing and is not metered: what passes as one must be no message, whatever
+    an upstream makes of the path.
+    """
+    return answer.keys().isdisjoint({"content", "usage", "role", "stop_reason"})
 
 
 def error_event(reason: str) -> bytes:

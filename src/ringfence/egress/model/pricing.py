@@ -1,31 +1,30 @@
-"""Dollars per million tokens, by model. PURE; dated, because prices change.
+"""Dollars per million tokens, by model: `prices.json`, dated, because prices change.
 
-Source: the public price list of the Messages API as of 2026-10. Cache writes of five minutes
-cost 1.25 times, those of an hour 2 times, reads 0.1 times the input price.
+The first prefix that fits is a model's price. Read with the module: later, the egress process may
+read nothing more. Cache reads and writes are multiples of the input price.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import lru_cache
+from importlib import resources
+from typing import Any
 
+from ringfence.config.modelnames import canonical
 from ringfence.model import Usage
 
-AS_OF = "2026-10"
-
-_PRICES: tuple[tuple[str, float, float], ...] = (
-    ("claude-opus-4-1", 15.0, 75.0),
-    ("claude-opus-4-0", 15.0, 75.0),
-    ("claude-opus-4-2025", 15.0, 75.0),
-    ("claude-opus-", 5.0, 25.0),
-    ("claude-sonnet-", 3.0, 15.0),
-    ("claude-haiku-", 1.0, 5.0),
-    ("claude-3-5-haiku", 0.8, 4.0),
-    ("claude-3-haiku", 0.25, 1.25),
+_TABLE: dict[str, Any] = json.loads(
+    resources.files("ringfence.egress.model").joinpath("prices.json").read_text()
 )
-"""(prefix, input, output), the first match wins."""
-
-_WRITE, _WRITE_HOUR, _READ = 1.25, 2.0, 0.1
+AS_OF: str = _TABLE["as_of"]
+_PRICES: tuple[tuple[str, float, float], ...] = tuple(
+    (each["prefix"], each["input"], each["output"]) for each in _TABLE["models"]
+)
+_CACHE: dict[str, float] = _TABLE["cache"]
+_WRITE, _WRITE_HOUR, _READ = _CACHE["write"], _CACHE["write_hour"], _CACHE["read"]
+_DEAREST = max(into for _, into, _ in _PRICES), max(out for _, _, out in _PRICES)
 _BYTES_A_TOKEN = 3
 _TOKENS_A_SECOND = 100
 """Faster than these models write; thinking may be written without being shown."""
@@ -33,7 +32,10 @@ _TOKENS_A_SECOND = 100
 
 @lru_cache(maxsize=256)
 def price(model: str) -> tuple[float, float] | None:
-    """(input, output) dollars per million tokens; None for a model without a known price."""
+    """(input, output) dollars per million tokens; None for a model without a known price. A cloud's
+    id of a model is priced as the model.
+    """
+    model = canonical(model)
     for prefix, into, out in _PRICES:
         if model.startswith(prefix):
             return into, out
@@ -60,13 +62,16 @@ def cost(model: str, usage: Usage, hour_writes: int = 0) -> float | None:
     return tokens / 1_000_000
 
 
-def worst_case(model: str, body_bytes: int, max_tokens: int) -> float:
-    """The most that one request of text may cost in dollars, for reserving.
+def worst_case(
+    model: str, body_bytes: int, max_tokens: int, *, bytes_a_token: int = _BYTES_A_TOKEN
+) -> float:
+    """The most that one request of text may cost in dollars, for reserving: of usual text, or
+    with 1 byte a token of any, as punctuation is.
 
     An unknown model is priced as the dearest, so that a budget cannot be dodged by its name.
     """
-    into, out = price(model) or (15.0, 75.0)
-    return (body_bytes / _BYTES_A_TOKEN * into * _WRITE_HOUR + max_tokens * out) / 1_000_000
+    into, out = price(model) or _DEAREST
+    return (body_bytes / bytes_a_token * into * _WRITE_HOUR + max_tokens * out) / 1_000_000
 
 
 def torn(usage: Usage, *, body_bytes: int, streamed: int, seconds: float, max_tokens: int) -> Usage:

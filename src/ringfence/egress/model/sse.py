@@ -29,6 +29,11 @@ _LINE = re.compile(rb"(?:|:.*|(?:event|data|id|retry)(?::.*)?)\Z", re.DOTALL)
 byte-order mark before `data:` is stripped by some decoders, and hides a tool call from others."""
 
 
+_PASSING = frozenset({"overloaded_error", "api_error", "rate_limit_error", "timeout_error"})
+"""Errors that the same request may not meet again. All others are about the request, and its
+client's to hear: an agent could bring them about as often as it likes."""
+
+
 class StreamError(ValueError):
     """The answer is not what a Messages answer may be; the message is a reason tag."""
 
@@ -64,6 +69,8 @@ class Answer:
         self.stop_reason = ""
         self.streamed = 0
         self.hour_writes = 0
+        self.started = False
+        self.error_first = ""
         self._usage: dict[str, int] = {}
 
     @property
@@ -77,6 +84,11 @@ class Answer:
             requests=1,
         )
 
+    @property
+    def failed_first(self) -> str:
+        """Type of an error before any content that another try may mend."""
+        return self.error_first if self.error_first in _PASSING else ""
+
     def take_asked(self) -> list[tuple[str, str]]:
         """(id, name) of the tool calls asked for since the last time."""
         asked, self._asked = self._asked, []
@@ -85,6 +97,10 @@ class Answer:
     def event(self, value: dict[str, Any]) -> None:
         """One event of a stream. Raises StreamError."""
         kind = value.get("type")
+        if not self.started and kind == "error":
+            found = str(_object(value.get("error")).get("type") or "error")
+            self.error_first = found if found in _PASSING else "error"
+        self.started = self.started or kind not in {"message_start", "ping"}
         if kind == "message_start":
             self.message(_object(value.get("message")))
         elif kind == "content_block_start":

@@ -1,0 +1,1 @@
+"""Schema and functions of the limits in PostgreSQL."""

@@ -1,0 +1,5 @@
+-- One value each: an act needs all of it.
+CREATE TABLE breaker (key TEXT PRIMARY KEY, state TEXT NOT NULL) STRICT, WITHOUT ROWID;
+
+CREATE TABLE purse (key TEXT PRIMARY KEY, tokens REAL NOT NULL, at REAL NOT NULL)
+STRICT, WITHOUT ROWID;
