@@ -26,10 +26,10 @@ test-hosts:
 	@PYTHON=$(PYTHON) tools/test-hosts
 
 test: lint test-hosts
-	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not storm"
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not storm" --second-look 3 --durations 30 --durations-min 10
 
 test-all: lint test-hosts
-	$(BIN)/pytest -n $(JOBS) --dist worksteal
+	$(BIN)/pytest -n $(JOBS) --dist worksteal --second-look 3 --durations 30 --durations-min 10
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

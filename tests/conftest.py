@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 pytest.register_assert_rewrite("ringfence.testing")
 # `from backends import needs`, whatever folder a test lies in
 sys.path.insert(0, str(Path(__file__).parent))
-pytest_plugins = ["bounds", "order"]
+pytest_plugins = ["again", "bounds", "order"]
 
 # a shell has Ctrl-C ignored by what it starts in the background (POSIX, `&`), and what the tests
 # start would inherit that

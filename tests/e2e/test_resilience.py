@@ -9,6 +9,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import Box, bash
 from platform_rig import Watch, message, session_of, up, words
@@ -101,6 +103,7 @@ class Late(Simulator):
         self._listener.listen(256)
 
 
+@pytest.mark.storm
 def test_a_turn_waits_in_the_queue_until_its_provider_is_back(box: Box) -> None:
     """Put off without a sandbox while nobody listens there, and done in the end."""
     with socket.create_server(("127.0.0.1", 0)) as free:

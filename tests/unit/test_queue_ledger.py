@@ -252,6 +252,9 @@ class History(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.db = sqlite3.connect(":memory:", isolation_level=None)
+        # Time passes when a rule says so: by the host's clock an example could not be played again.
+        self.day = 2_461_000.5
+        self.db.create_function("julianday", 1, lambda _: self.day)
         sqlite._migrate(self.db, SCHEMA)
         self.alive: set[str] = set()
         self.known: dict[str, str] = {}
@@ -283,6 +286,10 @@ class History(RuleBasedStateMachine):
             ledger.register(self.db, worker)
             self.alive.add(worker)
             self.leases[worker] = []
+
+    @rule(seconds=st.sampled_from([0.0005, 0.01, 4000.0]))
+    def wait(self, seconds: float) -> None:
+        self.day += seconds / 86_400
 
     def may_be_leased(self) -> list[tuple[int, str]]:
         """Lanes with something ready, of tenants below their limit, the one to serve first."""
