@@ -78,6 +78,10 @@ def test_definitions_in_prose_load_as_they_stand_and_mean_what_they_say(tmp_path
 
 HOSTS = [
     (BEDROCK, "https://bedrock-runtime.eu-central-1.amazonaws.com"),
+    (
+        BEDROCK | {"region": "eusc-de-east-1"},
+        "https://bedrock-runtime.eusc-de-east-1.amazonaws.eu",
+    ),
     (BEDROCK | {"region": "cn-north-1"}, "https://bedrock-runtime.cn-north-1.amazonaws.com.cn"),
     (VERTEX, "https://europe-west1-aiplatform.googleapis.com/v1"),
     (VERTEX | {"region": "global"}, "https://aiplatform.googleapis.com/v1"),

@@ -110,6 +110,23 @@ class Finding:
         }
 
 
+def of_the_checklist(
+    layer: str, name: str, line: Line, title: str, expect: str, mend: str
+) -> Check:
+    """A part of one of the seed's eight lines that is read from settings, not probed."""
+    return Check(
+        id=name,
+        line=line,
+        layer=layer,
+        title=title,
+        severity=Severity.HIGH,
+        live=False,
+        expect=expect,
+        mend=mend,
+        source="seed section 4",
+    )
+
+
 def exit_status(findings: Iterable[Finding]) -> int:
     """1 when anything failed; 4, as the platform's fault, when something gave no verdict or when
     nothing at all was proven; otherwise 0.

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
-from ringfence.check.finding import Check, Finding, Line, Outcome, Severity
+from ringfence.check.finding import Check, Finding, Line, Outcome, of_the_checklist
 from ringfence.config import Config
 from ringfence.errors import RingfenceError
 from ringfence.policy.compiled import ModelRules
@@ -20,19 +21,7 @@ if TYPE_CHECKING:
 _ALERTS = {"slo.alert_fired", "slo.alert_resolved"}
 
 
-def _settled(name: str, line: Line, title: str, expect: str, mend: str) -> Check:
-    return Check(
-        id=name,
-        line=line,
-        layer="platform",
-        title=title,
-        severity=Severity.HIGH,
-        live=False,
-        expect=expect,
-        mend=mend,
-        source="seed section 4",
-    )
-
+_settled = partial(of_the_checklist, "platform")
 
 RATES = _settled(
     "RATE-02", Line.RATE, "Requests and tokens a minute are admitted before they are sent",

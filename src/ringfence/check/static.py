@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
-from ringfence.check.finding import Check, Finding, Line, Outcome, Severity
+from ringfence.check.finding import Check, Finding, Line, Outcome, Severity, of_the_checklist
 from ringfence.policy.compiled import CompiledPolicy
 from ringfence.policy.document import PolicyDocument
 from ringfence.policy.lint import CATALOGUE, lint
@@ -62,19 +63,7 @@ def policy_findings(document: PolicyDocument, *, exists: Callable[[str], bool]) 
     return found
 
 
-def _settled(name: str, line: Line, title: str, expect: str, mend: str) -> Check:
-    return Check(
-        id=name,
-        line=line,
-        layer="policy",
-        title=title,
-        severity=Severity.HIGH,
-        live=False,
-        expect=expect,
-        mend=mend,
-        source="seed section 4",
-    )
-
+_settled = partial(of_the_checklist, "policy")
 
 SESSION_LIMIT = _settled(
     "TMO-01", Line.TIMEOUTS, "A run has a wall-clock limit", "a finite number of seconds",

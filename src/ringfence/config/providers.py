@@ -19,7 +19,7 @@ from ringfence.config.modelnames import arn_region, canonical, undated
 from ringfence.config.secrets import CredentialName
 
 Kind = Literal["anthropic", "bedrock", "vertex"]
-_AWS_REGION = re.compile(r"[a-z]{2}(?:-[a-z]+)+-\d\Z")
+_AWS_REGION = re.compile(r"[a-z]{2,4}(?:-[a-z]+)+-\d\Z")
 # of botocore's partitions, each beside the one of its hosts with both kinds of addresses
 _AWS_DOMAINS = (
     *("amazonaws.com", "api.aws", "amazonaws.com.cn", "api.amazonwebservices.com.cn"),
@@ -265,8 +265,8 @@ def _host(kind: str, region: str) -> str:
     if not (_AWS_REGION if kind == "bedrock" else _GOOGLE_REGION).match(region):
         return "https://invalid.invalid"
     if kind == "bedrock":
-        end = ".cn" if region.startswith("cn-") else ""
-        return f"https://bedrock-runtime.{region}.amazonaws.com{end}"
+        end = {"cn": "com.cn", "eusc": "eu"}.get(region.partition("-")[0], "com")
+        return f"https://bedrock-runtime.{region}.amazonaws.{end}"
     # as the official client for Vertex AI has them
     if region == "global":
         return "https://aiplatform.googleapis.com/v1"
