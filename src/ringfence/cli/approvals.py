@@ -8,13 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from ringfence.cli.group import group
 from ringfence.cli.output import clear_errors, print_json
 from ringfence.cli.remote import DEFAULT_URL, Gateway, Url, gateway
 from ringfence.record.safe_text import one_line
 
-app = typer.Typer(
-    no_args_is_help=True, help="Calls that wait for somebody's word.", rich_markup_mode=None
-)
+app = group("Calls that wait for somebody's word.")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 Session = Annotated[str, typer.Argument(metavar="SESSION")]
 Call = Annotated[str, typer.Argument(metavar="EVENT", help="As `list` names it.")]

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 import ringfence
+from ringfence.cli.group import group
 from ringfence.cli.output import clear_errors, print_json
 from ringfence.errors import CallerError, UnavailableError
 from ringfence.model import Usage
@@ -25,11 +26,7 @@ from ringfence.record.read import AuditReader
 from ringfence.record.safe_text import one_line
 from ringfence.record.usage import RequestUsage, total
 
-app = typer.Typer(
-    name="audit",
-    no_args_is_help=True,
-    help="Read and verify the audit log: what was asked, decided, sent, spent and ended.",
-)
+app = group("Read and verify the audit log: what was asked, decided, sent, spent and ended.")
 _FOLLOW_SECONDS = 0.25
 _BAD = 3
 _HEAD = ("index", "time", "source", "type", "run_id", "session_id", "sandbox_id")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ringfence.cli.context import AppContext
+from ringfence.cli.group import group
 from ringfence.cli.output import clear_errors, print_json
 from ringfence.cli.run import PolicyFile, Preset
 from ringfence.errors import CallerError, UnavailableError
@@ -31,11 +32,10 @@ Examples:
   ringfence check verify check.report --public-key host.key
 """
 
-app = typer.Typer(
-    name="check",
+app = group(
+    "Attack this host's sandboxes and say which lines of the production checklist hold.",
     invoke_without_command=True,
-    help="Attack this host's sandboxes and say which lines of the production checklist hold.",
-    rich_markup_mode=None,
+    no_args_is_help=False,
     epilog=_EXAMPLES,
 )
 Output = Annotated[

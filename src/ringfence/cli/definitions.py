@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ringfence.cli.group import group
 from ringfence.cli.output import clear_errors, print_json
 from ringfence.cli.remote import DEFAULT_URL, Gateway, Url, definition, gateway, named
 from ringfence.errors import CallerError
@@ -15,10 +16,8 @@ from ringfence.record.safe_text import one_line
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 File = Annotated[Path, typer.Option("--file", "-f", help="YAML (or JSON) in the public shape.")]
 
-agents = typer.Typer(no_args_is_help=True, help="Agents of a gateway.", rich_markup_mode=None)
-environments = typer.Typer(
-    no_args_is_help=True, help="Environments of a gateway.", rich_markup_mode=None
-)
+agents = group("Agents of a gateway.")
+environments = group("Environments of a gateway.")
 
 
 @agents.command("apply", epilog="Example: ringfence agents apply -f agent.yaml")

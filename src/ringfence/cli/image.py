@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ringfence.cli.context import AppContext
+from ringfence.cli.group import group
 from ringfence.cli.output import clear_errors, print_json
 from ringfence.errors import CallerError
 from ringfence.record.safe_text import one_line
@@ -27,11 +28,7 @@ if TYPE_CHECKING:
     from ringfence.images.definition import ImageDefinition
     from ringfence.images.image import Image
 
-app = typer.Typer(
-    no_args_is_help=True,
-    help="Root file systems for agents, built on this host without a container registry.",
-    rich_markup_mode=None,
-)
+app = group("Root file systems for agents, built on this host without a container registry.")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Name = Annotated[str, typer.Argument(help="Name or sha256:… digest of an image.")]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ringfence.cli.context import AppContext
+from ringfence.cli.group import group
 from ringfence.cli.output import clear_errors, print_json
 from ringfence.cli.run import PolicyFile, Preset
 from ringfence.errors import RingfenceError
@@ -25,18 +26,13 @@ if TYPE_CHECKING:
     from ringfence.policy.compiled import SandboxProfile
     from ringfence.sandbox.registry import Backends
 
-app = typer.Typer(
-    name="isolation",
-    no_args_is_help=True,
-    help="What agents can be isolated with on this host.",
-    rich_markup_mode=None,
-)
+app = group("What agents can be isolated with on this host.")
 _COSTLY = {"microvm"}
 """Not measured unasked: a cold start may take seconds."""
 
 
 @app.callback()
-def group() -> None:
+def _group() -> None:
     """What agents can be isolated with on this host."""
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from ringfence.cli.context import AppContext
+from ringfence.cli.group import group
 from ringfence.cli.output import clear_errors, print_json
 
 if TYPE_CHECKING:
@@ -18,10 +19,7 @@ if TYPE_CHECKING:
     from ringfence.control.platform import Platform
     from ringfence.store.keys import KeyRow
 
-app = typer.Typer(
-    no_args_is_help=True,
-    help="API keys of the gateway. A key's text is shown once, when it is made.",
-)
+app = group("API keys of the gateway. A key's text is shown once, when it is made.")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 T = TypeVar("T")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ringfence.cli.context import AppContext
+from ringfence.cli.group import group
 from ringfence.cli.output import clear_errors, print_json
 from ringfence.errors import CallerError
 from ringfence.limits.plan import lanes
@@ -20,10 +21,7 @@ if TYPE_CHECKING:
     from ringfence.limits.budget import Spent
     from ringfence.limits.store import LimitStore
 
-app = typer.Typer(
-    no_args_is_help=True,
-    help="Limits of models that all workers of a store share: for the operator.",
-)
+app = group("Limits of models that all workers of a store share: for the operator.")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

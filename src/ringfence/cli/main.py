@@ -32,9 +32,11 @@ from ringfence.cli import (
     vault,
     worker,
 )
+from ringfence.cli.group import Group
 
 app = typer.Typer(
     name="ringfence",
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

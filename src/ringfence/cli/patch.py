@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ringfence.cli.context import AppContext
+from ringfence.cli.group import group
 from ringfence.cli.output import clear_errors, print_json
 from ringfence.errors import CallerError
 from ringfence.record.safe_text import one_line, printable
@@ -22,9 +23,7 @@ from ringfence.sandbox.patch import render, summary
 from ringfence.sandbox.protocol import Change, Changes
 from ringfence.sandbox.saved import load_changes
 
-app = typer.Typer(
-    no_args_is_help=True, help="What a run changed: show it, apply it.", rich_markup_mode=None
-)
+app = group("What a run changed: show it, apply it.")
 
 _RUN = re.compile(r"run_[0-9A-Z]{26}\Z")
 _STYLES = {"+": "green", "-": "red", "@": "cyan", "d": "bold"}

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from ringfence.cli.group import group
 from ringfence.cli.output import clear_errors, print_json
 from ringfence.errors import CallerError
 from ringfence.policy.diff import diff as difference
@@ -34,12 +35,7 @@ from ringfence.policy.rights import printable
 from ringfence.policy.schema import policy_schema
 from ringfence.policy.yamldoc import MAX_BYTES
 
-app = typer.Typer(
-    name="policy",
-    no_args_is_help=True,
-    help="Check, explain and compare policies.",
-    rich_markup_mode=None,
-)
+app = group("Check, explain and compare policies.")
 
 _SOURCE = "A file, - for standard input, or the name of a preset"
 Source = Annotated[str, typer.Argument(metavar="POLICY", help=f"{_SOURCE}.", show_default="strict")]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from ringfence.cli.context import AppContext
+from ringfence.cli.group import group
 from ringfence.cli.output import clear_errors, print_json
 from ringfence.errors import CallerError, UnavailableError
 from ringfence.queue.protocol import MAX_RUNS
@@ -19,10 +20,7 @@ from ringfence.record.safe_text import one_line
 if TYPE_CHECKING:
     from ringfence.queue.protocol import Queue
 
-app = typer.Typer(
-    no_args_is_help=True,
-    help="The queue of this host, or of its Temporal server: for the operator.",
-)
+app = group("The queue of this host, or of its Temporal server: for the operator.")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 T = TypeVar("T")

@@ -13,17 +13,14 @@ from typing import Annotated, Any
 
 import typer
 
+from ringfence.cli.group import group
 from ringfence.cli.output import clear_errors, print_json
 from ringfence.record.audit import append_event
 from ringfence.record.events import SessionChanged
 from ringfence.record.safe_text import one_line, printable
 from ringfence.record.session_base import SessionStore
 
-app = typer.Typer(
-    name="sessions",
-    no_args_is_help=True,
-    help="Conversations that can be resumed, forked and deleted.",
-)
+app = group("Conversations that can be resumed, forked and deleted.")
 _Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
 _Id = Annotated[str, typer.Argument(metavar="SESSION")]
 

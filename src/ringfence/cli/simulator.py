@@ -8,14 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ringfence.cli.group import group
 from ringfence.cli.output import clear_errors, print_json
 from ringfence.errors import CallerError
 
-app = typer.Typer(
-    no_args_is_help=True,
-    help="A Messages API that plays scenarios: for demos, load tests and CI without a key.",
-    rich_markup_mode=None,
-)
+app = group("A Messages API that plays scenarios: for demos, load tests and CI without a key.")
 
 Port = Annotated[int, typer.Option(help="TCP port on loopback; 0 takes a free one.")]
 Json = Annotated[bool, typer.Option("--json", help='Say where as JSON: {"base_url": …}.')]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ringfence.cli.context import AppContext
+from ringfence.cli.group import group
 from ringfence.cli.output import clear_errors, print_json
 from ringfence.errors import CallerError
 from ringfence.record.safe_text import one_line
@@ -17,10 +18,7 @@ from ringfence.slo.outcomes import causes_in_order
 if TYPE_CHECKING:
     from ringfence.control.slo_report import Report
 
-app = typer.Typer(
-    no_args_is_help=True,
-    help="Objectives of environments and their error budgets: for the operator.",
-)
+app = group("Objectives of environments and their error budgets: for the operator.")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -8,14 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from ringfence.cli.context import AppContext
+from ringfence.cli.group import group
 from ringfence.cli.output import clear_errors, print_json
 from ringfence.config.secrets import SecretSettings
 from ringfence.record.safe_text import one_line
 
-app = typer.Typer(
-    no_args_is_help=True,
-    help="Sources of credentials that the settings name. No value is shown, nor had.",
-)
+app = group("Sources of credentials that the settings name. No value is shown, nor had.")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

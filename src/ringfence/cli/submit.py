@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ringfence.cli.group import group
 from ringfence.cli.output import clear_errors, print_json
 from ringfence.cli.remote import DEFAULT_URL, Url, gateway, named
 from ringfence.errors import AgentError
@@ -17,7 +18,7 @@ from ringfence.record.safe_text import one_line, printable
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
 Session = Annotated[str, typer.Argument(metavar="SESSION")]
 
-remote = typer.Typer(no_args_is_help=True, help="Sessions of a gateway.", rich_markup_mode=None)
+remote = group("Sessions of a gateway.")
 
 _ENDS = frozenset({"session.status_idle", "session.status_terminated", "session.deleted"})
 

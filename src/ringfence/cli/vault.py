@@ -12,16 +12,14 @@ import typer
 
 from ringfence.cli import sources
 from ringfence.cli.context import AppContext
+from ringfence.cli.group import group
 from ringfence.cli.output import clear_errors, print_json
 from ringfence.errors import CallerError
 from ringfence.vault.keys import VaultPaths
 from ringfence.vault.seal import set_credential
 from ringfence.vault.store import VaultFile, check_hosts, check_name
 
-app = typer.Typer(
-    no_args_is_help=True,
-    help="Credentials, sealed to the egress process. They are set and removed, never shown.",
-)
+app = group("Credentials, sealed to the egress process. They are set and removed, never shown.")
 
 app.add_typer(sources.app, name="sources")
 
