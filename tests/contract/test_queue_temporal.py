@@ -17,7 +17,8 @@ from gateway_rig import postgres_place
 from ringfence.config import QueueEngine
 from ringfence.errors import UnavailableError
 from ringfence.model import RunStatus
-from ringfence.queue.protocol import CrashPoint, QueueSettings
+from ringfence.queue.protocol import CrashPoint, Queue, QueueSettings
+from ringfence.queue.temporal import TemporalQueue
 from ringfence.testing.queue_contract import Engine, LimitClauses, QueueContract
 from ringfence.testing.upstream import make_chain
 
@@ -34,7 +35,14 @@ def on_temporal(server: str, **database: str) -> Engine:
     )
 
 
-class TestTemporal(QueueContract):
+class PlacesAsked(LimitClauses):
+    async def found_no_place(self, queue: Queue, runs: int) -> bool:
+        assert isinstance(queue, TemporalQueue)
+        assert queue._places is not None
+        return await queue._places.waiting() == runs
+
+
+class TestTemporal(PlacesAsked, QueueContract):
     patience = 4.0
     settings = QueueSettings(
         lease_seconds=3.0, max_attempts=3, retry_seconds=0.1, max_retry_seconds=0.4, drain_seconds=5
@@ -50,7 +58,7 @@ class TestTemporal(QueueContract):
         return on_temporal(temporal_server, file=str(tmp_path / "platform" / "platform.sqlite"))
 
 
-class TestLimitsOnPostgres(LimitClauses):
+class TestLimitsOnPostgres(PlacesAsked):
     """The same server, and the places in the database of several hosts."""
 
     patience = TestTemporal.patience

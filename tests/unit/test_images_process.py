@@ -72,7 +72,9 @@ def test_what_runs_in_a_namespace_ends_at_once(tmp_path: Path) -> None:
 
 
 def test_a_program_that_cleans_up_has_time_to(tmp_path: Path) -> None:
-    script = f"trap 'echo clean > {tmp_path}/done; exit' TERM; echo ready; sleep 60 & wait"
+    # a child that a signal to the session misses, since it is just being forked, ends by itself
+    loop = "while :; do sleep 0.1; done"
+    script = f"trap 'echo clean > {tmp_path}/done; exit' TERM; echo ready; {loop}"
     with pytest.raises(KeyboardInterrupt):
         tools(tmp_path, interrupt_at("ready")).run(["sh", "-c", script], cleans_up=True)
     assert (tmp_path / "done").read_text() == "clean\n"
