@@ -204,11 +204,10 @@ def failure(message: str, *, kind: str = "unknown_error", retry: str = "exhauste
     return NewEvent(type="session.error", body={"error": error})
 
 
-async def claimable(connection: AsyncConnection, run_id: str, attempt: int) -> SessionRow | Settled:
-    """The session of a turn that an attempt may begin; or how it ended already.
+async def _open(connection: AsyncConnection, run_id: str) -> SessionRow | Settled:
+    """The session whose turn a run is, while that is not over.
 
     Raises:
-        Superseded: an attempt with this number or a higher one was here.
         CallerError: `run-unknown`.
     """
     session, number = parsed(run_id)
@@ -220,6 +219,19 @@ async def claimable(connection: AsyncConnection, run_id: str, attempt: int) -> S
         return Settled(status=ended, tenant=row.tenant_id)
     if number != row.turn:
         raise CallerError("run-unknown", f"{run_id} has not begun")
+    return row
+
+
+async def claimable(connection: AsyncConnection, run_id: str, attempt: int) -> SessionRow | Settled:
+    """The session of a turn that an attempt may begin; or how it ended already.
+
+    Raises:
+        Superseded: an attempt with this number or a higher one was here.
+        CallerError: `run-unknown`.
+    """
+    row = await _open(connection, run_id)
+    if isinstance(row, Settled):
+        return row
     if attempt <= row.attempt:
         raise Superseded(run_id)
     return row
@@ -349,15 +361,9 @@ async def abandon(
     Raises:
         CallerError: `run-unknown`.
     """
-    session, number = parsed(run_id)
-    row = await sessions.find(connection, session)
-    if row is None:
-        return Settled(status=RunStatus.CANCELLED)
-    ended = await sessions.end_of(connection, row, number)
-    if ended is not None:
-        return Settled(status=ended, tenant=row.tenant_id)
-    if number != row.turn:
-        raise CallerError("run-unknown", f"{run_id} has not begun")
+    row = await _open(connection, run_id)
+    if isinstance(row, Settled):
+        return row
     journal = Journal(connection, row)
     dead = failure(reason)
     journal.say(dead.type, dict(dead.body))
