@@ -41,6 +41,7 @@ class SocketProcess:
         self._init: int | None = None
         self._tail = bytearray()
         self._killed = False
+        self._starting, self._writing, self._read_all = True, 0, False
         loop = asyncio.get_running_loop()
         self._drained = loop.create_task(self._drain())
         self._ended = loop.create_task(self._watch())
@@ -70,12 +71,15 @@ class SocketProcess:
         except TimeoutError:
             otherwise = f"it did not start within {_START_SECONDS:.0f} s"
             await self.kill()
+        finally:
+            self._starting = False
         first = buffer.partition(b"\n")[0]
         if not first:
             await self._ended
             raise UnavailableError("sandbox-start-failed", self._last_words() or otherwise)
         with contextlib.suppress(ProcessLookupError):
             self._init = os.pidfd_open(int(json.loads(first)["child-pid"]))
+        self._close_unused()
 
     def _last_words(self) -> str:
         """Of one that never ran; where standard error goes to standard output, they are there."""
@@ -95,17 +99,26 @@ class SocketProcess:
         # sock_recv does not suspend while there is something to read: without a turn for the
         # others, whoever writes fast enough stops the clock that should end it
         await asyncio.sleep(0)
-        try:
-            return await asyncio.get_running_loop().sock_recv(self._stdout, limit)
-        except OSError:
-            return b""  # released, or shut by the other side
+        if self._read_all:
+            return b""
+        data = b""
+        with contextlib.suppress(OSError):  # released, or shut by the other side
+            data = await asyncio.get_running_loop().sock_recv(self._stdout, limit)
+        if not data:
+            self._read_all = True
+            self._close_unused()
+        return data
 
     async def write(self, data: bytes) -> None:
         """Write to standard input."""
+        self._writing += 1
         try:
             await asyncio.get_running_loop().sock_sendall(self._stdin, data)
-        except (ConnectionError, OSError) as error:
+        except OSError as error:
             raise BrokenPipeError("standard input is shut") from error
+        finally:
+            self._writing -= 1
+            self._close_unused()
 
     async def close_stdin(self) -> None:
         """End of input."""
@@ -146,6 +159,21 @@ class SocketProcess:
         for end in (self._stdin, self._stdout, self._stderr, self._status):
             end.close()
 
+    def _close_unused(self) -> None:
+        """After the end, what nobody waits at: a sandbox runs any number of programs, one after the
+        other. What waits at a socket that is closed would never hear of it.
+        """
+        if self._returncode is None or self._starting:
+            return
+        self._stderr.close()
+        self._status.close()
+        if not self._writing:
+            self._stdin.close()
+        if self._read_all:
+            self._stdout.close()
+        if self._read_all and not self._writing:
+            self._on_release(self)
+
     async def _drain(self) -> None:
         loop = asyncio.get_running_loop()
         with contextlib.suppress(OSError):
@@ -171,8 +199,11 @@ class SocketProcess:
         for end in (self._stdout, self._stderr):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RD)
+        with contextlib.suppress(OSError):
+            self._stdin.shutdown(socket.SHUT_RDWR)  # who writes to it waits for nobody
         await self._drained
         self._returncode = self._status_of(code)
+        self._close_unused()
 
     def _status_of(self, code: int) -> int:
         """Bubblewrap reports a signal as shells do; a monitor that was killed reports for it."""

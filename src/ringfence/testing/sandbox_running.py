@@ -21,6 +21,7 @@ from ringfence.testing.sandbox_base import (
     SandboxClauses,
     beats,
     command_lines,
+    descriptors,
     listen_at,
     shell,
 )
@@ -51,6 +52,20 @@ class RunningClauses(SandboxClauses):
                 assert await process.wait() == 0
                 assert output == b"line\n"
                 assert await process.stderr() == b"oops\n"
+
+        self.run(work)
+
+    def test_a_program_that_ended_holds_nothing_open(self, backend: Backend, place: Path) -> None:
+        """Any number of programs run in a sandbox, one after the other; what they said is read."""
+
+        async def work() -> None:
+            async with self.started(backend, self.spec(backend, place)) as sandbox:
+                held = []
+                for _ in range(4):
+                    assert await shell(sandbox, "echo said; echo oops >&2") == (0, "said\n")
+                    held.append(descriptors())
+                # the first may bring what the others use again
+                assert held[3] <= held[1]
 
         self.run(work)
 
