@@ -50,6 +50,10 @@ async def outgoing(
     denied = refusal(state.rules.model, leg.provider, provider, model_id)
     if denied:
         return Unserved(403, denied)
+    if provider.kind == "anthropic" and leg.model == admitted.model:
+        # as it is: nearly every request, and no part of it is read again
+        same = Call(admitted.path_and_query, admitted.headers, admitted.body)
+        return Outgoing(same, await _header(state, provider, target, same), Direct())
     asked = Asked(
         path_and_query=admitted.path_and_query,
         headers=admitted.headers,

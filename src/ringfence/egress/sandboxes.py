@@ -7,6 +7,7 @@ import json
 import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -77,7 +78,12 @@ class Target:
 
 def provider_target(provider: ProviderConfig) -> Target:
     """Where a provider's base URL leads; literal addresses come from settings alone."""
-    parts = urlsplit(provider.base_url)
+    return _target(provider.base_url)
+
+
+@lru_cache(maxsize=64)
+def _target(base_url: str) -> Target:
+    parts = urlsplit(base_url)
     tls = parts.scheme == "https"
     host = parts.hostname or ""
     literal = host.replace(".", "").isdigit() or ":" in host or host == "localhost"
@@ -183,6 +189,8 @@ class SandboxState:
         """
         rules = self.rules.model
         legs = [Leg(rules.provider, model)]
+        if not rules.failover:
+            return legs
         legs += [
             Leg(each.provider or rules.provider, each.model or model) for each in rules.failover
         ]

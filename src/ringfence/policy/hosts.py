@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 
 from publicsuffixlist import PublicSuffixList
 
@@ -76,6 +76,7 @@ def spelled(host: str) -> str:
     return host if written == host else f"{host} ({written})"
 
 
+@lru_cache(maxsize=1024)
 def matches(pattern: str, host: str) -> bool:
     """Whether a policy's `pattern` covers `host`. Total; a host that is not normal never matches.
 
