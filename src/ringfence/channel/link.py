@@ -158,12 +158,13 @@ class Channel:
     async def _read(self) -> None:
         try:
             while True:
+                # first: to read in vain after each message costs more than the message
+                await self._readable()
                 try:
                     data, descriptors, _, _ = socket.recv_fds(
                         self._socket, 65536, _MAX_FDS, socket.MSG_CMSG_CLOEXEC
                     )
                 except BlockingIOError:
-                    await self._readable()
                     continue
                 if not data:
                     return

@@ -8,7 +8,6 @@ from ringfence.egress.sandboxes import MODEL_HOST, PUBLIC_MODEL_HOST, SandboxSta
 from ringfence.policy.compiled import HostRule
 from ringfence.policy.decide import decide_host, decide_request, host_rule
 
-
 _PLAIN_HOSTS = frozenset({MODEL_HOST, PUBLIC_MODEL_HOST, f"{PUBLIC_MODEL_HOST}:443"})
 _ROUTE = frozenset({MESSAGES, COUNT_TOKENS})
 

@@ -47,10 +47,6 @@ _MAX_NOTICES = 500
 _MAX_FREE = 20_000
 """Model requests of one sandbox that cost nothing, and that the worker hears of: whoever is inside
 can have any number of them. Those that cost something it hears of however many there are."""
-_TOKENS = (
-    *("input_tokens", "output_tokens"),
-    *("cache_creation_input_tokens", "cache_read_input_tokens"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +235,7 @@ class SandboxState:
             self._untold[request_id] = told
             return
         if told.over:
-            paid = any(getattr(told, name) for name in _TOKENS)
+            paid = _paid(told)
             self.free += not paid
             begun = self._untold.pop(request_id, None)
             if begun is not None and not paid:
@@ -371,6 +367,11 @@ class SandboxState:
             connection.abort()
         self.pool.close()
         return working
+
+
+def _paid(told: ModelCalled) -> bool:
+    written = told.cache_creation_input_tokens or told.cache_read_input_tokens
+    return bool(told.input_tokens or told.output_tokens or written)
 
 
 def canonical_input(tool: ToolUseSeen) -> bytes:

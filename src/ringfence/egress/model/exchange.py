@@ -389,8 +389,11 @@ class ModelExchange:
         """Dollars, by the model that was asked or the one that the answer names; None when the
         latter has no price.
         """
-        costs = [cost(each, usage, self._answer.hour_writes) for each in (named, self._model)]
-        return None if costs[0] is None else max(each for each in costs if each is not None)
+        dollars = cost(named, usage, self._answer.hour_writes)
+        if named == self._model or dollars is None:
+            return dollars
+        asked = cost(self._model, usage, self._answer.hour_writes)
+        return dollars if asked is None else max(dollars, asked)
 
 
 def _is_count(answer: dict[str, Any]) -> bool:
