@@ -56,8 +56,8 @@ from ringfence.vault.tenants import Bound
 _SETTLE_SECONDS = 2.0
 _LINGER_SECONDS = 0.004
 """What nobody waits for may lie here so long. Longer than a request that finds a quick answer: the
-record of its end then goes with the next one's, and does not occupy the disk before it. What is lost
-with this process is the end of what it did, never the beginning, which is waited for.
+record of its end then goes with the next one's, and does not occupy the disk before it. What is
+lost with this process is the end of what it did, never the beginning, which is waited for.
 """
 _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
 
