@@ -42,6 +42,7 @@ def _problem(text: str) -> str | None:
     return _exact_problem(text[2:]) or _provider_problem(text)
 
 
+@lru_cache(maxsize=256)
 def is_host(text: str) -> bool:
     """Whether `text` is an exact host name in normal form."""
     return _exact_problem(text) is None
@@ -76,7 +77,6 @@ def spelled(host: str) -> str:
     return host if written == host else f"{host} ({written})"
 
 
-@lru_cache(maxsize=1024)
 def matches(pattern: str, host: str) -> bool:
     """Whether a policy's `pattern` covers `host`. Total; a host that is not normal never matches.
 
