@@ -1,6 +1,10 @@
 """The audit log: durable appends through the recorder, and verifying. Ratios within one run.
 
 `python -m benchmarks.audit [seconds per case]`
+
+Processor time is the recorder's, per append. Beside the rate of eight writers stands what this disk and
+this recorder allow at most: eight that wait for their answers make one commit of eight, which is one
+fdatasync and eight times the processor time.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from pathlib import Path
 
 import uvloop
 
+from benchmarks.egress import cpu_seconds
 from ringfence.record.audit import AuditLog, canonical
 from ringfence.record.client import RecorderClient, RecorderProcess
 from ringfence.record.verify import verify
@@ -84,12 +89,15 @@ def in_process(directory: Path, seconds: float) -> list[float]:
     return latencies
 
 
-async def recorder(directory: Path, seconds: float, writers: int) -> list[float]:
-    """Durable appends of concurrent writers over one socket."""
+async def recorder(directory: Path, seconds: float, writers: int) -> tuple[list[float], float]:
+    """Durable appends of concurrent writers over one socket: latencies in seconds, and the
+    recorder's processor time per append in microseconds.
+    """
     process = RecorderProcess.start(directory)
     egress = RecorderClient(process.sockets["egress"])
     worker = RecorderClient(process.sockets["worker"])
     await egress.ready()
+    before = cpu_seconds(process.pid)
     latencies: list[float] = []
     end = time.perf_counter() + seconds
 
@@ -103,10 +111,11 @@ async def recorder(directory: Path, seconds: float, writers: int) -> list[float]
     for number in range(writers):
         worker.quota(f"sandbox_{number}", worker_quota)
     await asyncio.gather(*(write(number) for number in range(writers)))
+    spent = cpu_seconds(process.pid) - before
     await egress.close()
     await worker.close()
     process.close()
-    return latencies
+    return latencies, spent / len(latencies) * 1e6
 
 
 def verifying(directory: Path) -> tuple[int, float, float]:
@@ -129,24 +138,31 @@ def main(seconds: float = 2.0) -> None:
         directory = Path(name)
         base = plain_sqlite(directory, seconds)
         rate = len(base) / seconds
-        print(
-            f"{'durable appends':<34}{'per s':>9}{'p50 ms':>9}{'p99 ms':>9}  ratio to plain SQLite"
-        )
+        columns = f"{'per s':>9}{'p50 ms':>9}{'p99 ms':>9}{'CPU µs':>9}"
+        print(f"{'durable appends':<34}{columns}  ratio to plain SQLite")
         cases = {
             "append + fdatasync (the floor)": disk(directory, seconds),
             "plain SQLite, 1 writer": base,
             "audit log in process, 1 writer": in_process(directory, seconds),
         }
+        spent: dict[str, float] = {}
         for writers in (1, 8, 32):
-            cases[f"recorder, {writers} writer{'s' * (writers > 1)}"] = uvloop.run(
+            label = f"recorder, {writers} writer{'s' * (writers > 1)}"
+            cases[label], spent[label] = uvloop.run(
                 recorder(directory / f"recorder_{writers}", seconds, writers)
             )
         for label, latencies in cases.items():
             p50, p99 = quantiles(latencies)
             ratio = len(latencies) / seconds / rate
             print(
-                f"{label:<34}{len(latencies) / seconds:>9.0f}{p50:>9.3f}{p99:>9.3f}  {ratio:.2f}x"
+                f"{label:<34}{len(latencies) / seconds:>9.0f}{p50:>9.3f}{p99:>9.3f}"
+                f"{spent.get(label, 0.0):>9.0f}  {ratio:.2f}x"
             )
+        floor, _ = quantiles(cases["append + fdatasync (the floor)"])
+        cycle = floor / 1e3 + 8 * spent["recorder, 8 writers"] / 1e6
+        print(
+            f"8 writers: at most {8 / cycle:,.0f}/s by this disk and the recorder's processor time"
+        )
         own, over = (
             quantiles(cases["audit log in process, 1 writer"]),
             quantiles(cases["recorder, 1 writer"]),

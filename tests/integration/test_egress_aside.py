@@ -270,10 +270,13 @@ def test_the_zygote_holds_one_socket_has_the_uid_and_ends_with_egress(tmp_path: 
             Configure, descriptors=[theirs.fileno()], providers={}, drop_to_uid=1_999_998
         )
         (zygote,) = children(process.pid)
-        status = dict(
-            line.split(":\t", 1) for line in Path(f"/proc/{zygote}/status").read_text().splitlines()
-        )
-        assert set(status["Uid"].split()) == set(status["Gid"].split()) == {"1999998"}
+        status: dict[str, str] = {}
+        async with asyncio.timeout(10):  # it is told, and does not answer
+            while status.get("Uid", "").split() != ["1999998"] * 4:
+                await asyncio.sleep(0.01)
+                lines = Path(f"/proc/{zygote}/status").read_text().splitlines()
+                status = dict(line.split(":\t", 1) for line in lines)
+        assert set(status["Gid"].split()) == {"1999998"}
         assert status["NoNewPrivs"] == "1"
         assert int(status["CapEff"], 16) == 0
         assert sum(name.startswith("socket:") for name in held(zygote)) == 1

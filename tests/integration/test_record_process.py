@@ -427,6 +427,21 @@ def test_a_log_that_fails_mid_way_tells_every_waiter(tmp_path: Path) -> None:
     assert check(tmp_path / "audit").ok
 
 
+def test_text_that_utf8_has_no_word_for_is_recorded_as_it_is(tmp_path: Path) -> None:
+    """An upstream's answer can name a tool by half a surrogate pair, and may not hide it so."""
+    names = ["plain", "é \u2028", "\ud800", "\U0001f600"]
+
+    async def body(_: RecorderClient, egress: RecorderClient, __: RecorderProcess) -> None:
+        for name in names:
+            asked = {"type": "tool.requested", "tool_use_id": "t", "input_hmac": "h", "name": name}
+            await egress.append_fields(asked)
+
+    with_recorder(tmp_path / "audit", body)
+    found = [r["name"] for r in records(tmp_path / "audit") if r["type"] == "tool.requested"]
+    assert found == names
+    assert check(tmp_path / "audit").ok
+
+
 def test_once_a_beat_it_lives_signs_and_says_what_it_counted(tmp_path: Path) -> None:
     script = (
         "import sys; import ringfence.record.process as process; process.BEAT_SECONDS = 0.2; "

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import struct
 import subprocess
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -14,8 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ringfence.channel.link import MAX_FRAME, Channel, EgressLink
-from ringfence.channel.messages import MESSAGES, Ack, CloseSandbox, Configure, EgressDenied
+from ringfence.channel.link import MAX_FRAME, Channel, EgressLink, _frame
+from ringfence.channel.messages import (
+    MESSAGES,
+    Ack,
+    CloseSandbox,
+    Configure,
+    EgressDenied,
+    ModelCalled,
+)
 from ringfence.channel.spawn import EgressProcess
 from ringfence.errors import UnavailableError
 
@@ -122,6 +131,116 @@ def test_a_credential_in_a_message_is_shown_nowhere() -> None:
     with pytest.raises(ValidationError) as caught:
         MESSAGES.validate_python({"type": "configure", "environment_credential": [SECRET]})
     assert SECRET not in str(caught.value)
+
+
+def called(number: int, **more: Any) -> ModelCalled:
+    return ModelCalled(sandbox_id="s", request_id=str(number), **more)
+
+
+def posted(body: Callable[[Channel], Awaitable[None]]) -> list[Any]:
+    """What a peer reads of all that `body` sent: ids, and how many descriptors, where some came."""
+
+    async def run() -> list[Any]:
+        ours, theirs = socket.socketpair()
+        got: list[Any] = []
+
+        async def ignore(_: Any, __: list[int]) -> None:
+            pass
+
+        async def keep(message: Any, descriptors: list[int]) -> None:
+            kind = message.id if isinstance(message, Ack) else message.request_id
+            got.append((kind, len(descriptors)) if descriptors else kind)
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+        channel = Channel(ours, ignore, lambda: None)
+        await body(channel)
+        peer = Channel(theirs, keep, lambda: None)
+        await channel.close()
+        async with asyncio.timeout(10):
+            await asyncio.wait({peer._reader})
+        await peer.close()
+        return got
+
+    return asyncio.run(run())
+
+
+def test_what_is_posted_and_sent_comes_in_order() -> None:
+    """What lingers goes before what is sent after it, and descriptors with their own frame."""
+
+    async def body(channel: Channel) -> None:
+        channel.post(called(1), 3600.0)
+        channel.post(called(2))
+        channel.post(called(3), 3600.0)
+        with open(os.devnull) as file:
+            await channel.send(Ack(id=4), [file.fileno(), file.fileno()])
+        channel.post(called(5))
+        await channel.send(Ack(id=6))
+        channel.post(called(7), 3600.0)
+
+    assert posted(body) == ["1", "2", "3", (4, 2), "5", 6, "7"]
+
+
+def test_a_peer_that_does_not_read_loses_nothing_and_holds_nobody_up() -> None:
+    many = 400
+
+    async def ignore(_: Any, __: list[int]) -> None:
+        pass
+
+    async def run() -> list[str]:
+        ours, theirs = socket.socketpair()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        theirs.setblocking(False)
+        channel = Channel(ours, ignore, lambda: None)
+        for number in range(many):
+            channel.post(called(number, model="m" * 300))
+        last, data, got = asyncio.ensure_future(channel.send(Ack(id=1))), bytearray(), []
+        await asyncio.sleep(0)
+        assert not last.done()
+        async with asyncio.timeout(10):
+            while len(got) <= many:
+                data += await asyncio.get_running_loop().sock_recv(theirs, 1 << 16)
+                while len(data) >= 4 and len(data) >= (end := 4 + int.from_bytes(data[:4], "big")):
+                    message = json.loads(data[4:end])["m"]
+                    got.append(str(message.get("request_id", "last")))
+                    del data[:end]
+            await last
+        await channel.close()
+        theirs.close()
+        return got
+
+    assert asyncio.run(run()) == [*map(str, range(many)), "last"]
+
+
+def test_after_the_peers_end_a_notice_is_dropped_and_a_frame_raises() -> None:
+    async def run() -> tuple[int, bool]:
+        ours, theirs = socket.socketpair()
+        ends: list[int] = []
+
+        async def ignore(_: Any, __: list[int]) -> None:
+            pass
+
+        channel = Channel(ours, ignore, lambda: ends.append(1))
+        await channel.send(Ack(id=1))
+        theirs.close()
+        with pytest.raises(OSError):
+            await channel.send(Ack(id=2))
+        channel.post(called(3))
+        with pytest.raises(OSError):
+            await channel.send(Ack(id=4))
+        await channel.close()
+        return len(ends), bool(channel._unsent)
+
+    assert asyncio.run(run()) == (1, False)
+
+
+def test_no_value_changes_on_its_way() -> None:
+    """Numbers that JSON has no word for, and text that UTF-8 has none for."""
+    ack = Ack(id=1, detail={"text": "\ud800 \u2028 é", "wait": float("inf")})
+    body = _frame(ack, 0)[4:]
+    assert MESSAGES.validate_python(json.loads(body)["m"]) == ack
+    wait = called(1, cost_usd=float("inf"))
+    assert MESSAGES.validate_python(json.loads(_frame(wait, 0)[4:])["m"]) == wait
 
 
 class Undying:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import json
 import os
 import socket
@@ -33,6 +34,20 @@ _FAMILIES = {cls.family: cls for cls in (CallerError, DeniedError, UnavailableEr
 Received = Callable[[AnyMessage, list[int]], Awaitable[None]]
 
 
+class _Piece:
+    """Bytes on their way, and the descriptors that go with the first of them."""
+
+    __slots__ = ("data", "descriptors", "sent")
+
+    def __init__(
+        self,
+        data: bytes,
+        descriptors: Sequence[int] = (),
+        sent: asyncio.Future[None] | None = None,
+    ) -> None:
+        self.data, self.descriptors, self.sent = bytearray(data), descriptors, sent
+
+
 class Channel:
     """One end. `on_message` is called in order, one at a time; `on_end` once."""
 
@@ -41,33 +56,95 @@ class Channel:
     ) -> None:
         connection.setblocking(False)
         self._socket = connection
+        self._loop = asyncio.get_running_loop()
         self._on_message, self._on_end = on_message, on_end
         self._buffer = bytearray()
         self._descriptors: collections.deque[int] = collections.deque()
-        self._sending = asyncio.Lock()
-        self._reader = asyncio.get_running_loop().create_task(self._read())
+        self._unsent: collections.deque[_Piece] = collections.deque()
+        self._later: asyncio.TimerHandle | None = None
+        self._soon = self._full = self._ended = False
+        self._lost: OSError | None = None
+        self._reader = self._loop.create_task(self._read())
 
     async def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
-        """One frame. Raises OSError when the peer is gone."""
-        envelope = {"m": message.model_dump(), "f": len(descriptors)}
-        body = json.dumps(envelope, separators=(",", ":")).encode()
-        head = struct.pack(">I", len(body))
-        loop = asyncio.get_running_loop()
-        async with self._sending:
-            if descriptors:
-                await self._writable()
-                sent = socket.send_fds(self._socket, [head], list(descriptors))
-                head = head[sent:]
-            await loop.sock_sendall(self._socket, head + body)
+        """One frame, behind all that came before it; returns when the socket has it. Descriptors
+        must stay open until then. Raises OSError when the peer is gone.
+        """
+        if self._lost is not None:
+            raise self._lost
+        sent: asyncio.Future[None] = self._loop.create_future()
+        # what is queued goes whole, whoever is cancelled: half a frame would end the channel
+        self._unsent.append(_Piece(_frame(message, len(descriptors)), descriptors, sent))
+        self._flush()
+        await sent
 
-    async def _writable(self) -> None:
-        loop = asyncio.get_running_loop()
-        ready: asyncio.Future[None] = loop.create_future()
-        loop.add_writer(self._socket, _settle, ready)
+    def post(self, message: Message, linger: float = 0.0) -> None:
+        """One frame that nobody waits for: what a turn of the loop brings goes out in one write,
+        and for `linger` seconds more may join it. After the peer's end it is dropped.
+        """
+        if self._lost is not None:
+            return
+        last = self._unsent[-1] if self._unsent else None
+        if last is None or last.descriptors or last.sent is not None:
+            self._unsent.append(_Piece(_frame(message, 0)))
+        else:
+            last.data += _frame(message, 0)
+        if self._full or self._soon:
+            return
+        if linger:
+            self._later = self._later or self._loop.call_later(linger, self._flush)
+        else:
+            self._soon = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._soon = False
+        if self._later is not None:
+            self._later.cancel()
+            self._later = None
         try:
-            await ready
-        finally:
-            loop.remove_writer(self._socket)
+            while self._unsent:
+                self._send_some(self._unsent[0])
+        except BlockingIOError:
+            if not self._full:
+                self._full = True
+                self._loop.add_writer(self._socket, self._flush)
+            return
+        except OSError as error:
+            self._lose(error)
+        if self._full:
+            self._full = False
+            self._loop.remove_writer(self._socket)
+
+    def _send_some(self, piece: _Piece) -> None:
+        if piece.descriptors:
+            count = socket.send_fds(self._socket, [piece.data], list(piece.descriptors))
+            piece.descriptors = ()
+        else:
+            count = self._socket.send(piece.data)
+        del piece.data[:count]
+        if not piece.data:
+            self._unsent.popleft()
+            if piece.sent is not None and not piece.sent.done():
+                piece.sent.set_result(None)
+
+    def _lose(self, error: OSError) -> None:
+        """Nothing more is sent, and nothing read."""
+        if self._lost is not None:
+            return
+        self._lost = error
+        for piece in self._unsent:
+            if piece.sent is not None and not piece.sent.done():
+                piece.sent.set_exception(error)
+        self._unsent.clear()
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._end()
+
+    def _end(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._on_end()
 
     async def _readable(self) -> None:
         loop = asyncio.get_running_loop()
@@ -81,12 +158,13 @@ class Channel:
     async def _read(self) -> None:
         try:
             while True:
+                # first: to read in vain after each message costs more than the message
+                await self._readable()
                 try:
                     data, descriptors, _, _ = socket.recv_fds(
                         self._socket, 65536, _MAX_FDS, socket.MSG_CMSG_CLOEXEC
                     )
                 except BlockingIOError:
-                    await self._readable()
                     continue
                 if not data:
                     return
@@ -113,14 +191,29 @@ class Channel:
     def _drop(self) -> None:
         while self._descriptors:
             os.close(self._descriptors.popleft())
-        self._on_end()
+        self._end()
 
     async def close(self) -> None:
         """Shut both ways. Idempotent."""
         self._reader.cancel()
         # waited for, and not awaited: its cancellation and our caller's would look the same
         await asyncio.wait({self._reader})
+        if self._lost is None:
+            self._flush()  # what lingers; a peer that does not read now is not waited for
+        self._lose(ConnectionAbortedError("the channel was closed"))
+        if self._full:
+            self._full = False
+            self._loop.remove_writer(self._socket)
         self._socket.close()
+
+
+def _frame(message: Message, descriptors: int) -> bytes:
+    try:
+        # in one step; the tail is the envelope's
+        body = b'{"m":%b,"f":%d}' % (message.model_dump_json().encode(), descriptors)
+    except ValueError:  # a lone surrogate, which only the standard library escapes
+        body = json.dumps({"m": message.model_dump(), "f": descriptors}).encode()
+    return struct.pack(">I", len(body)) + body
 
 
 class EgressLink:

@@ -16,7 +16,13 @@ from ringfence.errors import DeniedError
 class Message(BaseModel):
     """Base of all messages."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,
+        # Infinity stays what it is; null would be another value
+        ser_json_inf_nan="constants",
+    )
 
 
 class ProviderConfig(Message):

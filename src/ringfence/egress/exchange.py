@@ -252,9 +252,10 @@ class Exchange(Trying):
         self, status: int, headers: list[tuple[bytes, bytes]]
     ) -> tuple[int, list[tuple[bytes, bytes]]] | None:
         """A head in the Messages API's words; None when it has none, and the answer ended."""
-        if any(_ENCODINGS.get(name, value) != value for name, value in headers):
-            self._fail_head("answer-encoded")
-            return None
+        for name, value in headers:
+            if name in _ENCODINGS and value != _ENCODINGS[name]:
+                self._fail_head("answer-encoded")
+                return None
         try:
             self.status, told = self._answering.head(status, headers)
         except DialectError as error:

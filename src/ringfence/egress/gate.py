@@ -8,6 +8,9 @@ from ringfence.egress.sandboxes import MODEL_HOST, PUBLIC_MODEL_HOST, SandboxSta
 from ringfence.policy.compiled import HostRule
 from ringfence.policy.decide import decide_host, decide_request, host_rule
 
+_PLAIN_HOSTS = frozenset({MODEL_HOST, PUBLIC_MODEL_HOST, f"{PUBLIC_MODEL_HOST}:443"})
+_ROUTE = frozenset({MESSAGES, COUNT_TOKENS})
+
 
 class Gate:
     """The target of one connection and the rule that granted it.
@@ -49,7 +52,7 @@ class Gate:
         path = head.target.partition("?")[0]
         if not self._is_model(*self.target):
             return False
-        return self.rule is None or path in {MESSAGES, COUNT_TOKENS}
+        return self.rule is None or path in _ROUTE
 
     @property
     def literal(self) -> bool:
@@ -59,15 +62,14 @@ class Gate:
 
     def _judge_plain(self, head: Head) -> None:
         """Plain HTTP is the model route and nothing else."""
-        hosts = {MODEL_HOST, PUBLIC_MODEL_HOST, f"{PUBLIC_MODEL_HOST}:443"}
-        if head.host.lower() not in hosts or not head.target.startswith("/"):
+        if head.host.lower() not in _PLAIN_HOSTS or not head.target.startswith("/"):
             raise HeadError(403, "plain-http")
         self._judge_model(head)
 
     def _judge_model(self, head: Head) -> None:
         if not self._sandbox.rules.model.enabled:
             raise HeadError(403, "model-route-closed")
-        if head.target.partition("?")[0] not in {MESSAGES, COUNT_TOKENS}:
+        if head.target.partition("?")[0] not in _ROUTE:
             raise HeadError(403, "path-not-granted")
         if head.method != "POST":
             raise HeadError(405, "method-not-granted")

@@ -50,7 +50,20 @@ async def outgoing(
     denied = refusal(state.rules.model, leg.provider, provider, model_id)
     if denied:
         return Unserved(403, denied)
-    asked = Asked(
+    if provider.kind == "anthropic" and leg.model == admitted.model:
+        # as it is: nearly every request, and no part of it is read again
+        same = Call(admitted.path_and_query, admitted.headers, admitted.body)
+        return Outgoing(same, await _header(state, provider, target, same), Direct())
+    asked = _asked(leg, admitted)
+    if provider.kind == "bedrock":
+        return await _bedrock(state, provider, target, asked)
+    if provider.kind == "vertex":
+        return await _vertex(state, provider, asked)
+    return await _anthropic(state, provider, target, asked)
+
+
+def _asked(leg: Leg, admitted: Admitted) -> Asked:
+    return Asked(
         path_and_query=admitted.path_and_query,
         headers=admitted.headers,
         body=admitted.body,
@@ -59,10 +72,11 @@ async def outgoing(
         streaming=admitted.streaming,
         counts_only=admitted.counts_only,
     )
-    if provider.kind == "bedrock":
-        return await _bedrock(state, provider, target, asked)
-    if provider.kind == "vertex":
-        return await _vertex(state, provider, asked)
+
+
+async def _anthropic(
+    state: SandboxState, provider: ProviderConfig, target: Target, asked: Asked
+) -> Outgoing | Unserved:
     call = await _made(state, asked, Form(kind="anthropic", models={}))
     if isinstance(call, Unserved):
         return call

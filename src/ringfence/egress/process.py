@@ -25,6 +25,7 @@ from ringfence.channel.messages import (
     CloseSandbox,
     Configure,
     Message,
+    ModelCalled,
     ModelTurn,
     OpenSandbox,
     Refused,
@@ -53,7 +54,11 @@ from ringfence.vault.open import TenantOpener, open_vault
 from ringfence.vault.tenants import Bound
 
 _SETTLE_SECONDS = 2.0
-_LINGER_SECONDS = 0.001
+_LINGER_SECONDS = 0.004
+"""What nobody waits for may lie here so long. Longer than a request that finds a quick answer: the
+record of its end then goes with the next one's, and does not occupy the disk before it. What is
+lost with this process is the end of what it did, never the beginning, which is waited for.
+"""
 _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
 
 
@@ -68,7 +73,6 @@ class Egress:
         self._keeper: KeeperLink | None = None
         self._resolving: Resolving | None = None
         self._sandboxes: dict[str, SandboxState] = {}
-        self._notices: set[asyncio.Task[None]] = set()
         self._channel = Channel(connection, self._received, self._ended.set)
 
     async def serve(self) -> None:
@@ -132,8 +136,7 @@ class Egress:
     async def _configure(self, message: Configure, descriptors: list[int]) -> dict[str, Any]:
         """Read every secret, then give up the right to read more."""
         # it is the next request's durable append that gains by it
-        linger = _LINGER_SECONDS if message.wait_for_audit else 0.0
-        recorder = RecorderClient(socket.socket(fileno=descriptors[0]), linger=linger)
+        recorder = RecorderClient(socket.socket(fileno=descriptors[0]), linger=_LINGER_SECONDS)
         secrets = _secrets(message)
         if message.opens_tenants and message.key_path is not None:
             self._opener = TenantOpener(Path(message.key_path))
@@ -238,15 +241,8 @@ class Egress:
             sandbox.forget_hidden()
 
     def _notify(self, message: Message) -> None:
-        task = asyncio.get_running_loop().create_task(self._send_notice(message))
-        self._notices.add(task)
-        task.add_done_callback(self._notices.discard)
-
-    async def _send_notice(self, message: Message) -> None:
-        try:
-            await self._channel.send(message)
-        except OSError:
-            self._ended.set()
+        # what is only told of may wait for company; each write wakes the worker
+        self._channel.post(message, _LINGER_SECONDS if isinstance(message, ModelCalled) else 0.0)
 
 
 async def _settle(tasks: list[asyncio.Task[None]]) -> None:

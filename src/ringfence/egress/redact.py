@@ -41,6 +41,13 @@ class Needles:
             for last in set(value[:-1]):
                 self._begun.setdefault(last, []).append(value)
 
+    def marked(self, data: bytes) -> bytes:
+        """Without any value."""
+        for value in self.values:
+            if value in data:
+                data = data.replace(value, MARK)
+        return data
+
     def overlap(self, data: bytes) -> int:
         """Length of the longest suffix of `data` that is a proper prefix of a value.
 
@@ -83,19 +90,19 @@ class Redactor:
 
     def feed(self, data: bytes) -> bytes:
         """What may pass now."""
-        data = self.whole(self._held + data)
-        keep = self._needles().overlap(data)
+        if not data:
+            return b""
+        needles = self._needles()
+        data = needles.marked(self._held + data if self._held else data)
+        keep = needles.overlap(data)
         self._held = data[len(data) - keep :] if keep else b""
         return data[: len(data) - keep] if keep else data
 
     def end(self) -> bytes:
         """What was held, at the end."""
         held, self._held = self._held, b""
-        return self.whole(held)
+        return self.whole(held) if held else b""
 
     def whole(self, data: bytes) -> bytes:
         """A complete value, such as a header's."""
-        for value in self._needles().values:
-            if value in data:
-                data = data.replace(value, MARK)
-        return data
+        return self._needles().marked(data)

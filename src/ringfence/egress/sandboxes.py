@@ -7,6 +7,7 @@ import json
 import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -46,10 +47,6 @@ _MAX_NOTICES = 500
 _MAX_FREE = 20_000
 """Model requests of one sandbox that cost nothing, and that the worker hears of: whoever is inside
 can have any number of them. Those that cost something it hears of however many there are."""
-_TOKENS = (
-    *("input_tokens", "output_tokens"),
-    *("cache_creation_input_tokens", "cache_read_input_tokens"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +74,12 @@ class Target:
 
 def provider_target(provider: ProviderConfig) -> Target:
     """Where a provider's base URL leads; literal addresses come from settings alone."""
-    parts = urlsplit(provider.base_url)
+    return _target(provider.base_url)
+
+
+@lru_cache(maxsize=64)
+def _target(base_url: str) -> Target:
+    parts = urlsplit(base_url)
     tls = parts.scheme == "https"
     host = parts.hostname or ""
     literal = host.replace(".", "").isdigit() or ":" in host or host == "localhost"
@@ -183,6 +185,8 @@ class SandboxState:
         """
         rules = self.rules.model
         legs = [Leg(rules.provider, model)]
+        if not rules.failover:
+            return legs
         legs += [
             Leg(each.provider or rules.provider, each.model or model) for each in rules.failover
         ]
@@ -231,7 +235,7 @@ class SandboxState:
             self._untold[request_id] = told
             return
         if told.over:
-            paid = any(getattr(told, name) for name in _TOKENS)
+            paid = _paid(told)
             self.free += not paid
             begun = self._untold.pop(request_id, None)
             if begun is not None and not paid:
@@ -363,6 +367,11 @@ class SandboxState:
             connection.abort()
         self.pool.close()
         return working
+
+
+def _paid(told: ModelCalled) -> bool:
+    written = told.cache_creation_input_tokens or told.cache_read_input_tokens
+    return bool(told.input_tokens or told.output_tokens or written)
 
 
 def canonical_input(tool: ToolUseSeen) -> bytes:

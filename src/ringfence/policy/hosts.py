@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 
 from publicsuffixlist import PublicSuffixList
 
@@ -42,6 +42,7 @@ def _problem(text: str) -> str | None:
     return _exact_problem(text[2:]) or _provider_problem(text)
 
 
+@lru_cache(maxsize=256)
 def is_host(text: str) -> bool:
     """Whether `text` is an exact host name in normal form."""
     return _exact_problem(text) is None

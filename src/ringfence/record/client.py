@@ -8,10 +8,13 @@ import hashlib
 import hmac
 import os
 import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import to_json
 
 from ringfence.errors import UnavailableError, words
 from ringfence.record.events import Event
@@ -76,7 +79,7 @@ class RecorderClient:
         self._number += 1
         answer: asyncio.Future[int] = self._loop.create_future()
         self._waiting[self._number] = answer
-        self._send(encode({"n": self._number, "e": fields}))
+        self._send(_frame(self._number, fields))
         return await answer
 
     def append_soon(self, fields: dict[str, object]) -> None:
@@ -85,7 +88,7 @@ class RecorderClient:
         """
         if self._lost:
             raise self._lost
-        self._send(encode({"n": 0, "e": fields}), self._linger)
+        self._send(_frame(0, fields), self._linger)
 
     def quota(self, sandbox_id: str, records: int) -> None:
         """See the protocol."""
@@ -202,6 +205,17 @@ class RecorderClient:
         self._unsent.clear()
         for event in (self._room, self._ended, self._greeted):
             event.set()
+
+
+def _frame(number: int, fields: dict[str, object]) -> bytes:
+    """What `encode` makes of it, but for escapes, in a fifth of the time; the recorder, which does
+    without pydantic, could not say it this way.
+    """
+    try:
+        body = to_json({"n": number, "e": fields})
+    except ValueError:  # a lone surrogate: only the standard library escapes it
+        return encode({"n": number, "e": fields})
+    return struct.pack(">I", len(body)) + body
 
 
 def _unavailable(why: str) -> UnavailableError:

@@ -94,6 +94,9 @@ class Reservation(NamedTuple):
     output_tokens: int
 
 
+_NOTHING = Reservation(0.0, 0)
+
+
 class RunState:
     """What one run has asked, been allowed and spent. One per sandbox."""
 
@@ -244,24 +247,25 @@ class ModelExchange:
             worst_usd=self._worst(len(body), facts.max_tokens),
         )
 
-    def _models(self) -> set[str]:
+    def _models(self) -> list[str]:
         """All that may come to answer it."""
-        return {self._model, *(leg.model for leg in self._rules.failover if leg.model is not None)}
+        others = self._rules.failover
+        return [self._model, *(leg.model for leg in others if leg.model is not None)]
 
     def _worst(self, body_bytes: int, max_tokens: int) -> float | None:
         """By the dearest of them; None when one has no price."""
         models = self._models()
-        if any(price(model) is None for model in models):
+        if None in map(price, models):
             return None
-        return max(worst_case(model, body_bytes, max_tokens, bytes_a_token=1) for model in models)
+        return max([worst_case(each, body_bytes, max_tokens, bytes_a_token=1) for each in models])
 
     def _reserve(self, body_bytes: int, max_tokens: int) -> Refusal | None:
-        wish, models = Reservation(0.0, 0), self._models()
-        if self._rules.max_budget_usd is not None and any(price(each) is None for each in models):
+        wish, models = _NOTHING, self._models()
+        if self._rules.max_budget_usd is not None and None in map(price, models):
             # what it costs is not known, and a budget that cannot be held is no budget
             return Refusal(403, "budget-exhausted-model-not-priced")
         if not self._counts_only:
-            dearest = max(worst_case(model, body_bytes, max_tokens) for model in models)
+            dearest = max([worst_case(each, body_bytes, max_tokens) for each in models])
             wish = Reservation(dearest, max_tokens)
         spent, crowded = self._run.exhausted(), self._run.crowded(wish)
         limit = spent or crowded
@@ -280,7 +284,7 @@ class ModelExchange:
     ) -> Refusal | None:
         if not self._rules.enabled:
             return Refusal(403, "model-route-closed")
-        if path not in {MESSAGES, COUNT_TOKENS}:
+        if path not in (MESSAGES, COUNT_TOKENS):
             return Refusal(403, "path-not-granted")
         if method != "POST":
             return Refusal(405, "method-not-granted")
@@ -385,8 +389,11 @@ class ModelExchange:
         """Dollars, by the model that was asked or the one that the answer names; None when the
         latter has no price.
         """
-        costs = [cost(each, usage, self._answer.hour_writes) for each in (named, self._model)]
-        return None if costs[0] is None else max(each for each in costs if each is not None)
+        dollars = cost(named, usage, self._answer.hour_writes)
+        if named == self._model or dollars is None:
+            return dollars
+        asked = cost(self._model, usage, self._answer.hour_writes)
+        return dollars if asked is None else max(dollars, asked)
 
 
 def _is_count(answer: dict[str, Any]) -> bool:
