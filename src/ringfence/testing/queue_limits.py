@@ -17,14 +17,7 @@ from ringfence.testing.queue_worker import Engine
 
 
 class LimitClauses(QueueClauses):
-    """Counted over all workers; what waits for a place is no attempt. Where nobody is killed leases
-    are long: a worker on a busy host may be silent for a while, and would have lost its place.
-    """
-
-    @property
-    def long(self) -> float:
-        """Seconds of such a lease."""
-        return self.settings.lease_seconds * 20
+    """Counted over all workers; what waits for a place is no attempt."""
 
     def test_a_tenant_has_so_many_runs_at_once(self, engine: Engine) -> None:
         """Over all workers, as many as it may and no more; another tenant is not held up."""
