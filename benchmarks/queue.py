@@ -165,9 +165,8 @@ def lease_once(db: sqlite3.Connection, number: int) -> tuple[float, float, float
         if act == "submit":
             ledger.submit(db, f"new_{number}", f"t{number % TENANTS}", 3)
         elif act == "lease":
-            (lease,) = ledger.lease(db, "w", 1)
+            (lease,) = ledger.take(db, "w", 1)
         else:
-            ledger.start(db, "w", lease.run_id, lease.attempt)
             ledger.settle(
                 db,
                 "w",

@@ -36,12 +36,13 @@ from ringfence.store.run_places import Asked
 from ringfence.store.sessions import SessionPage
 
 RUNNING = 20
+_AT_ONCE = 50_000
 _FILL = """
 INSERT INTO sessions (tenant_id, id, agent_id, agent_version, agent, environment_id, title,
     metadata, resources, vault_ids, budget, status, turn, attempt, unqueued_at, position, pending,
     transcript, transcript_begun, workspace, usage, active_us, running_since, created_at,
     updated_at, archived_at)
-WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {rows})
+WITH RECURSIVE n(i) AS (SELECT {first} UNION ALL SELECT i + 1 FROM n WHERE i < {last})
 SELECT '{tenant}', 'sesn_{tenant}_' || i, 'agent_' || (i % 100), 1, '{agent}', 'env', NULL,
     '{{}}', '[]', '[]', NULL,
     CASE WHEN i % ({rows} / {running}) = 1 THEN 'running' ELSE 'idle' END,
@@ -59,25 +60,27 @@ async def filled(database: Database, name: str, rows: int) -> str:
         '{"cache_creation_input_tokens":0,"cache_read_input_tokens":0,"cost_usd":0.0,'
         '"input_tokens":0,"output_tokens":0,"requests":0}'
     )
-    fill = _FILL.format(
-        rows=rows,
-        tenant=tenant,
-        agent=_AGENT,
-        usage=usage,
-        running=RUNNING,
-        false="false" if name == "postgresql" else "0",
-    )
-    async with database.writing() as connection:
-        if name == "postgresql":
-            await connection.execute(text("SET LOCAL statement_timeout = 0"))
-        for statement in (
-            f"INSERT INTO tenants VALUES ('{tenant}', '{tenant}', 1)",
-            "INSERT INTO environments (tenant_id, id, body, created_at, updated_at) "
-            f"VALUES ('{tenant}', 'env', '{{}}', 1, 1)",
-            fill,
-            _WAITS.format(rows=rows, tenant=tenant, true="true" if name == "postgresql" else "1"),
-            f"INSERT INTO tenant_limits (tenant_id, runs) VALUES ('{tenant}', 1)",
-        ):
+    values = {
+        "rows": rows,
+        "tenant": tenant,
+        "agent": _AGENT,
+        "usage": usage,
+        "running": RUNNING,
+        "false": "false" if name == "postgresql" else "0",
+        "true": "true" if name == "postgresql" else "1",
+    }
+    statements = [
+        f"INSERT INTO tenants VALUES ('{tenant}', '{tenant}', 1)",
+        "INSERT INTO environments (tenant_id, id, body, created_at, updated_at) "
+        f"VALUES ('{tenant}', 'env', '{{}}', 1, 1)",
+        f"INSERT INTO tenant_limits (tenant_id, runs) VALUES ('{tenant}', 1)",
+    ]
+    # no statement may take as long as all of them
+    for first in range(1, rows + 1, _AT_ONCE):
+        some = {**values, "first": first, "last": min(rows, first + _AT_ONCE - 1)}
+        statements += [_FILL.format(**some), _WAITS.format(**some)]
+    for statement in statements:
+        async with database.writing() as connection:
             # a colon in JSON is no parameter
             await connection.exec_driver_sql(statement)
     return tenant
@@ -93,6 +96,19 @@ def pages(tenant: str, rows: int) -> dict[str, SessionPage]:
         "idle": SessionPage(page=Page(limit=20), statuses=(SessionStatus.IDLE,)),
         "one agent's": SessionPage(page=Page(limit=20), agent_id="agent_53"),
         "with archived": SessionPage(page=Page(limit=20, archived=True, after=middle)),
+        "two statuses": SessionPage(
+            page=Page(limit=20), statuses=(SessionStatus.RUNNING, SessionStatus.RESCHEDULING)
+        ),
+        "most statuses": SessionPage(
+            page=Page(limit=20), statuses=(SessionStatus.RUNNING, SessionStatus.IDLE)
+        ),
+        "running, all": SessionPage(
+            page=Page(limit=20, archived=True), statuses=(SessionStatus.RUNNING,)
+        ),
+        "agent's run.": SessionPage(
+            page=Page(limit=20), agent_id="agent_21", statuses=(SessionStatus.RUNNING,)
+        ),
+        "a version": SessionPage(page=Page(limit=20), agent_id="agent_53", agent_version=2),
     }
 
 
@@ -123,7 +139,7 @@ async def turn(database: Database, session: str) -> float:
 
 _WAITS = """
 INSERT INTO run_places (tenant_id, run_id, attempt, priority, worker, asked_at, expires_at, woken)
-WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {rows})
+WITH RECURSIVE n(i) AS (SELECT {first} UNION ALL SELECT i + 1 FROM n WHERE i < {last})
 SELECT '{tenant}', 'waits_{tenant}_' || i, 1, 3, NULL, i, 4000000000000000, {true} FROM n
 """
 

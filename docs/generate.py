@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import os
@@ -305,6 +306,31 @@ def _session_support() -> list[str]:
     return lines
 
 
+def _definition_support() -> list[str]:
+    """What agents, environments and vaults refuse, read out of the calls that refuse it."""
+    from ringfence.control import agent_shapes, environment_shapes, vault_shapes
+
+    lines = []
+    kinds = {"agents": agent_shapes, "environments": environment_shapes, "vaults": vault_shapes}
+    for kind, module in kinds.items():
+        calls = (
+            n for n in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(n, ast.Call)
+        )
+        refused = [
+            "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts)
+            for call in calls
+            if isinstance(call.func, ast.Name) and call.func.id == "unsupported"
+            for said in call.args
+            for parts in [said.values if isinstance(said, ast.JoinedStr) else [said]]
+        ]
+        lines += ["", f"Refused by name in {kind}: {'; '.join(sorted(refused))}."]
+    lines += [
+        "",
+        "`event_deltas` of a stream is taken, and no preview is sent: they are best effort.",
+    ]
+    return lines
+
+
 def api() -> str:
     from ringfence.config import GatewaySettings, OidcSettings, WebhookSettings
     from ringfence.gateway.app import create_app
@@ -319,7 +345,7 @@ def api() -> str:
         f"| `{method} {path}` | {'yes' if (method, path) in here else 'no'} |"
         for method, path in public_routes()
     ]
-    lines += ["", *_session_support(), ""]
+    lines += ["", *_session_support(), *_definition_support(), ""]
     own = sorted(here - set(public_routes()), key=lambda pair: pair[1])
     lines += ["Ours, without a key:", "", "| route |", "|---|", "| `GET /openapi.json` |"]
     lines += [f"| `{method} {path}` |" for method, path in own]

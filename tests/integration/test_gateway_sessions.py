@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import anthropic
 import pytest
 from anthropic import Anthropic
+from sqlalchemy import update
 
 from gateway_rig import Rig, caller
+from ringfence.store.tables import SESSIONS
 from session_rig import Worker
 
 TOOLS: Any = [
@@ -265,6 +268,15 @@ def test_events_are_listed_by_order_type_and_time(
     assert listed(created_at_lte=when) == [e.id for e in events if e.processed_at <= when]
 
 
+async def _run(rig: Rig, session: str) -> None:
+    """Let a session be running, and stay so: a turn would end while it is looked at."""
+    database = rig.place.open()
+    async with database.writing() as connection:
+        change = update(SESSIONS).where(SESSIONS.c.id == session)
+        await connection.execute(change.values(status="running"))
+    await database.close()
+
+
 def test_sessions_are_listed_by_what_they_are(rig: Rig, base: str) -> None:
     key = rig.key("lists").text
     with Anthropic(base_url=base, api_key=key, max_retries=0) as client:
@@ -291,6 +303,15 @@ def test_sessions_are_listed_by_what_they_are(rig: Rig, base: str) -> None:
         assert listed(created_at_lte=when, order="asc") == ids[:3]
         assert listed(statuses=["idle", "terminated"]) == ids[::-1]
         assert listed(statuses=["running"]) == []
+        asyncio.run(_run(rig, ids[2]))
+        assert listed(statuses=["running"]) == ids[2:3]
+        assert listed(statuses=["rescheduling", "running"]) == ids[2:3]
+        both = ["running", "idle", "running"]
+        assert listed(statuses=both, limit=2) == ids[::-1]
+        assert listed(statuses=both, limit=2, order="asc") == ids
+        assert listed(statuses=both, agent_id=agents[0], limit=1) == ids[::2][::-1]
+        assert listed(statuses=["running"], agent_id=agents[0], include_archived=True) == ids[2:3]
+        assert listed(statuses=["running"], agent_id=agents[1]) == []
         assert listed(deployment_id="d") == listed(memory_store_id="m") == []
         client.beta.sessions.archive(ids[0])
         assert listed(order="asc") == ids[1:]

@@ -17,8 +17,9 @@ from gateway_rig import Place, postgres_place
 from ringfence.control import keys
 from ringfence.control.tenancy import Caller
 from ringfence.errors import DeniedError, UnavailableError
-from ringfence.store import agents
+from ringfence.store import agents, file_rows
 from ringfence.store.database import open_postgresql, open_sqlite
+from ringfence.store.file_rows import FileRow
 from ringfence.store.migrate import newest
 from ringfence.store.tables import METADATA
 
@@ -77,6 +78,70 @@ async def test_a_row_cannot_belong_to_two_tenants(database: Any) -> None:
                 ),
                 {"tenant": theirs},
             )
+
+
+async def test_bytes_of_files_are_counted_as_they_come_and_go(database: Any) -> None:
+    """Once each, though two sweeps find the same file; another tenant's are its own."""
+    async with database.writing() as connection:
+        ours = (await keys.create(connection, tenant="bytes", name="k")).row.tenant_id
+        theirs = (await keys.create(connection, tenant="other bytes", name="k")).row.tenant_id
+        for tenant, name, size in ((ours, "one", 3), (ours, "two", 5), (theirs, "one", 7)):
+            await file_rows.add(connection, tenant, _file(name, size))
+
+    async def used() -> tuple[int, int]:
+        async with database.reading() as connection:
+            return (
+                await file_rows.used(connection, ours),
+                await file_rows.used(connection, theirs),
+            )
+
+    assert await used() == (8, 7)
+    for _ in range(2):
+        async with database.writing() as connection:
+            await file_rows.purge(connection, ours, "one", 1)
+        assert await used() == (5, 7)
+    for name, there, left in (("one", True, 5), ("two", True, 0), ("two", False, 0)):
+        async with database.writing() as connection:
+            assert await file_rows.remove(connection, ours, name) is there
+        assert await used() == (left, 7)
+
+
+async def test_bytes_of_files_that_were_there_are_counted(tmp_path: Path) -> None:
+    """By the migration: what is purged takes none."""
+    path = tmp_path / "platform" / "platform.sqlite"
+    found = open_sqlite(path)
+    await found.migrate()
+    async with found.writing() as connection:
+        ours = (await keys.create(connection, tenant="t", name="k")).row.tenant_id
+        for name in ("one", "two", "gone"):
+            await file_rows.add(connection, ours, _file(name, 4))
+        await file_rows.purge(connection, ours, "gone", 1)
+        for table in ("sessions_agent_id_status_live", "sessions_agent_id_agent_version_live"):
+            await connection.execute(text(f"DROP INDEX ix_{table}"))
+        for table in ("sessions_tenant_id_status", "files_tenant_id_scope_id"):
+            await connection.execute(text(f"DROP INDEX ix_{table}_created_at_id"))
+        await connection.execute(text("DELETE FROM tenant_counts"))
+        await connection.execute(text("UPDATE alembic_version SET version_num = '0041_slo'"))
+    await found.close()
+    found = open_sqlite(path)
+    await found.migrate()
+    async with found.reading() as connection:
+        assert await file_rows.used(connection, ours) == 8
+    await found.close()
+
+
+def _file(name: str, size: int) -> FileRow:
+    return FileRow(
+        id=name,
+        filename=name,
+        mime_type="text/plain",
+        size_bytes=size,
+        sha256="0",
+        downloadable=True,
+        scope_id=None,
+        created_at=1,
+        expires_at=None,
+    )
 
 
 async def test_the_key_is_nowhere_in_the_database(place: Place, database: Any) -> None:

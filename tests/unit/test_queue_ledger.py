@@ -310,7 +310,7 @@ class History(RuleBasedStateMachine):
     def lease(self, data: st.DataObject) -> None:
         worker = data.draw(st.sampled_from(sorted(self.alive)))
         lanes = self.may_be_leased()
-        leases = ledger.lease(self.db, worker, 1)
+        leases = ledger.take(self.db, worker, 1)
         assert bool(leases) == bool(lanes)
         for lease in leases:
             assert lease.attempt == self.highest[lease.run_id] + 1
@@ -322,7 +322,9 @@ class History(RuleBasedStateMachine):
             self.served[lane] = self.count
             self.highest[lease.run_id] = lease.attempt
             self.leases[worker].append(lease)
-            ledger.start(self.db, worker, lease.run_id, lease.attempt)
+            run = ledger.find(self.db, lease.run_id)
+            assert run is not None
+            assert run.status is RunStatus.RUNNING
 
     @precondition(lambda self: any(self.leases.values()))
     @rule(

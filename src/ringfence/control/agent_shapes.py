@@ -100,7 +100,7 @@ class ToolConfig(Shape):
     def _no_web_limits(cls, value: Any) -> Any:
         if isinstance(value, dict):
             for key in _WEB_LIMITS & value.keys():
-                raise unsupported(f"{key} (say it as allowed_hosts of the environment)")
+                raise unsupported(f"a tool's {key} (say it as allowed_hosts of the environment)")
         return value
 
     @model_validator(mode="after")

@@ -331,11 +331,14 @@ async def tidy(database: Database, contents: Contents) -> int:
 async def _expire(database: Database, contents: Contents) -> int:
     count = 0
     while True:
-        async with database.writing() as connection:
+        async with database.reading() as connection:
             over = await rows.expired(connection, now(), limit=_BATCH)
-            for tenant, identity in over:
-                # first the bytes: what is noted as gone is gone
-                await asyncio.to_thread(contents.remove, tenant, identity)
+        for tenant, identity in over:
+            # first the bytes: what is noted as gone is gone
+            await asyncio.to_thread(contents.remove, tenant, identity)
+            # one a transaction: it changes its tenant's count, for which a caller who deletes the
+            # next one may wait here while we wait for his file
+            async with database.writing() as connection:
                 await rows.purge(connection, tenant, identity, now())
         count += len(over)
         if len(over) < _BATCH:

@@ -100,6 +100,16 @@ def _lease_from(db: sqlite3.Connection, worker: str, tenant: str, priority: int,
     )
 
 
+def take(db: sqlite3.Connection, worker: str, slots: int) -> list[Lease]:
+    """Lease up to `slots` runs and start them: one flush of the disk for both, and no gap in which
+    a run is leased that nobody has begun. Raises SupersededError.
+    """
+    leases = lease(db, worker, slots)
+    for each in leases:
+        start(db, worker, each.run_id, each.attempt)
+    return leases
+
+
 def start(db: sqlite3.Connection, worker: str, run_id: str, attempt: int) -> None:
     """The attempt begins. Raises SupersededError."""
     status, _, _ = _held(db, worker, run_id, attempt)

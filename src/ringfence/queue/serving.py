@@ -81,6 +81,7 @@ class Serving:
     _worker: str = ""
     _held: dict[str, _Held] = field(default_factory=dict)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _settling: int = 0
     _watched: dict[str, _Watched] = field(default_factory=dict)
     _beaten: float = 0.0
     _woken: asyncio.Event = field(default_factory=asyncio.Event)
@@ -243,7 +244,7 @@ class Serving:
                 held.end(_Why.CANCEL)
 
     async def _lease(self) -> None:
-        while self._worker and not self._draining and len(self._tasks) < self.slots:
+        while self._worker and not self._draining and self._free() > 0:
             if not (self._ask("next_lane") or self._ask("any_due")):
                 return
             leasing = asyncio.ensure_future(self._leased(self._worker))
@@ -253,10 +254,17 @@ class Serving:
             if not await asyncio.shield(leasing):
                 return
 
+    def _free(self) -> int:
+        """Slots without a handler. An attempt whose end is on its way to the disk leaves its slot
+        to the next, whose lease comes after that end in the file; no more than `slots` of those,
+        or a file that takes leases and no ends would let them pile up.
+        """
+        return self.slots - len(self._tasks) + min(self._settling, self.slots)
+
     async def _leased(self, worker: str) -> list[Lease]:
-        slots = min(self.slots - len(self._tasks), _BATCH)
+        slots = min(self._free(), _BATCH)
         try:
-            leases = await self.writer.do(lambda db: ledger.lease(db, worker, slots))
+            leases = await self.writer.do(lambda db: ledger.take(db, worker, slots))
         except SupersededError:
             return []
         for lease in leases:
@@ -290,11 +298,10 @@ class Serving:
         lease, worker = held.lease, held.worker
         try:
             self.reached(CrashPoint.LEASED)
-            await self._owed(held, lambda db: ledger.start(db, worker, lease.run_id, lease.attempt))
             self.reached(CrashPoint.STARTED)
             ending = await self._handled(held)
             self.reached(CrashPoint.HANDLED)
-            await self._owed(
+            await self._settled(
                 held,
                 lambda db: ledger.settle(
                     db,
@@ -312,6 +319,15 @@ class Serving:
         finally:
             if self._held.get(lease.run_id) is held:
                 del self._held[lease.run_id]
+
+    async def _settled(self, held: _Held, act: Callable[[sqlite3.Connection], object]) -> None:
+        """The end is written; the next lease waits for it in the writer's queue and not here."""
+        self._settling += 1
+        self._woken.set()
+        try:
+            await self._owed(held, act)
+        finally:
+            self._settling -= 1
 
     async def _owed(self, held: _Held, act: Callable[[sqlite3.Connection], object]) -> None:
         """Written, through an outage too, as long as the run is ours."""

@@ -1,7 +1,8 @@
 """One thread that writes: acts of many callers in one transaction, answered when it is on disk.
 
-A commit costs the disk's flush, whatever the number of acts in it. Each act has a savepoint, so
-that one that fails takes back its own writes and no other's.
+A commit costs the disk's flush, whatever the number of acts in it: what is asked for while others
+of a transaction are carried out still belongs to it. Each act has a savepoint, so that one that
+fails takes back its own writes and no other's.
 """
 
 from __future__ import annotations
@@ -58,22 +59,26 @@ class Writer:
 
     def _loop(self) -> None:
         while not (self._closed.is_set() and self._acts.empty()):
-            taken = [self._acts.get()]
-            while len(taken) < _MOST and not self._acts.empty():
-                taken.append(self._acts.get())
-            self._commit([(act, f) for act, f in taken if f.set_running_or_notify_cancel()])
+            act, future = self._acts.get()
+            if future.set_running_or_notify_cancel():
+                self._commit(act, future)
         self._db.close()
 
-    def _commit(self, acts: list[tuple[Callable[[sqlite3.Connection], Any], Future[Any]]]) -> None:
+    def _commit(self, act: Callable[[sqlite3.Connection], Any], future: Future[Any]) -> None:
         done: list[tuple[Future[Any], Any]] = []
+        taken = [future]
         try:
             self._db.execute("BEGIN IMMEDIATE")
-            for act, future in acts:
-                self._one(act, future, done)
+            self._one(act, future, done)
+            while len(taken) < _MOST and not self._acts.empty():
+                act, future = self._acts.get()
+                if future.set_running_or_notify_cancel():
+                    taken.append(future)
+                    self._one(act, future, done)
             self._db.execute("COMMIT")
         except sqlite3.Error as error:
             self._back()
-            for _, future in acts:
+            for future in taken:
                 if not future.done():
                     future.set_exception(_unavailable(error))
             return

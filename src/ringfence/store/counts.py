@@ -1,8 +1,10 @@
-"""How many rows of a kind a tenant has, counted in the transaction that makes or removes one."""
+"""How many rows of a kind a tenant has, counted in the transaction that makes or removes one; and
+how many bytes.
+"""
 
 from __future__ import annotations
 
-from sqlalchemy import insert, update
+from sqlalchemy import insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -17,18 +19,36 @@ async def take(connection: AsyncConnection, tenant: str, kind: str, most: int) -
     """
     if await _add(connection, tenant, kind, 1, below=most):
         return True
-    try:
-        async with connection.begin_nested():
-            await connection.execute(insert(TABLE).values(tenant_id=tenant, kind=kind, held=0))
-    except IntegrityError:
-        # there is a count, and it is not below
-        pass
+    # or there is a count, and it is not below
+    await _begin(connection, tenant, kind)
     return await _add(connection, tenant, kind, 1, below=most)
 
 
 async def give(connection: AsyncConnection, tenant: str, kind: str) -> None:
     """Count one less."""
     await _add(connection, tenant, kind, -1)
+
+
+async def change(connection: AsyncConnection, tenant: str, kind: str, by: int) -> None:
+    """Count so many more, or less."""
+    if not await _add(connection, tenant, kind, by):
+        await _begin(connection, tenant, kind)
+        await _add(connection, tenant, kind, by)
+
+
+async def held(connection: AsyncConnection, tenant: str, kind: str) -> int:
+    """What is counted; 0 before the first."""
+    query = select(TABLE.c.held).where(TABLE.c.tenant_id == tenant, TABLE.c.kind == kind)
+    return int((await connection.execute(query)).scalar() or 0)
+
+
+async def _begin(connection: AsyncConnection, tenant: str, kind: str) -> None:
+    try:
+        async with connection.begin_nested():
+            await connection.execute(insert(TABLE).values(tenant_id=tenant, kind=kind, held=0))
+    except IntegrityError:
+        # another transaction has begun it
+        pass
 
 
 async def _add(

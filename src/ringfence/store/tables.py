@@ -238,7 +238,12 @@ SESSIONS = Table(
     ),
     _live("sessions"),
     _live("sessions", "agent_id"),
+    _live("sessions", "agent_id", "status"),
+    _live("sessions", "agent_id", "agent_version"),
+    # that nothing is archived is one more equality here: a partial index beside the next one would
+    # look no better to SQLite, and it would pass over all that is archived
     Index("ix_sessions_status", "tenant_id", "status", "archived_at", "created_at", "id"),
+    Index(None, "tenant_id", "status", "created_at", "id"),
 )
 
 # Sessions that were deleted, while something of them lies elsewhere: the database is not the
@@ -379,6 +384,7 @@ FILES = Table(
     PrimaryKeyConstraint("tenant_id", "id"),
     ForeignKeyConstraint(["tenant_id"], ["tenants.id"]),
     Index(None, "tenant_id", "created_at", "id"),
+    Index(None, "tenant_id", "scope_id", "created_at", "id"),
     Index(None, "expires_at"),
 )
 

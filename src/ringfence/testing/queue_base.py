@@ -51,6 +51,13 @@ class QueueClauses:
         """The engine under test, empty."""
         raise NotImplementedError("a subclass names the engine")
 
+    @property
+    def long(self) -> float:
+        """Seconds of a lease where nobody is killed: a worker on a busy host may be silent for a
+        while, and would have lost what it holds.
+        """
+        return self.settings.lease_seconds * 20
+
     def run(self, work: Awaitable[None]) -> None:
         """Run a clause under a time limit of its own."""
 

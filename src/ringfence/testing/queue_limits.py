@@ -17,14 +17,7 @@ from ringfence.testing.queue_worker import Engine
 
 
 class LimitClauses(QueueClauses):
-    """Counted over all workers; what waits for a place is no attempt. Where nobody is killed leases
-    are long: a worker on a busy host may be silent for a while, and would have lost its place.
-    """
-
-    @property
-    def long(self) -> float:
-        """Seconds of such a lease."""
-        return self.settings.lease_seconds * 20
+    """Counted over all workers; what waits for a place is no attempt."""
 
     async def found_no_place(self, queue: Queue, runs: int) -> bool:
         """Whether so many wait for a place. Another answer than the depth is for engines whose
