@@ -106,12 +106,14 @@ class StagedSandbox(ABC):
         hierarchy = cgroups.discover()
         path = spec.workspace if isinstance(spec, SandboxSpec) else None
         held = [] if path is None else [open_workspace(path, state_dir)]
-        lease = hostfacts.lease_uid(uids) if os.geteuid() == 0 else None
+        seats = spec.seats if isinstance(spec, SharedSpec) else 1
+        lease = hostfacts.lease_uid(uids, seats=seats) if os.geteuid() == 0 else None
         groups = cgroups.Groups(hierarchy, spec.sandbox_id)
         image = launcher = None
         handles: list[int] = []
         try:
-            image = await asyncio.to_thread(_hold_image, spec.profile, state_dir, backend)
+            if spec.profile.image is not None:
+                image = await asyncio.to_thread(_hold_image, spec.profile, state_dir, backend)
             made = groups.make(backend.host_limits(spec.profile.limits))
             controls = enforce.read_back(states, made)
             # after the groups are made: that waits for whoever moves a process
@@ -134,6 +136,8 @@ class StagedSandbox(ABC):
             else:
                 plan = backend.place(spec.profile, facts)
             plan["creators"] = backend.creators(facts)
+            if not backend.by_bubblewrap:
+                plan["tools"] = {}
             meanwhile = functools.partial(cgroups.sweep, hierarchy)
             handles = await prepare(launcher, plan, held, meanwhile)
             sandbox = cls(
@@ -281,6 +285,8 @@ class StagedSandbox(ABC):
 
     async def copy_in(self, files: Mapping[str, bytes]) -> None:
         """See the protocol."""
+        if not files:
+            return  # a thread is a hand-over, and on the path of every start
         await asyncio.to_thread(self._copy_in, files)
 
     def _copy_in(self, files: Mapping[str, bytes]) -> None:

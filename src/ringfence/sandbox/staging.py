@@ -29,13 +29,17 @@ class StagedBackend(ABC):
 
     words: ClassVar[Mapping[Control, Enforcement]] = enforce.STAGED
     """What it does for each control; `HOW` of its module, which the docs are made of."""
+    phases: ClassVar[tuple[str, ...]] = ()
+    """Modules beside launch.py that its programs are begun by."""
+    by_bubblewrap: ClassVar[bool] = True
+    """Whether bubblewrap runs in the place, and has to lie in it."""
 
     def __init__(
         self, *, state_dir: Path, uid_base: int = 2_000_000, uid_count: int = 65_536
     ) -> None:
         self._state_dir = state_dir
         self._uids = range(uid_base, uid_base + uid_count)
-        self._spare = Spare()
+        self._spare = Spare(*self.phases)
 
     @property
     @abstractmethod
