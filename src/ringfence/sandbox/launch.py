@@ -33,8 +33,7 @@ import sys
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWNET = 0x00020000, 0x10000000, 0x40000000
-CLONE_VM, CLONE_VFORK, SIGCHLD = 0x100, 0x4000, 17
-_STACK = 65536
+CLONE_VM, CLONE_VFORK, SIGCHLD, _STACK = 0x100, 0x4000, 17, 65536
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE, MS_SHARED = 32, 4096, 16384, 1 << 18, 1 << 20
 OPEN_TREE_CLONE, OPEN_TREE_CLOEXEC, AT_RECURSIVE, AT_EMPTY_PATH = 1, 0o2000000, 0x8000, 0x1000
@@ -139,9 +138,7 @@ def mapped_namespace(users: list[list[int]], groups: list[list[int]] | None = No
 
 
 def enter_user_namespace(uid_inside: int, gid_inside: int) -> None:
-    """One of our own, in which we are these ids and nobody else is anyone: all that an ordinary
-    user may map. No program inside may set groups, as the kernel demands of such a map.
-    """
+    """One of our own, in which we are these ids and nobody is any other: all that users may map."""
     uid, gid = os.getuid(), os.getgid()
     unshare(CLONE_NEWUSER)
     for name, text in (

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 from ringfence.errors import UnavailableError
 from ringfence.policy.compiled import Limits, SandboxProfile
 from ringfence.sandbox import enforce, profile
+from ringfence.sandbox.imageroot import HeldImage, hold
 from ringfence.sandbox.launcher import Spare
 from ringfence.sandbox.protocol import Control, ControlState, Enforcement
 
@@ -97,6 +98,11 @@ class StagedBackend(ABC):
                 f"{self.name} cannot start from an image, and the policy names {profile.image}",
                 hint="isolation.backend: bubblewrap, container, gvisor or microvm",
             )
+
+    def hold_image(self, rules: SandboxProfile, name: str) -> HeldImage:
+        """The image of a name or digest for a sandbox of these rules; raises as `hold`."""
+        needed = self.needed_of_images
+        return hold(self._state_dir, name, blocked=rules.blocked, needed=needed)
 
     def warm(self) -> None:
         """See the protocol."""
