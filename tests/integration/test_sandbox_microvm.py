@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import platform
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +14,10 @@ from typing import Any
 import pytest
 
 from backends import needs
+from leftovers import counted, left
 from ringfence.errors import UnavailableError
 from ringfence.policy.compiled import Limits, SandboxProfile
-from ringfence.sandbox import hostfacts, microvm_processor
+from ringfence.sandbox import microvm_processor
 from ringfence.sandbox.microvm import MicrovmBackend
 from ringfence.sandbox.microvm_image import build
 from ringfence.sandbox.microvm_processor import Processors
@@ -30,7 +29,6 @@ from ringfence.testing.sandbox_contract import shell
 pytestmark = [pytest.mark.timeout(600), needs("microvm")]
 LIMITS = Limits(memory_mb=256, pids=64, disk_mb=64, cpus=1.0, file_mb=32)
 AS_ROOT = os.geteuid() == 0
-PR_SET_CHILD_SUBREAPER = 36
 ACCEPTED = (
     frozenset()
     if AS_ROOT
@@ -91,7 +89,7 @@ def test_a_machine_starts_runs_a_program_and_stops(
             await backend.close()
 
     assert asyncio.run(work()) == (0, "refused\nran\n")
-    assert left(state)["processes"] == 0
+    assert left(state)["processes"] == []
 
 
 @pytest.mark.storm
@@ -203,54 +201,13 @@ def test_a_trial_boot_is_a_real_one_in_time_or_says_why(
     assert asyncio.run(trial()) == ""
     (mark,) = place.glob("kvm-*")
     mark.unlink()
-    assert left(state)["processes"] == 0
-
-
-THERE: set[str] = set()
-"""Children of this process that are of other tests: servers that all of them share."""
-
-
-def children() -> set[str]:
-    own = os.getpid()
-    return set(Path(f"/proc/{own}/task/{own}/children").read_text().split())
+    assert left(state)["processes"] == []
 
 
 @pytest.fixture(autouse=True)
-def _there() -> None:
-    THERE.clear()
-    THERE.update(children())
-
-
-def left(state: Path) -> dict[str, Any]:
-    """What a sandbox could leave behind that is ours to count. Others of the host mount, unmount
-    and run machines as they like.
-    """
-    own = os.getpid()
-    places = (hostfacts.stage(), str(state), "stage", "scratch")
-    mounts = [line.split()[:2] for line in Path("/proc/self/mounts").read_text().splitlines()]
-    return {
-        "processes": len(children() - THERE),
-        "descriptors": len(os.listdir("/proc/self/fd")),
-        "mounts": [mount for mount in mounts if any(one in places for one in mount)],
-        "groups": sorted(str(path) for path in Path("/sys/fs/cgroup").glob(f"*/ringfence-{own}-*")),
-        "files": sorted(path.name for path in state.rglob("*") if path.name != "lock"),
-        "networks": sorted(path.name for path in Path("/run/netns").glob("*")),
-        "interfaces": sorted(one for one in os.listdir("/sys/class/net") if one.startswith("veth")),
-        "loops": sorted(str(path) for path in Path("/sys/block").glob("loop*/loop/backing_file")),
-        "temporary": sorted(os.listdir(tempfile.gettempdir())),
-    }
-
-
-@pytest.fixture
-def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An orphan becomes ours, not process 1's, and temporary files are in a place of our own."""
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
-    yield
-    libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+def _counted(tmp_path: Path) -> Iterator[None]:
+    with counted(tmp_path):
+        yield
 
 
 async def ended(backend: MicrovmBackend, wanted: SandboxSpec, number: int) -> None:
@@ -268,7 +225,6 @@ async def ended(backend: MicrovmBackend, wanted: SandboxSpec, number: int) -> No
 
 @pytest.mark.storm
 @pytest.mark.timeout(3600)
-@pytest.mark.usefixtures("counted")
 def test_machines_in_a_loop_leave_nothing(
     backend: MicrovmBackend, state: Path, tmp_path: Path
 ) -> None:
@@ -322,6 +278,6 @@ def test_a_spare_guest_is_kept_for_runs_that_recur_handed_out_once_and_ended(
         spare = await next(iter(backend._warm.values()))
         assert await one(2) is spare
         await backend.close()
-        assert left(state)["processes"] == 0
+        assert left(state)["processes"] == []
 
     asyncio.run(work())
