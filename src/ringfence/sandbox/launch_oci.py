@@ -258,7 +258,8 @@ def call(argv: list[str], handed: tuple[int, ...]) -> int:
     high = [fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, 64) for one in handed]
     for number in map(int, os.listdir("/proc/self/fd")):
         try:
-            os.set_inheritable(number, False)
+            if number >= len(handed):
+                os.set_inheritable(number, False)
         except OSError as error:
             if error.errno != errno.EBADF:  # that of the list itself is closed by now
                 raise
