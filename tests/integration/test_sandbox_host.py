@@ -92,14 +92,18 @@ def test_blocks_of_ids_are_nobodys(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     lease = hostfacts.lease_uid(range(3_001_000, 4_000_000, 65_536), tmp_path / "leases")
     assert lease.uid == 3_001_000
     lease.release()
-    # nor is any that a seat has an account's: the last of them, the first behind them, and a single
-    for account, step, lent in (
-        (3_001_015, 65_536, 3_001_000 + 65_536),
-        (3_001_016, 65_536, 3_001_000),
-        (3_001_015, 1, 3_001_000),
+    # nor is any that a seat has an account's: the last of them, the first behind them, a block with
+    # one seat, and a single id
+    for account, step, seats, lent in (
+        (3_001_015, 65_536, 16, 3_001_000 + 65_536),
+        (3_001_016, 65_536, 16, 3_001_000),
+        (3_001_000, 65_536, 1, 3_001_000 + 65_536),
+        (3_001_001, 65_536, 1, 3_001_000),
+        (3_001_015, 1, 16, 3_001_000),
     ):
         monkeypatch.setattr(hostfacts, "_has_account", account.__eq__)
-        lease = hostfacts.lease_uid(range(3_001_000, 4_000_000, step), tmp_path / "leases")
+        uids = range(3_001_000, 4_000_000, step)
+        lease = hostfacts.lease_uid(uids, tmp_path / "leases", seats=seats)
         assert lease.uid == lent
         lease.release()
 
@@ -163,11 +167,12 @@ def test_bubblewrap_itself_cannot_be_written(tmp_path: Path) -> None:
     assert _runs(tmp_path, command) == (0, "True\n")
 
 
+@pytest.mark.root
 def test_a_launcher_killed_while_it_maps_ids_leaves_nobody() -> None:
-    """Its child, which holds the namespace open, would have a program's stdio in hand for ever."""
+    """Its child would have a program's stdio in hand for ever: it has ended before it is mapped."""
     script = (
         "import os, time\nfrom ringfence.sandbox import launch\n"
-        # the parent stands still between the child's word and its own
+        # the parent stands still with the namespace made and not yet mapped
         "launch.open = lambda *_: (print('here', flush=True), time.sleep(60))\n"
         "launch.mapped_namespace([[0, os.getuid(), 1]])"
     )
@@ -177,6 +182,7 @@ def test_a_launcher_killed_while_it_maps_ids_leaves_nobody() -> None:
         assert parent.stdout.readline() == "here\n"
         children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
         assert len(children) == 1
+        assert " Z " in Path(f"/proc/{children[0]}/stat").read_text()
         parent.kill()
         deadline = time.monotonic() + 5
         while Path(f"/proc/{children[0]}").exists() and time.monotonic() < deadline:

@@ -74,6 +74,8 @@ class ContainerBackend(SeatingBackend):
         self._engine = engine
 
     words = HOW
+    phases = ("launch_oci",)
+    by_bubblewrap = False
 
     @property
     def name(self) -> str:

@@ -97,6 +97,8 @@ class GvisorBackend(EnclosingBackend):
         self._engine = engine
 
     words = HOW
+    phases = ("launch_gvisor",)
+    by_bubblewrap = False
 
     @property
     def name(self) -> str:

@@ -131,10 +131,10 @@ UID_LEASES = Path("/run/ringfence/uids")
 """One place a host and not one a state directory: two of those must not lend the same uid."""
 
 
-def lease_uid(uids: range, directory: Path = UID_LEASES) -> UidLease:
+def lease_uid(uids: range, directory: Path = UID_LEASES, *, seats: int = 1) -> UidLease:
     """First uid of the range that no account has and nobody holds, by flock on a file of its own.
-    A range with a step lends blocks of that many ids, of which those from the uid on are the seats'
-    of a shared sandbox; none touches what /etc/subuid lends to users, who could become those ids.
+    A range with a step lends blocks of that many ids, of which the first `seats` from the uid on
+    are who programs run as; none touches what /etc/subuid lends to users, who could become those.
 
     Raises:
         UnavailableError: `sandbox-start-failed` when all are held.
@@ -143,7 +143,7 @@ def lease_uid(uids: range, directory: Path = UID_LEASES) -> UidLease:
     lent = subordinate_ids(Path("/etc/subuid"))
     for uid in uids:
         block = range(uid - uids.step + 1, uid + uids.step)
-        used = range(uid, uid + min(uids.step, MOST_SEATS))
+        used = range(uid, uid + min(uids.step, seats))
         subordinate = any(r.start < block.stop and block.start < r.stop for r in lent)
         if subordinate or any(map(_has_account, used)):
             continue

@@ -18,9 +18,13 @@ from ringfence.sandbox.frames import receive_frame, send_frame
 _MAIN = f"""import sys
 sys.path.append({str(Path(__file__).parent)!r})
 import launch
+for name in sys.argv[2:]:
+    __import__(name)
 sys.exit(launch.main())
 """
-"""A module is compiled once, a script each time it is started."""
+"""A module is compiled once, a script each time it is started. What the second phase is made of is
+loaded before the first is asked for: one that waits for its run has the time.
+"""
 _PREPARE_SECONDS = 30.0
 _REFILL_SECONDS = 0.5
 
@@ -39,12 +43,12 @@ class Launcher(NamedTuple):
         await asyncio.to_thread(self.process.wait)
 
 
-def launch() -> Launcher:
-    """Start one; returns at once."""
+def launch(*phases: str) -> Launcher:
+    """Start one; returns at once. `phases` are modules that it loads before its first plan."""
     ours, theirs = socket.socketpair()
     try:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _MAIN, str(theirs.fileno())],
+            [sys.executable, "-I", "-S", "-c", _MAIN, str(theirs.fileno()), *phases],
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -59,12 +63,12 @@ def launch() -> Launcher:
     return Launcher(process, ours)
 
 
-def alive(launcher: Launcher | None) -> Launcher:
+def alive(launcher: Launcher | None, *phases: str) -> Launcher:
     """The same, or a new one in place of none and of one that has ended."""
     if launcher is not None and launcher.process.poll() is not None:
         launcher.control.close()
         launcher = None
-    return launcher or launch()
+    return launcher or launch(*phases)
 
 
 def _nothing() -> None:
@@ -155,10 +159,12 @@ def rehearse(place: dict[str, Any], program: dict[str, Any]) -> str | None:
 
 class Spare:
     """One launcher that is up before it is asked for: its interpreter takes longer to start than
-    all that it then does. It knows nothing of any run; each is used once.
+    all that it then does. It knows nothing of any run; each is used once. `phases` are modules that
+    whoever takes one will have it use.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *phases: str) -> None:
+        self._phases = phases
         self._waiting: Launcher | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._keeping = False
@@ -167,7 +173,7 @@ class Spare:
         """From now on have one ready."""
         self._keeping = True
         if self._waiting is None:
-            self._waiting = launch()
+            self._waiting = launch(*self._phases)
 
     def take(self) -> Launcher:
         """The one that is ready, or a new one."""
@@ -176,7 +182,7 @@ class Spare:
             # later: what was just started needs the processor more
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(_REFILL_SECONDS, self._refill)
-        return alive(launcher)
+        return alive(launcher, *self._phases)
 
     def _refill(self) -> None:
         self._timer = None

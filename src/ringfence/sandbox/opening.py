@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from ringfence.errors import CallerError
 from ringfence.policy.compiled import SandboxProfile
 from ringfence.sandbox import hostfacts, profile
-from ringfence.sandbox.protocol import INSIDE_WORKSPACE
+from ringfence.sandbox.imageroot import HeldImage
+from ringfence.sandbox.protocol import INSIDE_WORKSPACE, SandboxSpec, WaitingSpec
 from ringfence.sandbox.safeopen import printable_path
 from ringfence.sandbox.workspace import scan
 
@@ -51,17 +52,33 @@ def open_workspace(path: Path, state_dir: Path) -> int:
         ) from None
 
 
-async def look_at(
+def gather(
+    spec: SandboxSpec | WaitingSpec,
+    uid: int,
+    state_dir: Path,
+    reads_programs: bool,  # noqa: FBT001  handed on by position, to a thread
+    image: HeldImage | None,
+    held: Sequence[int],
+) -> profile.HostFacts:
+    """All facts of a start, in one go: every hand-over to a thread waits its turn on a busy host.
+    `held` is the workspace's descriptor, if there is one. Raises as `gather_waiting` and `scan`.
+    """
+    facts = hostfacts.gather_waiting(
+        spec, uid, state_dir, reads_programs=reads_programs, image=image
+    )
+    if isinstance(spec, SandboxSpec):
+        facts = look_at(facts, spec.profile, spec.workspace, held[0])
+    return facts
+
+
+def look_at(
     facts: profile.HostFacts, rules: SandboxProfile, workspace: Path, descriptor: int
 ) -> profile.HostFacts:
-    """The facts with what must be masked of the workspace (requirement E)."""
-    found = await asyncio.to_thread(
-        scan,
-        descriptor,
-        rules.hidden,
-        shown=rules.shown,
-        always=_always_masked(rules, workspace),
-    )
+    """The facts with what must be masked of the workspace (requirement E). Walks all of it: for a
+    thread.
+    """
+    always = _always_masked(rules, workspace)
+    found = scan(descriptor, rules.hidden, shown=rules.shown, always=always)
     return hostfacts.with_workspace(facts, rules, workspace, found)
 
 

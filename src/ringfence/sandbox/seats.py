@@ -223,7 +223,9 @@ class SharedPlace(EnclosedSandbox):
         try:
             facts, lease = self._backend.seat_ids(self._facts, number)
             controls = self._limited(groups, limits)
-            facts = await look_at(_own(facts, spec), spec.profile, spec.workspace, held[0])
+            facts = await asyncio.to_thread(
+                look_at, _own(facts, spec), spec.profile, spec.workspace, held[0]
+            )
             _give(spec.egress_dir, facts)
             plan: dict[str, Any] = seat_plan(spec.profile, facts)
             plan["creators"] = self._backend.creators(facts)

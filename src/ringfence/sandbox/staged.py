@@ -29,9 +29,9 @@ from ringfence.model import WorkspaceMode
 from ringfence.policy.compiled import SandboxProfile
 from ringfence.sandbox import cgroups, enforce, hostfacts, profile, seccomp
 from ringfence.sandbox.frames import send_frame
-from ringfence.sandbox.imageroot import HeldImage, hold
+from ringfence.sandbox.imageroot import HeldImage
 from ringfence.sandbox.launcher import Launcher, Spare, alive, attach, prepare
-from ringfence.sandbox.opening import look_at, open_workspace
+from ringfence.sandbox.opening import gather, look_at, open_workspace
 from ringfence.sandbox.overlay import read_changes
 from ringfence.sandbox.protocol import (
     INSIDE_HOME,
@@ -106,26 +106,23 @@ class StagedSandbox(ABC):
         hierarchy = cgroups.discover()
         path = spec.workspace if isinstance(spec, SandboxSpec) else None
         held = [] if path is None else [open_workspace(path, state_dir)]
-        lease = hostfacts.lease_uid(uids) if os.geteuid() == 0 else None
+        seats = spec.seats if isinstance(spec, SharedSpec) else 1
+        lease = hostfacts.lease_uid(uids, seats=seats) if os.geteuid() == 0 else None
         groups = cgroups.Groups(hierarchy, spec.sandbox_id)
         image = launcher = None
         handles: list[int] = []
         try:
-            image = await asyncio.to_thread(_hold_image, spec.profile, state_dir, backend)
+            if spec.profile.image is not None:
+                image = await asyncio.to_thread(
+                    backend.hold_image, spec.profile, spec.profile.image
+                )
             made = groups.make(backend.host_limits(spec.profile.limits))
             controls = enforce.read_back(states, made)
             # after the groups are made: that waits for whoever moves a process
             asyncio.get_running_loop().run_in_executor(None, cgroups.await_moves)
-            facts = await asyncio.to_thread(
-                hostfacts.gather_waiting,
-                spec,
-                lease.uid if lease else os.getuid(),
-                state_dir,
-                reads_programs=backend.reads_programs,
-                image=image,
-            )
-            if path is not None:
-                facts = await look_at(facts, spec.profile, path, held[0])
+            uid = lease.uid if lease else os.getuid()
+            reads = backend.reads_programs
+            facts = await asyncio.to_thread(gather, spec, uid, state_dir, reads, image, held)
             launcher = spare.take()
             if isinstance(spec, SharedSpec):
                 plan = shared_plan(spec.profile, facts, spec.seats)
@@ -134,6 +131,8 @@ class StagedSandbox(ABC):
             else:
                 plan = backend.place(spec.profile, facts)
             plan["creators"] = backend.creators(facts)
+            if not backend.by_bubblewrap:
+                plan["tools"] = {}
             meanwhile = functools.partial(cgroups.sweep, hierarchy)
             handles = await prepare(launcher, plan, held, meanwhile)
             sandbox = cls(
@@ -163,7 +162,9 @@ class StagedSandbox(ABC):
         try:
             read = self._groups.read_back(backend.host_limits(rules.limits))
             self._controls = enforce.read_back(self._controls, read)
-            self._facts = await look_at(self._facts, rules, workspace, descriptor)
+            self._facts = await asyncio.to_thread(
+                look_at, self._facts, rules, workspace, descriptor
+            )
             plan = profile.attach_plan(rules, self._facts)
             plan["creators"] = backend.creators(self._facts)
             handed = [descriptor, self._mnt, self._user]
@@ -281,6 +282,8 @@ class StagedSandbox(ABC):
 
     async def copy_in(self, files: Mapping[str, bytes]) -> None:
         """See the protocol."""
+        if not files:
+            return  # a thread is a hand-over, and on the path of every start
         await asyncio.to_thread(self._copy_in, files)
 
     def _copy_in(self, files: Mapping[str, bytes]) -> None:
@@ -473,13 +476,6 @@ async def undo(
         for one in (lease, image):
             if one is not None:
                 one.release()
-
-
-def _hold_image(rules: SandboxProfile, state_dir: Path, backend: StagedBackend) -> HeldImage | None:
-    if rules.image is None:
-        return None
-    needed = backend.needed_of_images
-    return hold(state_dir, rules.image, blocked=rules.blocked, needed=needed)
 
 
 BASE_ENVIRONMENT = {

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 from ringfence.errors import UnavailableError
 from ringfence.policy.compiled import Limits, SandboxProfile
 from ringfence.sandbox import enforce, profile
+from ringfence.sandbox.imageroot import HeldImage, hold
 from ringfence.sandbox.launcher import Spare
 from ringfence.sandbox.protocol import Control, ControlState, Enforcement
 
@@ -29,13 +30,17 @@ class StagedBackend(ABC):
 
     words: ClassVar[Mapping[Control, Enforcement]] = enforce.STAGED
     """What it does for each control; `HOW` of its module, which the docs are made of."""
+    phases: ClassVar[tuple[str, ...]] = ()
+    """Modules beside launch.py that its programs are begun by."""
+    by_bubblewrap: ClassVar[bool] = True
+    """Whether bubblewrap runs in the place, and has to lie in it."""
 
     def __init__(
         self, *, state_dir: Path, uid_base: int = 2_000_000, uid_count: int = 65_536
     ) -> None:
         self._state_dir = state_dir
         self._uids = range(uid_base, uid_base + uid_count)
-        self._spare = Spare()
+        self._spare = Spare(*self.phases)
 
     @property
     @abstractmethod
@@ -93,6 +98,11 @@ class StagedBackend(ABC):
                 f"{self.name} cannot start from an image, and the policy names {profile.image}",
                 hint="isolation.backend: bubblewrap, container, gvisor or microvm",
             )
+
+    def hold_image(self, rules: SandboxProfile, name: str) -> HeldImage:
+        """The image of a name or digest for a sandbox of these rules; raises as `hold`."""
+        needed = self.needed_of_images
+        return hold(self._state_dir, name, blocked=rules.blocked, needed=needed)
 
     def warm(self) -> None:
         """See the protocol."""
