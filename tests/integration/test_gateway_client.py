@@ -177,6 +177,7 @@ def test_an_environment_that_asks_for_more_than_the_policy_is_refused_and_not_ke
         ({"type": "cloud"}, {"isolation": "runtime"}),
         ({"type": "cloud"}, {"approval_seconds": 86_401}),
         ({"type": "cloud"}, {"filesystem": {"readable_paths": ["/etc"]}}),
+        ({"type": "cloud"}, {"failover": [{"provider": "elsewhere"}]}),
     ]
     for config, block in wide:
         with pytest.raises(anthropic.PermissionDeniedError) as caught:
@@ -200,6 +201,7 @@ def test_an_environment_that_asks_for_more_than_the_policy_is_refused_and_not_ke
                 "isolation": "gvisor",
                 "execution": {"pids": 64},
                 "approval_seconds": 86_400,
+                "failover": [],
             }
         },
     )

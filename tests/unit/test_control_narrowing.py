@@ -30,6 +30,13 @@ PATHS = ("/srv/data", "/srv/data/deep", "/srv/other", "/workspace", "/workspace/
 
 
 PATTERNS = ("ephemeral", "hybrid", "long-running", "multi-agent")
+WAYS = [
+    {"provider": "aws"},
+    {"provider": "gcp"},
+    {"provider": "gcp", "model": "claude-sonnet-5"},
+    {"model": "claude-opus-5"},
+]
+ELSEWHERE = [{"provider": "azure"}, {"provider": "aws", "model": "claude-sonnet-5"}]
 CARE = ("own_code", "internal_team", "third_party_input", "hostile_multi_tenant")
 LIVES = {"ephemeral": 0, "hybrid": 1, "long-running": 2, "multi-agent": 0}
 
@@ -84,6 +91,7 @@ def ceilings(draw: st.DrawFn) -> PolicyDocument:
             )
         ),
         "hosting": {"pattern": draw(st.sampled_from(PATTERNS))},
+        "model": draw(st.sampled_from([{}, {"failover": WAYS, "fallback": "claude-haiku-4-5"}])),
         "filesystem": {
             "readable_paths": draw(st.sampled_from([[], ["/srv/data"]])),
             "blocked_paths": ["/srv/secret"],
@@ -116,6 +124,9 @@ def environments(draw: st.DrawFn) -> EnvironmentDefinition:
             st.sampled_from(["auto", "bubblewrap", "runtime", "container", "gvisor", "microvm"])
         ),
         "threat_model": maybe(st.sampled_from(CARE)),
+        "failover": maybe(
+            st.lists(st.sampled_from([*WAYS, *ELSEWHERE]), max_size=3, unique_by=str)
+        ),
         "hosting": maybe(st.sampled_from([one.replace("-", "_") for one in PATTERNS])),
         "filesystem": maybe(
             st.fixed_dictionaries(
@@ -175,6 +186,9 @@ def test_what_is_compiled_never_allows_more_than_the_ceiling(
         assert CARE.index(narrowed.isolation.threat_model) >= CARE.index(
             ceiling.isolation.threat_model
         )
+    # a request goes where it could have gone, and nowhere else
+    served, could = (compile_policy(one).egress.model.failover for one in (narrowed, ceiling))
+    assert set(served) <= set(could)
     # by the code that decides at run time, which neither narrowing nor diff is made of
     most, least = compile_policy(ceiling).egress, compile_policy(narrowed).egress
     for host in HOSTS:
@@ -271,6 +285,7 @@ def test_a_wildcard_keeps_the_narrower_lines_below_it() -> None:
         (None, {"filesystem": {"writable_paths": ["/srv/data"]}}, "/srv/data"),
         (None, {"filesystem": {"readable_paths": ["/srv/data/deep"]}}, "/srv/data/deep"),
         (None, {"filesystem": {"workspace": "direct"}}, "workspace"),
+        (None, {"failover": [{"provider": "aws"}]}, "failover: the same model at aws"),
     ],
 )
 def test_what_is_wider_is_refused_by_its_name(
@@ -320,3 +335,40 @@ def test_more_care_than_the_operators_is_allowed() -> None:
     for care in ("own_code", "internal_team"):
         with pytest.raises(DeniedError, match=f"threat_model: {care}"):
             narrow(narrowed, environment(threat_model=care, isolation="gvisor"), NetworkRules())
+
+
+HAIKU = "claude-haiku-4-5"
+"""The ceiling's fallback: a way at its own provider, the last."""
+
+
+def ways(ceiling: PolicyDocument, *named: dict[str, str]) -> list[tuple[str | None, str | None]]:
+    narrowed = narrow(ceiling, environment(failover=list(named)), NetworkRules())
+    found = compile_policy(narrowed).egress.model.failover
+    return [(leg.provider, leg.model) for leg in found]
+
+
+def test_the_operators_ways_are_left_out_and_put_in_another_order() -> None:
+    ceiling = from_mapping({"version": 1, "model": {"failover": WAYS, "fallback": HAIKU}})
+    aws, gcp, other, here = ((one.get("provider"), one.get("model")) for one in WAYS)
+    assert ways(ceiling, WAYS[1], WAYS[0]) == [gcp, aws]
+    assert ways(ceiling, WAYS[2]) == [other]
+    # the operator's own provider may be named, or not
+    assert ways(ceiling, {"provider": "anthropic", "model": "claude-opus-5"}) == [here]
+    assert ways(ceiling, {"model": HAIKU}, WAYS[0]) == [(None, HAIKU), aws]
+    assert ways(ceiling) == [], "none of them, not the fallback either"
+    untouched = compile_policy(narrow(ceiling, environment(), NetworkRules()))
+    left = [(leg.provider, leg.model) for leg in untouched.egress.model.failover]
+    assert left == [aws, gcp, other, here, (None, HAIKU)]
+
+
+@pytest.mark.parametrize(
+    "way", [*ELSEWHERE, {"model": "claude-sonnet-5"}, {"provider": "anthropic"}]
+)
+def test_a_way_that_is_not_the_operators_is_refused(way: dict[str, str]) -> None:
+    """Not by a provider and a model that stand in two of the operator's, either."""
+    ceiling = from_mapping({"version": 1, "model": {"failover": WAYS, "fallback": HAIKU}})
+    with pytest.raises(DeniedError, match="failover: ") as refused:
+        ways(ceiling, WAYS[0], way)
+    assert refused.value.code == "environment-denied"
+    with pytest.raises(CallerError, match="drop it"):
+        ways(ceiling, WAYS[0], WAYS[0])

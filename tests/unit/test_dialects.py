@@ -143,6 +143,18 @@ def test_what_a_cloud_has_not_is_left_out_or_refused() -> None:
         assert bedrock(asked(other), models) == Unserved(400, "feature-not-at-provider")
 
 
+@pytest.mark.parametrize("display", ["updates", "omitted"])
+def test_a_way_to_show_thinking_goes_with_its_flag(display: str) -> None:
+    """`claude` sets it of its own accord for the direct API, where the session may have begun."""
+    thinking = {"type": "enabled", "budget_tokens": 1024, "display": display}
+    flag = "thinking-display-updates-2026-08-18"
+    kept = thinking if display == "omitted" else {"type": "enabled", "budget_tokens": 1024}
+    one, models = asked({"thinking": thinking}, betas=flag), {"claude-sonnet-5": ID}
+    for call in (to_bedrock(one), vertex(one, models, "acme-prod", "us-east5")):
+        assert isinstance(call, Call)
+        assert json.loads(call.body)["thinking"] == kept
+
+
 def test_what_the_system_says_between_turns_ends_the_users_turn() -> None:
     def text(words: str) -> dict[str, str]:
         return {"type": "text", "text": words}

@@ -158,6 +158,25 @@ def test_an_error_in_the_middle_of_a_stream(simulator: Simulator) -> None:
     assert (status, json.loads(raw)["error"]["type"]) == (529, "overloaded_error")
 
 
+@pytest.mark.parametrize("changed", ["nothing", "model", "words", "date"])
+def test_thinking_goes_back_to_its_model_as_it_was(simulator: Simulator, changed: str) -> None:
+    """The API verifies it: another model's is refused, the same one's by a dated name is not."""
+    prompt = scripted({"thinking": "hm", "text": "hi"})
+    _, _, raw = post(simulator, {**BODY, "model": "claude-sonnet-4-5", "messages": prompt})
+    content = json.loads(raw)["content"]
+    names = {"model": "claude-haiku-4-5", "date": "claude-sonnet-4-5-20250929"}
+    if changed == "words":
+        content[0]["thinking"] = "hm!"
+    turns = [*prompt, {"role": "assistant", "content": content}, {"role": "user", "content": "on"}]
+    body = {**BODY, "model": names.get(changed, "claude-sonnet-4-5"), "messages": turns}
+    status, _, raw = post(simulator, body)
+    if changed in {"nothing", "date"}:
+        assert status == 200
+    else:
+        said = "messages.1.content.0: Invalid `signature` in `thinking` block"
+        assert (status, json.loads(raw)["error"]["message"]) == (400, said)
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

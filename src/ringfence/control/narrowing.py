@@ -24,7 +24,7 @@ from ringfence.control.environment_shapes import (
 )
 from ringfence.errors import CallerError, DeniedError
 from ringfence.model import WorkspaceMode
-from ringfence.policy.compile import WORKSPACE_WIDTH, compile_policy
+from ringfence.policy.compile import WORKSPACE_WIDTH, compile_policy, failover_of
 from ringfence.policy.compiled import SandboxProfile
 from ringfence.policy.diff import diff
 from ringfence.policy.document import HostGrant, PolicyDocument
@@ -68,6 +68,7 @@ def narrow(
     _execution(values["execution"], block.execution or ExecutionBlock())
     _isolation(values, ceiling, block)
     _hosting(values["hosting"], ceiling, block)
+    _failover(values["model"], ceiling, block)
     narrowed = build(values)
     _hold(ceiling, narrowed)
     if block.agents > 1:
@@ -104,6 +105,25 @@ def _hosting(section: dict[str, Any], ceiling: PolicyDocument, block: RingfenceB
     if pattern not in HOSTING[own]:
         raise _wider(f"hosting: {block.hosting}", f"more than the policy's {own}")
     section["pattern"] = pattern
+
+
+def _failover(section: dict[str, Any], ceiling: PolicyDocument, block: RingfenceBlock) -> None:
+    """The operator's ways that are named, in the order that they are named in. A way is a provider
+    and a model together: that each of them stands somewhere in the list is not enough.
+    """
+    if block.failover is None:
+        return
+    home = ceiling.model.provider
+    own = {(leg.provider or home, leg.model): leg for leg in failover_of(ceiling)}
+    ways = [(way.provider or home, way.model) for way in block.failover]
+    for provider, model in ways:
+        if (provider, model) not in own:
+            what = f"failover: {model or 'the same model'} at {provider}"
+            raise _wider(what, "a way that the operator's policy does not name")
+    section["failover"] = [own[way].model_dump(mode="json") for way in ways]
+    if ceiling.model.fallback not in {model for _, model in ways}:
+        # it would be a way again, the last: what is not named is left out
+        section["fallback"] = None
 
 
 _LEAST = {"memory_mb": 192, "pids": 32, "disk_mb": 1}

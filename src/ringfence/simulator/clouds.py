@@ -105,7 +105,7 @@ def _bedrock(model_id: str, body: Mapping[str, Any], *, streams: bool) -> Form |
         return _aws(400, f"anthropic_version: Input should be '{BEDROCK_VERSION}'")
     if extra := body.keys() & {"model", "stream"}:
         return _aws(400, f"{min(extra)}: Extra inputs are not permitted")
-    if problem := _role_problem(body):
+    if problem := _role_problem(body) or _thinking_problem(body):
         return _aws(400, problem)
     said = {**body, "model": undated(canonical(model_id)), "stream": streams}
     return Form(body=said, answer=_framed if streams else _aws_error)
@@ -119,13 +119,21 @@ def _role_problem(body: Mapping[str, Any]) -> str:
     return f"messages: Unexpected role {odd[0]}" if odd else ""
 
 
+def _thinking_problem(body: Mapping[str, Any]) -> str:
+    """A way to show thinking that is behind a flag which no cloud has."""
+    thinking = body.get("thinking")
+    display = thinking.get("display") if isinstance(thinking, dict) else None
+    known = display is None or display in {"summarized", "omitted"}
+    return "" if known else "thinking.display: Input should be 'summarized' or 'omitted'"
+
+
 def _vertex(model_id: str, body: Mapping[str, Any], *, streams: bool) -> Form | Response:
     counts = model_id == "count-tokens"
     if body.get("anthropic_version") != VERTEX_VERSION and not _dated(body):
         return _google(400, f"anthropic_version: Input should be '{VERTEX_VERSION}'")
     if not counts and ("model" in body or streams is not (body.get("stream") is True)):
         return _google(400, "model: Extra inputs are not permitted")
-    if problem := _role_problem(body):
+    if problem := _role_problem(body) or _thinking_problem(body):
         return _google(400, problem)
     name = str(body.get("model", "")) if counts else model_id
     return Form(

@@ -86,7 +86,7 @@ class _Api:
             step = self._step(body, seed, session)
         except CallerError as error:
             return _refusal(400, error.message)
-        usage = wire.usage(step, body, wire.content_blocks(step, seed))
+        usage = wire.usage(step, body, wire.content_blocks(step, seed, str(body["model"])))
         wait = 0.0 if self.meter is None else self.meter.take(usage, time.monotonic())
         if wait > 0:
             return self._limited(_fault(Step(error=429, retry_after=wait), 429, seed))

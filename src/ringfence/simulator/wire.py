@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ringfence.config.modelnames import canonical, undated
 from ringfence.simulator.script import Step
 
 _TYPES = {
@@ -64,7 +66,27 @@ def problem(body: dict[str, Any], required: Sequence[str]) -> str | None:
     messages = body["messages"]
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         return "messages: Input should be a valid list of messages"
-    return None if messages else "messages: at least one message is required"
+    if not messages:
+        return "messages: at least one message is required"
+    return _forged(messages, str(body.get("model", "")))
+
+
+def signature(model: str, thinking: str) -> str:
+    """Of a thinking block: by one model, over its words, wherever that model is served."""
+    signed = f"{undated(canonical(model))}\n{thinking}".encode("utf-8", "surrogatepass")
+    return base64.b64encode(hashlib.sha256(signed).digest()).decode()
+
+
+def _forged(messages: Sequence[dict[str, Any]], model: str) -> str | None:
+    """The API verifies what comes back: another model's thinking, and changed words, are errors."""
+    for at, message in enumerate(messages):
+        content = message.get("content")
+        for index, block in enumerate(content if isinstance(content, list) else ()):
+            if not isinstance(block, dict) or block.get("type") != "thinking":
+                continue
+            if block.get("signature") != signature(model, str(block.get("thinking", ""))):
+                return f"messages.{at}.content.{index}: Invalid `signature` in `thinking` block"
+    return None
 
 
 def count_tokens(body: dict[str, Any]) -> int:
@@ -73,11 +95,12 @@ def count_tokens(body: dict[str, Any]) -> int:
     return max(1, sum(len(json.dumps(part)) for part in parts) // 4)
 
 
-def content_blocks(step: Step, seed: str) -> list[dict[str, Any]]:
+def content_blocks(step: Step, seed: str, model: str) -> list[dict[str, Any]]:
     """The turn's content as a whole message holds it."""
     blocks: list[dict[str, Any]] = []
     if step.thinking is not None:
-        blocks.append({"type": "thinking", "thinking": step.thinking, "signature": "c2ltdWxhdGVk"})
+        signed = signature(model, step.thinking)
+        blocks.append({"type": "thinking", "thinking": step.thinking, "signature": signed})
     if step.text is not None:
         blocks.append({"type": "text", "text": step.text})
     for index, call in enumerate(step.calls):
@@ -94,7 +117,7 @@ def content_blocks(step: Step, seed: str) -> list[dict[str, Any]]:
 
 def message(step: Step, body: dict[str, Any], seed: str) -> dict[str, Any]:
     """The answer to a request that does not stream."""
-    blocks = content_blocks(step, seed)
+    blocks = content_blocks(step, seed, str(body.get("model", "")))
     return {
         "id": identifier("msg", seed),
         "type": "message",

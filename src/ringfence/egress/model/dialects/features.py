@@ -41,6 +41,8 @@ _NEEDS = {
     "context_management": "context-management-2025-06-27",
 }
 """Keys of a body that are sent with a flag, or not at all."""
+_UPDATES = "thinking-display-updates-2026-08-18"
+"""`claude` sends it with `display: updates` of thinking, which is an unknown value without it."""
 _NEVER = frozenset({"diagnostics", "safeguards", "cache_control"})
 """Keys of a body that no cloud has, and that change no answer."""
 _TOOL_NEVER = frozenset({"eager_input_streaming"})
@@ -67,6 +69,13 @@ def fit(body: dict[str, Any], flags: Iterable[str]) -> dict[str, Any]:
         for key, value in body.items()
         if key not in _NEVER and (key not in _NEEDS or _NEEDS[key] in flags)
     }
+    thinking = kept.get("thinking")
+    if (
+        isinstance(thinking, dict)
+        and thinking.get("display") == "updates"
+        and _UPDATES not in flags
+    ):
+        kept["thinking"] = {key: value for key, value in thinking.items() if key != "display"}
     if isinstance(kept.get("tools"), list):
         kept["tools"] = [_tool(tool, flags) for tool in kept["tools"]]
     if isinstance(kept.get("system"), list):
