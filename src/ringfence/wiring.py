@@ -22,6 +22,7 @@ from ringfence.errors import CallerError, UnavailableError, missing_library
 if TYPE_CHECKING:
     from ringfence.config import QueueEngine
     from ringfence.config.secrets import SecretSettings
+    from ringfence.config.telemetry import TraceSettings
     from ringfence.control.platform import Platform
     from ringfence.limits.store import LimitStore
     from ringfence.queue.protocol import CrashPoint, Queue, QueueSettings
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from ringfence.store.database import Database
     from ringfence.telemetry.hub import Telemetry
     from ringfence.telemetry.ports import Meters, Tracer
+    from ringfence.telemetry.sampling import CallersTraces
     from ringfence.vault.keeper import Factory
     from ringfence.vault.login import Login, LoginFactory, LoginOrder
     from ringfence.vault.source import SecretSource
@@ -328,8 +330,16 @@ def telemetry(config: Config, process: str, *roles: str) -> Iterator[Telemetry |
             tracer=tracer,
             spans_per_run=traces.spans_per_run if traces else 0,
             into_agent=traces is not None and traces.into_agent,
-            callers=traces is not None and traces.callers,
+            callers=_callers(traces),
         )
+
+
+def _callers(traces: TraceSettings | None) -> CallersTraces | None:
+    if traces is None or not traces.callers:
+        return None
+    from ringfence.telemetry.sampling import CallersTraces
+
+    return CallersTraces(per_minute=traces.callers_per_minute, share=traces.sample)
 
 
 def workspaces(config: Config) -> WorkspaceStore:

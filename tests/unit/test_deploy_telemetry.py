@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import promql_parser as promql
 import pytest
 import yaml
 
+from prometheus import missing, program
 from ringfence.telemetry.catalogue import CATALOGUE, metric_of
 
 ROOT = Path(__file__).parents[2]
@@ -179,9 +179,9 @@ def test_dashboards_are_whole() -> None:
 
 def test_promtool_agrees() -> None:
     """Debian's `prometheus` has it; rules_test.yaml is what alarms do over time."""
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("no promtool: apt-get install prometheus")
+    if reason := missing("promtool"):
+        pytest.skip(reason)
+    promtool = str(program("promtool"))
     for what in (["check", "rules", "rules.yaml"], ["test", "rules", "rules_test.yaml"]):
         done = subprocess.run(
             [promtool, *what],

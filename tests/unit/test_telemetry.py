@@ -9,7 +9,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from ringfence.channel.messages import (
     ModelWanted,
     WitnessViolated,
 )
-from ringfence.config import MetricsSettings
+from ringfence.config import MetricsSettings, TraceSettings
 from ringfence.errors import UnavailableError
 from ringfence.policy.compiled import ToolGrants
 from ringfence.record.events import (
@@ -47,8 +47,11 @@ from ringfence.telemetry.catalogue import BY_NAME, CATALOGUE, metric_of
 from ringfence.telemetry.context import ASKED, Parent, Whose, asked, detached, parsed
 from ringfence.telemetry.hub import Telemetry
 from ringfence.telemetry.labels import Labels
+from ringfence.telemetry.otlp import tracing
 from ringfence.telemetry.prometheus import PrometheusMeters, served
+from ringfence.telemetry.sampling import CallersTraces, drawn
 from ringfence.telemetry.spans import Attributes
+from telemetry_rig import Collector
 
 IDS = {"run_id": "run_1", "session_id": "s", "sandbox_id": "sb_1"}
 
@@ -118,7 +121,7 @@ class Told:
             meters=self.meters,
             tracer=self.tracer,
             clock=self.clock,
-            **{"spans_per_run": 50, **more},
+            **{"spans_per_run": 50, "callers": CallersTraces(per_minute=60, share=0), **more},
         )
 
     def value(self, name: str, **labels: str) -> float | None:
@@ -479,6 +482,8 @@ def test_spans_hang_together_and_are_bounded() -> None:
     assert (attempt.name, attempt.parent) == ("attempt", outer.traceparent)
     assert [one.name for one in others] == ["start sandbox", *["execute_tool Bash"] * 2]
     assert {one.parent for one in others} == {attempt.traceparent}
+    tenants = {one.attributes["ringfence.tenant.id"] for one in told.tracer.spans}
+    assert tenants == {"acme"}, "each span says whose it is"
     assert attempt.attributes["ringfence.spans.left_out"] == 3
     assert told.value("ringfence_spans_total", outcome="left-out") == 3
     # the tools that have no span are counted all the same, when they end
@@ -519,10 +524,63 @@ def test_a_request_is_continued_and_what_it_begins_is_its() -> None:
 
     span, context = ask(Told(), caller)
     assert (span.parent, context) == (caller, span.traceparent)
-    assert ask(Told(callers=False), caller)[0].parent == ""
+    assert ask(Told(callers=None), caller)[0].parent == ""
     for wrong in (None, "", caller + "-x", caller.replace("a" * 32, "0" * 32), caller.upper()):
         assert ask(Told(), wrong)[0].parent == "", wrong
     assert ASKED.get() == "", "one request's is not the next one's"
+
+
+CALLER = Parent("a" * 32, "b" * 16, sampled=True)
+
+
+def test_a_callers_word_keeps_up_to_a_rate_and_one_who_floods_takes_no_others_place() -> None:
+    callers = CallersTraces(per_minute=60, share=0.0)
+
+    def kept(tenant: str, now: float, requests: int = 1, **more: Any) -> int:
+        text = str(replace(CALLER, **more))
+        found = [callers.parent(text, tenant, now) for _ in range(requests)]
+        assert {one.trace_id for one in found if one} == {replace(CALLER, **more).trace_id}
+        return sum(one.sampled for one in found if one)
+
+    assert kept("loud", 0.0, 1000) == 60
+    # the id is the caller's, too: one that a ratio of ids would always keep
+    assert kept("loud", 0.0, trace_id="a" * 16 + "0" * 15 + "1") == 0
+    assert kept("quiet", 0.0, 10) == 10
+    assert kept("loud", 5.0, 1000) == 5, "and it comes back, a second each"
+    # what is not to be kept costs nothing of it
+    assert kept("spare", 0.0, 1000, sampled=False) == 0
+    assert kept("spare", 0.0, 60) == 60
+
+
+def test_beyond_the_rate_the_operators_share_decides() -> None:
+    dice = iter([0.0, 0.19, 0.2, 0.99])
+    callers = CallersTraces(per_minute=1, share=0.2, draw=lambda: next(dice))
+    found = [callers.parent(str(CALLER), "acme", 0.0) for _ in range(5)]
+    assert [one.sampled for one in found if one] == [True, True, True, False, False]
+    assert all(0 <= drawn() < 1 for _ in range(100))
+
+
+async def test_what_a_caller_may_not_keep_nothing_that_it_begins_keeps() -> None:
+    """By the real tracer: the request, and the turn in another process that goes on with it."""
+    caller = str(CALLER)
+    settings = {"seconds": 0.05, "timeout_seconds": 1, "sample": 0.0}
+    with Collector() as collector:
+        given_ = TraceSettings.model_validate({"endpoint": collector.endpoint, **settings})
+        with tracing(given_, "test", lambda *_: None) as tracer:
+            callers = CallersTraces(per_minute=1, share=given_.sample)
+            hub = Told(callers=callers).hub
+            hub._tracer = tracer
+            for request in ("followed", "beyond"):
+                span = hub.request_began("POST", request, "acme", caller)
+                turn = hub.turn_began(Whose(tenant="acme", turn=request, parent=asked() or ""))
+                hub.turn_ended(turn, "succeeded")
+                hub.request_ended("POST", "/", 200, 0.1, span)
+        told = {(one.name, one.attributes["ringfence.tenant.id"]) for one in collector.spans}
+        assert told == {("POST", "acme"), ("invoke_agent", "acme")}
+        assert [one.attributes.get("ringfence.request.id") for one in collector.spans].count(
+            "followed"
+        ) == 1
+        assert len(collector.spans) == 2
 
 
 @given(st.text(alphabet="0123456789abcdef-fF \n", max_size=70))

@@ -44,6 +44,8 @@ class TraceSettings(Frozen):
         sample: share of traces that are kept, where a caller's own trace has not decided.
         callers: a request's `traceparent` is continued. Off: whoever has a key would decide what
             is kept, of his requests and of all that they begin.
+        callers_per_minute: requests of one tenant, in one gateway process, whose `traceparent`
+            says that they are kept; of what is more `sample` is kept.
         into_agent: `claude` gets a TRACEPARENT: of a trace of its own, which ours only points at.
         spans_per_run: what one attempt may make; what is more is counted and left out.
         seconds: how long spans are gathered before they are sent.
@@ -55,6 +57,7 @@ class TraceSettings(Frozen):
     ca_file: Path | None = None
     sample: float = Field(default=1.0, ge=0, le=1)
     callers: bool = False
+    callers_per_minute: int = Field(default=120, ge=1, le=1_000_000)
     into_agent: bool = False
     spans_per_run: int = Field(default=1000, ge=1, le=100_000)
     seconds: float = Field(default=2.0, gt=0, le=60)

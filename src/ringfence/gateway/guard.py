@@ -36,8 +36,9 @@ from ringfence.control.tenancy import Caller
 from ringfence.errors import CallerError, DeniedError, RingfenceError, UnavailableError
 from ringfence.gateway.address import Proxies, group
 from ringfence.gateway.issuer import Issuer
-from ringfence.gateway.limits import Buckets, Places, Seen, half_unless
+from ringfence.gateway.limits import Places, Seen, half_unless
 from ringfence.gateway.wire import Answer, answer
+from ringfence.limits.buckets import Buckets
 from ringfence.store.database import Database
 
 OPEN = frozenset({"/healthz", "/readyz", "/openapi.json"})

@@ -42,6 +42,7 @@ from ringfence.telemetry.context import ASKED, IN_HAND, Whose, detached, parsed
 from ringfence.telemetry.labels import OTHER, Labels
 from ringfence.telemetry.ports import Meters, Span, SpanKind, Tracer
 from ringfence.telemetry.promises import Promises
+from ringfence.telemetry.sampling import CallersTraces
 from ringfence.telemetry.ways import Ways
 
 _LOG = structlog.get_logger("ringfence.telemetry")
@@ -108,7 +109,7 @@ class Telemetry:
         meters, tracer: where it goes; either may be absent.
         spans_per_run: bound of one attempt's spans.
         into_agent: whether `claude` is given a context, of a trace of its own.
-        callers: whether a request's context is continued.
+        callers: continues requests' contexts, and says what is kept; without it none is continued.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class Telemetry:
         tracer: Tracer | None = None,
         spans_per_run: int = 1000,
         into_agent: bool = False,
-        callers: bool = True,
+        callers: CallersTraces | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._labels, self._meters, self._tracer = labels, meters, tracer
@@ -153,7 +154,8 @@ class Telemetry:
         if self._tracer is None:
             return None
         try:
-            parent = parsed(traceparent) if self._callers else None
+            callers = self._callers
+            parent = callers.parent(traceparent, tenant, self._clock()) if callers else None
             span = self._tracer.begin(
                 self._labels.method(method),
                 kind="server",
@@ -301,15 +303,23 @@ class Telemetry:
             self._meters.add("ringfence_spans_total", outcome="left-out")
             return None
         run.spans -= 1
-        parent = run.span.traceparent
-        return self._tracer.begin(name, kind=kind, parent=parent, attributes=attributes, link=link)
+        return self._tracer.begin(
+            name,
+            kind=kind,
+            parent=run.span.traceparent,
+            attributes={**(attributes or {}), **spans.of_tenant(run.whose)},
+            link=link,
+        )
 
     def _run_started(self, event: RunStarted) -> None:
         whose = IN_HAND.get() or Whose()
         span = None
         if self._tracer is not None:
             span = self._tracer.begin(
-                "attempt", kind="internal", parent=whose.parent, attributes=spans.attempt(event)
+                "attempt",
+                kind="internal",
+                parent=whose.parent,
+                attributes={**spans.attempt(event), **spans.of_tenant(whose)},
             )
         run = _Run(
             whose=whose,
