@@ -31,9 +31,9 @@ def test_agents_that_fail_are_told_of_and_what_nobody_waits_for_waits(box: Box) 
         agent = client.beta.agents.create(name="coder", model="claude-sonnet-4-5", tools=TOOLS).id
         place = client.beta.environments.create(name="place", config={"type": "cloud"}).id
 
-        def turn(text: str, until: str, **metadata: str) -> tuple[Any, list[Any]]:
+        def turn(text: str, until: str, *, batch: bool = False) -> tuple[Any, list[Any]]:
             session = client.beta.sessions.create(
-                agent=agent, environment_id=place, metadata=metadata
+                agent=agent, environment_id=place, extra_body={"ringfence": {"batch": batch}}
             )
             watch = Watch(client, session.id)
             message(client, session.id, text)
@@ -41,15 +41,14 @@ def test_agents_that_fail_are_told_of_and_what_nobody_waits_for_waits(box: Box) 
             return client.beta.sessions.retrieve(session.id), found
 
         # before anything has failed, work of low priority runs
-        batch = {"ringfence.priority": "batch"}
-        _, found = turn(script({"text": "Early."}), "session.status_idle", **batch)
+        _, found = turn(script({"text": "Early."}), "session.status_idle", batch=True)
         assert words(found) == ["Early."]
         for _ in range(3):
             _, found = turn(script({"error": 400, "times": 9}), "session.status_idle")
             assert found[-1].stop_reason.type == "retries_exhausted"
         told = {_rule(hook.next(90), place) for _ in range(2)}
         assert told == {"ticket", "budget"}
-        stopped, found = turn(script({"text": "Late."}), "session.status_rescheduled", **batch)
+        stopped, found = turn(script({"text": "Late."}), "session.status_rescheduled", batch=True)
         assert stopped.status == "rescheduling"
         assert "agent.message" not in kinds(found)
         (error,) = [event for event in found if event.type == "session.error"]
