@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from ringfence.check.finding import Outcome
 from ringfence.check.providers import findings
 from ringfence.config import Config, load_config
 from ringfence.config.modelnames import place
 from ringfence.config.providers import AwsLogin, GoogleLogin, Provider
+from ringfence.config.secrets import AwsService
 from ringfence.egress.credentials import LoginSecret
 from ringfence.errors import CallerError, DeniedError, UnavailableError
 from ringfence.policy.compile import compile_policy
@@ -379,3 +381,9 @@ def test_the_service_account_of_the_host_is_asked_at_its_metadata_service(
     assert 3000 < given.lease_seconds < 3600
     assert all(url.startswith("http://metadata.google.internal/") for url in asked)
     made.close()
+
+
+def test_secrets_and_providers_know_the_same_regions() -> None:
+    assert AwsService(region="eusc-de-east-1").region == "eusc-de-east-1"
+    with pytest.raises(ValidationError):
+        AwsService(region="nowhere")

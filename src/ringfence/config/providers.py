@@ -16,10 +16,10 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from ringfence.config.base import Frozen, existing, https
 from ringfence.config.modelnames import arn_region, canonical, undated
-from ringfence.config.secrets import CredentialName
+from ringfence.config.secrets import AWS_REGION, CredentialName
 
 Kind = Literal["anthropic", "bedrock", "vertex"]
-_AWS_REGION = re.compile(r"[a-z]{2,4}(?:-[a-z]+)+-\d\Z")
+_AWS_REGION = re.compile(rf"{AWS_REGION}\Z")
 # of botocore's partitions, each beside the one of its hosts with both kinds of addresses
 _AWS_DOMAINS = (
     *("amazonaws.com", "api.aws", "amazonaws.com.cn", "api.amazonwebservices.com.cn"),

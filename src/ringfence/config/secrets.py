@@ -20,6 +20,8 @@ CredentialName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,6
 RESERVED_CREDENTIAL = "environment"
 """Of the key in the operator's environment, which egress holds under this name: a source of the
 same name would take its place on the model route."""
+AWS_REGION = r"[a-z]{2,4}(?:-[a-z]+)+-\d"
+"""As us-east-1, and eusc-de-east-1 of the European sovereign cloud."""
 _GRANT = re.compile(r"[A-Z]{1,16} /[A-Za-z0-9/._~!$&'()+,;=:@-]*(?:\*\*)?\Z")
 _MOUNT = r"^[A-Za-z0-9_-]+(?:/[A-Za-z0-9_-]+)*$"
 _HOST = re.compile(r"(?:\*\.)?(?:[a-z0-9](?:[a-z0-9-]*[a-z0-9])?\.)+[a-z][a-z0-9-]*\Z")
@@ -132,7 +134,7 @@ class AwsService(Frozen):
         web_identity_token_file: with role_arn, what proves who we are.
     """
 
-    region: Annotated[str, StringConstraints(pattern=r"^[a-z]{2}(?:-[a-z]+)+-\d$")]
+    region: Annotated[str, StringConstraints(pattern=rf"^{AWS_REGION}$")]
     endpoint: str | None = None
     sts_endpoint: str | None = None
     ca_file: Path | None = None

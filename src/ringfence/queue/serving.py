@@ -297,7 +297,6 @@ class Serving:
     async def _attempt(self, held: _Held) -> None:
         lease, worker = held.lease, held.worker
         try:
-            self.reached(CrashPoint.LEASED)
             self.reached(CrashPoint.STARTED)
             ending = await self._handled(held)
             self.reached(CrashPoint.HANDLED)

@@ -123,7 +123,7 @@ def _thinking_problem(body: Mapping[str, Any]) -> str:
     """A way to show thinking that is behind a flag which no cloud has."""
     thinking = body.get("thinking")
     display = thinking.get("display") if isinstance(thinking, dict) else None
-    known = display is None or display in {"summarized", "omitted"}
+    known = display in (None, "summarized", "omitted")
     return "" if known else "thinking.display: Input should be 'summarized' or 'omitted'"
 
 
