@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -49,15 +51,20 @@ class SecondLook:
     def __init__(self, most: int) -> None:
         self._most = most
         self._failed: list[str] = []
+        self._is_whole = True
         self._unsteady: list[str] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
             self._failed.append(report.nodeid)
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """A file that cannot be read has tests that nobody counts: beside xdist the others run."""
+        self._is_whole = self._is_whole and not report.failed
+
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if session.exitstatus != pytest.ExitCode.TESTS_FAILED:
+        if session.exitstatus != pytest.ExitCode.TESTS_FAILED or not self._is_whole:
             return
         names = worth(self._failed, self._most)
         if names and _all_pass(names, session.config.rootpath):
@@ -74,13 +81,22 @@ class SecondLook:
 def _all_pass(names: list[str], root: Path) -> bool:
     until = time.monotonic() + SECONDS
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    for _ in range(LOOKS):
-        command = [sys.executable, "-m", "pytest", "-p", "no:xdist", *names]
-        left = until - time.monotonic()
-        try:
-            done = subprocess.run(command, cwd=root, env=env, timeout=left, check=False)
-        except subprocess.TimeoutExpired:
-            return False
-        if done.returncode != 0:
-            return False
+    env["PYTEST_ADDOPTS"] = "-p no:xdist"
+    with tempfile.TemporaryDirectory() as place:
+        counts = Path(place, "counts.xml")
+        command = [sys.executable, "-m", "pytest", f"--junitxml={counts}", *names]
+        for _ in range(LOOKS):
+            left = until - time.monotonic()
+            try:
+                done = subprocess.run(command, cwd=root, env=env, timeout=left, check=False)
+            except subprocess.TimeoutExpired:
+                return False
+            if done.returncode != 0 or _skipped(counts):
+                return False
     return True
+
+
+def _skipped(counts: Path) -> int:
+    """What is skipped alone has shown nothing."""
+    suite = ET.parse(counts).getroot().find("testsuite")
+    return 1 if suite is None else int(suite.get("skipped", "1"))

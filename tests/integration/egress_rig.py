@@ -75,7 +75,7 @@ class Recorder:
             await self.gate.wait()
         return 0
 
-    def append_soon(self, fields: dict[str, Any]) -> None:
+    def append_soon(self, fields: dict[str, Any], linger: float = 0.0) -> None:
         self.records.append(fields)
 
     def hmac(self, data: bytes) -> str:

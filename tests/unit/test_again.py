@@ -22,6 +22,7 @@ def test_fails_once():
 def test_passes():
     pass
 """
+SKIPS = "__import__('pytest').skip() if seen else 1 / 0"
 FAILS = "def test_fails():\n    assert False\n"
 
 
@@ -45,6 +46,19 @@ def test_one_that_fails_again_has_failed(run: pytest.Pytester) -> None:
     result = run.runpytest_subprocess("--second-look", "2")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.no_fnmatch_line("*unsteady*")
+
+
+def test_a_file_that_cannot_be_read_is_no_second_look(run: pytest.Pytester) -> None:
+    run.makepyfile(test_it=FAILS_ONCE, test_broken="import no_such_module")
+    result = run.runpytest_subprocess("-n", "2", "--second-look", "3")
+    assert result.ret != pytest.ExitCode.OK
+    result.stdout.no_fnmatch_line("*unsteady*")
+
+
+def test_one_that_is_skipped_alone_has_failed(run: pytest.Pytester) -> None:
+    run.makepyfile(test_it=FAILS_ONCE.replace("assert seen", SKIPS))
+    result = run.runpytest_subprocess("--second-look", "1")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
 
 
 def test_without_the_option_once_is_enough(run: pytest.Pytester) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import socket
@@ -232,6 +233,58 @@ def test_after_the_peers_end_a_notice_is_dropped_and_a_frame_raises() -> None:
         return len(ends), bool(channel._unsent)
 
     assert asyncio.run(run()) == (1, False)
+
+
+def test_what_lingers_goes_by_itself() -> None:
+    async def body(channel: Channel) -> None:
+        channel.post(called(1), 0.01)
+        async with asyncio.timeout(10):
+            while channel._unsent:
+                await asyncio.sleep(0.01)
+
+    assert posted(body) == ["1"]
+
+
+def test_descriptors_that_the_kernel_refuses_cost_their_message_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """ETOOMANYREFS: whoever is inside, under our uid, has as many on their way as there may be."""
+
+    def refuse(*_: Any) -> int:
+        raise OSError(errno.ETOOMANYREFS, "Too many references: cannot splice")
+
+    async def body(channel: Channel) -> None:
+        with open(os.devnull) as file, monkeypatch.context() as patch:
+            patch.setattr(socket, "send_fds", refuse)
+            with pytest.raises(OSError, match="Too many"):
+                await channel.send(Ack(id=1), [file.fileno()])
+        await channel.send(Ack(id=2))
+        with open(os.devnull) as file:
+            await channel.send(Ack(id=3), [file.fileno()])
+
+    assert posted(body) == [2, (3, 1)]
+
+
+def test_what_the_peer_said_last_is_heard_before_its_end() -> None:
+    async def run() -> list[str]:
+        ours, theirs = socket.socketpair()
+        heard: list[str] = []
+
+        async def hear(message: Any, _: list[int]) -> None:
+            heard.append(message.request_id)
+
+        channel = Channel(ours, hear, lambda: heard.append("end"))
+        for number in range(3):
+            theirs.sendall(_frame(called(number), 0))
+        theirs.close()
+        with pytest.raises(OSError):
+            await channel.send(Ack(id=1))
+        async with asyncio.timeout(10):
+            await asyncio.wait({channel._reader})
+        await channel.close()
+        return heard
+
+    assert asyncio.run(run()) == ["0", "1", "2", "end"]
 
 
 def test_no_value_changes_on_its_way() -> None:

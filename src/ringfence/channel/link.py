@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -31,13 +32,15 @@ MAX_FRAME = 16 << 20
 _MAX_FDS = 8
 _FAMILIES = {cls.family: cls for cls in (CallerError, DeniedError, UnavailableError, AgentError)}
 
+_GONE = {errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN}
+"""What a send says when there is no peer."""
 Received = Callable[[AnyMessage, list[int]], Awaitable[None]]
 
 
 class _Piece:
     """Bytes on their way, and the descriptors that go with the first of them."""
 
-    __slots__ = ("data", "descriptors", "sent")
+    __slots__ = ("begun", "data", "descriptors", "sent")
 
     def __init__(
         self,
@@ -46,6 +49,7 @@ class _Piece:
         sent: asyncio.Future[None] | None = None,
     ) -> None:
         self.data, self.descriptors, self.sent = bytearray(data), descriptors, sent
+        self.begun = False
 
 
 class Channel:
@@ -102,19 +106,31 @@ class Channel:
         if self._later is not None:
             self._later.cancel()
             self._later = None
-        try:
-            while self._unsent:
+        while self._unsent and self._lost is None:
+            try:
                 self._send_some(self._unsent[0])
-        except BlockingIOError:
-            if not self._full:
-                self._full = True
-                self._loop.add_writer(self._socket, self._flush)
-            return
-        except OSError as error:
-            self._lose(error)
+            except BlockingIOError:
+                if not self._full:
+                    self._full = True
+                    self._loop.add_writer(self._socket, self._flush)
+                return
+            except OSError as error:
+                self._refused(self._unsent[0], error)
         if self._full:
             self._full = False
             self._loop.remove_writer(self._socket)
+
+    def _refused(self, piece: _Piece, error: OSError) -> None:
+        """The kernel may refuse one message for what goes with it. It counts descriptors on their
+        way by user, so that whoever is inside, under our uid, can have any of ours refused
+        (ETOOMANYREFS): that must cost this message, not the channel of all sandboxes.
+        """
+        if piece.begun or piece.sent is None or error.errno in _GONE:
+            self._lose(error)
+            return
+        self._unsent.popleft()
+        if not piece.sent.done():
+            piece.sent.set_exception(error)
 
     def _send_some(self, piece: _Piece) -> None:
         if piece.descriptors:
@@ -122,6 +138,7 @@ class Channel:
             piece.descriptors = ()
         else:
             count = self._socket.send(piece.data)
+        piece.begun = True
         del piece.data[:count]
         if not piece.data:
             self._unsent.popleft()
@@ -129,7 +146,9 @@ class Channel:
                 piece.sent.set_result(None)
 
     def _lose(self, error: OSError) -> None:
-        """Nothing more is sent, and nothing read."""
+        """Nothing more is sent. What the peer said before is read still, up to the end: an answer
+        may be among it.
+        """
         if self._lost is not None:
             return
         self._lost = error
@@ -139,7 +158,6 @@ class Channel:
         self._unsent.clear()
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        self._end()
 
     def _end(self) -> None:
         if not self._ended:
@@ -201,6 +219,7 @@ class Channel:
         if self._lost is None:
             self._flush()  # what lingers; a peer that does not read now is not waited for
         self._lose(ConnectionAbortedError("the channel was closed"))
+        self._end()  # a reader that never ran has not said so
         if self._full:
             self._full = False
             self._loop.remove_writer(self._socket)

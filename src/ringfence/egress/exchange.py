@@ -143,7 +143,7 @@ class Exchange(Trying):
             self._ended(host, rule.port, len(body), self._leave())
 
     def _ended(self, host: str, port: int, bytes_out: int, reason: str) -> None:
-        self._state.record_soon(
+        self._state.record_end(
             "egress.ended",
             host=host,
             port=port,

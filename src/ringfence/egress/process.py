@@ -55,9 +55,10 @@ from ringfence.vault.tenants import Bound
 
 _SETTLE_SECONDS = 2.0
 _LINGER_SECONDS = 0.004
-"""What nobody waits for may lie here so long. Longer than a request that finds a quick answer: the
-record of its end then goes with the next one's, and does not occupy the disk before it. What is
-lost with this process is the end of what it did, never the beginning, which is waited for.
+"""The record of what went through may lie here so long, and a notice that only tells. Longer than a
+request that finds a quick answer: the record of its end then goes with the next one's, and does not
+occupy the disk before it. What is lost with this process is ends of what has a beginning on disk;
+refusals, witnesses and what was asked for never lie here.
 """
 _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
 
@@ -135,8 +136,7 @@ class Egress:
 
     async def _configure(self, message: Configure, descriptors: list[int]) -> dict[str, Any]:
         """Read every secret, then give up the right to read more."""
-        # it is the next request's durable append that gains by it
-        recorder = RecorderClient(socket.socket(fileno=descriptors[0]), linger=_LINGER_SECONDS)
+        recorder = RecorderClient(socket.socket(fileno=descriptors[0]))
         secrets = _secrets(message)
         if message.opens_tenants and message.key_path is not None:
             self._opener = TenantOpener(Path(message.key_path))
@@ -170,6 +170,8 @@ class Egress:
             upstream_tls=context,
             notify=self._notify,
             wait_for_audit=message.wait_for_audit,
+            # it is the next request's durable append that gains by it
+            linger=_LINGER_SECONDS if message.wait_for_audit else 0.0,
             aside=self._aside,
             sign=sign,
             turns=_turns(message, self._notify),

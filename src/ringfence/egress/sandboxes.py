@@ -118,6 +118,8 @@ class Shared:
     upstream_tls: ssl.SSLContext
     notify: Callable[[Message], None]
     wait_for_audit: bool = True
+    linger: float = 0.0
+    """Seconds that the record of an end may wait for company."""
     aside: Aside | None = None
     """Without one every body is read in the loop, as in tests."""
     sign: Callable[..., tuple[tuple[bytes, bytes], ...]] | None = None
@@ -285,8 +287,15 @@ class SandboxState:
         """Append without waiting, in order; a recorder that is gone is noticed by the next
         durable append, which refuses.
         """
+        self._append(kind, fields, 0.0)
+
+    def record_end(self, kind: str, **fields: object) -> None:
+        """The same, of what has a beginning on record: it may wait for company."""
+        self._append(kind, fields, self.shared.linger)
+
+    def _append(self, kind: str, fields: dict[str, object], linger: float) -> None:
         try:
-            self.shared.recorder.append_soon({"type": kind, **self._ids, **fields})
+            self.shared.recorder.append_soon({"type": kind, **self._ids, **fields}, linger)
         except UnavailableError:
             self.frozen = True  # nothing more may pass unrecorded
 
@@ -342,7 +351,7 @@ class SandboxState:
                 input_hmac=self.shared.recorder.hmac(canonical_input(tool)),
                 complete=tool.complete,
             )
-        self.record_soon(
+        self.record_end(
             "model.answered",
             request_id=request_id,
             model=report.model,

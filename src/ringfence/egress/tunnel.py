@@ -121,7 +121,7 @@ class Tunnel(asyncio.Protocol):
             self._task.cancel()
         if self._transport is not None:
             self._transport.abort()
-            self._sandbox.record_soon(
+            self._sandbox.record_end(
                 "egress.ended",
                 host=self._target[0],
                 port=self._target[1],

@@ -27,20 +27,15 @@ _READ = 1 << 16
 
 
 class RecorderClient:
-    """`Recorder` over a socket, pipelined. Belongs to the running event loop.
+    """`Recorder` over a socket, pipelined. Belongs to the running event loop."""
 
-    `linger`, in seconds, is how long a frame that nobody waits for may lie here for others to go
-    with it. Each write wakes the recorder, whose commit the next durable append has to wait for.
-    """
-
-    def __init__(self, connection: socket.socket, *, linger: float = 0.0) -> None:
+    def __init__(self, connection: socket.socket) -> None:
         connection.settimeout(0)
         self._socket = connection
         self._loop = asyncio.get_running_loop()
         self._decoder = Decoder()
         self._unsent = bytearray()
         self._writing = self._scheduled = False
-        self._linger = linger
         self._later: asyncio.TimerHandle | None = None
         self._room = asyncio.Event()
         self._room.set()
@@ -82,13 +77,15 @@ class RecorderClient:
         self._send(_frame(self._number, fields))
         return await answer
 
-    def append_soon(self, fields: dict[str, object]) -> None:
+    def append_soon(self, fields: dict[str, object], linger: float = 0.0) -> None:
         """Append in order without waiting, not even for room: for callers whose next step is a
-        durable append. Raises UnavailableError when the recorder is known to be gone.
+        durable append. It may lie here for `linger` seconds for others to go with it: each write
+        wakes the recorder, whose commit the next durable append has to wait for. Raises
+        UnavailableError when the recorder is known to be gone.
         """
         if self._lost:
             raise self._lost
-        self._send(_frame(0, fields), self._linger)
+        self._send(_frame(0, fields), linger)
 
     def quota(self, sandbox_id: str, records: int) -> None:
         """See the protocol."""

@@ -35,7 +35,7 @@ class MemoryRecorder:
         self.append_soon(fields)
         return len(self.records) - 1 if durable else -1
 
-    def append_soon(self, fields: dict[str, object]) -> None:
+    def append_soon(self, fields: dict[str, object], linger: float = 0.0) -> None:  # noqa: ARG002
         """`append_fields` without waiting."""
         if self._gone.is_set():
             raise UnavailableError("recorder-unavailable", "the recorder cannot be reached: gone")
