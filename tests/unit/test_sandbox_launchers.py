@@ -20,37 +20,82 @@ import launch as kernel
 
 from ringfence.sandbox.launcher import Launcher, Spare
 
+SHOWN = """
+import os
+paths = {int(number): f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")}
+print(dict(os.environ))
+# that of the list itself is closed by now
+print({number: os.path.realpath(path) for number, path in paths.items() if os.path.exists(path)})
+"""
+
 STARTER = f"""
-import os, sys
+import os, resource, sys
 sys.path.append({str(Path(ringfence.sandbox.__file__).parent)!r})
 import launch_oci as oci
+import launch_podman as podman
 place = sys.argv[1]
-given = [os.open(f"{{place}}/{{name}}", os.O_CREAT | os.O_RDWR) for name in ("in", "out", "err", "more")]
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+names = ("in", "out", "err", "more")
+given = [os.open(f"{{place}}/{{name}}", os.O_CREAT | os.O_RDWR) for name in names]
 door = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
-for number in (door, os.dup2(door, 200)):
+doors = (door, os.dup2(door, 200), os.dup2(door, most - 1))
+for number in doors:
     os.set_inheritable(number, True)
-words = "import os, sys; print([os.path.realpath(f'/proc/self/fd/{{n}}') for n in os.listdir('/proc/self/fd')])"
-child = oci.call([sys.executable, "-IS", "-c", words], tuple(given))
-assert oci.exit_code(os.waitpid(child, 0)[1]) == 0
-os.fstat(door)
+os.environ["OF_THE_HOST"] = "1"
+program = [sys.executable, "-IS", "-c", {SHOWN!r}]
+"""
+
+RUNTIME = """
+def start(program):
+    return oci.call(program, dict(enumerate(given)))
+"""
+
+PODMAN = """
+def start(program):
+    plan = {"engine": program, "environment": {"GIVEN": "yes"}}
+    return podman.call(plan, place, {6 + number: one for number, one in enumerate(given)})
+"""
+
+ENDING = """
+assert oci.exit_code(os.waitpid(start(program), 0)[1]) == 0
+for number in doors:
+    assert os.path.samestat(os.fstat(number), os.stat(place))
+before = os.listdir("/proc/self/fd")
 try:
-    oci.call([f"{{place}}/absent"], tuple(given))
+    start([f"{place}/absent"])
 except FileNotFoundError:
     print("absent")
+assert os.listdir("/proc/self/fd") == before
 """
+
+
+def handed(place: Path, start: str, output: str) -> tuple[dict[str, str], dict[int, str]]:
+    """Environment and descriptors of what is started, which has to exist."""
+    begin = [sys.executable, "-IS", "-c", STARTER + start + ENDING, str(place)]
+    done = subprocess.run(begin, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "absent\n"), done.stderr
+    environment, seen = map(ast.literal_eval, (place / output).read_text().splitlines())
+    environment.pop("LC_CTYPE", None)  # the interpreter's own
+    return environment, seen
 
 
 def test_a_runtime_has_the_descriptors_that_are_handed_to_it_and_no_others(tmp_path: Path) -> None:
     """One that is open and would be inherited is a door out: it is not among them, whatever its
     number, and it stays open in who starts the runtime.
     """
-    start = [sys.executable, "-IS", "-c", STARTER, str(tmp_path)]
-    done = subprocess.run(start, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "absent\n"), done.stderr
-    seen = ast.literal_eval((tmp_path / "out").read_text())
-    # the last is the list's own, which is closed by the time it is read
-    assert seen[:-1] == [str(tmp_path / name) for name in ("in", "out", "err", "more")]
-    assert len(seen) == 5
+    environment, seen = handed(tmp_path, RUNTIME, "out")
+    names = ("in", "out", "err", "more")
+    assert seen == {number: str(tmp_path / name) for number, name in enumerate(names)}
+    assert environment == {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
+
+
+def test_podman_has_the_descriptors_that_are_handed_to_it_and_no_others(tmp_path: Path) -> None:
+    """Its own stdio besides, which are not the program's, and the environment of the plan."""
+    environment, seen = handed(tmp_path, PODMAN, "said")
+    names = {0: "/dev/null", 1: "said", 2: "said", 6: "in", 7: "out", 8: "err", 9: "more"}
+    assert seen == {number: str(tmp_path / name) for number, name in names.items()}
+    assert environment == {"GIVEN": "yes"}
 
 
 @pytest.mark.root

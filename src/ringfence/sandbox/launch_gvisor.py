@@ -46,7 +46,8 @@ def _run(plan: Plan, stdio: tuple[int, int, int], tell: int, seen: Plan) -> int:
     # runtime that fails says why there
     run = [*runsc, "run", "--detach", "--bundle", bundle, "--pid-file", pid_file]
     made = [*run, "--pass-fd", f"3:{plan['gate']}", _NAME]
-    if oci.exit_code(os.waitpid(oci.call(made, (*stdio, wait)), 0)[1]) != 0:
+    runtime = oci.call(made, dict(enumerate((*stdio, wait))))
+    if oci.exit_code(os.waitpid(runtime, 0)[1]) != 0:
         raise OSError(errno.EPROTO, "runsc made no sandbox")
     with open(pid_file) as file:
         sentry = int(file.read())

@@ -134,7 +134,8 @@ def _run(plan: Plan, stdio: tuple[int, int, int], tell: int, seen: Plan) -> int:
     make_bundle(plan, bundle)
     arguments = [*plan["runtime"], "--root", f"{bundle}/state", "--log", f"{bundle}/log"]
     create = ["create", *plan["create"], "--bundle", bundle, "--pid-file", f"{bundle}/pid", _NAME]
-    if exit_code(os.waitpid(call([*arguments, *create], stdio), 0)[1]) != 0:
+    runtime = call([*arguments, *create], dict(enumerate(stdio)))
+    if exit_code(os.waitpid(runtime, 0)[1]) != 0:
         words = last_words(bundle)
         refused = program_refused(words)
         if refused:
@@ -247,27 +248,30 @@ def make_bundle(plan: Plan, bundle: str) -> None:
         file.write(plan["config"])
 
 
-def call(argv: list[str], handed: tuple[int, ...]) -> int:
-    """Start a program whose descriptors are these and no others, its stdio first; its process id.
-    Not by a fork: to copy an interpreter, and to drop the copy, is a tenth of a container's start.
+def call(argv: list[str], handed: dict[int, int], environment: dict[str, str] | None = None) -> int:
+    """Start a program; its process id. `handed` are its descriptors by the numbers that they get
+    there, and it has no others; without an `environment` it has a PATH alone. Not by a fork: to
+    copy an interpreter, and to drop the copy, is a tenth of a container's start.
 
     Raises:
         OSError: there is no such program.
     """
     # upwards first, so that none lands on another before it is read
-    high = [fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, 64) for one in handed]
+    above = max(handed) + 1
+    high = {n: fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, above) for n, one in handed.items()}
     for number in map(int, os.listdir("/proc/self/fd")):
         try:
-            if number >= len(handed):
+            if number not in handed:
                 os.set_inheritable(number, False)
         except OSError as error:
             if error.errno != errno.EBADF:  # that of the list itself is closed by now
                 raise
-    actions = [(os.POSIX_SPAWN_DUP2, one, number) for number, one in enumerate(high)]
+    actions = [(os.POSIX_SPAWN_DUP2, one, number) for number, one in high.items()]
+    variables = {"PATH": _PATH} if environment is None else environment
     try:
-        return os.posix_spawn(argv[0], argv, {"PATH": _PATH}, file_actions=actions)
+        return os.posix_spawn(argv[0], argv, variables, file_actions=actions)
     finally:
-        for one in high:
+        for one in high.values():
             os.close(one)
 
 

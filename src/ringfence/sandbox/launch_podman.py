@@ -13,7 +13,6 @@ the others do: first watches both.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import select
 import time
@@ -101,23 +100,18 @@ def shut_below(places: list[str]) -> None:
 
 
 def call(plan: Plan, bundle: str, handed: dict[int, int]) -> int:
-    """Start podman; its process id. `handed` are descriptors by the number they get there."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            flags = os.O_CREAT | os.O_WRONLY | os.O_APPEND
-            said, nothing = os.open(f"{bundle}/said", flags, 0o600), os.open("/dev/null", os.O_RDWR)
-            wanted = {0: nothing, 1: said, 2: said, **handed}
-            # upwards first, so that none lands on another before it is read
-            high = {n: fcntl.fcntl(one, fcntl.F_DUPFD, 128) for n, one in wanted.items()}
-            for number, descriptor in high.items():
-                os.dup2(descriptor, number)
-            os.closerange(3, min(handed))
-            os.closerange(max(handed) + 1, 4096)
-            os.execve(plan["engine"][0], plan["engine"], plan["environment"])
-        finally:
-            os._exit(oci.NOT_FOUND)
-    return pid
+    """Start podman; its process id. `handed` are descriptors by the number they get there, besides
+    its stdio. Raises OSError where there is no podman.
+    """
+    flags = os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
+    said = os.open(f"{bundle}/said", flags, 0o600)
+    nothing = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        stdio = {0: nothing, 1: said, 2: said}
+        return oci.call(plan["engine"], {**stdio, **handed}, plan["environment"])
+    finally:
+        os.close(said)
+        os.close(nothing)
 
 
 def numbered(stdio: Stdio) -> dict[int, int]:

@@ -53,8 +53,11 @@ class GuestProcess(SocketProcess):
         except TimeoutError:
             await self._on_stuck()
             refusal = "the guest does not answer"
+        finally:
+            self._starting = False
         if refusal:
             raise UnavailableError("sandbox-start-failed", refusal)
+        self._close_unused()
 
     async def kill(self) -> None:
         """See the protocol."""
@@ -76,15 +79,15 @@ class GuestProcess(SocketProcess):
                 self._begun.set_result(line["refused"])
             status = line.get("exit")
             if isinstance(status, int) and 0 <= status <= 255:
-                code = 128 + signal.SIGKILL if self._killed else status
+                code = status
                 break
         if not self._begun.done():
             self._begun.set_result("the virtual machine ended")
-        for end in (self._stdout, self._stderr):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RD)
-        await self._drained
-        self._returncode = code
+        await self._end_with(code)
+
+    def _status_of(self, code: int) -> int:
+        """There is no bubblewrap in a guest whose words or signals stand for a status."""
+        return 128 + signal.SIGKILL if self._killed else code
 
     async def _line(self) -> dict[str, Any] | None:
         loop = asyncio.get_running_loop()

@@ -194,6 +194,10 @@ class SocketProcess:
             await _readable(self._init)
             os.close(self._init)
             self._init = None
+        await self._end_with(code)
+
+    async def _end_with(self, code: int) -> None:
+        """The program is dead: shut its sockets, read what it said, close what nobody waits at."""
         # A descriptor of the other end may lie, unread, in a socket that somebody outside holds:
         # the inmate sent it there so that no end of file ever comes. What is queued stays readable.
         for end in (self._stdout, self._stderr):
