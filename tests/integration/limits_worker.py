@@ -23,9 +23,7 @@ from ringfence.channel.link import EgressLink
 from ringfence.channel.messages import (
     CloseSandbox,
     Configure,
-    ModelHeard,
-    ModelUsed,
-    ModelWanted,
+    DeskMessage,
     OpenSandbox,
     ProviderConfig,
 )
@@ -104,7 +102,7 @@ class Fleet:
             await self._sandbox(number, run)
 
     def _notice(self, notice: Any) -> None:
-        if isinstance(notice, ModelWanted | ModelHeard | ModelUsed) and self._desk is not None:
+        if isinstance(notice, DeskMessage) and self._desk is not None:
             self._desk.heard(notice)
 
     async def _sandbox(self, number: int, run: dict[str, Any]) -> None:
