@@ -138,7 +138,7 @@ class Held(MemoryLimits):
 
 @pytest.mark.parametrize("goes_down", [False, True])
 async def test_who_waited_for_a_provider_that_went_down_goes_elsewhere(
-    goes_down: bool,  # noqa: FBT001
+    goes_down: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its breaker was closed when it began to wait. Its turn there is given back."""
