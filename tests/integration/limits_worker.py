@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,27 @@ from ringfence.channel.link import EgressLink
 from ringfence.channel.messages import (
     CloseSandbox,
     Configure,
-    ModelHeard,
-    ModelUsed,
-    ModelWanted,
+    DeskMessage,
     OpenSandbox,
     ProviderConfig,
 )
 from ringfence.channel.spawn import EgressProcess
 from ringfence.config import LimitSettings
+from ringfence.config.resilience import BreakerSettings, RetrySettings
 from ringfence.limits.postgres import PostgresLimits
 from ringfence.limits.redis import RedisLimits
 from ringfence.limits.sqlite import SqliteLimits
 from ringfence.limits.store import LimitStore
 from ringfence.policy.codec import egress_to_json
+from ringfence.policy.compiled import Failover
 from ringfence.record.client import RecorderClient, RecorderProcess
 from ringfence.worker.desk import Desk
 from ringfence.worker.prepare import listen
+
+TORN = 0
+"""The status of an answer that broke off when its beginning had come."""
+TRIES = 3
+"""As `claude` has them: what has begun is its own to ask for again."""
 
 
 def store_at(url: str) -> LimitStore:
@@ -73,12 +79,19 @@ class Fleet:
             reply=self._link.request,
             post=lambda _: None,
             name=told["name"],
+            breakers=BreakerSettings.model_validate(told.get("breakers", {})),
+            retries=RetrySettings.model_validate(told.get("retries", {})),
         )
         stack.push_async_callback(desk.close)
+        urls = {"anthropic": told["url"], **told.get("others", {})}
+        named = {n: ProviderConfig(base_url=url, credential=None) for n, url in urls.items()}
+        ways = tuple(Failover(provider=name) for name in told.get("others", {}))
+        self._rules = replace(RULES, model=replace(RULES.model, failover=ways))
         await self._link.request(
             Configure,
             descriptors=[recorder.sockets["egress"].fileno()],
-            providers={"anthropic": ProviderConfig(base_url=told["url"], credential=None)},
+            providers=named,
+            limited=told.get("limited", False),
             state_dir=str(self._place),
             ca_dir=str(self._place / "ca"),
             asks_for_turns=True,
@@ -89,7 +102,7 @@ class Fleet:
             await self._sandbox(number, run)
 
     def _notice(self, notice: Any) -> None:
-        if isinstance(notice, ModelWanted | ModelHeard | ModelUsed) and self._desk is not None:
+        if isinstance(notice, DeskMessage) and self._desk is not None:
             self._desk.heard(notice)
 
     async def _sandbox(self, number: int, run: dict[str, Any]) -> None:
@@ -101,7 +114,7 @@ class Fleet:
             sandbox_id=f"sb{number}",
             run_id=f"{self._told['name']}-{number}",
             session_id="",
-            rules=egress_to_json(RULES),
+            rules=egress_to_json(self._rules),
             tenant=run["tenant"],
             batch=run["batch"],
         )
@@ -114,13 +127,21 @@ class Fleet:
 
     async def _one(self, number: int, run: dict[str, Any]) -> None:
         path = str(self._place / str(number) / "s")
+        kind = "batch" if run["batch"] else run["tenant"]
         reader, writer = await asyncio.open_unix_connection(path)
         for _ in range(run["requests"]):
-            asked = time.monotonic()
-            writer.write(ask(stream=True))
-            status = await _answered(reader)
-            kind = "batch" if run["batch"] else run["tenant"]
-            self.seen.append((kind, asked, time.monotonic(), status))
+            for _ in range(TRIES):
+                asked = time.monotonic()
+                writer.write(ask(stream=True))
+                try:
+                    status = await _answered(reader)
+                except (asyncio.IncompleteReadError, ConnectionError):
+                    status = TORN
+                    writer.close()
+                    reader, writer = await asyncio.open_unix_connection(path)
+                self.seen.append((kind, asked, time.monotonic(), status))
+                if status != TORN:
+                    break
         writer.close()
 
 

@@ -43,9 +43,17 @@ class Processes:
     """`with Processes(store, runs, settings, url) as fleet: fleet.run()`."""
 
     def __init__(
-        self, store: str, runs: list[dict[str, Any]], settings: dict[str, Any], url: str
+        self,
+        store: str,
+        runs: list[dict[str, Any]],
+        settings: dict[str, Any],
+        url: str,
+        **more: Any,
     ) -> None:
-        self._told = {"store": store, "settings": settings, "url": url}
+        """`more`: `others`, providers to go on to by their names; `breakers`, `retries`, `limited`,
+        as the operator has them.
+        """
+        self._told = {"store": store, "settings": settings, "url": url, **more}
         self._runs, self._processes = runs, list[subprocess.Popen[str]]()
         self._place = Path(tempfile.mkdtemp(prefix="rff"))
 

@@ -14,10 +14,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_limits_desk import Rig, until
 
 from ringfence.agent.messages import ToolResult, ToolStarted
-from ringfence.channel.messages import ModelHeard, ModelLeg
+from ringfence.channel.messages import ModelBegan, ModelHeard, ModelLeg
 from ringfence.config.resilience import BreakerSettings, RetrySettings
 from ringfence.limits.lane import Amount
 from ringfence.limits.store import MemoryLimits
+from ringfence.worker import desk as desks
 from ringfence.worker.breakers import probe_name
 from ringfence.worker.desk import Desk
 from ringfence.worker.guards import ToolWatch
@@ -119,6 +120,62 @@ async def test_a_client_that_leaves_while_its_probe_is_asked_gives_its_turn_back
     after = (await store.look("default/anthropic/one"))[0].levels[0]
     assert after == pytest.approx(Amount(*[(level or 0.0) + 1] * 3).requests, abs=0.05)
     asking.cancel()
+    await rig.desk.close()
+
+
+class Held(MemoryLimits):
+    """No turn before `room` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.room = asyncio.Event(), asyncio.Event()
+
+    async def take(self, *values: Any, **more: Any) -> Any:
+        self.asked.set()
+        await self.room.wait()
+        return await super().take(*values, **more)
+
+
+@pytest.mark.parametrize("goes_down", [False, True])
+async def test_who_waited_for_a_provider_that_went_down_goes_elsewhere(
+    goes_down: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its breaker was closed when it began to wait. Its turn there is given back."""
+    monkeypatch.setattr(desks, "_STALE_SECONDS", 0.0)
+    store = Held()
+    rig = LegRig(store)
+    asking = asyncio.ensure_future(rig.asks(1, legs=LEGS))
+    await store.asked.wait()
+    if goes_down:
+        await rig.opens(LEGS[0])
+    store.room.set()
+    turn = await asking
+    assert (turn.go, turn.leg) == (True, int(goes_down))
+    left = (await store.look("default/anthropic/one"))[0].levels[0]
+    assert left == pytest.approx(float(goes_down), abs=0.05)
+    await rig.desk.close()
+
+
+async def test_who_waited_until_its_breaker_was_half_open_is_its_probe(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What comes of it counts, and no other tries beside it."""
+    monkeypatch.setattr(desks, "_STALE_SECONDS", 0.0)
+    store = Held()
+    rig = LegRig(store, open_seconds=0.01, wins=1)
+    asking = asyncio.ensure_future(rig.asks(1))
+    await store.asked.wait()
+    await rig.opens(LEGS[0])
+    await asyncio.sleep(0.02)
+    store.room.set()
+    assert (await asking).go
+    assert (await rig.asks(2)).wait
+    rig.desk.heard(ModelBegan(sandbox_id="s", ticket=1))
+    rig.used(2)
+    await until(lambda: not rig.desk._tasks)
+    found, _ = await store.breakers()
+    assert [each.state for each in found.values()] == ["closed"]
     await rig.desk.close()
 
 

@@ -45,6 +45,8 @@ from ringfence.worker.legs import Legs, Reason, breaker_of, session_of
 PUT_OFF = "model-put-off"
 _LOOK_SECONDS, _BACK_SECONDS = 1.0, 30.0
 _LONGEST_PAUSE = 60.0
+_STALE_SECONDS = 0.5
+"""So old may a breaker's word be when a request leaves: the usual one does not ask twice."""
 _CLOSE_SECONDS = 2.0
 _MOST_UNPAID = 4096
 """What is to be paid and could not be: with so much of it nothing new is let through."""
@@ -204,20 +206,32 @@ class Desk:
         if not await self._may_go(asked):
             await self._turn_of(asked, wait=_REPEAT_SECONDS, leg=chosen.leg, spent=True)
             return True
+        chose = time.monotonic()
         wait = await self._room(asked, end)
         if wait is not None:
             asked.full[chosen.leg] = Full(asked.spec, wait)
             await self._note(asked, ok=None)
             return False
         asked.taken = True
-        if asked.probe and not (await self._legs.admit(wanted, chosen.leg, probe)):
-            # it waited for its turn so long that another tries
+        if not await self._still(asked, chose):
             asked.taken = False
             await self._lane(asked.spec).give_back(asked.want)
             return False
         asked.granted = True
         await self._go(asked)
         return True
+
+    async def _still(self, asked: Asked, since: float) -> bool:
+        """Whether its breaker lets it go now, which did before it waited for its turn: a probe's
+        place may be another's by then, and a whole queue would go to a provider that has gone down.
+        """
+        if not asked.probe and time.monotonic() - since < _STALE_SECONDS:
+            return True
+        # so that one that leaves while this is asked takes no place of a probe with it
+        asked.probe = True
+        found = await self._legs.admit(asked.wanted, asked.leg, self._probe(asked))
+        asked.probe = found.verdict == "probe"
+        return found.verdict != "no"
 
     async def _room(self, asked: Asked, end: float) -> float | None:
         """Wait for room in a leg's lane; None when it may go, or the seconds until there is some.

@@ -71,9 +71,9 @@ class Legs:
             waits.append(found.wait)
         return Chosen(wait=min(waits))
 
-    async def admit(self, wanted: ModelWanted, leg: int, probe: str) -> bool:
-        """Whether a probe that waited may still go."""
-        return (await self._ask(wanted, leg, probe)).verdict != "no"
+    async def admit(self, wanted: ModelWanted, leg: int, probe: str) -> Admission:
+        """Whether one that waited may still go, and as what."""
+        return await self._ask(wanted, leg, probe)
 
     async def _ask(
         self, wanted: ModelWanted, leg: int, probe: str, *, settled: float = 0.0
