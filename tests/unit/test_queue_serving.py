@@ -58,6 +58,44 @@ def test_what_is_asked_for_during_a_transaction_belongs_to_it(tmp_path: Path) ->
     after.close()
 
 
+def test_what_a_locked_file_refuses_is_refused_at_once(tmp_path: Path) -> None:
+    """Not one act after the other, each after a wait of its own. What comes later is carried out."""
+    path = tmp_path / "queue" / "queue.sqlite"
+    connection = open_database(path, "ringfence.queue.sql", timeout=0.1)
+    begun: list[str] = []
+    asked = threading.Event()
+
+    def said(statement: str) -> None:
+        if statement == "BEGIN IMMEDIATE":
+            begun.append(statement)
+            asked.wait(30)
+
+    connection.set_trace_callback(said)
+    holder = sqlite3.connect(path, isolation_level=None)
+
+    def add(db: sqlite3.Connection) -> None:
+        db.execute("INSERT INTO tenant (name) VALUES ('later')")
+
+    async def work() -> list[BaseException | None]:
+        writer = Writer(connection)
+        holder.execute("BEGIN IMMEDIATE")
+        acts = [asyncio.ensure_future(writer.do(add)) for _ in range(50)]
+        await asyncio.sleep(0)
+        asked.set()
+        answers = await asyncio.gather(*acts, return_exceptions=True)
+        assert len(begun) == 1
+        holder.execute("ROLLBACK")
+        await writer.do(add)
+        writer.close()
+        return answers
+
+    answers = asyncio.run(work())
+    assert len(answers) == 50
+    assert {getattr(answer, "code", None) for answer in answers} == {"store-unavailable"}
+    assert holder.execute("SELECT name FROM tenant").fetchall() == [("later",)]
+    holder.close()
+
+
 def test_an_end_and_the_next_lease_are_one_transaction(tmp_path: Path) -> None:
     """The slot is free when the handler has returned; still one handler at a time."""
     said: list[str] = []

@@ -172,8 +172,9 @@ async def create(
         created_at=created,
         expires_at=expires,
     )
-    await one_more(connection, tenant, "files", limits.count)
+    # bytes before files, as `delete` and `recount` do: in two orders they would wait for each other
     await rows.add(connection, tenant, row)
+    await one_more(connection, tenant, rows.KIND, limits.count)
     return shown(row)
 
 
@@ -211,7 +212,7 @@ async def delete(connection: AsyncConnection, caller: Caller, identity: str) -> 
     """Forget it; the caller removes the content once this is kept. Raises as `retrieve` does."""
     if not await rows.remove(connection, caller.tenant, identity):
         raise _missing(identity)
-    await counts.give(connection, caller.tenant, "files")
+    await counts.give(connection, caller.tenant, rows.KIND)
     return {"id": identity, "type": "file_deleted"}
 
 
@@ -320,12 +321,35 @@ def _copy_into(source: BinaryIO, row: FileRow, place: int, name: str) -> None:
 
 
 async def tidy(database: Database, contents: Contents) -> int:
-    """Remove the bytes of expired files, and what killed processes left; how many went.
+    """Remove the bytes of expired files, and what killed processes left; how many went. Counts that
+    are wrong are mended.
 
     Raises:
         UnavailableError: `store-unavailable`.
     """
-    return await _expire(database, contents) + await _sweep(database, contents)
+    count = await _expire(database, contents) + await _sweep(database, contents)
+    await _recount(database)
+    return count
+
+
+async def _recount(database: Database) -> None:
+    """A process of an older version on the same database makes rows, and does not count their
+    bytes. Every row is looked at, as `_sweep` looks at every content: a tenant at a time, and
+    nobody waits but for a count that is wrong.
+    """
+    last = ""
+    while True:
+        async with database.reading() as connection:
+            tenants = await rows.tenants(connection, last, limit=_BATCH)
+        for tenant in tenants:
+            async with database.reading() as connection:
+                wrong = await rows.miscounted(connection, tenant)
+            if wrong:
+                async with database.writing() as connection:
+                    await rows.recount(connection, tenant)
+        if len(tenants) < _BATCH:
+            return
+        last = tenants[-1]
 
 
 async def _expire(database: Database, contents: Contents) -> int:

@@ -256,8 +256,9 @@ class Serving:
 
     def _free(self) -> int:
         """Slots without a handler. An attempt whose end is on its way to the disk leaves its slot
-        to the next, whose lease comes after that end in the file; no more than `slots` of those,
-        or a file that takes leases and no ends would let them pile up.
+        to the next, whose lease comes after that end in the file, unless the file refuses the
+        end: then up to twice `slots` are in hand until it is written. No more than `slots` of
+        those, or a file that takes leases and no ends would let them pile up.
         """
         return self.slots - len(self._tasks) + min(self._settling, self.slots)
 

@@ -4,7 +4,7 @@ how many bytes.
 
 from __future__ import annotations
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import ScalarSelect, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -38,8 +38,13 @@ async def change(connection: AsyncConnection, tenant: str, kind: str, by: int) -
 
 async def held(connection: AsyncConnection, tenant: str, kind: str) -> int:
     """What is counted; 0 before the first."""
-    query = select(TABLE.c.held).where(TABLE.c.tenant_id == tenant, TABLE.c.kind == kind)
-    return int((await connection.execute(query)).scalar() or 0)
+    return int((await connection.execute(select(noted(tenant, kind)))).scalar() or 0)
+
+
+def noted(tenant: str, kind: str) -> ScalarSelect[int]:
+    """What is counted, within another query; NULL before the first."""
+    row = (TABLE.c.tenant_id == tenant) & (TABLE.c.kind == kind)
+    return select(TABLE.c.held).where(row).scalar_subquery()
 
 
 async def _begin(connection: AsyncConnection, tenant: str, kind: str) -> None:

@@ -6,12 +6,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Select, delete, insert, select, update
+from sqlalchemy import Select, case, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from ringfence.store import counts
 from ringfence.store.paging import Page, paged
 from ringfence.store.tables import FILES, TENANTS
+
+KIND = "files"
+"""Of their count, in which one whose bytes were purged counts, too."""
 
 _BYTES = "file_bytes"
 
@@ -109,10 +112,53 @@ async def used(connection: AsyncConnection, tenant: str, *, lock: bool = False) 
     are counted beside the rows: a sum would take longer the more files there are.
     """
     if lock:
-        await connection.execute(
-            select(TENANTS.c.id).where(TENANTS.c.id == tenant).with_for_update()
-        )
+        await _lock(connection, tenant)
     return await counts.held(connection, tenant, _BYTES)
+
+
+async def _lock(connection: AsyncConnection, tenant: str) -> None:
+    """Two who lock wait for each other, and nobody who merely names the tenant in a row of its own:
+    each of two uploads has done so for its idempotency key, and would wait for the other's end.
+    """
+    query = select(TENANTS.c.id).where(TENANTS.c.id == tenant)
+    await connection.execute(query.with_for_update(key_share=True))
+
+
+async def tenants(connection: AsyncConnection, after: str, *, limit: int) -> Sequence[str]:
+    """Ids of all tenants, in order: for the sweep, not for callers."""
+    query = select(TENANTS.c.id).where(TENANTS.c.id > after).order_by(TENANTS.c.id).limit(limit)
+    return [str(identity) for identity in (await connection.execute(query)).scalars()]
+
+
+def _weighed(tenant: str) -> Select[Any]:
+    """Bytes and number of a tenant's rows."""
+    size = case((FILES.c.purged_at.is_(None), FILES.c.size_bytes), else_=0)
+    return select(
+        func.coalesce(func.sum(size), 0).label("size"), func.count().label("number")
+    ).where(FILES.c.tenant_id == tenant)
+
+
+async def miscounted(connection: AsyncConnection, tenant: str) -> bool:
+    """Whether rows and counts differ. One statement sees both at one moment, and locks nothing."""
+    there = _weighed(tenant).subquery()
+    query = select(there, counts.noted(tenant, _BYTES), counts.noted(tenant, KIND))
+    size, number, noted_size, noted_number = (await connection.execute(query)).one()
+    return (size, number) != (noted_size or 0, noted_number or 0)
+
+
+async def recount(connection: AsyncConnection, tenant: str) -> None:
+    """Set a tenant's counts to what its rows are.
+
+    Both counts are held before the rows are looked at: who changes a row changes a count after it,
+    in one transaction, and so has ended and is seen, or waits here and is not.
+    """
+    await _lock(connection, tenant)
+    for kind in (_BYTES, KIND):
+        await counts.change(connection, tenant, kind, 0)
+    size, number = (await connection.execute(_weighed(tenant))).one()
+    for kind, there in ((_BYTES, size), (KIND, number)):
+        held = await counts.held(connection, tenant, kind)
+        await counts.change(connection, tenant, kind, int(there) - held)
 
 
 async def made_before(
