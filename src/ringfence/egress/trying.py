@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,7 @@ _CREDENTIAL, _AWAY = "credential-", "credential-unavailable"
 _CHANCE = random.SystemRandom()
 
 
-class Trying:
+class Trying(ABC):
     """What an Exchange does on the model route; how one try is carried out is its own."""
 
     _client: Client
@@ -420,20 +421,20 @@ class Trying:
 
     # the Exchange's
 
+    @abstractmethod
     async def _send_model(
         self, exchange: ModelExchange, admitted: Admitted, leg: Leg, request_id: str
-    ) -> None:
-        raise NotImplementedError
+    ) -> None: ...
 
-    def _leave(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def _leave(self) -> str: ...
 
+    @abstractmethod
     def refuse(self, status: int, reason: str, rule: str) -> None:
         """Tell the sandbox and the record."""
-        raise NotImplementedError
 
-    def _settle(self, reason: str) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _settle(self, reason: str) -> None: ...
 
 
 def _answers(status: int) -> bool | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -62,7 +63,7 @@ class Direct:
         return b""
 
 
-class _Cloud:
+class _Cloud(ABC):
     """Errors are read whole and told in other words; `_open` says how an answer is read."""
 
     def __init__(self, *, renews: bool) -> None:
@@ -104,11 +105,11 @@ class _Cloud:
             return self._over()
         return faults.body_of(self._fault, faults.words(bytes(self._error)))
 
-    def _open(self, kind: bytes) -> tuple[bytes, bytes]:
-        raise NotImplementedError
+    @abstractmethod
+    def _open(self, kind: bytes) -> tuple[bytes, bytes]: ...
 
-    def _read(self, status: int, headers: Headers) -> Fault:
-        raise NotImplementedError
+    @abstractmethod
+    def _read(self, status: int, headers: Headers) -> Fault: ...
 
     def _over(self) -> bytes:
         return b""
