@@ -107,10 +107,39 @@ def test_what_is_refused_passes_when_granted(tag: str) -> None:
         content({"type": "compaction", "content": "x", "tool_changes": [{"type": "tool_addition", "tool": {"type": "tool_definition", "definition": {"type": "web_fetch_20250910", "name": "w"}}}]}),
         content({"type": "compaction", "content": "x", "tool_changes": [{"type": "text"}]}),
         content({"type": "document", "content": {"type": "image", "source": {"type": "url"}}}),
+        body(tools=[{"type": "\0", "name": "Bash"}]),
+        body(tools=[{"type": "\0web_search_20250305", "name": "web_search", "max_uses": 9}]),
+        content({"type": "tool_addition", "tool": {"type": "tool_definition", "definition": {"type": "\0x", "name": "x"}}}),
+        content({"type": "document", "source": {"type": "content", "content": {"type": "image", "source": {"type": "url"}}}}),
+        content({"type": "document", "source": {"type": "text", "data": {"type": "url", "url": "https://x.example"}}}),
+        content({"type": "image", "source": {"type": "base64", "data": [], "media_type": "image/png"}}),
+        content({"type": "image", "source": {"type": "base64", "data": "", "url": "https://x.example"}}),
+        content({"type": "document", "source": {"type": "base64", "data": "", "file_id": "file_1"}}),
+        content({"type": "image", "url": "https://x.example"}),
+        content({"type": "tool_result", "tool_use_id": "t", "content": [{"type": "image", "file_id": "file_1"}]}),
     ],
 )  # fmt: skip
 def test_ways_out_through_the_api_are_refused(request_body: dict[str, Any]) -> None:
     assert isinstance(admit(request_body), Refusal)
+
+
+def test_a_granted_source_may_name_what_to_fetch() -> None:
+    image = content({"type": "image", "url": "https://x.example"})
+    assert reason(admit(image)) == "block-key-not-granted"
+    assert isinstance(admit(image, ModelRules(url_sources=True)), Admitted)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"type": "content", "content": [{"type": "text", "text": "x"}]},
+        {"type": "content", "content": "x"},
+        {"type": "text", "data": "x", "media_type": "text/plain"},
+        {"type": "base64", "data": "", "media_type": "application/pdf"},
+    ],
+)
+def test_sources_that_carry_their_data_pass(source: dict[str, Any]) -> None:
+    assert isinstance(admit(content({"type": "document", "source": source, "title": "x"})), Admitted)
 
 
 def test_what_claude_sends_is_admitted() -> None:
@@ -154,6 +183,14 @@ def test_headers_are_an_allowlist() -> None:
     }
     assert kept[b"accept-encoding"] == b"identity"
     assert kept[b"anthropic-beta"] == b"claude-code-20250219"
+
+
+def test_a_body_is_sent_on_as_what_it_was_read_as() -> None:
+    """An upstream that obeys a charset would read another body than was judged."""
+    for kind in (b"application/json; charset=utf-7", b"application/json;charset=utf-16;x=y", b"Application/JSON"):  # fmt: skip
+        admitted = admit(body(), headers=((b"content-type", kind),))
+        assert isinstance(admitted, Admitted)
+        assert [v for n, v in admitted.headers if n == b"content-type"] == [b"application/json"]
 
 
 @pytest.mark.parametrize(

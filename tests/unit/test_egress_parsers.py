@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import html
 import json
 import random
 import ssl
@@ -304,8 +305,12 @@ def test_redaction_survives_any_cut(parts: list[bytes], at: int) -> None:
         assert out == data.replace(secret, MARK)
 
 
+def _unicode(text: bytes, of: str, form: str) -> bytes:
+    return "".join(f"\\u{ord(c):{form}}" if c in of else c for c in text.decode()).encode()
+
+
 @pytest.mark.parametrize("offset", [0, 1, 2, 3])
-@pytest.mark.parametrize("secret", [b"sk-ant-SECRETVALUE", b"a+/=b/secret=="])
+@pytest.mark.parametrize("secret", [b"sk-ant-SECRETVALUE", b"a+/=b/secret==", b"p&ss<'w=rd\">"])
 def test_what_an_upstream_echoes_is_found_in_its_usual_spellings(
     secret: bytes, offset: int
 ) -> None:
@@ -318,6 +323,11 @@ def test_what_an_upstream_echoes_is_found_in_its_usual_spellings(
         base64.b64encode(text),
         base64.urlsafe_b64encode(text),
         json.dumps(text.decode()).replace("/", "\\/").encode(),
+        text.hex().encode(),
+        b" ".join([b"0x", text.hex().upper().encode()]),
+        html.escape(text.decode()).encode(),
+        _unicode(text, "&<>'=", "04x").replace(b'"', b'\\"'),  # Gson
+        _unicode(text, "&<>'\"+`", "04X"),  # System.Text.Json
     ):
         for size in (1, 5, 1000):
             redactor = Redactor(lambda: needles)
@@ -381,7 +391,7 @@ def test_any_json_is_strict_or_refused(data: bytes) -> None:
     "bad",
     [b'{"a":1,"a":2}', b'{"a":{"b":1,"b":2}}', b"\xef\xbb\xbf{}", '{"a":1}'.encode("utf-16"), b'{"a":NaN}',
      b'{"a":"\\ud800"}', b"[" * 100 + b"]" * 100, b'{"a":1}x', b'{"a":1,}', b"{'a':1}", b'{"a":"\xff"}', b'{"\\u0061":1,"a":2}',
-     b"", b'{"a":Infinity}'],
+     b"", b'{"a":Infinity}', b'{"a":1e999}', b'{"a":[-1E400]}'],
 )  # fmt: skip
 def test_ambiguous_json_is_refused(bad: bytes) -> None:
     with pytest.raises(NotStrictError):

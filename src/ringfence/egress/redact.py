@@ -13,12 +13,25 @@ from urllib.parse import quote_from_bytes
 
 MARK = b"[redacted]"
 
+_ESCAPES: tuple[dict[int, str], ...] = (
+    {ord(c): f"\\u{ord(c):04x}" for c in "&<>"} | {0x22: '\\"'},
+    {ord(c): f"\\u{ord(c):04x}" for c in "&<>'="} | {0x22: '\\"'},
+    {ord(c): f"\\u{ord(c):04X}" for c in "&<>'\"+`"},
+    {0x22: '\\"'},
+    {0x26: "&amp;", 0x3C: "&lt;", 0x3E: "&gt;", 0x22: "&quot;", 0x27: "&#39;"},
+    {0x26: "&amp;", 0x3C: "&lt;", 0x3E: "&gt;", 0x22: "&quot;", 0x27: "&#x27;"},
+)
+"""What writers of JSON and HTML put for the characters of markup: Go, Gson, System.Text.Json, any
+other, and the two that differ in the apostrophe."""
+
 
 def spellings(value: bytes) -> set[bytes]:
     """How an upstream that echoes what it was sent may write a value: as it is, percent-encoded,
-    with JSON's escaped slash, in base64 at each of the three offsets it can have there.
+    with JSON's escaped slash, with what writers of JSON and HTML put for markup, in hexadecimal, in
+    base64 at each of the three offsets it can have there.
     """
-    found = {value, value.replace(b"/", b"\\/")}
+    found = {value, value.replace(b"/", b"\\/"), value.hex().encode(), value.hex().upper().encode()}
+    found |= {value.decode("latin-1").translate(form).encode("latin-1") for form in _ESCAPES}
     for safe in ("", "/"):
         encoded = quote_from_bytes(value, safe=safe).encode()
         found |= {encoded, re.sub(rb"%[0-9A-F]{2}", lambda match: match[0].lower(), encoded)}

@@ -49,6 +49,11 @@ _TOOL_KEYS = frozenset(
 MAX_TOKENS = 10_000_000
 
 _SOURCES = frozenset({"base64", "text", "content"})
+_SOURCE_KEYS = frozenset({"type", "media_type", "data", "content"})
+
+_REACHING = ("url", "file_id")
+"""Keys by which a block, or a source that says it carries its data, would name what to fetch. The
+API has them elsewhere; a gateway that stands in its place may read them here."""
 
 
 class BodyError(ValueError):
@@ -106,7 +111,8 @@ def _check_tool(tool: Any, rules: ModelRules) -> None:
         raise BodyError("tool-not-an-object")
     kind = tool.get("type", "custom")
     if kind != "custom":
-        if not isinstance(kind, str) or not kind.startswith(rules.server_tools or ("\0",)):
+        # without a grant there is no prefix to compare with: an empty tuple begins no text
+        if not isinstance(kind, str) or not kind.startswith(rules.server_tools):
             raise BodyError("server-tool-not-granted")
         return
     if tool.get("name") not in rules.tools:
@@ -182,6 +188,9 @@ def _check_keys(block: dict[str, Any], rules: ModelRules) -> None:
     for key, value in block.items():
         if isinstance(value, (dict, list)) and key not in _STRUCTURED:
             raise BodyError("block-key-not-granted")
+    # what a server tool brought names its pages, and is sent back with every later request
+    if not (rules.url_sources or rules.server_tools) and any(key in block for key in _REACHING):
+        raise BodyError("block-key-not-granted")
     caller = block.get("caller")
     if caller is not None and caller != {"type": "direct"} and not rules.server_tools:
         raise BodyError("block-key-not-granted")
@@ -224,9 +233,11 @@ def _check_source(
     kind = _word(source, "type")
     if kind == "url" and rules.url_sources:
         return
-    if kind not in _SOURCES:
+    if kind not in _SOURCES or not _SOURCE_KEYS.issuperset(source):
         raise BodyError("source-not-granted")
     content = source.get("content")
-    if isinstance(content, list):
-        for inner in content:
-            _check_block(inner, rules, results, depth + 1)
+    for text in (source.get("data"), None if isinstance(content, list) else content):
+        if text is not None and not isinstance(text, str):
+            raise BodyError("source-malformed")
+    for inner in content if isinstance(content, list) else ():
+        _check_block(inner, rules, results, depth + 1)

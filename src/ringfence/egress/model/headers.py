@@ -48,13 +48,14 @@ def request_headers(headers: Headers, granted_betas: Iterable[str]) -> list[tupl
     """What goes upstream of a request's headers, without host, credential and length."""
     kept = []
     for name, value in headers:
-        if name not in REQUEST:
+        if name not in REQUEST or name == b"content-type":
             continue
         passed = _only(value, granted_betas) if name == b"anthropic-beta" else value
         if passed:
             kept.append((name, passed))
-    # nothing may pass that redaction and metering cannot read
-    return [*kept, (b"accept-encoding", b"identity")]
+    # the body was read as JSON in UTF-8: no charset may have an upstream read another one, and
+    # nothing may come back that redaction and metering cannot read
+    return [*kept, (b"content-type", b"application/json"), (b"accept-encoding", b"identity")]
 
 
 def _only(value: bytes, granted_betas: Iterable[str]) -> bytes:

@@ -2,14 +2,16 @@
 
 The rules below look at our parse of a body, and the upstream at its own; a body that two parsers
 could read differently would make the rules a matter of opinion. So what is ambiguous is refused:
-bytes that are not UTF-8, a byte-order mark, duplicate keys at any depth, NaN and Infinity, lone
-surrogates, and depth past a cap. What is left has one meaning (RFC 8259, I-JSON RFC 7493), and
+bytes that are not UTF-8, a byte-order mark, duplicate keys at any depth, NaN and Infinity, numbers
+that are infinite to one parser and an error to another (1e999), lone surrogates, and depth past a
+cap. What is left has one meaning (RFC 8259, I-JSON RFC 7493), and
 the original bytes may be forwarded.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any, NoReturn
 
@@ -31,8 +33,15 @@ def _constant(_: str) -> NoReturn:
     raise NotStrictError("json-not-a-number")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise NotStrictError("json-not-a-number")
+    return value
+
+
 _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-_DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant)
+_DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant, parse_float=_finite)
 
 
 def parse(body: bytes) -> Any:
