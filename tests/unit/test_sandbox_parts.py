@@ -360,7 +360,13 @@ def test_more_masks_than_can_be_mounted(tmp_path: Path) -> None:
 
 HELD = (".git/hooks/pre-commit", ".GIT/config", "sub/.git", ".envrc", ".vscode/tasks.json", ".claude/settings.json",
         "CLAUDE.md", ".mcp.json", ".github/workflows/x.yml", ".gitlab-ci.yml", ".gitattributes", ".husky/pre-push",
-        ".npmrc", "git~1/config", ".g\u200cit/config", ".git./config", ".devcontainer/devcontainer.json")  # fmt: skip
+        ".npmrc", "git~1/config", ".g\u200cit/config", ".git./config", ".devcontainer/devcontainer.json",
+        ".git::$INDEX_ALLOCATION/config", ".git:x/hooks/y", "data/HEAD", "fixtures/x.git/config", ".hg/hgrc",
+        ".dir-locals.el", ".nvim.lua", ".vim/ftplugin/c.vim", ".gdbinit", ".Rprofile", ".bash_login", "_vimrc",
+        ".mise.toml", "mise.local.toml", ".config/mise/config.toml", ".cursorrules", ".github/copilot-instructions.md",
+        ".opencode/plugin/x.ts", ".kiro/hooks/x", "AGENTS.override.md", ".pnp.cjs", "bunfig.toml", ".mvn/extensions.xml",
+        ".bazelrc", ".cargo/config.toml", ".bundle/config", ".lintstagedrc.json", ".cirrus.star", "x.desktop",
+        "a/.run/x.run.xml", "x.sublime-project", ".vs/tasks.vs.json")  # fmt: skip
 ADVICE = (
     "Makefile",
     "conftest.py",
@@ -370,6 +376,17 @@ ADVICE = (
     "a/b/CMakeLists.txt",
     "x.pth",
     "setup.py",
+    "binding.gyp",
+    "vitest.config.mts",
+    "x/Directory.Build.props",
+    "BUILD",
+    "mix.exs",
+    "requirements-dev.txt",
+    "package-lock.json",
+    "gradle/wrapper/gradle-wrapper.jar",
+    ".tool-versions",
+    ".env.local",
+    "main.tf",
 )
 PLAIN = (
     "src/main.py",
@@ -378,6 +395,13 @@ PLAIN = (
     "github/workflows.md",
     "makefiles.txt",
     "data.json",
+    "src/head.py",
+    "a/heads",
+    "time 12:30.txt",
+    "config/app.json",
+    "src/build/x.py",
+    "hooks/use-state.ts",
+    "digit/config",
 )
 
 

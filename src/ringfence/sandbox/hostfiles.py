@@ -28,61 +28,124 @@ class HostFile:
 _HELD: tuple[tuple[str, str], ...] = (
     (r"(.*/)?\.git(/.*)?", "git runs hooks, filters and the programs its configuration names"),
     (r"(.*/)?\.git(attributes|modules)", "git runs filters and fetches submodules"),
+    # whoever enters a bare repository, which needs no name, obeys its configuration
+    # (safe.bareRepository is "all" unless set)
+    (r"(.*/)?(HEAD|[^/]+\.git/.*)", "git takes the folder for a repository, and obeys its config"),
+    (r"(.*/)?\.(hg|bzr|svn|jj|sl)(/.*)?|(.*/)?_darcs(/.*)?", "version control runs hooks of it"),
     (r"(.*/)?\.envrc(\..*)?", "direnv runs it when a shell enters the folder"),
-    (r"(.*/)?\.(vscode|idea|devcontainer|fleet|zed)/.*", "an editor runs tasks of it"),
+    (
+        r"(.*/)?(\.(mise|rtx)(\..*)?|mise(\..*)?|\.config/mise(/.*)?)\.toml",
+        "a shell that enters obeys it",
+    ),
+    (
+        r"(.*/)?\.(vscode(-server)?|vs|idea|run|devcontainer|fleet|zed|theia|nova|vim|nvim|helix)/.*",
+        "an editor runs tasks of it",
+    ),
+    (
+        r"(.*/)?(\.dir-locals(-2)?\.el|\.sublime-project|.*\.sublime-(project|build))",
+        "an editor runs it",
+    ),
     (r"(.*/)?\.devcontainer\.json", "an editor builds and starts it"),
     (r".*\.code-workspace", "an editor runs tasks of it"),
-    (r"(.*/)?\.(claude|cursor|codex|gemini|aider.*|windsurf)(/.*)?", "an agent takes orders of it"),
+    (
+        r"(.*/)?\.(claude|cursor|codex|gemini|aider.*|windsurf|roo|cline|continue|kiro|amazonq|junie"
+        r"|opencode|augment|trae|goose|agents?|crush|qwen)(/.*)?",
+        "an agent takes orders of it",
+    ),
+    (
+        r"(.*/)?(\.(cursor|windsurf|cline|roo)rules.*|\.goosehints|opencode\.jsonc?|\.crush\.json"
+        r"|\.github/(copilot-instructions\.md|(instructions|prompts|agents|chatmodes)/.*))",
+        "an agent takes orders of it",
+    ),
     (r"(.*/)?\.(mcp|claude)\.json", "an agent starts the servers it names"),
-    (r"(.*/)?(claude|agents|gemini)(\.local)?\.md", "an agent takes orders of it"),
+    (
+        r"(.*/)?(claude|agents?|gemini|qwen|crush)(\.local|\.override)?\.md",
+        "an agent takes orders of it",
+    ),
     (r"(.*/)?\.(github|gitea|forgejo)/(workflows|actions)/.*", "CI runs it with its own secrets"),
     (r"(.*/)?\.(circleci|buildkite|woodpecker|tekton)/.*", "CI runs it with its own secrets"),
     (
         r"(.*/)?(\.gitlab-ci.*\.ya?ml|\.travis\.yml|jenkinsfile.*|azure-pipelines.*\.ya?ml"
-        r"|bitbucket-pipelines\.yml|\.drone\.ya?ml|appveyor\.ya?ml|\.woodpecker\.ya?ml)",
+        r"|bitbucket-pipelines\.yml|\.drone\.(ya?ml|jsonnet|star)|\.?appveyor\.ya?ml|\.woodpecker\.ya?ml"
+        r"|\.cirrus\.(ya?ml|star)|\.semaphore/.*|\.teamcity/.*|cloudbuild.*\.(ya?ml|json)"
+        r"|buildspec.*\.ya?ml)",
         "CI runs it with its own secrets",
     ),
     (r"(.*/)?(\.husky|\.githooks)/.*", "git hooks"),
-    (r"(.*/)?(\.pre-commit-config\.yaml|lefthook\.ya?ml|\.lefthook/.*)", "git hooks"),
     (
-        r"(.*/)?\.(bashrc|bash_profile|profile|zshrc|zshenv|zprofile|inputrc|vimrc|exrc|nvimrc)",
+        r"(.*/)?(\.pre-commit-(config|hooks)\.ya?ml|\.?lefthook(-local)?\.(ya?ml|toml|json)|\.lefthook/.*"
+        r"|\.?(simple-git-hooks|huskyrc|lintstagedrc|lint-staged|commitlint(rc)?|overcommit)(\..*)?)",
+        "git hooks",
+    ),
+    (
+        r"(.*/)?(\.(bashrc|bash_profile|bash_login|bash_logout|bash_aliases|profile|zshrc|zshenv"
+        r"|zprofile|zlogin|zlogout|kshrc|cshrc|tcshrc|login|inputrc|vimrc|gvimrc|exrc|nvimrc|lvimrc"
+        r"|emacs|tmux\.conf|screenrc|xprofile|xinitrc|gitconfig|hgrc)|_g?vimrc|_exrc|\.nvim\.lua|\.emacs\.d/.*)",
         "a shell or an editor reads it at start",
     ),
     (
-        r"(.*/)?\.(npmrc|yarnrc(\.yml)?|pypirc|netrc|pnpmfile\.cjs|yarn/(releases|plugins)/.*)",
+        r"(.*/)?(\.(gdbinit|lldbinit|rprofile|renviron|irbrc|pryrc|ghci|octaverc|pythonrc(\.py)?"
+        r"|pythonstartup|iex\.exs|julia/config/.*|config/fish/.*|config/systemd/.*|config/autostart/.*))",
+        "a program reads it when it starts in the folder",
+    ),
+    (
+        r".*\.(desktop|lnk|url|scf|webloc|command)|(.*/)?(autorun\.inf|desktop\.ini)",
+        "a desktop or the system starts what it names",
+    ),
+    (
+        r"(.*/)?(\.(npmrc|yarnrc(\.ya?ml)?|pypirc|netrc|curlrc|wgetrc|pnpmfile\.(cjs|mjs)|gemrc|condarc"
+        r"|bundle/.*|pnp\.(c?js|loader\.mjs)|yarn/(releases|plugins|sdks)/.*|pip/.*|cargo/config(\.toml)?"
+        r"|mvn/.*|bazelrc|sbtopts|jvmopts)|pip\.conf|uv\.toml|bunfig\.toml|pnpm-workspace\.yaml)",
         "a package manager obeys it",
     ),
     (r"(.*/)?\.ssh/.*", "ssh obeys it"),
 )
 
 _ADVICE: tuple[tuple[str, str], ...] = (
-    (r"(.*/)?(gnu)?makefile|.*\.mk|(.*/)?\.?justfile|(.*/)?taskfile\.ya?ml", "a build runs it"),
     (
-        r"(.*/)?(conftest|setup|noxfile|fabfile|tasks|manage|sitecustomize|usercustomize)\.py",
-        "Python runs it without being asked",
-    ),
-    (
-        r"(.*/)?(pyproject\.toml|setup\.cfg|tox\.ini|pytest\.ini|hatch_build\.py)",
-        "tools run what it names",
-    ),
-    (r".*\.pth", "Python runs it at every start"),
-    (
-        r"(.*/)?(package\.json|\.?(eslint|prettier|babel|jest|vite|webpack|rollup|postcss|next|"
-        r"tailwind|metro|gulpfile|gruntfile).*\.(js|cjs|mjs|ts|json))",
-        "node runs it",
-    ),
-    (
-        r"(.*/)?(dockerfile.*|.*\.dockerfile|(docker-)?compose.*\.ya?ml|containerfile.*)",
-        "a container build runs it",
-    ),
-    (
-        r"(.*/)?(build\.gradle(\.kts)?|settings\.gradle(\.kts)?|pom\.xml|gradlew|mvnw|build\.rs"
-        r"|\.cargo/config(\.toml)?|cmakelists\.txt|configure(\.ac)?|meson\.build|rakefile|gemfile"
-        r"|.*\.gemspec|package\.swift|build\.zig|flake\.nix|shell\.nix|default\.nix)",
+        r"(.*/)?(gnu|bsd)?makefile(\..*)?|.*\.(mk|mak|make|just|cmake|gyp|gypi|bzl|bazel|sbt|cabal|nimble"
+        r"|csproj|fsproj|vbproj|vcxproj|sln|props|targets|gradle(\.kts)?|gemspec|podspec|rockspec)"
+        r"|(.*/)?(\.?justfile|taskfile\.ya?ml)",
         "a build runs it",
     ),
     (
-        r"(.*/)?(vagrantfile|procfile|\.tool-versions|\.mise\.toml|mise\.toml|\.sdkmanrc)",
+        r"(.*/)?(conftest|setup|noxfile|fabfile|tasks|manage|dodo|sitecustomize|usercustomize"
+        r"|gunicorn\.conf|build|hatch_build|pavement|waf)\.py",
+        "Python runs it without being asked",
+    ),
+    (
+        r"(.*/)?(pyproject\.toml|setup\.cfg|\.?(tox|pytest|mypy)\.ini|(dev-)?requirements.*\.(txt|in)"
+        r"|constraints.*\.txt|pipfile(\.lock)?|poetry\.(lock|toml)|uv\.lock|environment\.ya?ml"
+        r"|\.(pylintrc|coveragerc|flake8))",
+        "tools run what it names",
+    ),
+    (r".*\.(pth|egg-link)|(.*/)?pyvenv\.cfg", "Python runs it at every start"),
+    (
+        r"(.*/)?(package\.json|(package-lock|npm-shrinkwrap|deno)\.jsonc?|deno\.lock|yarn\.lock"
+        r"|pnpm-lock\.yaml|bun\.lockb?|\.(eslint|prettier|babel|mocha|stylelint|nyc)rc"
+        r"|\.?(eslint|prettier|babel|jest|vite|vitest|webpack|rollup|postcss|next|nuxt|astro|svelte|"
+        r"remix|playwright|cypress|karma|mocha|stylelint|esbuild|rspack|tsup|turbo|nx|"
+        r"tailwind|metro|gulpfile|gruntfile).*\.(js|cjs|mjs|ts|cts|mts|json)|[^/]+\.config\."
+        r"(js|cjs|mjs|ts|cts|mts))",
+        "node runs it",
+    ),
+    (
+        r"(.*/)?(dockerfile.*|.*\.dockerfile|(docker-)?compose.*\.ya?ml|containerfile.*|earthfile"
+        r"|tiltfile|skaffold\.ya?ml|docker-bake\..*|devspace\.ya?ml)",
+        "a container build runs it",
+    ),
+    (
+        r"(.*/)?(pom\.xml|(gradlew|mvnw)(\.(bat|cmd))?|gradle\.properties|gradle/.*|build\.rs"
+        r"|cargo\.toml|cmakelists\.txt|cmakepresets\.json|configure(\.ac)?|meson\.build|rakefile|gemfile"
+        r"|guardfile|podfile|brewfile|dangerfile|fastfile|package\.swift|build\.zig(\.zon)?|.*\.nix"
+        r"|sconstruct|sconscript|wscript|snakefile|magefile\.go|build|workspace|mix\.exs|rebar\.config"
+        r"|setup\.hs|dune-project|composer\.json|project/[^/]*\.scala|go\.work)",
+        "a build runs it",
+    ),
+    (
+        r"(.*/)?(vagrantfile|procfile(\..*)?|\.tool-versions|\.sdkmanrc|\.(node|python|ruby|java|go)-version"
+        r"|\.nvmrc|rust-toolchain(\.toml)?|global\.json|\.env(\..*)?|\.flaskenv|\.rspec|ansible\.cfg"
+        r"|.*\.(tf|tfvars|hcl)|\.terraformrc|jenkins.*\.groovy|\.goreleaser.*)",
         "a tool runs what it names",
     ),
 )
@@ -111,6 +174,8 @@ def classify(change: Change) -> HostFile | None:
     # trailing dots and spaces, and 8.3 names, are dropped by NTFS
     name = re.sub(r"[ .]+(?=/|\Z)", "", name) or name
     name = re.sub(r"(?i)(^|/)git~[0-9]+(?=/|\Z)", r"\1.git", name)
+    # and what follows a colon names a stream of the same file there (CVE-2019-1352)
+    name = re.sub(r"(?<=[^/]):[^/]*(?=/|\Z)", "", name)
     for pattern, why in _HELD_COMPILED:
         if pattern.match(name):
             return HostFile(path=change.path, why=why, held=True)
