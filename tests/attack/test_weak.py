@@ -25,6 +25,7 @@ from fence import PROFILE
 from ringfence.check import takenover
 from ringfence.check.finding import Outcome, exit_status
 from ringfence.check.live import Attack
+from ringfence.check.place import RULES, Place
 from ringfence.check.probes.definition import Probe, Twin, built_in
 from ringfence.sandbox import bubblewrap, staged
 from ringfence.sandbox.bubblewrap import BubblewrapBackend
@@ -107,6 +108,16 @@ def test_a_network_that_only_variables_deny() -> None:
     assert found["NET-06"][0] is Outcome.FAIL, found
     assert "listener" in found["NET-06"][1]
     assert found["NET-15"][0] is Outcome.FAIL, found
+
+
+def test_a_model_route_that_grants_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answers lack the upstream's own headers, by which all other probes see what got through."""
+    model = replace(RULES.model, server_tools=("web_",), url_sources=True, mcp_servers=True)
+    monkeypatch.setitem(Place.__init__.__kwdefaults__, "rules", replace(RULES, model=model))
+    found = attacked(nothing, "API-10", "API-30", "API-31", "API-32")
+    for probe in ("API-10", "API-30", "API-31"):
+        assert found[probe][0] is Outcome.FAIL, found
+    assert found["API-32"][0] is Outcome.PASS, found
 
 
 def test_an_extra_mount(options: list[Any]) -> None:

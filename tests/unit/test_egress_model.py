@@ -139,7 +139,9 @@ def test_a_granted_source_may_name_what_to_fetch() -> None:
     ],
 )
 def test_sources_that_carry_their_data_pass(source: dict[str, Any]) -> None:
-    assert isinstance(admit(content({"type": "document", "source": source, "title": "x"})), Admitted)
+    assert isinstance(
+        admit(content({"type": "document", "source": source, "title": "x"})), Admitted
+    )
 
 
 def test_what_claude_sends_is_admitted() -> None:

@@ -23,6 +23,9 @@ echo 'export LD_PRELOAD=/x' > .envrc; mkdir .vscode; echo '{}' > .vscode/tasks.j
 mkdir -p .github/workflows; echo x > .github/workflows/ci.yml; echo x > Dockerfile
 echo '{"scripts": {"postinstall": "x"}}' > package.json; echo x > sitecustomize.py; echo x > .bashrc
 echo a > Name; echo b > NAME; printf 'x' > $'new\nline'; printf x > $'esc\e[31m'
+mkdir -p bare/objects bare/refs .hg; echo 'ref: refs/heads/main' > bare/HEAD; echo x > .hg/hgrc
+printf '[core]\\n\\tbare = true\\n\\tfsmonitor = touch /tmp/PWN\\n' > bare/config; echo x > .gdbinit
+echo x > .dir-locals.el; echo x > .mise.toml; echo x > .cursorrules; echo x > binding.gyp
 printf x > plain.txt; echo made
 """
 
@@ -91,6 +94,7 @@ JUDGES: Mapping[str, Callable[[Changes], Verdict]] = {
     "FS-09": _special,
     "FS-28": _bytewise,
     "AGT-15": _held_back(".git/hooks/post-checkout", "sub/.git/x"),
+    "AGT-30": _held_back("bare/HEAD", ".hg/hgrc", ".gdbinit", ".dir-locals.el", ".mise.toml"),
     "AGT-17": _listed("sitecustomize.py", ".envrc"),
     "AGT-18": _held_back(".envrc", ".vscode/tasks.json", ".bashrc"),
     "AGT-19": _listed(".github/workflows/ci.yml", "package.json", "Dockerfile"),
