@@ -74,5 +74,6 @@ def _print_usage(console: Console, result: RunResult) -> None:
     cost = "unknown price" if usage.cost_usd is None else f"${usage.cost_usd:.4f}"
     console.print(
         f"[dim]{usage.requests} model request{'s' * (usage.requests != 1)} · "
-        f"{usage.input_tokens} tokens in, {usage.output_tokens} out · {cost} (metered on the wire)[/]"
+        f"{usage.input_tokens} tokens in, {usage.output_tokens} out · "
+        f"{cost} (metered on the wire)[/]"
     )

@@ -17,17 +17,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ringfence.agent.messages import Notice, Progress, RunPutOff
+from ringfence.agent.messages import Notice, Progress
 from ringfence.channel.messages import (
     AddListener,
     AnyMessage,
     CloseSandbox,
-    EgressDenied,
-    ModelCalled,
     OpenSandbox,
-    PutOff,
-    WitnessViolated,
-    witness_error,
 )
 from ringfence.errors import RingfenceError, UnavailableError
 from ringfence.model import PendingCall, RunRequest, RunResult, RunStatus, Usage, WorkspaceMode
@@ -53,14 +48,8 @@ from ringfence.worker.leases import heartbeat
 from ringfence.worker.live import Hold, Inside, Live
 from ringfence.worker.livekey import MACHINES
 from ringfence.worker.memory import memory_kills
-from ringfence.worker.modelcalls import model_message
-from ringfence.worker.outcome import (
-    Outcome,
-    budget_spent,
-    memory_spent,
-    model_busy,
-    model_unavailable,
-)
+from ringfence.worker.noticed import noticed
+from ringfence.worker.outcome import Outcome, memory_spent
 from ringfence.worker.prepare import (
     check,
     narrowed,
@@ -439,23 +428,7 @@ class Attempt:
             )
 
     def _noticed(self, message: AnyMessage) -> None:
-        if isinstance(message, EgressDenied):
-            text = f"egress refused {message.target}: {message.reason}"
-            self._on_message(Notice(kind="egress_denied", text=text))
-            if message.reason.startswith("budget-exhausted"):
-                self._outcome.hindrance = budget_spent(message.reason)
-            elif message.reason == "model-unavailable":
-                self._outcome.hindrance = model_unavailable()
-        elif isinstance(message, ModelCalled):
-            self._on_message(model_message(message))
-        elif isinstance(message, PutOff):
-            self._outcome.fail(model_busy(message.seconds, message.reason))
-            self._on_message(RunPutOff(seconds=message.seconds, reason=message.reason))
-            self._control.cancel()
-        elif isinstance(message, WitnessViolated):
-            self._outcome.fail(witness_error(message.reason))
-            self._on_message(Notice(kind="witness_violated", text=message.reason))
-            self._control.cancel()
+        noticed(message, outcome=self._outcome, control=self._control, on_message=self._on_message)
 
     async def _count_kills(self, sandbox: Sandbox) -> int:
         """Of this run: one that served before it may have lost some then."""
