@@ -21,7 +21,7 @@ from typing import (
 )
 
 from ringfence.config import load_config
-from ringfence.errors import CallerError
+from ringfence.errors import CallerError, words
 from ringfence.model import PermissionMode, RunRequest, RunResult, WorkspaceMode
 
 if TYPE_CHECKING:
@@ -276,7 +276,7 @@ def _absolute(path: str | Path) -> str:
     try:
         return str(Path(path).resolve())
     except (OSError, RuntimeError, ValueError) as error:
-        raise CallerError("workspace-missing", f"{path} cannot be read: {error}") from None
+        raise CallerError("workspace-missing", f"{path} cannot be read: {words(error)}") from None
 
 
 def _word(kind: type[_Word], value: str | None) -> _Word | None:
@@ -298,14 +298,21 @@ def _blocking(
         Under a running event loop (a notebook, a web framework's handler) it blocks that loop,
         as any synchronous call does, and runs on one of its own in another thread.
         """
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
+        # asked outside of an `except`: an error of the run would be shown as one of this question
+        if not _loop_runs():
             return asyncio.run(function(*args, **kwargs))
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ringfence") as thread:
             return thread.submit(asyncio.run, function(*args, **kwargs)).result()
 
     return blocking
+
+
+def _loop_runs() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 run_sync = _blocking(run)

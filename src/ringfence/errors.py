@@ -267,6 +267,7 @@ CODES: dict[str, str] = {
     "witness-violated": "A tool result that nobody allowed was on the wire; the run was ended.",
     "answer-missing": "The session waits for an answer to a pending call, and there is none.",
     "answer-refused": "An answer fits no pending call, or is of another kind than the call.",
+    "memory-exhausted": "A process of the sandbox was killed at its memory limit.",
     "tool-timeout": "A tool call was over its time limit.",
     "budget-exhausted": "The run's budget, or one that it shares, is spent.",
     "model-unavailable": "No provider that the policy allows answers a model request.",

@@ -438,3 +438,24 @@ def test_where_runs_must_be_anchored_they_are_or_do_not_start(box: Box) -> None:
     verified = box.call("audit", "verify", "--json", **settings)
     assert (verified.json["ok"], verified.json["warnings"]) == (True, [])
     assert (place / "checkpoints").read_text().count("ringfence/audit\n") >= 2
+
+
+@pytest.mark.skipif("memory" in ACCEPT, reason="this host does not limit memory for us")
+def test_who_was_killed_for_memory_is_told(box: Box) -> None:
+    """A failure says so and keeps the program's status; a success is told of it, and stands."""
+    hog = "python3 -c 'x = bytearray(SIZE << 20)'"
+    box.policy({"preset": "strict", "execution": {"max_memory_mb": 256}})
+    killed = box.execute(hog.replace("SIZE", "600"))
+    assert killed.code == killed.json["exit_code"] == 137
+    assert killed.json["error"]["code"] == "memory-exhausted"
+    assert "256 MB" in killed.json["error"]["message"]
+    fine = box.execute(hog.replace("SIZE", "20"))
+    assert (fine.code, fine.json["error"]) == (0, None)
+    stopped = [r["memory_kills"] for r in box.records() if r["type"] == "sandbox.stopped"]
+    assert stopped == [1, 0]
+    survived = box.call(
+        *("exec", "--workspace", str(box.workspace), "--policy", str(box.place / "policy.yaml")),
+        *("--", "sh", "-c", hog.replace("SIZE", "600") + "; true"),
+    )
+    assert survived.code == 0, survived.err
+    assert "a process inside was killed at the sandbox's memory limit of 256 MB" in survived.err

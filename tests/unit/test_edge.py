@@ -99,3 +99,30 @@ def test_all_that_a_host_cannot_enforce_is_named_at_once() -> None:
     )
     accepted = SandboxProfile(accept_unenforced=frozenset({"memory", "cpu", "pids"}))
     refuse_unenforceable(states, accepted)
+
+
+LOADED = """
+import os, signal, sys
+class Hit:
+    def find_spec(self, name, *_):
+        if name == "ringfence.wiring":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Hit())
+signal.signal(signal.SIGINT, {handler})
+sys.argv = ["ringfence", "--version"]
+from ringfence.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("handler", "status", "said"),
+    [("signal.default_int_handler", -2, ""), ("signal.SIG_IGN", 0, "ringfence ")],
+)
+def test_ctrl_c_while_the_program_is_loaded(
+    tmp_path: Path, handler: str, status: int, said: str
+) -> None:
+    """It ends at once and without a traceback; one that ignores it, as under nohup, goes on."""
+    done = ringfence(tmp_path, "-c", LOADED.replace("{handler}", handler))
+    assert (done.returncode, done.stderr) == (status, "")
+    assert done.stdout.startswith(said)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
+
+from ringfence.egress import process
 
 SCRIPT = """
 import ssl, sys
@@ -35,3 +38,11 @@ def test_without_it_the_handshake_fails() -> None:
     done = _run()
     assert done.returncode != 0
     assert "idna" in done.stderr
+
+
+def test_a_fault_of_the_system_is_named_and_a_defect_is_not_told() -> None:
+    full = process._unforeseen(OSError(errno.ENOSPC, "x", "/a/secret/path"))
+    assert full.message == "egress: no space left on device"
+    assert "disk" in full.hint
+    assert process._unforeseen(ValueError("sk-value")).message == "ValueError in egress"
+    assert process._unforeseen(OSError("sk-value")).message == "OSError in egress"

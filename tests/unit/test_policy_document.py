@@ -118,6 +118,32 @@ def test_every_problem_is_given_at_once_with_its_path_and_mend() -> None:
     }
 
 
+def test_words_of_the_sdk_and_keys_at_the_wrong_place_say_where_they_belong() -> None:
+    found = problems(
+        {
+            "version": 1,
+            "security_config": {"network": {"mode": "none"}},
+            "allowed_tools": ["Read"],
+            "permission_mode": "plan",
+            "max_duration_seconds": 300,
+            "tools": {"disallowed_tools": ["Write"], "cpus": 1},
+        }
+    )
+    assert "at the top" in found["security_config"]
+    assert "preapproved" in found["allowed_tools"]
+    assert "deny" in found["tools.disallowed_tools"]
+    assert found["permission_mode"] == "unknown key; did you mean tools.permission_mode?"
+    assert found["max_duration_seconds"].endswith("execution.max_duration_seconds?")
+    assert found["tools.cpus"].endswith("did you mean execution.cpus?")
+
+
+def test_a_problem_reads_as_place_value_reason() -> None:
+    with pytest.raises(PolicyInvalidError) as caught:
+        from_mapping({"version": 1, "network": {"mode": "open"}})
+    (problem,) = caught.value.problems
+    assert problem.render() == "network.mode: 'open': write 'restricted' or 'none'"
+
+
 @pytest.mark.parametrize(
     "values",
     [

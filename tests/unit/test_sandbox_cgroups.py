@@ -243,3 +243,28 @@ def test_version_1_counts_what_is_below_or_no_seat_is_made(tmp_path: Path) -> No
     file.mkdir()  # can neither be written nor read
     with pytest.raises(UnavailableError, match="memory"):
         groups.within()
+
+
+@pytest.mark.parametrize(
+    ("file", "unified"), [("memory.oom_control", False), ("memory.events", True)]
+)
+def test_what_was_killed_at_the_limit_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, unified: bool
+) -> None:
+    root = _version_2(tmp_path, "x", monkeypatch) if unified else _version_1(tmp_path, "memory")
+    groups = cgroups.Groups(cgroups.discover(root), ID)
+    groups.make(LIMITS)
+    assert groups.memory_kills() is None
+    place = Path(groups.paths[0]) / file
+    place.write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 3\noom_group_kill 1\n")
+    assert groups.memory_kills() == 3
+    place.write_text("oom_kill ?\n")
+    assert groups.memory_kills() is None
+    place.write_text("under_oom 0\n")
+    assert groups.memory_kills() == 0
+
+
+def test_without_an_account_nothing_is_counted(tmp_path: Path) -> None:
+    groups = cgroups.Groups(cgroups.discover(_version_1(tmp_path, "pids")), ID)
+    groups.make(LIMITS)
+    assert groups.memory_kills() is None

@@ -11,7 +11,7 @@ from ringfence.agent.messages import TurnEnded
 from ringfence.errors import AgentError, DeniedError, RingfenceError, UnavailableError
 from ringfence.model import RunStatus
 from ringfence.worker.control import Wish
-from ringfence.worker.outcome import Outcome
+from ringfence.worker.outcome import Outcome, memory_spent
 
 OK = TurnEnded(ok=True, text="done", num_turns=1, reason="", errors=())
 BAD = TurnEnded(ok=False, text="", num_turns=1, reason="max_turns", errors=())
@@ -53,6 +53,28 @@ def test_a_budget_refusal_explains_a_failure_and_makes_none() -> None:
     assert (failed.error, failed.exit_code) == (spent, 5)
     killed = Outcome(failure=DeniedError("witness-violated", "x"), hindrance=spent)
     assert killed.exit_code == 3
+
+
+def test_memory_explains_a_failure_and_keeps_the_programs_own_status() -> None:
+    spent = memory_spent(2, 64)
+    assert spent.message == "2 processes inside were killed at the sandbox's memory limit of 64 MB"
+    killed = Outcome(command=left(137))
+    killed.hinder(spent)
+    assert (killed.error, killed.exit_code) == (spent, 137)
+    fine = Outcome(command=left(0), hindrance=spent)
+    assert (fine.error, fine.status) == (None, RunStatus.SUCCEEDED)
+
+
+def test_a_start_that_was_cut_short_by_the_end_is_no_failure_of_the_host() -> None:
+    started = UnavailableError("sandbox-start-failed", "it ended without a word")
+    ended = Outcome(failure=started, wish=Wish.INTERRUPT)
+    assert ended.status is RunStatus.CANCELLED
+    assert ended.error is not None
+    assert ended.error.code == "run-interrupted"
+    assert Outcome(failure=started).exit_code == 4
+    # what else went wrong stays the cause
+    gone = Outcome(failure=UnavailableError("egress-unavailable", "x"), wish=Wish.CANCEL)
+    assert gone.exit_code == 4
 
 
 def test_the_first_failure_is_the_cause() -> None:

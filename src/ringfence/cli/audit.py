@@ -26,6 +26,8 @@ from ringfence.record.read import AuditReader
 from ringfence.record.safe_text import one_line
 from ringfence.record.usage import RequestUsage, total
 
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
 app = group("Read and verify the audit log: what was asked, decided, sent, spent and ended.")
 _FOLLOW_SECONDS = 0.25
 _BAD = 3
@@ -92,7 +94,7 @@ def verify(
         list[Path] | None,
         typer.Option("--anchor", help="A file of checkpoints that were kept elsewhere."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json")] = False,
+    as_json: _Json = False,
 ) -> None:
     """Verify the log. Exit status 0 when it is good, 3 when not: the first bad index is named."""
     with clear_errors(as_json=as_json):
@@ -167,7 +169,7 @@ def export(
     after: Annotated[
         int, typer.Option("--after", min=-1, help="ocsf: only records after this index.")
     ] = -1,
-    as_json: Annotated[bool, typer.Option("--json")] = False,
+    as_json: _Json = False,
 ) -> None:
     """Copy the log, its public key and its last checkpoint, for whoever is to verify it.
 
@@ -277,7 +279,7 @@ def usage(
     *,
     run: Annotated[str | None, typer.Option("--run", help="Each model request of it.")] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="How many runs.")] = 20,
-    as_json: Annotated[bool, typer.Option("--json")] = False,
+    as_json: _Json = False,
 ) -> None:
     """Tokens and dollars: of the latest runs, or of one run's model requests."""
     with clear_errors(as_json=as_json), AuditReader(_directory(ctx)) as reader:
@@ -316,9 +318,7 @@ def _amounts(used: Usage) -> str:
 
 
 @app.command()
-def checkpoint(
-    ctx: typer.Context, *, as_json: Annotated[bool, typer.Option("--json")] = False
-) -> None:
+def checkpoint(ctx: typer.Context, *, as_json: _Json = False) -> None:
     """Sign the log as it is now and print the checkpoint, to be kept where root here cannot."""
     from ringfence.record.audit import AuditLog
 
@@ -342,7 +342,7 @@ def key(
     rotate: Annotated[
         bool, typer.Option("--rotate", help="Change the signing key; old records stay verifiable.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json")] = False,
+    as_json: _Json = False,
 ) -> None:
     """Print the public key, which is all that a verifier needs."""
     from ringfence.record.audit import AuditLog

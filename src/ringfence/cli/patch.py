@@ -33,7 +33,11 @@ Run = Annotated[str, typer.Argument(help="Run id, as `ringfence run` prints it."
 
 def _load(state_dir: Path, run: str) -> tuple[Changes, str]:
     if not _RUN.match(run):
-        raise CallerError("run-unknown", f"{run[:64]!r} is not a run id")
+        raise CallerError(
+            "run-unknown",
+            f"{run[:64]!r} is not a run id",
+            hint="the latest runs: ringfence audit usage",
+        )
     for workspace in recover_all(state_dir / "runs"):
         said = f"an apply to {one_line(workspace)} was cut off: taken back, the files are as before"
         typer.echo(said, err=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,14 +12,7 @@ from typing import Annotated, Any, Self
 
 import typer
 
-from ringfence.errors import (
-    CODES,
-    CallerError,
-    DeniedError,
-    RingfenceError,
-    UnavailableError,
-    words,
-)
+from ringfence.errors import CODES, CallerError, DeniedError, RingfenceError, UnavailableError
 from ringfence.policy import yamldoc
 from ringfence.policy.problems import PolicyInvalidError
 
@@ -158,9 +152,10 @@ def _clear() -> Iterator[None]:
     try:
         yield
     except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
+        why = re.sub(r"\[Errno -?\d+\] ", "", str(error)) or type(error).__name__
         raise UnavailableError(
             "gateway-unavailable",
-            f"the gateway does not answer: {error or type(error).__name__}",
+            f"the gateway does not answer: {why}",
             hint="see that `ringfence up` or `ringfence serve` runs, and --url (RINGFENCE_URL)",
         ) from None
 
@@ -183,7 +178,11 @@ def definition(file: Path) -> dict[str, Any]:
     except PolicyInvalidError as error:
         raise CallerError("request-invalid", f"{file}: {error.message}", hint=error.hint) from None
     except OSError as error:
-        raise CallerError("request-invalid", f"{file} cannot be read: {words(error)}") from None
+        raise CallerError(
+            "request-invalid",
+            f"{file} cannot be read: {error.strerror or error}",
+            hint="-f names a YAML file: docs/how-to/platform.md",
+        ) from None
     if not isinstance(value, dict):
         raise CallerError("request-invalid", f"{file}: a definition is a mapping")
     return value

@@ -15,7 +15,7 @@ import typer
 from ringfence.cli.context import AppContext
 from ringfence.cli.live import LiveView, StreamJson, silent
 from ringfence.cli.output import clear_errors, print_json, report
-from ringfence.errors import CallerError, RingfenceError, UnavailableError
+from ringfence.errors import CallerError, RingfenceError, UnavailableError, words
 from ringfence.model import PermissionMode, RunRequest, RunResult, RunStatus, WorkspaceMode
 from ringfence.policy.isolation import Technology
 from ringfence.record.safe_text import printable
@@ -229,7 +229,11 @@ def _resolved(path: Path) -> str:
     try:
         return str(path.resolve())
     except (OSError, RuntimeError, ValueError) as error:
-        raise CallerError("workspace-missing", f"{path} cannot be read: {error}") from None
+        raise CallerError(
+            "workspace-missing",
+            f"{path} cannot be read: {words(error)}",
+            hint="go to a directory that is there, or name one: --workspace",
+        ) from None
 
 
 def _execute(

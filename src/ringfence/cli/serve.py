@@ -102,7 +102,8 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise UnavailableError(
             "address-in-use",
-            f"cannot listen at {host}:{port}: {words(error)}",
+            # without what asyncio and socket add, which is the address again
+            f"cannot listen at {host}:{port}: {words(error).partition(' (while ')[0]}",
             hint="name another with --host and --port",
         ) from None
 

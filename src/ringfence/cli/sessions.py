@@ -54,6 +54,8 @@ def list_(
         if as_json:
             print_json([dataclasses.asdict(session) for session in sessions])
             return
+        if not sessions and not skip:
+            typer.echo("no sessions yet: `ringfence run` makes one", err=True)
         for session in sessions:
             changed = datetime.fromtimestamp(session.changed, UTC)
             held = " (running)" if session.held_by else ""

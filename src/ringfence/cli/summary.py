@@ -24,7 +24,8 @@ def print_summary(result: RunResult, applied: dict[str, Any] | None) -> None:
             f"[red]{escape(result.error['code'])}: {escape(printable(result.error['message']))}[/]"
             f"{escape(hint)}"
         )
-    for line in result.errors:
+    # a turn that was ended from outside leaves its client's own notes of it
+    for line in result.errors if result.status is not RunStatus.CANCELLED else ():
         console.print(f"[red]{escape(printable(line))}[/]")
     _print_changes(console, result, applied)
     _print_usage(console, result)
@@ -72,6 +73,7 @@ def _print_usage(console: Console, result: RunResult) -> None:
         return
     cost = "unknown price" if usage.cost_usd is None else f"${usage.cost_usd:.4f}"
     console.print(
-        f"[dim]{usage.requests} model requests · {usage.input_tokens} tokens in, "
-        f"{usage.output_tokens} out · {cost} (metered on the wire)[/]"
+        f"[dim]{usage.requests} model request{'s' * (usage.requests != 1)} · "
+        f"{usage.input_tokens} tokens in, {usage.output_tokens} out · "
+        f"{cost} (metered on the wire)[/]"
     )

@@ -63,6 +63,19 @@ refusals, witnesses and what was asked for never lie here.
 _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
 
 
+def _unforeseen(error: Exception) -> UnavailableError:
+    """Without its words, which may hold a value; of a fault of the system the name alone is told:
+    whoever fills the disk has to learn of it.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return UnavailableError(
+            "egress-unavailable",
+            f"egress: {os.strerror(error.errno).lower()}",
+            hint="see that the disk is not full and the state directory can be written",
+        )
+    return UnavailableError("egress-unavailable", f"{type(error).__name__} in egress")
+
+
 class Egress:
     """State of the process: what is shared, and the sandboxes by id."""
 
@@ -95,8 +108,7 @@ class Egress:
         except RingfenceError as error:
             await self._channel.send(Refused(id=_id(message), error=error.to_json()))
         except Exception as error:  # noqa: BLE001  the worker must learn of it, without details
-            failure = UnavailableError("egress-unavailable", f"{type(error).__name__} in egress")
-            await self._channel.send(Refused(id=_id(message), error=failure.to_json()))
+            await self._channel.send(Refused(id=_id(message), error=_unforeseen(error).to_json()))
         else:
             await self._channel.send(Ack(id=_id(message), detail=detail))
 

@@ -39,11 +39,11 @@ class Problem:
     source: str = ""
 
     def render(self) -> str:
-        """One line: `source:line:column: path: value message`."""
+        """One line: `source:line:column: path: value: message`."""
         where = [self.source] if self.source else []
         where += [str(number) for number in self.place or ()]
         head = f"{':'.join(where)}: " if where else ""
-        shown = f" {self.value}" if self.value else ""
+        shown = f" {self.value}:" if self.value else ""
         return f"{head}{self.path}:{shown} {self.message}" if self.path else head + self.message
 
     def to_json(self) -> dict[str, object]:

@@ -200,15 +200,36 @@ def _plain(error: ErrorDetails) -> str:
     return error["msg"].replace("Input should be", "must be")
 
 
+# what the Agent SDK and copied examples call what a policy says elsewhere, or leaves to the run
+_ROLE = "write tools.role: NAME and tools.roles.NAME"
+_ELSEWHERE = {
+    "security_config": "write its sections at the top of the document",
+    "allowed_tools": f"{_ROLE} with allow (what is offered) and preapproved (what asks nobody)",
+    "disallowed_tools": f"{_ROLE} with deny",
+    "cwd": "a run names its directory: --workspace",
+}
+
+
 def _unknown_key(location: list[int | str]) -> str:
     model: Any = PolicyDocument
     for part in location[:-1]:
         model = _field_model(model, part)
     fields = list(model.model_fields) if model else []
-    near = difflib.get_close_matches(str(location[-1]), fields, n=1, cutoff=0.6)
-    if near:
-        return f"unknown key; did you mean {near[0]}?"
+    key = str(location[-1])
+    if key in _ELSEWHERE:
+        return f"unknown key; {_ELSEWHERE[key]}"
+    near = difflib.get_close_matches(key, fields, n=1, cutoff=0.6)
+    homes = [f"{name}.{key}" for name, section in _sections() if key in section.model_fields]
+    if homes or near:
+        return f"unknown key; did you mean {' or '.join(homes or near)}?"
     return "unknown key" + (f"; known are: {', '.join(fields)}" if fields else "")
+
+
+def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
+    for name, field in PolicyDocument.model_fields.items():
+        section = _section_in(field.annotation)
+        if section is not None:
+            yield name, section
 
 
 def _field_model(model: Any, part: int | str) -> Any:

@@ -91,10 +91,12 @@ class SandboxStarted(Event):
 class SandboxStopped(Event):
     """No process of the sandbox is alive, nor in any of its seats; for the reason `rests` they are
     frozen instead, until the session's next turn or another such record, and have no way out.
+    `memory_kills` counts what the host's kernel killed in it, in this run, at its memory limit.
     """
 
     type: Literal["sandbox.stopped"] = "sandbox.stopped"
     reason: str = ""
+    memory_kills: int = 0
 
 
 class ToolDecisionMade(Event):

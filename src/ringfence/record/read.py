@@ -89,7 +89,11 @@ class AuditReader:
         while page := self.events(run_id, after=found[-1]["index"] if found else -1):
             found += page
         if not found:
-            raise CallerError("run-unknown", f"the audit log holds no run {run_id[:64]!r}")
+            raise CallerError(
+                "run-unknown",
+                f"the audit log holds no run {run_id[:64]!r}",
+                hint="the latest runs: ringfence audit usage",
+            )
         return found
 
     def bodies(self, after: int = -1) -> Iterator[tuple[int, bytes]]:

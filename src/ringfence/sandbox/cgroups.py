@@ -297,6 +297,20 @@ class Groups:
             return None
         return working_set(self._paths[parent])
 
+    def memory_kills(self) -> int | None:
+        """Processes that the kernel has killed for want of memory within the limit. None where this
+        host keeps no account.
+        """
+        parent = self._hierarchy.parents.get(Control.MEMORY)
+        if parent is None:
+            return None
+        name = "memory.events" if self._hierarchy.unified else "memory.oom_control"
+        try:
+            lines = (self._paths[parent] / name).read_text().splitlines()
+            return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+        except (OSError, ValueError, IndexError):
+            return None
+
     def remove(self) -> None:
         """Remove the groups once they are empty; a leftover is swept by the next start."""
         for path in self._paths.values():

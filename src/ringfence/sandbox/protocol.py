@@ -402,6 +402,12 @@ class Metered(Protocol):
         """
         ...
 
+    def memory_kills(self) -> int | None:
+        """Processes that this host's kernel has killed because the sandbox was at its limit, until
+        now or until `stop`; None where nobody counts. Of a machine's own kernel it knows nothing.
+        """
+        ...
+
 
 @runtime_checkable
 class Subset(Protocol):

@@ -361,6 +361,10 @@ class StagedSandbox(ABC):
             return counted
         return resident(process.pid for process in list(self._processes)) or None
 
+    def memory_kills(self) -> int | None:
+        """See `Metered` of the protocol."""
+        return self._groups.memory_kills()
+
     async def stop(self) -> None:
         """See the protocol. Each of them is ended, whatever became of another.
 

@@ -17,17 +17,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from ringfence.agent.messages import Notice, Progress, RunPutOff
+from ringfence.agent.messages import Notice, Progress
 from ringfence.channel.messages import (
     AddListener,
     AnyMessage,
     CloseSandbox,
-    EgressDenied,
-    ModelCalled,
     OpenSandbox,
-    PutOff,
-    WitnessViolated,
-    witness_error,
 )
 from ringfence.errors import RingfenceError, UnavailableError
 from ringfence.model import PendingCall, RunRequest, RunResult, RunStatus, Usage, WorkspaceMode
@@ -52,8 +47,9 @@ from ringfence.worker.ids import new_id
 from ringfence.worker.leases import heartbeat
 from ringfence.worker.live import Hold, Inside, Live
 from ringfence.worker.livekey import MACHINES
-from ringfence.worker.modelcalls import model_message
-from ringfence.worker.outcome import Outcome, budget_spent, model_busy, model_unavailable
+from ringfence.worker.memory import memory_kills
+from ringfence.worker.noticed import noticed
+from ringfence.worker.outcome import Outcome, memory_spent
 from ringfence.worker.prepare import (
     check,
     narrowed,
@@ -108,6 +104,7 @@ class Attempt:
         self._home: dict[str, bytes] = {}
         self._pending: tuple[PendingCall, ...] = ()
         self._sandbox: Sandbox | None = None
+        self._kills = 0
         self._inside = Inside()
         self._member: Member | None = None
         self._live: Live | None = None
@@ -370,6 +367,7 @@ class Attempt:
         station, ready = self._station, self._live or self._member
         sandbox = await self._sandbox_for(stack, egress_dir, picked)
         self._sandbox = sandbox
+        self._kills = await memory_kills(sandbox)
         self._hidden = tuple(sandbox.hidden)
         self._unenforced = unenforced(sandbox.controls)
         await station.recorder.append(
@@ -430,26 +428,21 @@ class Attempt:
             )
 
     def _noticed(self, message: AnyMessage) -> None:
-        if isinstance(message, EgressDenied):
-            text = f"egress refused {message.target}: {message.reason}"
-            self._on_message(Notice(kind="egress_denied", text=text))
-            if message.reason.startswith("budget-exhausted"):
-                self._outcome.hindrance = budget_spent(message.reason)
-            elif message.reason == "model-unavailable":
-                self._outcome.hindrance = model_unavailable()
-        elif isinstance(message, ModelCalled):
-            self._on_message(model_message(message))
-        elif isinstance(message, PutOff):
-            self._outcome.fail(model_busy(message.seconds, message.reason))
-            self._on_message(RunPutOff(seconds=message.seconds, reason=message.reason))
-            self._control.cancel()
-        elif isinstance(message, WitnessViolated):
-            self._outcome.fail(witness_error(message.reason))
-            self._on_message(Notice(kind="witness_violated", text=message.reason))
-            self._control.cancel()
+        noticed(message, outcome=self._outcome, control=self._control, on_message=self._on_message)
+
+    async def _count_kills(self, sandbox: Sandbox) -> int:
+        """Of this run: one that served before it may have lost some then."""
+        kills = await memory_kills(sandbox) - self._kills
+        if kills > 0:
+            spent = memory_spent(kills, self._policy.sandbox.limits.memory_mb)
+            self._outcome.hinder(spent)
+            if self._outcome.error is not spent:
+                self._on_message(Notice(kind="memory_exhausted", text=spent.message))
+        return max(0, kills)
 
     async def _stop(self, sandbox: Sandbox) -> None:
         rests = self._left is not None
+        kills = await self._count_kills(sandbox)
         if not rests:
             await self._inside.stop()
         try:
@@ -458,7 +451,8 @@ class Attempt:
         finally:
             # last: a recorder that is gone must not cost the changes, nor they the record
             await self._station.recorder.append(
-                SandboxStopped(**self._ids(), reason="rests" if rests else ""), durable=False
+                SandboxStopped(**self._ids(), reason="rests" if rests else "", memory_kills=kills),
+                durable=False,
             )
 
     # the end

@@ -24,6 +24,14 @@ from ringfence.worker.footprint import MEMBER_MB, WINDOW, member_mb
 
 _LOG = structlog.get_logger("ringfence.worker")
 
+
+async def memory_kills(sandbox: Sandbox) -> int:
+    """Processes of it that the kernel killed at its limit; 0 where nobody counts."""
+    if not isinstance(sandbox, Metered):
+        return 0
+    return await asyncio.to_thread(sandbox.memory_kills) or 0
+
+
 RESERVE_MB = 512
 """Left for everything else on the host."""
 

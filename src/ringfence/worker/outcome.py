@@ -17,9 +17,9 @@ class Outcome:
 
     Attributes:
         failure: the first thing that went wrong; later ones are its effects.
-        hindrance: what egress refused for want of budget, or of a provider that answers. It
-            explains an agent that did not succeed, and takes nothing from one that did: any tool
-            inside can ask for too much.
+        hindrance: what egress refused for want of budget, or of a provider that answers, or what
+            the kernel killed for want of memory. It explains an agent that did not succeed, and
+            takes nothing from one that did: any tool inside can ask for too much.
         expired: the wall clock ran out.
         wish: how strongly the end was asked for from outside.
         ended: how the agent's turn ended, in its own words.
@@ -37,12 +37,26 @@ class Outcome:
         """Keep the first failure."""
         self.failure = self.failure or error
 
+    def hinder(self, error: RingfenceError) -> None:
+        """Keep the first hindrance."""
+        self.hindrance = self.hindrance or error
+
+    @property
+    def _failed(self) -> RingfenceError | None:
+        """The first failure. A program that was killed while it started, because somebody ended the
+        run just then, is none of the host's.
+        """
+        failure = self.failure
+        if failure is None or self.wish is Wish.GO_ON or failure.code != "sandbox-start-failed":
+            return failure
+        return None
+
     @property
     def status(self) -> RunStatus:
         """The terminal state."""
         if self.expired:
             return RunStatus.EXPIRED
-        if self.failure is not None:
+        if self._failed is not None:
             return RunStatus.FAILED
         if self.wish is not Wish.GO_ON:
             return RunStatus.CANCELLED
@@ -53,14 +67,15 @@ class Outcome:
     @property
     def error(self) -> RingfenceError | None:
         """What to tell the caller; None after success."""
-        if self.failure is not None:
-            return self.failure
+        if self._failed is not None:
+            return self._failed
         if self.status is RunStatus.FAILED and self.hindrance is not None:
             return self.hindrance
         if self.status is RunStatus.FAILED:
-            why = self.ended.reason if self.ended else "no answer"
             if self.command is not None:
-                why = f"exit status {self.command.exit_code}"
+                code = self.command.exit_code
+                return AgentError("agent-failed", f"the program ended with exit status {code}")
+            why = self.ended.reason if self.ended else "no answer"
             return AgentError("agent-failed", f"the agent did not succeed: {why}")
         if self.status is RunStatus.CANCELLED:
             return AgentError("run-interrupted", "the run was ended from outside")
@@ -70,7 +85,7 @@ class Outcome:
     def exit_code(self) -> int:
         """A command's own status when nothing else ended it; otherwise the error's family."""
         error = self.error
-        if self.command is not None and (error is None or error.code == "agent-failed"):
+        if self.command is not None and (error is None or error.code in _OF_THE_PROGRAM):
             return self.command.exit_code
         return error.status if error is not None else 0
 
@@ -85,6 +100,20 @@ class Outcome:
     def stderr(self) -> str:
         """A command's standard error."""
         return self.command.errors.decode("utf-8", "replace") if self.command else ""
+
+
+_OF_THE_PROGRAM = frozenset({"agent-failed", "memory-exhausted"})
+"""What a program's own exit status tells, too."""
+
+
+def memory_spent(kills: int, limit_mb: int) -> AgentError:
+    """The kernel killed so many processes of the sandbox at its limit."""
+    what = "a process inside was" if kills == 1 else f"{kills} processes inside were"
+    return AgentError(
+        "memory-exhausted",
+        f"{what} killed at the sandbox's memory limit of {limit_mb} MB",
+        hint="raise execution.max_memory_mb in the policy",
+    )
 
 
 def budget_spent(reason: str) -> AgentError:
