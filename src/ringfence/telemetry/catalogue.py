@@ -143,8 +143,9 @@ CATALOGUE: tuple[Metric, ...] = (
         kind="counter",
         by="worker",
         labels=("tool", "outcome"),
-        help="Tool calls: `deny` and `defer` as decided, the others as `claude` reports their "
-        "end. Tools of MCP servers are `mcp`, of callers `custom`.",
+        help="Tool calls: `deny`, `defer` and `shut` (kept from it by a breaker) as decided, the "
+        "others as `claude` reports their end. Tools of MCP servers are `mcp`, of callers "
+        "`custom`.",
     ),
     Metric(
         name="ringfence_tool_call_seconds",

@@ -115,6 +115,11 @@ class Breakers:
             self._outage.failed(error)
             return False
 
+    def keeps(self, tool: str) -> bool:
+        """Whether calls are kept from this tool while it fails."""
+        named = self._settings.tools
+        return any(tool == each or tool.startswith(f"{each}__") for each in named)
+
     def _spec(self, key: str) -> BreakerSpec:
         settings = self._settings
         return BreakerSpec(
