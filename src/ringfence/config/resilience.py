@@ -41,7 +41,8 @@ class BreakerSettings(Frozen):
             are 3 or more; one that fails alone is left alone.
         open_seconds: how long it is left alone first; doubled each time, up to `longest_seconds`.
         probes: requests at a time that try it after that; `wins` of them in a row close it.
-        probe_seconds: after so long without a word another may try.
+        probe_seconds: after so long without a word another may try; after ten at most where the
+            worker has died.
         stay_seconds: how long a session that moved stays where it is before it goes back.
         move_seconds: how long a request waits for its turn at one provider before it goes to the
             next of its policy, where there is one.

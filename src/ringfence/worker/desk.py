@@ -393,6 +393,7 @@ class Desk:
         if used.failed or not asked.noted:
             # well is what began: a refusal, or a head that nothing followed, says nothing of it
             await self._note(asked, ok=False if used.failed else None)
+        await self.breakers.over(self._probe(asked), by=session_of(asked.wanted))
         if asked.granted and self._settings.on:
             await self._settle(asked, used, counted)
         elif asked.taken and self._settings.on:
@@ -497,4 +498,5 @@ class Desk:
             _LOG.warning("requests will be booked at their worst case", count=len(self._unpaid))
         for lane in self._lanes.values():
             await lane.close()
+        await self.breakers.close()
         await self._store.close()

@@ -32,6 +32,7 @@ class Guards:
 
     def __init__(self, breakers: Breakers, reply: Callable[..., Awaitable[Any]], name: str) -> None:
         self._breakers, self._reply, self._name = breakers, reply, name
+        self._asking: dict[int, asyncio.Event] = {}
 
     async def heard(self, message: GuardWanted | GuardUsed) -> None:
         """A notice of egress."""
@@ -39,6 +40,9 @@ class Guards:
         session = message.session_id or message.run_id
         probe = probe_name(session, self._name, message.ticket)
         if isinstance(message, GuardUsed):
+            if (asking := self._asking.get(message.ticket)) is not None:
+                # its client left while the store was asked: a place is given back after it is taken
+                await asking.wait()
             await self._breakers.note(
                 key,
                 probe,
@@ -48,7 +52,12 @@ class Guards:
                 sandbox_id=message.sandbox_id,
             )
             return
-        found = await self._breakers.admit(key, probe)
+        asking = self._asking[message.ticket] = asyncio.Event()
+        try:
+            found = await self._breakers.admit(key, probe)
+        finally:
+            asking.set()
+            del self._asking[message.ticket]
         await self._reply(
             ModelTurn,
             sandbox_id=message.sandbox_id,
