@@ -565,6 +565,17 @@ def test_beyond_the_rate_the_operators_share_decides() -> None:
     assert all(0 <= drawn() < 1 for _ in range(100))
 
 
+def test_what_is_beyond_the_rate_is_counted_by_tenant() -> None:
+    told = Told(callers=CallersTraces(per_minute=1, share=0.0))
+    for tenant in ("acme", "acme", "acme", "other"):
+        told.hub.request_ended(
+            "POST", "/", 200, 0.1, told.hub.request_began("POST", "r", tenant, str(CALLER))
+        )
+    over = {"tenant": "acme", "outcome": "dropped"}
+    assert told.value("ringfence_caller_traces_over_total", **over) == 2
+    assert not told.value("ringfence_caller_traces_over_total", **{**over, "tenant": "other"})
+
+
 async def test_what_a_caller_may_not_keep_nothing_that_it_begins_keeps() -> None:
     """By the real tracer: the request, and the turn in another process that goes on with it."""
     caller = str(CALLER)

@@ -132,6 +132,8 @@ class Telemetry:
         self._wanted: dict[int, tuple[float, ModelWanted]] = {}
         self._faulty: set[str] = set()
         self._ways, self._promises = Ways(labels, meters), Promises(labels, meters)
+        if callers is not None:
+            callers.tell(labels, meters)
         self._begin()
 
     @_safe
