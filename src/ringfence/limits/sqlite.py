@@ -6,7 +6,6 @@ What is committed survives the process at once, and a loss of power but for the 
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sqlite3
 import time
@@ -29,47 +28,29 @@ from ringfence.limits.breaker import (
 from ringfence.limits.budget import Book, Held, Hold, Money, Spent
 from ringfence.limits.lane import Amount, Lane, Seen, Spec, Taken, Want
 from ringfence.limits.rows import LaneRows, whole
+from ringfence.limits.turns import Turns
 from ringfence.store.sqlite import open_database
 
 _T = TypeVar("_T")
-_PATIENCE_SECONDS = 5.0
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.02
-_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 
 
 class SqliteLimits:
     """LimitStore over a file that processes of this host share.
 
     Acts run where they are called: one is a fraction of a millisecond, less than a thread's turn.
-    While another process writes, the caller sleeps and the event loop goes on.
+    While another process writes, they wait in line and the event loop goes on (`Turns`).
     """
 
     def __init__(self, path: Path) -> None:
         self._db = open_database(path, "ringfence.limits.sql", timeout=0.0)
         self._db.execute("PRAGMA synchronous=NORMAL")
+        self._turns = Turns(self._db)
 
     async def _act(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
-        end, pause = time.monotonic() + _PATIENCE_SECONDS, _FIRST_PAUSE
-        while True:
-            try:
-                return self._once(work)
-            except sqlite3.Error as error:
-                code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-                if code not in _BUSY or time.monotonic() > end:
-                    raise _unavailable(error) from error
-            await asyncio.sleep(pause)
-            pause = min(_LONGEST_PAUSE, pause * 2)
-
-    def _once(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
-        self._db.execute("BEGIN IMMEDIATE")
         try:
-            result = work(self._db)
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
-        return result
+            return await self._turns.act(work)
+        except sqlite3.Error as error:
+            raise _unavailable(error) from error
 
     async def _on(
         self,
@@ -217,6 +198,7 @@ class SqliteLimits:
 
     async def close(self) -> None:
         """See LimitStore."""
+        await self._turns.close()
         self._db.close()
 
 
