@@ -19,7 +19,7 @@ import structlog
 from ringfence.errors import UnavailableError
 from ringfence.limits import turns as module
 from ringfence.limits.breaker import BreakerSpec
-from ringfence.limits.lane import Amount, Caps, Spec
+from ringfence.limits.lane import Amount, Caps, Spec, Want
 from ringfence.limits.sqlite import SqliteLimits
 from ringfence.worker.lanequeue import Outage
 
@@ -70,6 +70,10 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "l" / "l.sqlite"
 
 
+def want(key: str) -> Want:
+    return Want(id=key, tenant="a", amount=Amount(1, 0, 0), share=0.01)
+
+
 def locked(path: Path) -> sqlite3.Connection:
     """Another process that writes, for as long as it likes."""
     other = sqlite3.connect(path, isolation_level=None)
@@ -97,6 +101,35 @@ async def test_what_gathered_while_another_wrote_goes_in_order_and_together(path
     # one whose caller left is not done; the others are, each once
     assert sum((await store.breakers())[0][SPEC.key].failed) == 149
     assert len(began) < 30
+    await store.close()
+
+
+async def test_what_nobody_waits_for_goes_with_the_next_turn(path: Path) -> None:
+    """What came of a request and the next one's turn are one transaction; alone it goes by itself."""
+    store, began, spec = (
+        SqliteLimits(path),
+        list[str](),
+        Spec(name="l", caps=Caps(100.0, None, None)),
+    )
+    await store.take(spec, [want("a")])
+    store._db.set_trace_callback(lambda text: began.append(text) if "BEGIN" in text else None)
+    told = asyncio.gather(
+        store.note(SPEC, "a", ok=True), store.settle(spec, "a", Amount(1.0, 0, 0))
+    )
+    await asyncio.sleep(0)
+    taken = await store.take(spec, [want("b")])
+    assert (len(began), taken.granted) == (1, ("b",))
+    await told
+    assert taken.levels[0] == pytest.approx(spec.capacity(100.0, 0) - 1, abs=0.5), "settled before"
+    await store.settle(spec, "a", Amount(1.0, 0, 0))
+    await store.note(SPEC, "b", ok=True)
+    assert sum((await store.breakers())[0][SPEC.key].fine) == 2
+    # a breaker that is closed is read, and waits for nobody
+    began.clear()
+    other = locked(path)
+    assert (await store.admit(SPEC, "c")).verdict == "go"
+    assert began == []
+    other.close()
     await store.close()
 
 

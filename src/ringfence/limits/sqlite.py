@@ -27,7 +27,7 @@ from ringfence.limits.breaker import (
 )
 from ringfence.limits.budget import Book, Held, Hold, Money, Spent
 from ringfence.limits.lane import Amount, Lane, Seen, Spec, Taken, Want
-from ringfence.limits.rows import LaneRows, whole
+from ringfence.limits.rows import ENCODE, LaneRows, whole
 from ringfence.limits.turns import Turns
 from ringfence.store.sqlite import open_database
 
@@ -46,11 +46,17 @@ class SqliteLimits:
         self._db.execute("PRAGMA synchronous=NORMAL")
         self._turns = Turns(self._db)
 
-    async def _act(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+    async def _act(self, work: Callable[[sqlite3.Connection], _T], *, soon: bool = True) -> _T:
         try:
-            return await self._turns.act(work)
+            return await self._turns.act(work, soon=soon)
         except sqlite3.Error as error:
             raise _unavailable(error) from error
+
+    async def _read(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        try:
+            return work(self._db)
+        except sqlite3.Error:
+            return await self._act(work)
 
     async def _on(
         self,
@@ -60,6 +66,7 @@ class SqliteLimits:
         *,
         tenants: Iterable[str] = (),
         tickets: bool = False,
+        soon: bool = True,
     ) -> _T:
         def act(db: sqlite3.Connection) -> _T:
             at = _now(now)
@@ -68,7 +75,7 @@ class SqliteLimits:
             rows.write(at)
             return result
 
-        return await self._act(act)
+        return await self._act(act, soon=soon)
 
     async def take(self, spec: Spec, wants: Sequence[Want], now: float | None = None) -> Taken:
         """See LimitStore."""
@@ -87,6 +94,7 @@ class SqliteLimits:
             now,
             lambda lane, at: lanes.settle(lane, spec, tenant, over, at),
             tenants=(tenant,),
+            soon=False,
         )
 
     async def correct(self, spec: Spec, seen: Seen, now: float | None = None) -> None:
@@ -152,9 +160,13 @@ class SqliteLimits:
         self, spec: BreakerSpec, probe: str, *, settled: float = 0.0, now: float | None = None
     ) -> Admission:
         """See LimitStore."""
+        # what is closed is left as it is: to read it needs no turn, and waits for nobody
+        seen = await self._read(lambda db: _breaker(db, spec.key) or Breaker())
+        if seen.state == "closed":
+            return breakers.admit(seen, spec, probe, _now(now), settled=settled)
 
         def act(db: sqlite3.Connection) -> Admission:
-            found = _breaker(db, spec.key)
+            found = _breaker(db, spec.key) or Breaker()
             admitted = breakers.admit(found, spec, probe, _now(now), settled=settled)
             if found.state != "closed":
                 _keep_breaker(db, spec.key, found)
@@ -169,14 +181,15 @@ class SqliteLimits:
 
         def act(db: sqlite3.Connection) -> Noted:
             at = _now(now)
-            if not db.execute("SELECT 1 FROM breaker WHERE key = ?", (spec.key,)).fetchone():
-                _forget_idle(db, spec, at)
             found = _breaker(db, spec.key)
+            if found is None:
+                _forget_idle(db, spec, at)
+                found = Breaker()
             noted = breakers.note(found, spec, probe, ok, at)
             _keep_breaker(db, spec.key, found)
             return noted
 
-        return await self._act(act)
+        return await self._act(act, soon=ok is not True)
 
     async def spend(self, spec: RetrySpec, earned: int, now: float | None = None) -> bool:
         """See LimitStore."""
@@ -210,9 +223,9 @@ SELECT key, sum(usd), sum(tokens), sum(held_usd), sum(held_tokens) FROM (
 """
 
 
-def _breaker(db: sqlite3.Connection, key: str) -> Breaker:
+def _breaker(db: sqlite3.Connection, key: str) -> Breaker | None:
     row = db.execute("SELECT state FROM breaker WHERE key = ?", (key,)).fetchone()
-    return Breaker() if row is None else Breaker.from_json(json.loads(row[0]))
+    return None if row is None else Breaker.from_json(json.loads(row[0]))
 
 
 def _forget_idle(db: sqlite3.Connection, spec: BreakerSpec, now: float) -> None:
@@ -222,7 +235,7 @@ def _forget_idle(db: sqlite3.Connection, spec: BreakerSpec, now: float) -> None:
 
 
 def _keep_breaker(db: sqlite3.Connection, key: str, breaker: Breaker) -> None:
-    state = json.dumps(breaker.to_json(), separators=(",", ":"))
+    state = ENCODE(breaker.to_json())
     db.execute("INSERT OR REPLACE INTO breaker VALUES (?, ?)", (key, state))
 
 

@@ -29,6 +29,8 @@ _ASIDE, _LONGEST_ASIDE = 2.0, 0.02
 """After a transaction its process stands aside for so many times as long as that took, or it would
 have the file again before the others have looked.
 """
+COMPANY_SECONDS = 0.004
+"""So long may wait what nobody waits for: what came of a request goes with the next one's turn."""
 _CROWDED_SECONDS = 0.1
 """For so long after it found the file locked a process lets its acts gather."""
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
@@ -52,16 +54,19 @@ class Turns:
         self._db = db
         self._line: deque[_Waiting] = deque()
         self._server: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._crowded, self._looks = 0.0, 0
 
-    async def act(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
-        """What `work` returns, in a transaction of its own or after others' in one: it may be done
-        again from the beginning. One whose caller leaves before its turn is not done.
+    async def act(self, work: Callable[[sqlite3.Connection], _T], *, soon: bool = True) -> _T:
+        """What `work` returns, in a transaction of its own or with others in one, in their order:
+        it may be done again from the beginning. One whose caller leaves before its turn is not
+        done. `soon` False may wait a moment for the next one, which takes it along.
 
         Raises:
             sqlite3.Error: among them that the file was locked for PATIENCE_SECONDS.
         """
-        if not self._line and time.monotonic() > self._crowded:
+        alone = soon and not self._line
+        if alone and time.monotonic() > self._crowded:
             try:
                 return self._alone(work)
             except sqlite3.Error as error:
@@ -72,8 +77,10 @@ class Turns:
         until, looks = time.monotonic() + PATIENCE_SECONDS, self._looks + _LOOKS
         waiting = _Waiting(work, until, looks, loop.create_future())
         self._line.append(waiting)
-        if self._server is None or self._server.done():
-            self._server = loop.create_task(self._serve())
+        if soon:
+            self._go()
+        elif self._timer is None:
+            self._timer = loop.call_later(COMPANY_SECONDS, self._go)
         return cast("_T", await waiting.done)
 
     def _alone(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
@@ -86,53 +93,68 @@ class Turns:
             raise
         return result
 
+    def _go(self) -> None:
+        """Serve all that waits: at once where the file is free, else when it is."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._server is not None and not self._server.done():
+            return
+        if self._line and time.monotonic() > self._crowded:
+            self._tried()
+        if self._line:
+            self._server = asyncio.get_running_loop().create_task(self._serve())
+
+    def _tried(self) -> bool:
+        self._looks += 1
+        try:
+            self._together()
+        except Exception as error:  # noqa: BLE001  nobody else is told, and all of them wait
+            if busy := _busy(error):
+                self._crowded = time.monotonic() + _CROWDED_SECONDS
+            self._refuse(error, late=busy)
+            return False
+        return True
+
     async def _serve(self) -> None:
         while self._line:
-            began, self._looks = time.monotonic(), self._looks + 1
-            try:
-                self._together()
-            except Exception as error:  # noqa: BLE001  nobody else is told, and all of them wait
-                if busy := _busy(error):
-                    self._crowded = began + _CROWDED_SECONDS
-                self._refuse(error, late=busy)
-                await asyncio.sleep(_CHANCE.uniform(_LEAST_PAUSE, _LONGEST_PAUSE))
-            else:
-                took = time.monotonic() - began
-                await asyncio.sleep(min(_LONGEST_ASIDE, _ASIDE * took))
+            began = time.monotonic()
+            pause = _CHANCE.uniform(_LEAST_PAUSE, _LONGEST_PAUSE)
+            if self._tried():
+                pause = min(_LONGEST_ASIDE, _ASIDE * (time.monotonic() - began))
+            await asyncio.sleep(pause)
 
     def _together(self) -> None:
         """All that waits, up to a number. Raises what it was that kept all of them from it."""
         self._db.execute("BEGIN IMMEDIATE")
+        going = [each for each in list(self._line)[:_MOST] if not each.done.done()]
         try:
-            going = [each for each in list(self._line)[:_MOST] if not each.done.done()]
-            ends = [self._one(each) for each in going]
+            results = [each.work(self._db) for each in going]
             self._db.execute("COMMIT")
-        except BaseException:
+        except BaseException as error:
             self._rolled_back()
-            raise
+            alone = len(going) <= 1
+            if alone or not isinstance(error, Exception) or _busy(error):
+                raise
+            self._apart(going)
+            return
         for _ in range(min(_MOST, len(self._line))):
             self._line.popleft()
-        for each, (result, error) in zip(going, ends, strict=True):
-            if error is None:
-                each.done.set_result(result)
-            else:
-                each.done.set_exception(error)
+        for each, result in zip(going, results, strict=True):
+            each.done.set_result(result)
 
-    def _one(self, each: _Waiting) -> tuple[Any, Exception | None]:
-        """An act that fails takes nothing of the others with it; but for a fault that has ended
-        their transaction.
-        """
-        self._db.execute("SAVEPOINT act")
-        try:
-            result = each.work(self._db)
-        except Exception as error:
-            if not self._db.in_transaction:
-                raise
-            self._db.execute("ROLLBACK TO act")
-            self._db.execute("RELEASE act")
-            return None, error
-        self._db.execute("RELEASE act")
-        return result, None
+    def _apart(self, going: list[_Waiting]) -> None:
+        """One of them fails: each alone, so that it takes nothing of the others with it."""
+        for each in going:
+            try:
+                result = self._alone(each.work)
+            except Exception as error:
+                if _busy(error):
+                    raise
+                each.done.set_exception(error)
+            else:
+                each.done.set_result(result)
+            self._line.remove(each)
 
     def _refuse(self, error: Exception, *, late: bool) -> None:
         """All that waits, or of it what has waited for long enough."""
@@ -150,7 +172,11 @@ class Turns:
             self._db.execute("ROLLBACK")
 
     async def close(self) -> None:
-        """Nobody is served any more."""
+        """What waits is tried once more, and then nobody is served."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._line:
+            self._tried()
         if self._server is not None:
             self._server.cancel()
             await asyncio.wait({self._server})
