@@ -158,6 +158,7 @@ async def test_a_file_that_stays_locked_is_away_for_all(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(module, "_LOOKS", 20)
     store = SqliteLimits(path)
     other = locked(path)
     acts = [store.settle(Spec(name="l", caps=Caps()), "a", Amount()) for _ in range(80)]

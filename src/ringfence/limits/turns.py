@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 
 _T = TypeVar("_T")
 PATIENCE_SECONDS = 5.0
-_LOOKS = 200
+_LOOKS = 1000
 """So often an act has been tried, too, before it is given up: on a host that is short of processors
 a process may get none for seconds, and has not waited for anybody.
 """
