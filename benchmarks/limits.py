@@ -1,4 +1,4 @@
-"""What admission costs a request: `take` and `settle`, by store; the queue empty, and with 200 in it.
+"""What admission costs a request: its `take`, and the `settle` of the one before, by store; the queue empty, and with 200 in it.
 
     python -m benchmarks limits
 
@@ -30,39 +30,37 @@ def want(key: str, tenant: str) -> Want:
     return Want(id=key, tenant=tenant, amount=Amount(1, 4000, 500), share=0.001)
 
 
-async def measure(store: LimitStore, waiting: int) -> tuple[list[float], list[float]]:
+async def measure(store: LimitStore, waiting: int) -> list[float]:
+    """Seconds of each turn: a `take`, and beside it the `settle` of the request before."""
     name = f"bench/{waiting}/{time.monotonic_ns()}"
     spec = Spec(name=name, caps=Caps(1e9, 1e12, 1e12), patience=600.0)
     if waiting:
         # they wait, because nothing may pass; those that are measured stand behind them
         await store.correct(spec, Seen(blocked=3600.0))
         await store.take(spec, [want(f"w{n}", f"t{n % 20}") for n in range(waiting)])
-    takes, settles = [], []
+    turns = []
     for number in range(ROUNDS if not waiting else ROUNDS // 10):
         start = time.perf_counter()
-        await store.take(spec, [want(f"r{number}" if not waiting else "r", "a")])
-        middle = time.perf_counter()
-        await store.settle(spec, "a", Amount(0, 100, 50))
-        takes.append(middle - start)
-        settles.append(time.perf_counter() - middle)
-    return takes, settles
+        await asyncio.gather(
+            store.settle(spec, "a", Amount(0, 100, 50)),
+            store.take(spec, [want(f"r{number}" if not waiting else "r", "a")]),
+        )
+        turns.append(time.perf_counter() - start)
+    return turns
 
 
-def row(name: str, waiting: int, takes: list[float], settles: list[float]) -> str:
-    def ms(values: list[float], share: int) -> float:
-        return statistics.quantiles(values, n=100)[share - 1] * 1000
+def row(name: str, waiting: int, turns: list[float]) -> str:
+    def ms(share: int) -> float:
+        return statistics.quantiles(turns, n=100)[share - 1] * 1000
 
-    return (
-        f"{name:11} {waiting:4} waiting   take p50 {ms(takes, 50):.3f} p99 {ms(takes, 99):.3f} ms"
-        f"   settle p50 {ms(settles, 50):.3f} p99 {ms(settles, 99):.3f} ms"
-    )
+    return f"{name:11} {waiting:4} waiting   take and settle p50 {ms(50):.3f} p99 {ms(99):.3f} ms"
 
 
 async def run(make: Callable[[], LimitStore], name: str) -> None:
     store = make()
     try:
         for waiting in (0, 200):
-            print(row(name, waiting, *await measure(store, waiting)), flush=True)
+            print(row(name, waiting, await measure(store, waiting)), flush=True)
     finally:
         await store.close()
 

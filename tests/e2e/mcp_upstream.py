@@ -1,7 +1,8 @@
 """A real MCP server (the official SDK) behind TLS on loopback. A process of its own, so that its
 event loop and warnings are none of the tests'.
 
-Usage: python mcp_upstream.py LEAF.PEM SEEN.JSONL. Prints its port.
+Usage: python mcp_upstream.py LEAF.PEM SEEN.JSONL [TOOL]. Prints its port. It has one tool, `add` or
+`find`: an agent may be offered no other than its policy grants.
 """
 
 from __future__ import annotations
@@ -10,19 +11,27 @@ import asyncio
 import json
 import socket
 import sys
+from pathlib import Path
 
 import uvicorn
 from mcp.server.mcpserver import MCPServer
+from mcp.server.mcpserver.exceptions import ToolError
 from mcp.server.transport_security import TransportSecuritySettings
 
 SECURITY = TransportSecuritySettings(allowed_hosts=["mcp.example.com"], allowed_origins=[])
 server = MCPServer("notes")
 
 
-@server.tool()
 def add(a: int, b: int) -> str:
     """Add two numbers."""
     return f"the sum is {a + b}"
+
+
+def find(name: str) -> str:
+    """Find somebody; not while a file says that what is behind it is away."""
+    if Path(f"{sys.argv[2]}.down").exists():
+        raise ToolError("the directory is away")
+    return f"{name} is found"
 
 
 def seen(app: object) -> object:
@@ -41,6 +50,7 @@ def seen(app: object) -> object:
 
 
 async def main() -> None:
+    server.add_tool({"add": add, "find": find}[sys.argv[3]])
     listener = socket.create_server(("127.0.0.1", 0))
     print(listener.getsockname()[1], flush=True)
     config = uvicorn.Config(

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ HOST, SECRET = "mcp.example.com", "mcp-secret-value-0123456789"
 CALL = {"tool": "mcp__notes__add", "input": {"a": 20, "b": 22}}
 
 
-@pytest.fixture
-def upstream(tmp_path: Path) -> Iterator[tuple[dict[str, str], Path]]:
-    """Settings that lead to it, and the file in which it says what it saw."""
+@contextmanager
+def serving(tmp_path: Path, tool: str) -> Iterator[tuple[dict[str, str], Path]]:
+    """Settings that lead to a server of one tool, and the file in which it says what it saw."""
     place = tmp_path / "mcp"
     place.mkdir()
     chain, seen = make_chain(place, [HOST]), place / "seen.jsonl"
     process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).parent / "mcp_upstream.py"), str(chain), str(seen)],
+        [sys.executable, str(Path(__file__).parent / "mcp_upstream.py"), chain, seen, tool],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -44,6 +45,12 @@ def upstream(tmp_path: Path) -> Iterator[tuple[dict[str, str], Path]]:
         process.terminate()
         process.wait(10)
         process.stdout.close()
+
+
+@pytest.fixture
+def upstream(tmp_path: Path) -> Iterator[tuple[dict[str, str], Path]]:
+    with serving(tmp_path, "add") as found:
+        yield found
 
 
 def policy(box: Box, **more: Any) -> None:

@@ -77,7 +77,8 @@ class Fleet:
             store_at(told["store"]),
             client,
             reply=self._link.request,
-            post=lambda _: None,
+            # who is put off here has no queue to wait in: why is what the storms ask
+            post=lambda off: print("put off:", off.reason, file=sys.stderr),
             name=told["name"],
             breakers=BreakerSettings.model_validate(told.get("breakers", {})),
             retries=RetrySettings.model_validate(told.get("retries", {})),

@@ -121,6 +121,11 @@ def store(request: pytest.FixtureRequest) -> Iterator[str]:
             yield server.url
 
 
+def kind_of(store: str) -> str:
+    """What it lies in."""
+    return {"/": "SQLite", "p": "PostgreSQL"}.get(store[0], "Redis")
+
+
 def runs(each: int, batch: int = 0) -> list[dict[str, Any]]:
     """As many of each tenant, in any order; `batch` of them are of no one who waits."""
     made = [
@@ -160,8 +165,13 @@ def test_a_fleet_uses_its_limit_and_never_breaks_it(store: str) -> None:
         mine = Counter(each.who for each in early)
         shares = {who: mine[who] * sum(SHARES.values()) / len(early) for who in SHARES}
         used = count / took / (LIMIT / WINDOW)
-        kind = {"/": "SQLite", "p": "PostgreSQL"}.get(store[0], "Redis")
-        report(f"fleet on {kind}", used=used, seconds=took, refused=provider.refused, shares=shares)
+        report(
+            f"fleet on {kind_of(store)}",
+            used=used,
+            seconds=took,
+            refused=provider.refused,
+            shares=shares,
+        )
         assert Counter(each.status for each in seen) == {200: WORKERS * RUNS * 6}
         assert provider.refused == 0, "the provider saw no more than it grants"
         assert len(provider.requests) == count

@@ -23,7 +23,7 @@ from egress_rig import HOST, RULES, ask, event, message, until
 from egress_rig import _answer as answer_of
 from test_limits_route import Told, Worker
 
-from ringfence.agent.messages import ToolResult, ToolStarted
+from ringfence.agent.messages import ToolEnded, ToolResult, ToolStarted
 from ringfence.channel.messages import ModelCalled, ProviderConfig, PutOff
 from ringfence.config import LimitSettings
 from ringfence.config.resilience import BreakerSettings, RetrySettings
@@ -650,6 +650,115 @@ async def test_a_tool_that_keeps_failing_is_told_of() -> None:
         "default/tool/agent_1/2/Fine",
         "default/tool/agent_1/2/mcp__crm__find",
     }
+
+
+class Tools:
+    """Attempts of one agent's version, each at a worker of its own, that share a store."""
+
+    FIND = "mcp__crm__find"
+
+    def __init__(self, *sessions: str, **settings: Any) -> None:
+        store, self.told, self.number = MemoryLimits(), Told(), 0
+        quick = {"failures": 3, "open_seconds": 0.3, "wins": 1, "tools": ("mcp__crm",), **settings}
+        for session in sessions:
+            breakers = Breakers(
+                store,
+                self.told,  # type: ignore[arg-type]
+                BreakerSettings(**quick),
+                RetrySettings(),
+            )
+            ids = {"run_id": f"r-{session}", "session_id": session}
+            setattr(self, session, ToolWatch(breakers, {"id": "agent_1", "version": 2}, **ids))
+
+    async def call(
+        self, watch: ToolWatch, *, error: bool | None, name: str = FIND
+    ) -> tuple[str | None, str]:
+        """Why not, and its id; `error` None leaves it without a result."""
+        self.number += 1
+        identity = f"toolu_{self.number}"
+        why = await watch.enter(identity, name)
+        allowed = why is None
+        watch.heard(
+            ToolStarted(tool_use_id=identity, name=name, input={}, allowed=allowed, reason="")
+        )
+        if not allowed:
+            await watch.left(identity)
+        if error is not None:
+            watch.heard(ToolResult(tool_use_id=identity, content=(), is_error=error))
+            await until(lambda: not watch._tasks)
+        return why, identity
+
+    @property
+    def changed(self) -> list[tuple[str, str]]:
+        found = [each for each in self.told.events if isinstance(each, BreakerChanged)]
+        return [(each.breaker, each.state) for each in found]
+
+
+async def test_a_tool_that_fails_for_several_is_kept_from_all_and_tried_by_one() -> None:
+    """Over workers; another tool, and one that the operator has not named, stay as they were."""
+    tools = Tools("a", "b", "c")
+    a, b, c = tools.a, tools.b, tools.c  # type: ignore[attr-defined]
+    for watch in (a, b, a, b, c):
+        assert (await tools.call(watch, error=True))[0] is None
+    assert tools.changed == [(f"tool/agent_1/2/{Tools.FIND}", "open")]
+    why, _ = await tools.call(c, error=True)
+    assert why is not None
+    assert "mcp__crm__find keeps failing: calls of it are held back for 1 s more" in why
+    assert (await tools.call(c, error=False, name="mcp__crm__add"))[0] is None
+    assert (await tools.call(c, error=False, name="mcp__crmx__find"))[0] is None
+    await asyncio.sleep(0.35)
+    first, _ = await tools.call(a, error=None)
+    second, _ = await tools.call(b, error=None)
+    assert first is None
+    assert second is not None
+    assert "another call tries it just now" in second
+    a.heard(ToolResult(tool_use_id=f"toolu_{tools.number - 1}", content=(), is_error=False))
+    await until(lambda: not a._tasks)
+    assert [state for _, state in tools.changed] == ["open", "half-open", "closed"]
+    for watch in (a, b, c):
+        assert (await tools.call(watch, error=False))[0] is None
+
+
+async def test_a_tool_that_fails_for_one_session_is_kept_from_that_one() -> None:
+    """What a call came to is said from inside: nobody takes a tool from the others."""
+    tools = Tools("a", "b")
+    a, b = tools.a, tools.b  # type: ignore[attr-defined]
+    for _ in range(12):
+        await tools.call(a, error=True)
+    assert (await tools.call(a, error=True))[0] is not None
+    assert (await tools.call(b, error=False))[0] is None
+    assert {name for name, _ in tools.changed} == {f"session/tool/agent_1/2/{Tools.FIND}"}
+
+
+async def test_an_attempt_that_ends_gives_its_try_of_a_tool_back() -> None:
+    tools = Tools("a", "b", "c", open_seconds=0.1)
+    a, b, c = tools.a, tools.b, tools.c  # type: ignore[attr-defined]
+    for watch in (a, b, a, b, c):
+        await tools.call(watch, error=True)
+    await asyncio.sleep(0.15)
+    assert (await tools.call(a, error=None))[0] is None
+    assert (await tools.call(b, error=None))[0] is not None
+    await a.close()
+    assert (await tools.call(b, error=False))[0] is None
+    assert tools.changed[-1][1] == "closed"
+
+
+async def test_a_call_whose_time_was_up_is_a_failure_of_its_tool() -> None:
+    tools = Tools("a", failures=2)
+    a = tools.a  # type: ignore[attr-defined]
+    for _ in range(2):
+        _, identity = await tools.call(a, error=None)
+        ended = ToolEnded(tool_use_id=identity, name=Tools.FIND, outcome="timeout", duration_ms=1.0)
+        a.heard(ended)
+        await until(lambda: not a._tasks)
+    assert (await tools.call(a, error=True))[0] is not None
+
+
+def test_only_tools_of_mcp_servers_are_kept_back() -> None:
+    assert BreakerSettings(tools=("mcp__crm", "mcp__crm__find")).tools
+    for wrong in ("Bash", "mcp__*", "mcp__"):
+        with pytest.raises(ValueError, match="pattern"):
+            BreakerSettings(tools=(wrong,))
 
 
 class Sealed(Credentials):

@@ -19,9 +19,22 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from limits_worker import TORN
-from test_limits_fleet import LIMIT, RUNS, WINDOW, WORKERS, Processes, played, report, runs
+from test_limits_fleet import (
+    LIMIT,
+    RUNS,
+    WINDOW,
+    WORKERS,
+    Processes,
+    kind_of,
+    played,
+    report,
+    runs,
+    store,
+)
 
 from ringfence.simulator.server import Simulator
+
+__all__ = ["store"]
 
 SCALE = WINDOW / 60.0
 OVERLOADED, DROPPED = 0.02, 0.01
@@ -100,11 +113,9 @@ def outage(weather: Weather, over: threading.Event) -> None:
 
 @pytest.mark.storm
 @pytest.mark.timeout(360)
-def test_every_run_completes_in_a_storm(tmp_path: Path) -> None:
+def test_every_run_completes_in_a_storm(store: str) -> None:
     """And nobody inside hears of a 429, nor is a tenth more asked than runs ask for."""
     rates = {name: {**LIMITS, "provider": name} for name in ("anthropic", "second")}
-    place = tmp_path / "limits"
-    place.mkdir(mode=0o700)
     over, wanted = threading.Event(), WORKERS * RUNS * EACH
     with Rough(1) as first, Rough(2) as second:
         ways = {"others": {"second": second.base_url}, "limited": True}
@@ -112,9 +123,8 @@ def test_every_run_completes_in_a_storm(tmp_path: Path) -> None:
             "breakers": {"window_seconds": 30 * SCALE, "open_seconds": 10 * SCALE},
             "retries": {"base_seconds": 0.5 * SCALE, "longest_seconds": 20 * SCALE},
         }
-        made = Processes(
-            str(place / "l.sqlite"), runs(EACH), {"rates": rates}, first.base_url, **ways, **scaled
-        )
+        told = {"rates": rates}
+        made = Processes(store, runs(EACH), told, first.base_url, **ways, **scaled)
         with made as fleet:
             falls = threading.Thread(target=outage, args=(first.weather, over))
             falls.start()
@@ -128,7 +138,7 @@ def test_every_run_completes_in_a_storm(tmp_path: Path) -> None:
     asked = first.weather.given["asked"] + second.weather.given["asked"]
     ends = Counter(each.status for each in seen)
     report(
-        "storm",
+        f"storm on {kind_of(store)}",
         seconds=took,
         wanted=wanted,
         asked=asked,

@@ -12,14 +12,15 @@ from claude_agent_sdk import PermissionResultAllow, ToolPermissionContext
 from ringfence.agent import calls as calls_module
 from ringfence.agent.calls import ToolCalls
 from ringfence.agent.messages import AgentMessage
+from ringfence.agent.pending import Waiting
 from ringfence.agent.permissions import Answer, DenyApprover, Question, input_sha256
 from ringfence.agent.settings import ClaudeSettings
 from ringfence.agent.subagents import refusal
 from ringfence.errors import RingfenceError, UnavailableError
-from ringfence.model import PermissionMode
+from ringfence.model import CallAnswer, CallKind, PendingCall, PermissionMode
 from ringfence.policy.call_input import CallInput
 from ringfence.policy.compiled import ToolGrants
-from ringfence.record.events import Event
+from ringfence.record.events import TOOL_SHUT, Event
 
 
 class Log:
@@ -63,7 +64,14 @@ class Person:
 class Desk:
     """ToolCalls with everything around it written down."""
 
-    def __init__(self, approver: Any = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        approver: Any = None,
+        *,
+        gate: Any = None,
+        waiting: Waiting | None = None,
+        **settings: Any,
+    ) -> None:
         self.log = Log()
         self.told: list[tuple[str, bool]] = []
         self.messages: list[AgentMessage] = []
@@ -85,6 +93,8 @@ class Desk:
             put=self.messages.append,
             overdue=self.late.append,
             broken=self.broken.append,
+            waiting=waiting,
+            gate=gate,
         )
 
     async def _announce(self, identity: str, name: str, told: CallInput, word: str) -> None:
@@ -117,6 +127,65 @@ async def _raises(_: Question) -> Answer:
 async def _never(_: Question) -> Answer:
     await asyncio.Event().wait()
     raise AssertionError
+
+
+class Gate:
+    """Keeps calls away while `why` says so."""
+
+    def __init__(self, why: str | None) -> None:
+        self.why, self.entered, self.gone = why, list[str](), list[str]()
+
+    async def enter(self, tool_use_id: str, name: str) -> str | None:
+        self.entered.append(f"{tool_use_id} {name}")
+        return self.why
+
+    async def left(self, tool_use_id: str) -> None:
+        self.gone.append(tool_use_id)
+
+
+def test_a_call_that_a_breaker_keeps_back_is_denied_on_both_sides() -> None:
+    """And nobody is asked about it. The allowed twin: the same call, when the gate is open."""
+    person, gate = Person(_yes), Gate("Bash keeps failing: later")
+    desk = Desk(person, gate=gate)
+    data = {"tool_name": "Bash", "tool_input": {"command": "make"}}
+    said = asyncio.run(desk.calls.before(data, "1", None))["hookSpecificOutput"]
+    assert said["permissionDecision"] == "deny"
+    assert said["permissionDecisionReason"] == "ringfence: Bash keeps failing: later"
+    assert desk.told == [("1", False)], "a result of it on the wire ends the run"
+    (record,) = desk.log.events
+    assert (record.outcome, record.rule) == ("deny", TOOL_SHUT)  # type: ignore[attr-defined]
+    assert not person.asked
+    gate.why = None
+    assert asyncio.run(desk.before("2")) == "allow"
+    assert (desk.told[-1], len(person.asked)) == (("2", True), 1)
+    assert gate.entered == ["1 Bash", "2 Bash"]
+    assert gate.gone == ["1"]
+
+
+def test_the_policys_no_is_no_try_of_a_tool_and_a_persons_gives_the_try_back() -> None:
+    gate = Gate(None)
+    desk = Desk(gate=gate)
+    assert asyncio.run(desk.before("1", "WebFetch")) == "deny"
+    assert gate.entered == []
+    assert asyncio.run(desk.before("2")) == "deny"
+    assert (gate.entered, gate.gone[-1]) == (["2 Bash"], "2")
+
+
+def test_a_call_that_somebody_waited_for_and_answered_goes() -> None:
+    call = PendingCall(
+        tool_use_id="1",
+        name="Bash",
+        input={"command": "make"},
+        kind=CallKind.CONFIRMATION,
+        expires=10.0,
+    )
+    answer = CallAnswer(tool_use_id="1", allow=True, at=1.0)
+    gate = Gate("Bash keeps failing: later")
+    waiting = Waiting(pending=[call], answers=[answer], known=["1"], now=2.0)
+    desk = Desk(gate=gate, waiting=waiting)
+    assert asyncio.run(desk.before("1")) == "allow"
+    assert gate.entered == ["1 Bash"], "it tries the tool, if anybody may"
+    assert asyncio.run(desk.before("2")) == "deny"
 
 
 def test_nobody_there_denies_and_a_person_allows() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringfence.control.agent_shapes import AgentDefinition, resolved
+from ringfence.control.agent_shapes import AgentDefinition, AgentPatch, merged, resolved
 from ringfence.control.run_plan import BUILTIN, RunPlan, run_plan
 from ringfence.control.tenancy import Ceiling
 from ringfence.errors import CallerError, DeniedError
@@ -291,3 +291,54 @@ def test_an_environment_narrows_before_the_agent() -> None:
     with pytest.raises(DeniedError) as caught:
         planned(policy(preset="ci"), agent(toolset()), execution={"max_memory_mb": 1_000_000})
     assert caught.value.code == "environment-denied"
+
+
+WAYS = [{"provider": "b"}, {"provider": "c", "model": "y"}]
+
+
+def _legs(plan: RunPlan) -> list[tuple[str | None, str | None]]:
+    return [(leg.provider, leg.model) for leg in plan.policy.egress.model.failover]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "left"),
+    [
+        (None, [("b", None), ("c", "y"), (None, "z")]),
+        ([WAYS[1], WAYS[0]], [("c", "y"), ("b", None)]),
+        ([{"model": "z"}], [(None, "z")]),
+        ([], []),
+    ],
+)
+def test_an_agent_chooses_among_the_operators_ways(wanted: Any, left: list[Any]) -> None:
+    document = policy(model={"failover": WAYS, "fallback": "z"})
+    block = {} if wanted is None else {"ringfence": {"failover": wanted}}
+    assert sorted(_legs(planned(document, agent(**block))), key=str) == sorted(left, key=str)
+    if wanted and len(wanted) == 2:
+        assert _legs(planned(document, agent(**block))) == left, "in its own order"
+
+
+@pytest.mark.parametrize(
+    "way", [{"provider": "d"}, {"provider": "b", "model": "y"}, {"provider": "c"}]
+)
+def test_a_way_that_is_not_the_operators_is_refused(way: dict[str, Any]) -> None:
+    """Also one of the operator's that the environment has left out."""
+    document = policy(model={"failover": WAYS})
+    with pytest.raises(DeniedError, match=r"failover: .*at ") as refused:
+        planned(document, agent(ringfence={"failover": [way]}))
+    assert refused.value.code == "agent-denied"
+    kept = agent(ringfence={"failover": WAYS[1:]})
+    assert _legs(planned(document, kept, failover=WAYS)) == [("c", "y")]
+    with pytest.raises(DeniedError, match="failover: y at c"):
+        planned(document, kept, failover=WAYS[:1])
+
+
+def test_an_agent_without_a_block_is_what_it_was() -> None:
+    """Stored before there was one: an update that changes nothing makes no version of it."""
+    stored = agent()
+    assert "ringfence" not in stored
+    assert resolved(AgentDefinition.model_validate(merged(stored, AgentPatch()))) == stored
+    chosen = agent(ringfence={"failover": []})
+    assert chosen["ringfence"] == {"failover": []}
+    assert resolved(AgentDefinition.model_validate(merged(chosen, AgentPatch()))) == chosen
+    cleared = AgentPatch.model_validate({"ringfence": None})
+    assert resolved(AgentDefinition.model_validate(merged(chosen, cleared))) == stored

@@ -81,6 +81,28 @@ async def test_a_full_lane_is_not_left_for_a_leg_that_its_breaker_shuts() -> Non
     await rig.desk.close()
 
 
+async def test_who_left_a_lane_for_a_way_that_shut_meanwhile_waits_there_again() -> None:
+    """It would have its turn in time: its run is not put off."""
+    rig = LegRig(MemoryLimits())
+    rig.settings.rates["one"].__dict__["window_seconds"] = 1.0
+    rig.settings.__dict__["hold_seconds"] = 20.0
+    assert (await rig.asks(1, legs=LEGS)).leg == 0
+    choose, looks = rig.desk._legs.choose, list[int | None]()
+
+    async def shuts(*values: Any) -> Any:
+        found = await choose(*values)
+        looks.append(found.leg)
+        if found.leg == 1:
+            await rig.opens(LEGS[1])
+        return found
+
+    rig.desk._legs.choose = shuts  # type: ignore[method-assign]
+    turn = await rig.asks(2, legs=LEGS)
+    assert (turn.go, turn.leg) == (True, 0)
+    assert looks[:4] == [0, 1, None, 0], "in its lane, the other way, which has shut, and back"
+    await rig.desk.close()
+
+
 async def test_a_full_lane_is_left_for_one_with_room_and_its_place_with_it() -> None:
     rig = LegRig(MemoryLimits())
     assert (await rig.asks(1, legs=LEGS)).leg == 0

@@ -32,6 +32,7 @@ from ringfence.config import MetricsSettings, TraceSettings
 from ringfence.errors import UnavailableError
 from ringfence.policy.compiled import ToolGrants
 from ringfence.record.events import (
+    TOOL_SHUT,
     BreakerChanged,
     BudgetAlerted,
     ModelMoved,
@@ -157,14 +158,16 @@ class Told:
         )
 
 
-def decided(identity: str = "t1", name: str = "Bash", outcome: Any = "allow") -> ToolDecisionMade:
+def decided(
+    identity: str = "t1", name: str = "Bash", outcome: Any = "allow", rule: str = "r"
+) -> ToolDecisionMade:
     return ToolDecisionMade(
         **IDS,
         tool_use_id=identity,
         name=name,
         input_hmac="h",
         outcome=outcome,
-        rule="r",
+        rule=rule,
         decided_by="policy",
     )
 
@@ -217,6 +220,7 @@ def test_an_attempt_in_numbers() -> None:
     hub.recorded(decided())
     hub.recorded(finished())
     hub.recorded(decided("t2", "mcp__files__read", "deny"))
+    hub.recorded(decided("t3", "mcp__files__read", "deny", TOOL_SHUT))
     hub.noticed(
         EgressDenied(
             sandbox_id="sb_1", reason="x", target="secret.example", rule="network.allowed_hosts[7]"
@@ -240,6 +244,7 @@ def test_an_attempt_in_numbers() -> None:
     assert told.value("ringfence_tool_calls_total", tool="Bash", outcome="success") == 1
     assert told.value("ringfence_tool_call_seconds_sum", tool="Bash") == 1.5
     assert told.value("ringfence_tool_calls_total", tool="mcp", outcome="deny") == 1
+    assert told.value("ringfence_tool_calls_total", tool="mcp", outcome="shut") == 1
     denied = {"tenant": "acme", "rule": "network.allowed_hosts"}
     assert told.value("ringfence_egress_denials_total", **denied) == 1
     assert told.value("ringfence_witness_disagreements_total") == 1
@@ -558,6 +563,17 @@ def test_beyond_the_rate_the_operators_share_decides() -> None:
     found = [callers.parent(str(CALLER), "acme", 0.0) for _ in range(5)]
     assert [one.sampled for one in found if one] == [True, True, True, False, False]
     assert all(0 <= drawn() < 1 for _ in range(100))
+
+
+def test_what_is_beyond_the_rate_is_counted_by_tenant() -> None:
+    told = Told(callers=CallersTraces(per_minute=1, share=0.0))
+    for tenant in ("acme", "acme", "acme", "other"):
+        told.hub.request_ended(
+            "POST", "/", 200, 0.1, told.hub.request_began("POST", "r", tenant, str(CALLER))
+        )
+    over = {"tenant": "acme", "outcome": "dropped"}
+    assert told.value("ringfence_caller_traces_over_total", **over) == 2
+    assert not told.value("ringfence_caller_traces_over_total", **{**over, "tenant": "other"})
 
 
 async def test_what_a_caller_may_not_keep_nothing_that_it_begins_keeps() -> None:

@@ -18,7 +18,15 @@ from claude_agent_sdk import PermissionResultAllow, PermissionResultDeny, ToolPe
 
 from ringfence.agent.messages import AgentMessage, ToolEnded, ToolStarted
 from ringfence.agent.pending import Resolution, Waiting, public_name
-from ringfence.agent.permissions import Answer, Approver, Question, canonical_input, input_sha256
+from ringfence.agent.permissions import (
+    Answer,
+    Approver,
+    OpenGate,
+    Question,
+    ToolGate,
+    canonical_input,
+    input_sha256,
+)
 from ringfence.agent.settings import ClaudeSettings
 from ringfence.agent.subagents import refusal
 from ringfence.errors import AgentError, RingfenceError
@@ -26,7 +34,7 @@ from ringfence.model import CallKind, PendingCall
 from ringfence.policy.call_input import CallInput, call_input
 from ringfence.policy.decide import ToolDecision, decide_tool
 from ringfence.policy.tools import canonical_tool
-from ringfence.record.events import ToolDecisionMade, ToolFinished
+from ringfence.record.events import TOOL_SHUT, ToolDecisionMade, ToolFinished
 from ringfence.record.recorder import Recorder
 
 APPROVAL_SECONDS = 600.0
@@ -96,11 +104,13 @@ class ToolCalls:
         broken: Callable[[RingfenceError], None],
         waiting: Waiting | None = None,
         begun: Callable[[str], Awaitable[None]] | None = None,
+        gate: ToolGate | None = None,
     ) -> None:
         self._settings, self._recorder = settings, recorder
         self._announce, self._approver = announce, approver
         self._put, self._overdue, self._broken = put, overdue, broken
         self._waiting, self._begun = waiting or Waiting(), begun
+        self._gate = gate or OpenGate()
         self._seen: set[str] = set()
         self._granted: dict[str, str] = {}
         self._approved: set[str] = set()
@@ -158,6 +168,7 @@ class ToolCalls:
             self._watch(identity, name, input_hmac)
         else:
             self._subagents.discard(identity)
+            await self._gate.left(identity)
         return _hook_answer(verdict)
 
     @staticmethod
@@ -185,8 +196,13 @@ class ToolCalls:
         cap = self._subagent_cap(identity, name, nested=nested)
         if cap is not None:
             return _by_policy(cap, f"no more subagents may start ({cap})")
+        # after the policy, which alone says no for good; before a person, who is not asked in vain
+        shut = await self._gate.enter(identity, name)
         if self._waiting.before(identity):
+            # somebody has waited for this very call and answered: it goes, and tries the tool
             return self._answered(identity, name, tool_input, decision)
+        if shut is not None:
+            return _by_policy(TOOL_SHUT, shut)
         if decision.allowed and not self._settings.asks(name):
             return _by_policy(decision.rule, message, allowed=True)
         if self._settings.defer:

@@ -28,7 +28,7 @@ from ringfence.agent.command_line import CONFIG_DIR, argv, environment
 from ringfence.agent.messages import AgentMessage, Notice, Text, Thinking, ToolResult, TurnEnded
 from ringfence.agent.options import build_options
 from ringfence.agent.pending import Waiting
-from ringfence.agent.permissions import Approver
+from ringfence.agent.permissions import Approver, ToolGate
 from ringfence.agent.settings import ClaudeSettings
 from ringfence.agent.transport import SandboxTransport
 from ringfence.errors import (
@@ -77,6 +77,7 @@ class Run:
     approver: Approver
     mirror: SessionMirror
     waiting: Waiting | None = None
+    gate: ToolGate | None = None
 
 
 class ClaudeDriver:
@@ -121,6 +122,7 @@ class ClaudeDriver:
             broken=self._broken,
             waiting=self._waiting,
             begun=self._begun,
+            gate=run.gate,
         )
         if self._transport is not None:
             self._transport.serve()

@@ -41,6 +41,29 @@ class Approver(Protocol):
         ...
 
 
+class ToolGate(Protocol):
+    """Keeps calls from a tool that fails for many."""
+
+    async def enter(self, tool_use_id: str, name: str) -> str | None:
+        """None when the call may go; else why not, in words for the model."""
+        ...
+
+    async def left(self, tool_use_id: str) -> None:
+        """One that entered does not run: it was denied or put off after all."""
+        ...
+
+
+class OpenGate:
+    """Keeps none."""
+
+    async def enter(self, tool_use_id: str, name: str) -> str | None:  # noqa: ARG002
+        """See ToolGate."""
+        return None
+
+    async def left(self, tool_use_id: str) -> None:
+        """See ToolGate."""
+
+
 class DenyApprover:
     """Nobody is there: everything that must be asked about is denied."""
 

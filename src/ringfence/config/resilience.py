@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
 from ringfence.config.base import Frozen
 
+_McpTool = Annotated[str, StringConstraints(pattern=r"^mcp__[A-Za-z0-9_-]{1,200}$")]
 _Seconds = Annotated[float, Field(gt=0, le=3600)]
 
 
@@ -40,10 +41,14 @@ class BreakerSettings(Frozen):
             are 3 or more; one that fails alone is left alone.
         open_seconds: how long it is left alone first; doubled each time, up to `longest_seconds`.
         probes: requests at a time that try it after that; `wins` of them in a row close it.
-        probe_seconds: after so long without a word another may try.
+        probe_seconds: after so long without a word another may try; after ten at most where the
+            worker has died.
         stay_seconds: how long a session that moved stays where it is before it goes back.
         move_seconds: how long a request waits for its turn at one provider before it goes to the
             next of its policy, where there is one.
+        tools: calls are kept from these while they fail: tools of MCP servers, `mcp__crm__find`, or
+            all of one, `mcp__crm`. Of all others a breaker only tells: what they fail at is mostly
+            what the agent asked.
     """
 
     window_seconds: _Seconds = 30.0
@@ -57,3 +62,4 @@ class BreakerSettings(Frozen):
     probe_seconds: _Seconds = 60.0
     stay_seconds: float = Field(default=300.0, ge=0, le=86_400)
     move_seconds: float = Field(default=10.0, ge=0, le=280)
+    tools: tuple[_McpTool, ...] = Field(default=(), max_length=256)

@@ -27,6 +27,7 @@ from ringfence.control.shapes import (
     MetadataPatch,
     Name,
     Shape,
+    Ways,
     patched,
     unsupported,
 )
@@ -210,6 +211,14 @@ Tools = Annotated[list[Tool], Field(max_length=256)]
 Servers = Annotated[list[McpServer], Field(max_length=20)]
 
 
+class AgentBlock(Shape):
+    """Ours. `failover`: of the ways that the operator and the environment leave, those that its
+    model requests may go; None is all of them.
+    """
+
+    failover: Ways | None = None
+
+
 class AgentDefinition(Shape):
     """What an agent is; the body of its creation."""
 
@@ -223,6 +232,7 @@ class AgentDefinition(Shape):
     multiagent: Multiagent = None
     metadata: Metadata = Field(default_factory=dict)
     execution_identity: ExecutionIdentity | None = None
+    ringfence: AgentBlock | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> AgentDefinition:
@@ -245,6 +255,7 @@ class AgentPatch(Shape):
     multiagent: Multiagent = None
     metadata: MetadataPatch | None = None
     execution_identity: ExecutionIdentity | None = None
+    ringfence: AgentBlock | None = None
 
 
 def _contradictions(agent: AgentDefinition) -> list[str]:
@@ -292,6 +303,7 @@ def resolved(agent: AgentDefinition) -> dict[str, Any]:
     the author says otherwise, an MCP server's are asked for, as the service has it.
     """
     effort = agent.model.effort or Effort(type="high")
+    block = agent.ringfence.model_dump(mode="json", exclude_none=True) if agent.ringfence else {}
     return {
         "name": agent.name,
         "model": {
@@ -308,6 +320,8 @@ def resolved(agent: AgentDefinition) -> dict[str, Any]:
         "multiagent": None,
         "metadata": dict(agent.metadata),
         "execution_identity": {"type": "service_account"},
+        # left out where it says nothing: agents that were stored before it are the same agents
+        **({"ringfence": block} if block else {}),
     }
 
 

@@ -19,12 +19,11 @@ from ringfence.control.shapes import (
     MetadataPatch,
     Name,
     Shape,
+    Ways,
     patched,
     unsupported,
 )
 from ringfence.control.urgency import Urgency
-from ringfence.policy.document import ModelName
-from ringfence.policy.document import Name as PolicyName
 from ringfence.policy.isolation import ThreatModel
 
 # A leading hyphen would be an option of the package manager, a blank a second argument.
@@ -123,19 +122,6 @@ class SloBlock(Shape):
     latency: LatencyBlock | None = None
 
 
-class Way(Shape):
-    """Where a model request goes when those before do not answer: one of the operator's."""
-
-    provider: PolicyName | None = None
-    model: ModelName | None = None
-
-    @model_validator(mode="after")
-    def _somewhere(self) -> Way:
-        if self.provider is None and self.model is None:
-            raise ValueError("write a provider, a model or both")
-        return self
-
-
 class RingfenceBlock(Shape):
     """Ours: where runs go. What is left out is the operator's."""
 
@@ -151,7 +137,7 @@ class RingfenceBlock(Shape):
     approval_seconds: Annotated[float, Field(ge=1, le=2_592_000)] | None = None
     priority: Urgency | None = None
     slo: SloBlock | None = None
-    failover: Annotated[list[Way], Field(max_length=8)] | None = None
+    failover: Ways | None = None
 
     @model_validator(mode="after")
     def _lines_of_patterns(self) -> RingfenceBlock:

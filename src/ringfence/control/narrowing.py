@@ -10,7 +10,7 @@ A session resumed tomorrow is compiled anew, so that today's policy holds for it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from ringfence.control.environment_shapes import (
     RingfenceBlock,
     Unrestricted,
 )
+from ringfence.control.shapes import Way
 from ringfence.errors import CallerError, DeniedError
 from ringfence.model import WorkspaceMode
 from ringfence.policy.compile import WORKSPACE_WIDTH, compile_policy, failover_of
@@ -68,7 +69,9 @@ def narrow(
     _execution(values["execution"], block.execution or ExecutionBlock())
     _isolation(values, ceiling, block)
     _hosting(values["hosting"], ceiling, block)
-    _failover(values["model"], ceiling, block)
+    ways = block.failover
+    if ways is not None and (strange := _failover(values["model"], ceiling, ways)):
+        raise _wider(strange, "a way that the operator's policy does not name")
     narrowed = build(values)
     _hold(ceiling, narrowed)
     if block.agents > 1:
@@ -107,23 +110,41 @@ def _hosting(section: dict[str, Any], ceiling: PolicyDocument, block: RingfenceB
     section["pattern"] = pattern
 
 
-def _failover(section: dict[str, Any], ceiling: PolicyDocument, block: RingfenceBlock) -> None:
-    """The operator's ways that are named, in the order that they are named in. A way is a provider
-    and a model together: that each of them stands somewhere in the list is not enough.
+def with_ways(policy: PolicyDocument, ways: Sequence[Way]) -> PolicyDocument:
+    """An agent's choice among the ways that are left of the operator's, as an environment has it.
+
+    Raises:
+        DeniedError: `agent-denied`.
     """
-    if block.failover is None:
-        return
+    values: dict[str, Any] = policy.canonical()
+    if strange := _failover(values["model"], policy, ways):
+        raise DeniedError(
+            "agent-denied",
+            f"{strange} asks for a way that the operator's policy does not name, or that the "
+            "environment has left out",
+            hint="name fewer, or have the operator add it to model.failover of the policy",
+        )
+    chosen = build(values)
+    _hold(policy, chosen)
+    return chosen
+
+
+def _failover(section: dict[str, Any], ceiling: PolicyDocument, named: Sequence[Way]) -> str:
+    """The operator's ways that are named, in the order that they are named in; or the first that
+    is not one. A way is a provider and a model together: that each of them stands somewhere in the
+    list is not enough.
+    """
     home = ceiling.model.provider
     own = {(leg.provider or home, leg.model): leg for leg in failover_of(ceiling)}
-    ways = [(way.provider or home, way.model) for way in block.failover]
+    ways = [(way.provider or home, way.model) for way in named]
     for provider, model in ways:
         if (provider, model) not in own:
-            what = f"failover: {model or 'the same model'} at {provider}"
-            raise _wider(what, "a way that the operator's policy does not name")
+            return f"failover: {model or 'the same model'} at {provider}"
     section["failover"] = [own[way].model_dump(mode="json") for way in ways]
     if ceiling.model.fallback not in {model for _, model in ways}:
         # it would be a way again, the last: what is not named is left out
         section["fallback"] = None
+    return ""
 
 
 _LEAST = {"memory_mb": 192, "pids": 32, "disk_mb": 1}

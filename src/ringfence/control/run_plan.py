@@ -27,7 +27,7 @@ from ringfence.control.agent_shapes import (
     ToolConfig,
 )
 from ringfence.control.environment_shapes import EnvironmentDefinition, Limited
-from ringfence.control.narrowing import approval_seconds, narrow
+from ringfence.control.narrowing import approval_seconds, narrow, with_ways
 from ringfence.control.tenancy import Ceiling, validated
 from ringfence.errors import DeniedError
 from ringfence.policy.compile import compile_policy, failover_of, role_of
@@ -99,6 +99,9 @@ def run_plan(ceiling: Ceiling, agent: Mapping[str, Any], environment: Mapping[st
     hosting = _hosting(place)
     hosts = [_host(server.url) for server in definition.mcp_servers] if _mcp(place) else []
     narrowed = narrow(ceiling.policy, place, ceiling.network, mcp_hosts=hosts)
+    block = definition.ringfence
+    if block is not None and block.failover is not None:
+        narrowed = with_ways(narrowed, block.failover)
     policy = _policy(narrowed, definition)
     effort = definition.model.effort
     return RunPlan(

@@ -9,8 +9,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 
+from ringfence.policy.document import ModelName
+from ringfence.policy.document import Name as PolicyName
 from ringfence.policy.hosts import host_problem
 
 
@@ -18,6 +27,22 @@ class Shape(BaseModel):
     """Base of all: frozen, strict about types, closed to unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Way(Shape):
+    """Where a model request goes when those before do not answer: one of the operator's."""
+
+    provider: PolicyName | None = None
+    model: ModelName | None = None
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> Way:
+        if self.provider is None and self.model is None:
+            raise ValueError("write a provider, a model or both")
+        return self
+
+
+Ways = Annotated[list[Way], Field(max_length=8)]
 
 
 def _metadata(value: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,10 @@ from ringfence.limits.lane import Amount, Caps, Lane, Seen, Spec, Taken, Waiting
 from ringfence.store.database import open_postgresql
 
 _VERSION = 5
+_CONNECTIONS = 4
+"""Of a worker. Acts on a lane follow one another in any case, and with fifteen each, eight workers
+are more than a server's usual hundred: then the store is away for all of them.
+"""
 _SCRIPTS = ("0001_limits.sql", "0002_breakers.sql")
 _F8 = "CAST(:{} AS double precision)"
 _K = "CAST(:k AS double precision[])"
@@ -35,7 +39,7 @@ class PostgresLimits:
     """
 
     def __init__(self, url: str) -> None:
-        self._database = open_postgresql(url, "limits.store")
+        self._database = open_postgresql(url, "limits.store", connections=_CONNECTIONS)
         self._made, self._making = False, asyncio.Lock()
 
     async def _call(self, function: str, **values: Any) -> Any:

@@ -9,6 +9,8 @@ from typing import Any
 
 from ringfence.limits.lane import FORGET_SECONDS, Amount, Caps, Lane, Tenant, Ticket
 
+ENCODE = json.JSONEncoder(separators=(",", ":")).encode
+"""As `json.dumps`, which makes an encoder each time."""
 _PUT_TICKET = "INSERT OR REPLACE INTO ticket VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _TICKETS = """
 SELECT id, tenant, batch, start, seq, requests, input_tokens, output_tokens, share, weight, alive,
@@ -50,9 +52,12 @@ class LaneRows:
 
     def _read_tenants(self, wanted: set[str] | None) -> dict[str, str]:
         query, values = "SELECT name, state FROM tenant WHERE lane = ?", [self._name]
-        if wanted is not None:
+        if wanted is not None and len(wanted) == 1:
+            query += " AND name = ?"
+            values += wanted
+        elif wanted is not None:
             query += " AND name IN (SELECT value FROM json_each(?))"
-            values.append(json.dumps(sorted(wanted)))
+            values.append(ENCODE(sorted(wanted)))
         return dict(self._db.execute(query, values))
 
     def write(self, now: float) -> None:
@@ -60,13 +65,8 @@ class LaneRows:
         db, name, lane = self._db, self._name, self.lane
         db.execute("INSERT OR REPLACE INTO lane VALUES (?, ?)", (name, _head_state(lane)))
         self._write_tenants()
-        rows = {key: _ticket_row(key, each) for key, each in lane.tickets.items()}
-        db.executemany(
-            "DELETE FROM ticket WHERE lane = ? AND id = ?",
-            [(name, key) for key in self._tickets.keys() - rows.keys()],
-        )
-        changed = [row for key, row in rows.items() if self._tickets.get(key) != row]
-        db.executemany(_PUT_TICKET, [(name, *row) for row in changed])
+        if self._tickets or lane.tickets:
+            self._write_tickets()
         if lane.seq // 64 != self._seq // 64:
             # the core has forgotten those of them that it was given
             db.execute(
@@ -75,11 +75,19 @@ class LaneRows:
                 (name, now - FORGET_SECONDS, name),
             )
 
-    def _write_tenants(self) -> None:
-        gone = self._tenants.keys() - self.lane.tenants.keys()
+    def _write_tickets(self) -> None:
+        rows = {key: _ticket_row(key, each) for key, each in self.lane.tickets.items()}
         self._db.executemany(
-            "DELETE FROM tenant WHERE lane = ? AND name = ?", [(self._name, key) for key in gone]
+            "DELETE FROM ticket WHERE lane = ? AND id = ?",
+            [(self._name, key) for key in self._tickets.keys() - rows.keys()],
         )
+        changed = [row for key, row in rows.items() if self._tickets.get(key) != row]
+        self._db.executemany(_PUT_TICKET, [(self._name, *row) for row in changed])
+
+    def _write_tenants(self) -> None:
+        for key in self._tenants.keys() - self.lane.tenants.keys():
+            gone = self._name, key
+            self._db.execute("DELETE FROM tenant WHERE lane = ? AND name = ?", gone)
         for key, tenant in self.lane.tenants.items():
             state = _tenant_state(tenant)
             if self._tenants.get(key) != state:
@@ -111,7 +119,7 @@ def _head(db: sqlite3.Connection, name: str) -> Lane:
 
 def _head_state(lane: Lane) -> str:
     parts = (lane.at, lane.levels, lane.learned, lane.blocked, lane.seq, lane.served)
-    return json.dumps((*parts, lane.class_finish, lane.virtual), separators=(",", ":"))
+    return ENCODE((*parts, lane.class_finish, lane.virtual))
 
 
 def _tenant(state: str) -> Tenant:
@@ -121,7 +129,7 @@ def _tenant(state: str) -> Tenant:
 
 def _tenant_state(tenant: Tenant) -> str:
     parts = (tenant.at, tenant.caps, tenant.levels, tenant.finish)
-    return json.dumps(parts, separators=(",", ":"))
+    return ENCODE(parts)
 
 
 def _ticket(row: tuple[Any, ...]) -> Ticket:

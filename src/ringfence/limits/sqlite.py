@@ -6,7 +6,6 @@ What is committed survives the process at once, and a loss of power but for the 
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sqlite3
 import time
@@ -28,48 +27,36 @@ from ringfence.limits.breaker import (
 )
 from ringfence.limits.budget import Book, Held, Hold, Money, Spent
 from ringfence.limits.lane import Amount, Lane, Seen, Spec, Taken, Want
-from ringfence.limits.rows import LaneRows, whole
+from ringfence.limits.rows import ENCODE, LaneRows, whole
+from ringfence.limits.turns import Turns
 from ringfence.store.sqlite import open_database
 
 _T = TypeVar("_T")
-_PATIENCE_SECONDS = 5.0
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.02
-_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 
 
 class SqliteLimits:
     """LimitStore over a file that processes of this host share.
 
     Acts run where they are called: one is a fraction of a millisecond, less than a thread's turn.
-    While another process writes, the caller sleeps and the event loop goes on.
+    While another process writes, they wait in line and the event loop goes on (`Turns`).
     """
 
     def __init__(self, path: Path) -> None:
         self._db = open_database(path, "ringfence.limits.sql", timeout=0.0)
         self._db.execute("PRAGMA synchronous=NORMAL")
+        self._turns = Turns(self._db)
 
-    async def _act(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
-        end, pause = time.monotonic() + _PATIENCE_SECONDS, _FIRST_PAUSE
-        while True:
-            try:
-                return self._once(work)
-            except sqlite3.Error as error:
-                code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-                if code not in _BUSY or time.monotonic() > end:
-                    raise _unavailable(error) from error
-            await asyncio.sleep(pause)
-            pause = min(_LONGEST_PAUSE, pause * 2)
-
-    def _once(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
-        self._db.execute("BEGIN IMMEDIATE")
+    async def _act(self, work: Callable[[sqlite3.Connection], _T], *, soon: bool = True) -> _T:
         try:
-            result = work(self._db)
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
-        return result
+            return await self._turns.act(work, soon=soon)
+        except sqlite3.Error as error:
+            raise _unavailable(error) from error
+
+    async def _read(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        try:
+            return work(self._db)
+        except sqlite3.Error:
+            return await self._act(work)
 
     async def _on(
         self,
@@ -79,6 +66,7 @@ class SqliteLimits:
         *,
         tenants: Iterable[str] = (),
         tickets: bool = False,
+        soon: bool = True,
     ) -> _T:
         def act(db: sqlite3.Connection) -> _T:
             at = _now(now)
@@ -87,7 +75,7 @@ class SqliteLimits:
             rows.write(at)
             return result
 
-        return await self._act(act)
+        return await self._act(act, soon=soon)
 
     async def take(self, spec: Spec, wants: Sequence[Want], now: float | None = None) -> Taken:
         """See LimitStore."""
@@ -106,6 +94,7 @@ class SqliteLimits:
             now,
             lambda lane, at: lanes.settle(lane, spec, tenant, over, at),
             tenants=(tenant,),
+            soon=False,
         )
 
     async def correct(self, spec: Spec, seen: Seen, now: float | None = None) -> None:
@@ -171,9 +160,13 @@ class SqliteLimits:
         self, spec: BreakerSpec, probe: str, *, settled: float = 0.0, now: float | None = None
     ) -> Admission:
         """See LimitStore."""
+        # what is closed is left as it is: to read it needs no turn, and waits for nobody
+        seen = await self._read(lambda db: _breaker(db, spec.key) or Breaker())
+        if seen.state == "closed":
+            return breakers.admit(seen, spec, probe, _now(now), settled=settled)
 
         def act(db: sqlite3.Connection) -> Admission:
-            found = _breaker(db, spec.key)
+            found = _breaker(db, spec.key) or Breaker()
             admitted = breakers.admit(found, spec, probe, _now(now), settled=settled)
             if found.state != "closed":
                 _keep_breaker(db, spec.key, found)
@@ -188,14 +181,15 @@ class SqliteLimits:
 
         def act(db: sqlite3.Connection) -> Noted:
             at = _now(now)
-            if not db.execute("SELECT 1 FROM breaker WHERE key = ?", (spec.key,)).fetchone():
-                _forget_idle(db, spec, at)
             found = _breaker(db, spec.key)
+            if found is None:
+                _forget_idle(db, spec, at)
+                found = Breaker()
             noted = breakers.note(found, spec, probe, ok, at)
             _keep_breaker(db, spec.key, found)
             return noted
 
-        return await self._act(act)
+        return await self._act(act, soon=ok is not True)
 
     async def spend(self, spec: RetrySpec, earned: int, now: float | None = None) -> bool:
         """See LimitStore."""
@@ -217,6 +211,7 @@ class SqliteLimits:
 
     async def close(self) -> None:
         """See LimitStore."""
+        await self._turns.close()
         self._db.close()
 
 
@@ -228,9 +223,9 @@ SELECT key, sum(usd), sum(tokens), sum(held_usd), sum(held_tokens) FROM (
 """
 
 
-def _breaker(db: sqlite3.Connection, key: str) -> Breaker:
+def _breaker(db: sqlite3.Connection, key: str) -> Breaker | None:
     row = db.execute("SELECT state FROM breaker WHERE key = ?", (key,)).fetchone()
-    return Breaker() if row is None else Breaker.from_json(json.loads(row[0]))
+    return None if row is None else Breaker.from_json(json.loads(row[0]))
 
 
 def _forget_idle(db: sqlite3.Connection, spec: BreakerSpec, now: float) -> None:
@@ -240,7 +235,7 @@ def _forget_idle(db: sqlite3.Connection, spec: BreakerSpec, now: float) -> None:
 
 
 def _keep_breaker(db: sqlite3.Connection, key: str, breaker: Breaker) -> None:
-    state = json.dumps(breaker.to_json(), separators=(",", ":"))
+    state = ENCODE(breaker.to_json())
     db.execute("INSERT OR REPLACE INTO breaker VALUES (?, ?)", (key, state))
 
 

@@ -99,6 +99,10 @@ class SandboxStopped(Event):
     memory_kills: int = 0
 
 
+TOOL_SHUT = "tool-breaker"
+"""Rule of a call that was kept from a tool by its breaker."""
+
+
 class ToolDecisionMade(Event):
     """The worker allowed or denied a tool call, or deferred it: the run ends, and somebody outside
     answers. `given_hmac` is of the input that a person put in place of the model's own.

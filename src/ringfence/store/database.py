@@ -27,6 +27,8 @@ from ringfence.store.sqlite import make_private_directory, make_private_file
 
 _WAIT = 5.0
 """Seconds that a statement waits for another writer, a connection for a free place."""
+_IDLE = 5
+"""Connections that are kept when nobody needs them."""
 
 _STATEMENT_MS = 20_000
 _ANSWER_SECONDS = 25.0
@@ -172,8 +174,9 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
-def open_postgresql(text_url: str, setting: str = "database") -> Database:
-    """The database of a `postgresql://` URL, the value of a setting. Nothing is connected yet.
+def open_postgresql(text_url: str, setting: str = "database", *, connections: int = 15) -> Database:
+    """The database of a `postgresql://` URL, the value of a setting. Nothing is connected yet, and
+    never more than `connections`.
 
     Raises:
         CallerError: `settings-invalid`, without the URL, which holds a password.
@@ -194,6 +197,8 @@ def open_postgresql(text_url: str, setting: str = "database") -> Database:
     engine = create_async_engine(
         url.set(drivername="postgresql+asyncpg", query=query),
         pool_timeout=_WAIT,
+        pool_size=min(_IDLE, connections),
+        max_overflow=max(0, connections - _IDLE),
         # whoever waited for a row's lock sees what was written meanwhile (run_places counts under
         # one); a server's own default may be another
         isolation_level="READ COMMITTED",

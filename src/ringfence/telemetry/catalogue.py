@@ -67,6 +67,14 @@ CATALOGUE: tuple[Metric, ...] = (
         help="From a request's head to the end of its answer; event streams are left out.",
     ),
     Metric(
+        name="ringfence_caller_traces_over_total",
+        kind="counter",
+        by="gateway",
+        labels=("tenant", "outcome"),
+        help="Requests whose `traceparent` asked to be kept, beyond `callers_per_minute` of their "
+        "tenant: `kept` by the operator's `sample`, or `dropped`.",
+    ),
+    Metric(
         name="ringfence_queue_runs",
         kind="gauge",
         by="gateway",
@@ -143,8 +151,9 @@ CATALOGUE: tuple[Metric, ...] = (
         kind="counter",
         by="worker",
         labels=("tool", "outcome"),
-        help="Tool calls: `deny` and `defer` as decided, the others as `claude` reports their "
-        "end. Tools of MCP servers are `mcp`, of callers `custom`.",
+        help="Tool calls: `deny`, `defer` and `shut` (kept from it by a breaker) as decided, the "
+        "others as `claude` reports their end. Tools of MCP servers are `mcp`, of callers "
+        "`custom`.",
     ),
     Metric(
         name="ringfence_tool_call_seconds",

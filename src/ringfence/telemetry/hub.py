@@ -25,6 +25,7 @@ from ringfence.channel.messages import (
 )
 from ringfence.limits.breaker import State
 from ringfence.record.events import (
+    TOOL_SHUT,
     BreakerChanged,
     BudgetAlerted,
     Event,
@@ -131,6 +132,8 @@ class Telemetry:
         self._wanted: dict[int, tuple[float, ModelWanted]] = {}
         self._faulty: set[str] = set()
         self._ways, self._promises = Ways(labels, meters), Promises(labels, meters)
+        if callers is not None:
+            callers.tell(labels, meters)
         self._begin()
 
     @_safe
@@ -379,7 +382,8 @@ class Telemetry:
         run, tool = self._runs.get(event.run_id), self._labels.tool(event.name)
         allowed = event.outcome == "allow"
         if not allowed:
-            self._meters.add("ringfence_tool_calls_total", tool=tool, outcome=event.outcome)
+            outcome = "shut" if event.rule == TOOL_SHUT else event.outcome
+            self._meters.add("ringfence_tool_calls_total", tool=tool, outcome=outcome)
         if run is None:
             return
         told = spans.tool(event)

@@ -15,6 +15,8 @@ from dataclasses import replace
 
 from ringfence.limits.buckets import Buckets
 from ringfence.telemetry.context import Parent, parsed
+from ringfence.telemetry.labels import Labels
+from ringfence.telemetry.ports import Meters
 
 _FINE = 1 << 32
 
@@ -38,6 +40,11 @@ class CallersTraces:
     ) -> None:
         self._share, self._draw = share, draw
         self._buckets = Buckets(per_minute=per_minute, burst=max(1.0, per_minute))
+        self._told: tuple[Labels, Meters] | None = None
+
+    def tell(self, labels: Labels, meters: Meters) -> None:
+        """Count from now on what is beyond the rate."""
+        self._told = labels, meters
 
     def parent(self, traceparent: str | None, tenant: str, now: float) -> Parent | None:
         """What a request's span continues, with what is kept of it decided; None starts a trace.
@@ -48,4 +55,12 @@ class CallersTraces:
         found = parsed(traceparent)
         if found is None or not found.sampled or self._buckets.take(tenant, now) == 0.0:
             return found
-        return replace(found, sampled=self._draw() < self._share)
+        kept = self._draw() < self._share
+        if self._told is not None:
+            labels, meters = self._told
+            meters.add(
+                "ringfence_caller_traces_over_total",
+                tenant=labels.tenant(tenant),
+                outcome="kept" if kept else "dropped",
+            )
+        return replace(found, sampled=kept)

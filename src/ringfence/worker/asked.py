@@ -37,11 +37,24 @@ class Asked:
     taken: bool = False
     """Let through by its lane, and not yet by its breaker."""
     full: dict[int, Full] = field(default_factory=dict)
+    stays: set[int] = field(default_factory=set)
+    """Legs whose lanes it does not leave for another any more."""
     parked: bool = False
     held: str = ""
     task: asyncio.Task[None] | None = None
     holding: asyncio.Future[Held] | None = None
     corrected: asyncio.Task[None] | None = None
+
+    def comes_back(self, left: float) -> bool:
+        """Whether one of the lanes that it left, because another way was open, would have its turn
+        in the `left` seconds: that way has shut meanwhile, and to put the run off would be worse.
+        """
+        for leg, (_, wait) in sorted(self.full.items()):
+            if leg not in self.stays and wait < left:
+                self.stays.add(leg)
+                del self.full[leg]
+                return True
+        return False
 
 
 def alert_of(asked: Asked, due: Due, now: Money) -> BudgetAlerted:

@@ -6,8 +6,11 @@ repeats none.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import structlog
 
@@ -19,6 +22,10 @@ from ringfence.record.recorder import Recorder
 from ringfence.worker.lanequeue import Outage
 from ringfence.worker.ownbreakers import OwnBreakers
 
+LEASE_SECONDS = 10.0
+"""So long is a probe's place kept in the store for a worker that has died. One that lives renews it
+for as long as its settings say.
+"""
 _LOG = structlog.get_logger("ringfence.worker")
 
 
@@ -47,17 +54,27 @@ class Breakers:
         self._earned: dict[tuple[str, str], int] = {}
         self._outage = Outage("breakers")
         self._own = OwnBreakers()
+        self._held: dict[tuple[str, str], float] = {}
+        self._renewer: asyncio.Task[None] | None = None
+        self._returns: set[asyncio.Task[None]] = set()
         self.listen: Callable[[str, State], None] | None = None
 
     async def admit(self, key: str, probe: str, *, by: str = "", settled: float = 0.0) -> Admission:
         """See `breaker.admit`."""
         spec = self._spec(key)
-        own = self._own.admit(by, spec, probe, settled=settled)
+        own = self._own.admit(by, self._lasting(spec), probe, settled=settled)
         if own.before is not None:
             await self._changed(f"session/{key}", own.before, own.state, 0.0)
         if own.verdict == "no":
             return own
-        found = await self._shared(key, spec, probe, settled)
+        try:
+            found = await self._shared(key, spec, probe, settled)
+        except asyncio.CancelledError:
+            # whoever asked has left, and the store may have given the place all the same
+            self._soon(self._give_back(key, probe, by))
+            raise
+        if found.verdict == "probe":
+            self._hold(key, probe)
         if found.verdict == "no":
             self._own.release(by, spec, probe)
         elif own.verdict == "probe":
@@ -80,7 +97,8 @@ class Breakers:
     ) -> Noted | None:
         """See `breaker.note`; None when nobody could be told."""
         spec = self._spec(key)
-        own = self._own.note(by, spec, probe, ok)
+        self._held.pop((key, probe), None)
+        own = self._own.note(by, self._lasting(spec), probe, ok)
         if own.before is not None:
             await self._changed(f"session/{key}", own.before, own.state, own.seconds, **ids)
         if ok is False and not self._own.tells(by, spec):
@@ -94,6 +112,53 @@ class Breakers:
         if found.before is not None:
             await self._changed(key, found.before, found.state, found.seconds, **ids)
         return found
+
+    async def over(self, probe: str, *, by: str = "") -> None:
+        """Who asked under this name is done: places that were taken for it and not used, as of a
+        way that was looked at and not gone, are given back.
+        """
+        for key in [key for key, name in self._held if name == probe]:
+            await self._give_back(key, probe, by)
+
+    async def _give_back(self, key: str, probe: str, by: str) -> None:
+        await self.note(key, probe, ok=None, by=by)
+
+    def _hold(self, key: str, probe: str) -> None:
+        self._held[key, probe] = time.monotonic()
+        if self._renewer is None or self._renewer.done():
+            self._renewer = asyncio.get_running_loop().create_task(self._renew())
+
+    async def _renew(self) -> None:
+        """While its worker lives, a probe keeps its place for all of its time."""
+        while self._held:
+            await asyncio.sleep(LEASE_SECONDS / 3)
+            for (key, probe), began in list(self._held.items()):
+                if (key, probe) not in self._held:
+                    continue
+                renewed = await self._renewed(key, probe, began)
+                if renewed and (key, probe) not in self._held:
+                    # it ended meanwhile, and what was said of that may have come before
+                    await self._give_back(key, probe, "")
+                elif not renewed:
+                    self._held.pop((key, probe), None)
+
+    async def _renewed(self, key: str, probe: str, began: float) -> bool:
+        if time.monotonic() - began > self._settings.probe_seconds:
+            return False
+        return (await self._shared(key, self._spec(key), probe, 0.0)).verdict == "probe"
+
+    def _soon(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._returns.add(task)
+        task.add_done_callback(self._returns.discard)
+
+    async def close(self) -> None:
+        """Renew nothing any more; what is on its way to the store gets there."""
+        if self._renewer is not None:
+            self._renewer.cancel()
+            await asyncio.wait({self._renewer})
+        if self._returns:
+            await asyncio.wait(set(self._returns), timeout=LEASE_SECONDS)
 
     def first(self, provider: str, tenant: str) -> None:
         """A request that repeats none: it earns its share of those that do."""
@@ -115,6 +180,11 @@ class Breakers:
             self._outage.failed(error)
             return False
 
+    def keeps(self, tool: str) -> bool:
+        """Whether calls are kept from this tool while it fails."""
+        named = self._settings.tools
+        return any(tool == each or tool.startswith(f"{each}__") for each in named)
+
     def _spec(self, key: str) -> BreakerSpec:
         settings = self._settings
         return BreakerSpec(
@@ -125,10 +195,14 @@ class Breakers:
             opens=settings.open_seconds,
             longest=settings.longest_seconds,
             probes=settings.probes,
-            lease=settings.probe_seconds,
+            lease=min(LEASE_SECONDS, settings.probe_seconds),
             wins=settings.wins,
             row=settings.in_a_row,
         )
+
+    def _lasting(self, spec: BreakerSpec) -> BreakerSpec:
+        """A session's own dies with this worker: nobody waits for it elsewhere."""
+        return spec._replace(lease=self._settings.probe_seconds)
 
     def _heard(self, key: str, state: State) -> None:
         self._outage.over()

@@ -197,8 +197,10 @@ class Desk:
         wanted, probe = asked.wanted, self._probe(asked)
         chosen = await self._legs.choose(wanted, probe, {*wanted.shut, *asked.full})
         if chosen.leg is None and asked.full:
-            await self._park(asked)
-            return True
+            back = asked.comes_back(end - time.monotonic())
+            if not back:
+                await self._park(asked)
+            return not back
         if chosen.leg is None:
             await self._turn_of(asked, wait=min(60.0, max(0.05, chosen.wait)))
             return True
@@ -239,7 +241,8 @@ class Desk:
         """
         left, leg = max(0.0, end - time.monotonic()), asked.leg
         without = {*asked.wanted.shut, *asked.full, leg}
-        if self._move_seconds >= left or len(asked.wanted.legs) <= len(without):
+        moves = leg not in asked.stays and self._move_seconds < left
+        if not moves or len(asked.wanted.legs) <= len(without):
             return await self._lane_turn(asked, left)
         wait = await self._lane_turn(asked, self._move_seconds)
         if wait is None:
@@ -393,6 +396,7 @@ class Desk:
         if used.failed or not asked.noted:
             # well is what began: a refusal, or a head that nothing followed, says nothing of it
             await self._note(asked, ok=False if used.failed else None)
+        await self.breakers.over(self._probe(asked), by=session_of(asked.wanted))
         if asked.granted and self._settings.on:
             await self._settle(asked, used, counted)
         elif asked.taken and self._settings.on:
@@ -497,4 +501,5 @@ class Desk:
             _LOG.warning("requests will be booked at their worst case", count=len(self._unpaid))
         for lane in self._lanes.values():
             await lane.close()
+        await self.breakers.close()
         await self._store.close()

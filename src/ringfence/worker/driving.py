@@ -166,6 +166,7 @@ class Driving:
                 approver=self.station.approver,
                 mirror=lease,
                 waiting=self._waiting(),
+                gate=self.station.gate,
             )
         )
         self._driver = driver

@@ -1,14 +1,18 @@
-"""Breakers of MCP servers, which stop what goes to them, and of tools, which only tell."""
+"""Breakers of MCP servers, which stop what goes to them, and of tools, which stop calls of those
+that the operator names and only tell of the others.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Coroutine
+import math
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from ringfence.agent.messages import AgentMessage, ToolResult, ToolStarted
+from ringfence.agent.messages import AgentMessage, ToolEnded, ToolResult, ToolStarted
 from ringfence.channel.messages import GuardUsed, GuardWanted, ModelTurn
+from ringfence.limits.breaker import Admission
 from ringfence.worker.breakers import Breakers, probe_name
 
 if TYPE_CHECKING:
@@ -28,6 +32,7 @@ class Guards:
 
     def __init__(self, breakers: Breakers, reply: Callable[..., Awaitable[Any]], name: str) -> None:
         self._breakers, self._reply, self._name = breakers, reply, name
+        self._asking: dict[int, asyncio.Event] = {}
 
     async def heard(self, message: GuardWanted | GuardUsed) -> None:
         """A notice of egress."""
@@ -35,6 +40,9 @@ class Guards:
         session = message.session_id or message.run_id
         probe = probe_name(session, self._name, message.ticket)
         if isinstance(message, GuardUsed):
+            if (asking := self._asking.get(message.ticket)) is not None:
+                # its client left while the store was asked: a place is given back after it is taken
+                await asking.wait()
             await self._breakers.note(
                 key,
                 probe,
@@ -44,7 +52,12 @@ class Guards:
                 sandbox_id=message.sandbox_id,
             )
             return
-        found = await self._breakers.admit(key, probe)
+        asking = self._asking[message.ticket] = asyncio.Event()
+        try:
+            found = await self._breakers.admit(key, probe)
+        finally:
+            asking.set()
+            del self._asking[message.ticket]
         await self._reply(
             ModelTurn,
             sandbox_id=message.sandbox_id,
@@ -61,41 +74,101 @@ def tool_watch(breakers: Breakers | None, turn: Turn) -> ToolWatch:
 
 
 class ToolWatch:
-    """How the tools of an agent's version do, in one attempt. Nothing is held back: a call that
-    fails is the agent's to deal with, and a tool that fails for all of them is a person's.
+    """How the tools of an agent's version do, in one attempt; the `ToolGate` of those that the
+    operator names. Of all others nothing is held back: what most tools fail at is what they were
+    asked.
+
+    What a tool came to is said from inside. So of a tool that calls are kept from a session's
+    failures are its own first, as with a provider (`OwnBreakers`).
     """
 
     def __init__(self, breakers: Breakers | None, agent: dict[str, Any], **ids: str) -> None:
         self._breakers, self._ids = breakers, ids
         self._key = f"tool/{agent.get('id')}/{agent.get('version')}"
+        self._session = ids.get("session_id") or ids.get("run_id", "")
         self._names: dict[str, str] = {}
+        self._probing: dict[str, str] = {}
         self._tools: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
+    async def enter(self, tool_use_id: str, name: str) -> str | None:
+        """See ToolGate."""
+        if self._breakers is None or not self._breakers.keeps(name) or not self._counts(name):
+            return None
+        probe = self._probe(tool_use_id)
+        found = await self._breakers.admit(f"{self._key}/{name}", probe, by=self._session)
+        if found.verdict == "probe":
+            self._probing[tool_use_id] = name
+        return _why_not(name, found) if found.verdict == "no" else None
+
+    async def left(self, tool_use_id: str) -> None:
+        """See ToolGate."""
+        name = self._probing.pop(tool_use_id, None)
+        if self._breakers is not None and name is not None:
+            await self._note(self._breakers, tool_use_id, name, ok=None)
+
     def heard(self, message: AgentMessage) -> None:
         """What an attempt says. A call that was not let through, or waits, says nothing of its
-        tool.
+        tool; one whose time was up failed, and has no result.
         """
         if self._breakers is None:
             return
         if isinstance(message, ToolStarted) and message.allowed and not message.deferred:
-            if message.name not in self._tools and len(self._tools) >= _MOST_TOOLS:
-                return
-            self._tools.add(message.name)
-            self._names[message.tool_use_id] = message.name
-        elif isinstance(message, ToolResult) and message.tool_use_id in self._names:
-            name = self._names.pop(message.tool_use_id)
-            self._soon(self._told(self._breakers, name, message))
+            if self._counts(message.name):
+                self._names[message.tool_use_id] = message.name
+        elif isinstance(message, ToolResult):
+            self._over(self._breakers, message.tool_use_id, ok=not message.is_error)
+        elif isinstance(message, ToolEnded) and message.outcome == "timeout":
+            self._over(self._breakers, message.tool_use_id, ok=False)
 
-    async def _told(self, breakers: Breakers, name: str, result: ToolResult) -> None:
-        key = f"{self._key}/{name}"
-        # asked so that one that is open comes to be half open; it goes on whatever the answer
-        # hashed: what is inside chose the id
-        probe = hashlib.sha256(result.tool_use_id.encode(errors="replace")).hexdigest()[:32]
-        await breakers.admit(key, probe)
-        await breakers.note(key, probe, ok=not result.is_error, **self._ids)
+    async def close(self) -> None:
+        """The attempt is over: calls without a word give back what they hold."""
+        if self._tasks:
+            await asyncio.wait(set(self._tasks))
+        for tool_use_id in list(self._probing):
+            await self.left(tool_use_id)
 
-    def _soon(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
+    def _counts(self, name: str) -> bool:
+        if name not in self._tools and len(self._tools) >= _MOST_TOOLS:
+            return False
+        self._tools.add(name)
+        return True
+
+    def _over(self, breakers: Breakers, tool_use_id: str, *, ok: bool) -> None:
+        name = self._names.pop(tool_use_id, None)
+        if name is None:
+            return
+        self._probing.pop(tool_use_id, None)
+        work = self._note if breakers.keeps(name) else self._told
+        task = asyncio.get_running_loop().create_task(work(breakers, tool_use_id, name, ok=ok))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _told(self, breakers: Breakers, tool_use_id: str, name: str, *, ok: bool) -> None:
+        key, probe = f"{self._key}/{name}", _hashed(tool_use_id)
+        # asked so that one that is open comes to be half open; it goes on whatever the answer
+        await breakers.admit(key, probe)
+        await breakers.note(key, probe, ok=ok, **self._ids)
+
+    async def _note(
+        self, breakers: Breakers, tool_use_id: str, name: str, *, ok: bool | None
+    ) -> None:
+        key, probe = f"{self._key}/{name}", self._probe(tool_use_id)
+        await breakers.note(key, probe, ok=ok, by=self._session, **self._ids)
+
+    def _probe(self, tool_use_id: str) -> str:
+        """By whose it is: who makes calls and gives them up would keep the others from trying."""
+        return f"{_hashed(self._session)[:16]}/{_hashed(tool_use_id)}"
+
+
+def _hashed(text: str) -> str:
+    """What is inside chose it, and stores split names."""
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:32]
+
+
+def _why_not(name: str, found: Admission) -> str:
+    if found.state == "open":
+        what = f"calls of it are held back for {max(1, math.ceil(found.wait))} s more"
+        return f"{name} keeps failing: {what}; go on without it, or call it again after that"
+    what = "another call tries it just now"
+    return f"{name} keeps failing, and {what}; go on without it, or call it again in a moment"

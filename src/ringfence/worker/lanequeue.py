@@ -20,24 +20,30 @@ _SOONEST, _LATEST = 0.005, 0.25
 _AWAY_SECONDS, _AWAY_WAIT = 0.5, 30.0
 _KEPT_SECONDS = 120.0
 """How long a place is kept beyond the time at which its run should be back."""
+_SAID_SECONDS = 60.0
 _LOG = structlog.get_logger("ringfence.worker")
 
 
 class Outage:
-    """Says what is wrong with a store: once, until it is something else or well again. Of an error
-    that is not ours only its kind: its words may hold an address with a password.
+    """Says what is wrong with a store: once, until it is something else or well again, and the same
+    once a minute: one that fails for every other act would fill the log. Of an error that is not
+    ours only its kind: its words may hold an address with a password.
     """
 
     def __init__(self, of: str) -> None:
         self._of, self._seen = of, ""
+        self._said, self._said_at = "", 0.0
 
     def failed(self, error: Exception) -> None:
         """An act did not succeed."""
         why = type(error).__name__
         if isinstance(error, RingfenceError):
             why = f"{error.code}: {error.message}"
-        if why != self._seen:
+        now = time.monotonic()
+        said = why == self._said and now - self._said_at < _SAID_SECONDS
+        if why != self._seen and not said:
             _LOG.warning("the limits' store cannot be used", of=self._of, why=why)
+            self._said, self._said_at = why, now
         self._seen = why
 
     def over(self) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ringfence.agent.messages import AgentMessage
-from ringfence.agent.permissions import Approver
+from ringfence.agent.permissions import Approver, ToolGate
 from ringfence.channel.link import EgressLink
 from ringfence.channel.messages import AnyMessage, DeskMessage
 from ringfence.config import Config
@@ -65,7 +65,7 @@ class Station:
     """What an attempt works with; made by the composition root, shared by attempts.
 
     `sessions` are those of the host itself; a tenant's attempt has a station with
-    `sessions.for_tenant(…)` in their place (`dataclasses.replace`).
+    `sessions.for_tenant(…)` in their place (`dataclasses.replace`), and the `gate` of its agent.
     """
 
     config: Config
@@ -82,6 +82,7 @@ class Station:
     memory: Memory | None = None
     breakers: Breakers | None = None
     telemetry: Telemetry | None = None
+    gate: ToolGate | None = None
 
     def metering(self, sandbox: Sandbox) -> AbstractAsyncContextManager[None]:
         """Look at what a sandbox takes while the block runs, where anybody wants to know."""

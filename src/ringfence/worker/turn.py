@@ -366,12 +366,17 @@ class _Work:
             for task in (watching, telling):
                 task.cancel()
             await asyncio.wait({watching, telling})
+            await to_the_end(self._tools.close())
 
     async def _attempt(self) -> RunResult:
         hold = self._brought.hold
         try:
             result = await attempt(
-                replace(self._handler.station, sessions=self._handler.sessions(self._turn.tenant)),
+                replace(
+                    self._handler.station,
+                    sessions=self._handler.sessions(self._turn.tenant),
+                    gate=self._tools,
+                ),
                 self._plan.policy,
                 self._request,
                 control=self._control,
