@@ -51,11 +51,17 @@ def test_the_demo_as_a_newcomer_sees_it(box: Box) -> None:
 
 
 @pytest.mark.parametrize(
-    "isolation", [pytest.param(name, marks=needs(name)) for name in ("container", "gvisor")]
+    "isolation",
+    [
+        pytest.param("container", marks=needs("container")),
+        pytest.param("gvisor", marks=needs("gvisor")),
+        pytest.param("runtime", marks=[needs("runtime"), pytest.mark.storm]),
+        pytest.param("microvm", marks=[needs("microvm"), pytest.mark.storm]),
+    ],
 )
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(1800)
 def test_the_demo_in_another_fence(box: Box, isolation: str) -> None:
-    done = box.call("demo", "--isolation", isolation, "--json", seconds=220)
+    done = box.call("demo", "--isolation", isolation, "--json", seconds=1700)
     assert done.code == 0, done.out + done.err
     assert done.json["held"]
     assert done.json["tests_pass"] == {"before": False, "after": True}

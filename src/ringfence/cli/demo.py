@@ -126,14 +126,18 @@ async def _play(
 
 def _policy(isolation: Technology) -> dict[str, Any]:
     """The strict preset; an ordinary user's demo accepts by name what only root can enforce on
-    some hosts, and says so at every start.
+    some hosts, and says so at every start. A machine may be emulated here, and has the time for it.
     """
     accepted = [] if os.geteuid() == 0 else ["memory", "cpu"]
-    return {
+    policy: dict[str, Any] = {
         "preset": "strict",
         "isolation": {"backend": isolation},
         "accept_unenforced": accepted,
     }
+    if isolation == "microvm":
+        policy["isolation"]["emulation"] = "allow"
+        policy["execution"] = {"max_duration_seconds": 1600, "max_tool_seconds": 200}
+    return policy
 
 
 def _texts(path: Path) -> dict[str, str]:
