@@ -13,9 +13,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from fence import PROFILE
 
+from ringfence.check import artefacts
 from ringfence.check.finding import Outcome
 from ringfence.check.live import Attack
 from ringfence.check.probes.definition import Probe, built_in
+from ringfence.errors import UnavailableError
 from ringfence.sandbox.bubblewrap import BubblewrapBackend
 
 
@@ -142,3 +144,43 @@ def test_a_probe_that_failed_is_not_asked_again() -> None:
     asyncio.run(Attack("bubblewrap", make, PROFILE, [worse], found.append).run())
     assert [one.outcome for one in found] == [Outcome.FAIL]
     assert [one.tried for one in backend] == [1]
+
+
+class Scarce(BubblewrapBackend):
+    """One sandbox starts, and those after it are refused so many times."""
+
+    def __init__(self, state: Path, times: int) -> None:
+        super().__init__(state_dir=state)
+        self.times, self.asked = times, 0
+
+    async def start(self, spec: Any) -> Any:
+        self.asked += 1
+        if 1 < self.asked <= 1 + self.times:
+            raise UnavailableError("host-failed", "no more sandboxes")
+        return await super().start(spec)
+
+
+@pytest.mark.parametrize("kind", ["alone", "limits", "artefacts"])
+@pytest.mark.parametrize("refused", [1, 1000])
+def test_a_part_whose_sandbox_does_not_start_costs_no_other_part(kind: str, refused: int) -> None:
+    probes = [p for p in built_in() if not (p.residual or p.agent or p.unless)]
+    ways = {
+        "alone": lambda p: p.alone and not (p.limits or p.host),
+        "limits": lambda p: p.limits,
+        "artefacts": lambda p: p.check.id in artefacts.JUDGES,
+    }
+    shared = next(p for p in probes if not (p.alone or p.limits or p.host))
+    other = next(p for p in probes if ways[kind](p))
+    found: list[Any] = []
+    backends: list[Scarce] = []
+
+    def make(state: Path) -> Scarce:
+        backends[:] = backends or [Scarce(state, refused)]
+        return backends[0]
+
+    asyncio.run(Attack("bubblewrap", make, PROFILE, [shared, other], found.append).run())
+    outcomes = {one.check.id: one for one in found}
+    assert outcomes[shared.check.id].outcome is Outcome.PASS
+    told = outcomes[other.check.id]
+    assert told.outcome is (Outcome.PASS if refused == 1 else Outcome.ERROR), told
+    assert refused == 1 or "no more sandboxes" in told.evidence

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from ringfence.policy.compiled import Limits, SandboxProfile
 from ringfence.sandbox.protocol import Control, ControlState
 
 LANES = 4
+_EMULATED_LANES = 2
 _GROUP = 4
 _LONG = frozenset({"SEC-03", "HTTP-26", "SEC-04", "SEC-15"})
 """Searches of the whole file system, and waits."""
@@ -33,6 +34,7 @@ _SMALL = Limits(memory_mb=256, pids=64, disk_mb=64, cpus=0.5, open_files=256)
 """The limits that limit probes run against."""
 
 Report = Callable[[Finding], None]
+_Part = Callable[[Place, Sequence[Probe]], Awaitable[None]]
 
 
 class Attack:
@@ -73,8 +75,7 @@ class Attack:
                     group.create_task(self._guard(self._agent(self._pick(lambda p: p.agent))))
                 await self._guard(self._once_more())
             except* RingfenceError as errors:
-                error = errors.exceptions[0]
-                why = f"no verdict: {error}"
+                why = f"no verdict: {_first(errors)}"
         finally:
             for probe, (verdict, seconds) in self._unclear.items():
                 self._tell(probe, verdict, seconds)
@@ -115,6 +116,8 @@ class Attack:
             await self._limits(place, [probe])
         elif probe.check.id in hostside.JUDGES:
             await self._judges(place, [probe])
+        elif probe.check.id in artefacts.JUDGES:
+            await self._artefacts(place, [probe])
         else:
             await self._alone(place, [probe])
 
@@ -143,24 +146,46 @@ class Attack:
         inside = self._pick(lambda p: not (p.host or p.residual or self._unless(p)))
         shared = [p for p in inside if not (p.alone or p.limits or is_own(p))]
         alone = [p for p in inside if p.alone and not p.limits]
-        judged = self._pick(lambda p: p.check.id in hostside.JUDGES and not p.residual)
+        parts: tuple[tuple[_Part, list[Probe]], ...] = (
+            (self._limits, [p for p in inside if p.limits]),
+            (self._artefacts, self._pick(lambda p: p.check.id in artefacts.JUDGES)),
+            (self._alone, alone),
+            (self._judges, self._pick(lambda p: p.check.id in hostside.JUDGES and not p.residual)),
+        )
         async with Place(self._make_backend, self._profile) as place:
             began = time.monotonic()
             grounds = [await Ground.open(place)]
             self.start_seconds = time.monotonic() - began
             self.controls = grounds[0].lane.sandbox.controls
-            wanted = min(LANES, 1 + len(shared) // 4)
+            # emulated processors share the host's few: more at once would only wait for each other
+            emulated = place.patience > 1
+            wanted = min(_EMULATED_LANES if emulated else LANES, 1 + len(shared) // 4)
             grounds += [await Ground.open(place) for _ in range(wanted - 1)]
-            queue = _queue(shared)
+            queue, turn = _queue(shared), asyncio.Semaphore(1 if emulated else len(parts))
             async with asyncio.TaskGroup() as group:
                 for ground in grounds:
                     group.create_task(self._lane(place, ground, queue))
-                group.create_task(self._limits(place, [p for p in inside if p.limits]))
-                group.create_task(self._artefacts(place))
-                group.create_task(self._alone(place, alone))
-                group.create_task(self._judges(place, judged))
+                for part, chosen in parts:
+                    group.create_task(self._part(turn, place, part, chosen))
             await self._own(place, [p for p in inside if is_own(p)])
             await self._last(place)
+
+    async def _part(
+        self, turn: asyncio.Semaphore, place: Place, part: _Part, probes: Sequence[Probe]
+    ) -> None:
+        """A part whose sandbox does not start has no verdict, and costs no other part its own."""
+        if not probes:
+            return
+        async with turn:
+            try:
+                await part(place, probes)
+            except RingfenceError as error:
+                self._without_verdict(probes, error)
+
+    def _without_verdict(self, probes: Sequence[Probe], error: RingfenceError) -> None:
+        for probe in probes:
+            if probe.check.id not in self._told and probe not in self._unclear:
+                self._settle(probe, (Outcome.ERROR, words(error)), 0.0)
 
     def _unless(self, probe: Probe) -> str:
         if probe.unless == "tmp_exec" and self._profile.tmp_exec:
@@ -179,15 +204,24 @@ class Attack:
 
     async def _lane(self, place: Place, ground: Ground, queue: asyncio.Queue[list[Probe]]) -> None:
         while not queue.empty():
-            probes, tried = queue.get_nowait(), ground.lane
-            found = await self._group(place, ground, probes)
-            for probe, (verdict, seconds) in zip(probes, found, strict=True):
-                broke = verdict[0] is Outcome.ERROR
-                if broke and (await ground.renewed() or ground.lane is not tried):
-                    [(verdict, seconds)] = await self._group(place, ground, [probe])  # noqa: PLW2901
-                    self._tell(probe, verdict, seconds)
-                else:
-                    self._settle(probe, verdict, seconds)
+            probes = queue.get_nowait()
+            try:
+                await self._in_turn(place, ground, probes)
+            except RingfenceError as error:
+                # no other sandbox starts in place of one that died: the other lanes go on
+                self._without_verdict(probes, error)
+                return
+
+    async def _in_turn(self, place: Place, ground: Ground, probes: Sequence[Probe]) -> None:
+        tried = ground.lane
+        found = await self._group(place, ground, probes)
+        for probe, (verdict, seconds) in zip(probes, found, strict=True):
+            broke = verdict[0] is Outcome.ERROR
+            if broke and (await ground.renewed() or ground.lane is not tried):
+                [(verdict, seconds)] = await self._group(place, ground, [probe])  # noqa: PLW2901
+                self._tell(probe, verdict, seconds)
+            else:
+                self._settle(probe, verdict, seconds)
 
     async def _group(
         self, place: Place, ground: Ground, probes: Sequence[Probe]
@@ -254,23 +288,20 @@ class Attack:
 
     async def _limits(self, place: Place, probes: Sequence[Probe]) -> None:
         """The twin is looked for after the attack: beside it, it would meet the same limit."""
-        if probes:
-            ground = await Ground.open(place, replace(self._profile, limits=_SMALL))
-            for probe in probes:
-                await self._attack(place, ground, probe)
+        ground = await Ground.open(place, replace(self._profile, limits=_SMALL))
+        for probe in probes:
+            await self._attack(place, ground, probe)
 
     async def _alone(self, place: Place, probes: Sequence[Probe]) -> None:
-        if probes:
-            ground = await Ground.open(place)
-            for probe in probes:
-                await self._attack(place, ground, probe)
+        ground = await Ground.open(place)
+        for probe in probes:
+            await self._attack(place, ground, probe)
 
     async def _judges(self, place: Place, probes: Sequence[Probe]) -> None:
-        if probes:
-            ground = await Ground.open(place)
-            stage = Stage(place=place, lane=ground.lane)
-            for probe in probes:
-                await self._judge(stage, ground, probe, hostside.JUDGES[probe.check.id])
+        ground = await Ground.open(place)
+        stage = Stage(place=place, lane=ground.lane)
+        for probe in probes:
+            await self._judge(stage, ground, probe, hostside.JUDGES[probe.check.id])
 
     async def _judge(self, stage: Stage, ground: Ground | None, probe: Probe, look: Judge) -> None:
         began, before = time.monotonic(), stage.lane.canaries.hits()
@@ -287,14 +318,12 @@ class Attack:
             verdict = (Outcome.ERROR, wrong) if wrong else verdict
         (self._tell if ground is None else self._settle)(probe, verdict, seconds)
 
-    async def _artefacts(self, place: Place) -> None:
-        probes = self._pick(lambda p: p.check.id in artefacts.JUDGES)
-        if probes:
-            began = time.monotonic()
-            changes, why = await artefacts.collect(place)
-            seconds = time.monotonic() - began
-            for probe in probes:
-                self._tell(probe, artefacts.verdict(probe.check.id, changes, why), seconds)
+    async def _artefacts(self, place: Place, probes: Sequence[Probe]) -> None:
+        began = time.monotonic()
+        changes, why = await artefacts.collect(place)
+        seconds = time.monotonic() - began
+        for probe in probes:
+            self._tell(probe, artefacts.verdict(probe.check.id, changes, why), seconds)
 
     async def _last(self, place: Place) -> None:
         by_id = {probe.check.id: probe for probe in self.probes}
@@ -334,6 +363,14 @@ _OWN_MACHINE = frozenset({"microvm"})
 _MAY_DIE = frozenset({"LIM-01"})
 _KILLED = 128 + 9
 _ONLY_A_LIMIT = {"LIM-04": Control.CPU}
+
+
+def _first(errors: BaseExceptionGroup[BaseException]) -> str:
+    """The first of what may be groups in groups: theirs are no words for a person."""
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return words(error)
 
 
 def _read_back(probe: Probe, lane: Lane, verdict: Verdict) -> Verdict:
