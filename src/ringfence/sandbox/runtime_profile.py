@@ -172,7 +172,8 @@ def runtime_options(rules: SandboxProfile, facts: HostFacts) -> list[str]:
         *("--json-status-fd", str(STATUS_FD)),
         *("--perms", "0755", "--size", str(1 << 20), "--tmpfs", "/"),
         *system_mounts(facts),
-        *("--proc", "/proc", "--dev", "/dev"),
+        *("--proc", "/proc"),
+        *_devices(),
         *place_mounts(rules, facts),
         *cover_options(rules, facts),
         *("--ro-bind", f"{facts.stage}/runtime", HERE),
@@ -183,6 +184,20 @@ def runtime_options(rules: SandboxProfile, facts: HostFacts) -> list[str]:
     if facts.tools.copied:
         arguments += ["--ro-bind", f"{facts.stage}/tools", "/opt/ringfence/tools"]
     return [*arguments, "--remount-ro", "/"]
+
+
+def _devices() -> list[str]:
+    """A /dev without terminals. For `--dev` bubblewrap becomes root in a namespace first, because a
+    devpts needs one: the namespace of IPC would be that root's, which is the agent's uid, and
+    /proc/sys/fs/mqueue could be written. The runtime mounts a /proc past all that covers it here.
+    """
+    options = ["--perms", "0755", "--size", str(1 << 20), "--tmpfs", "/dev"]
+    for name in ("null", "zero", "full", "random", "urandom", "tty"):
+        options += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+    links = {"fd": "fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2"}
+    for name, place in links.items():
+        options += ["--symlink", f"/proc/self/{place}", f"/dev/{name}"]
+    return options
 
 
 def environment_options(environment: Mapping[str, str]) -> list[str]:
