@@ -48,6 +48,9 @@ def test_the_declaration_is_printed_at_the_start_and_by_the_doctor(
     policy = str(box.place / "policy.yaml")
     done = box.call("exec", "-w", str(box.workspace), "-p", policy, "--", "true", **runtime)
     assert done.code == 0, done.err
-    assert "not: the root is read only" in " ".join(done.err.split())
+    said = " ".join(done.err.split())
+    assert "not: uid 1000 without capabilities" in said
+    assert "the root is read only" not in said
+    assert "tmp_noexec" not in said
     doctor = box.call("doctor", "--policy", policy, "--json", **runtime)
     assert any(line["name"] == "not held" for line in doctor.json["checks"])

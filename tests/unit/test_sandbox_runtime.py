@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,39 @@ def test_the_place_has_no_socket_and_no_descriptor_for_the_runtime() -> None:
     assert "--seccomp" not in options
     assert options[options.index("--ro-bind-data") + 1] == "10"
     assert options[options.index("--cap-drop") :][:2] == ["--cap-drop", "ALL"]
-    plan = runtime_plan(SandboxProfile(), FACTS, RuntimePaths("/n/node", "/n/node_modules"))
+    plan = planned()
     assert all(one["read_only"] for one in plan["sources"] if one["target"].startswith("runtime/"))
+
+
+def planned() -> dict[str, Any]:
+    return runtime_plan(SandboxProfile(), FACTS, RuntimePaths("/n/node", "/n/node_modules"), b"ELF")
+
+
+def test_the_place_has_no_root_for_terminals() -> None:
+    options = runtime_options(SandboxProfile(), FACTS)
+    assert "--dev" not in options, "its IPC namespace would be the agent's to set"
+    assert options[options.index("/dev") - 1] == "--tmpfs"
+    assert options[options.index("--remount-ro") + 1] == "/dev"
+
+
+def test_the_runtime_starts_bubblewrap_by_our_words(tmp_path: Path) -> None:
+    """Ours come after all of the runtime's; what starts no sandbox is passed on as it is."""
+    assert settings(SandboxProfile(), FACTS)["bwrapPath"] == "/opt/ringfence/runtime/bwrap"
+    plan = planned()
+    assert plan["programs"]["runtime/fence"] == b"ELF"
+    wrapper = plan["programs"]["runtime/bwrap"].decode()
+    assert wrapper.count("/opt/ringfence/tools/bwrap") == 2
+    own = tmp_path / "bwrap"
+    own.write_text(wrapper.replace("/opt/ringfence/tools/bwrap", "/usr/bin/printf '%s\\n'"))
+    words = ["--dev", "/dev", "--setenv", "A", "b  c", "--", "bash", "-c", "x -- y", "--"]
+    ours = ["--bind", "/dev/shm", "/dev/shm", "--remount-ro", "/dev"]
+    assert said(own, words) == [*words[:5], *ours, *words[5:]]
+    assert said(own, ["--version"]) == ["--version"]
+
+
+def said(program: Path, words: list[str]) -> list[str]:
+    done = subprocess.run(["/bin/bash", str(program), *words], capture_output=True, check=True)
+    return done.stdout.decode().splitlines()
 
 
 def shell(environment: dict[str, str], script: str) -> subprocess.CompletedProcess[str]:
@@ -74,6 +106,36 @@ def test_a_program_that_the_kernel_shows_unenclosed_does_not_run() -> None:
     assert done.returncode == 125
     assert "ran" not in done.stdout
     assert "not enclosed" in done.stderr
+
+
+def fenced(standing: int, *, writable: str, count: int) -> subprocess.CompletedProcess[str]:
+    """The second half of the start, with a status file and a /dev of our own."""
+    argv = command(["/bin/sh", "-c", "echo ran; echo $s"], "/tmp")
+    script = argv[argv.index("--") + 4]
+    script = script.replace("</proc/self/status", f"<<E\nSeccomp_filters:\t{count}\nE")
+    script = script.replace("/dev ]", f"{shlex.quote(writable)} ]")
+    return subprocess.run(
+        ["/bin/sh", "-c", script, str(standing), "/tmp", *argv[argv.index("--") + 6 :]],
+        env={"RINGFENCE_EXPORT_0": "export s=kept"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_filter_that_is_not_read_back_stops_the_start() -> None:
+    held = fenced(2, writable="/proc/nothing", count=3)
+    assert (held.returncode, held.stdout) == (0, "ran\nkept\n"), held.stderr
+    for count in (0, 1, 2, 4):
+        done = fenced(2, writable="/proc/nothing", count=count)
+        assert (done.returncode, done.stdout) == (125, "")
+        assert "our own filter" in done.stderr
+
+
+def test_a_dev_that_can_be_written_stops_the_start(tmp_path: Path) -> None:
+    done = fenced(2, writable=str(tmp_path), count=3)
+    assert (done.returncode, done.stdout) == (125, "")
+    assert "/dev writable" in done.stderr
 
 
 def test_a_programs_variables_do_not_reach_the_runtime() -> None:

@@ -217,8 +217,7 @@ def prepare(plan: Plan, descriptors: list[int]) -> tuple[Plan, list[int]]:
     # before the overlays, one of which has them below: what lies there may not change under it
     write_files(stage, {path: text.encode() for path, text in plan["files"].items()}, 0o644)
     fill(plan, trees, copying, "workspace")
-    programs = {path: text.encode() for path, text in plan["programs"].items()}
-    write_files(stage, tools | programs, 0o755)
+    write_files(stage, tools | plan["programs"], 0o755)
     if waiting is not None:
         waiting.wait_for_workspace(stage, plan["gate"], plan["waiting"])
     # An ordinary user's bubblewrap belongs to the uid inside, which finds it as /proc/1/exe; what

@@ -254,7 +254,7 @@ def prepare_plan(
         "handles": handles if without else [*_WORKSPACE_HANDLES, *handles],
         "waiting": None if waiting is None else dict(waiting),
         "gate": WAITING_GATE,
-        "programs": {f"programs/{name}": text for name, text in facts.programs.items()},
+        "programs": {f"programs/{name}": text.encode() for name, text in facts.programs.items()},
     }
 
 

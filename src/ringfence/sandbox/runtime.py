@@ -22,9 +22,9 @@ from typing import Any
 
 from ringfence.errors import UnavailableError
 from ringfence.policy.compiled import SandboxProfile
-from ringfence.sandbox import enforce, hostfacts
+from ringfence.sandbox import enforce, filtering, hostfacts, seccomp
 from ringfence.sandbox.profile import HostFacts, exec_plan
-from ringfence.sandbox.protocol import Control, ControlState, Enforcement
+from ringfence.sandbox.protocol import Control, ControlState
 from ringfence.sandbox.runtime_profile import (
     RuntimePaths,
     command,
@@ -48,7 +48,6 @@ _MACHINES = {"x86_64": "x64", "aarch64": "arm64"}
 
 _NO_SOCKETS = "unix sockets cannot be opened inside, not even the sandbox's own"
 NOT_HELD: dict[str, str] = {
-    "the_root_is_read_only": "/dev can be written and executed from, up to the memory limit",
     "uid_1000_without_capabilities": "none is held, but the bounding set is full; "
     "no_new_privs leaves it idle",
     "the_egress_directory": f"{_NO_SOCKETS}; egress is reached by its port",
@@ -61,12 +60,8 @@ NOT_HELD: dict[str, str] = {
 HOW = {
     **enforce.STAGED,
     Control.SECCOMP: replace(
-        enforce.STAGED[Control.SECCOMP], how="the runtime's own filter, which denies few calls"
-    ),
-    Control.TMP_NOEXEC: Enforcement(
-        how="mount flag",
-        otherwise="the runtime makes a /dev that can be written and executed from",
-        mend="another isolation",
+        enforce.STAGED[Control.SECCOMP],
+        how="filter for this machine, on top of the runtime's own and read back",
     ),
 }
 """What this backend does for each control."""
@@ -100,11 +95,13 @@ class RuntimeBackend(EnclosingBackend):
         """See the protocol."""
         self.refuse_image(profile)
         self.check()
-        return enforce.states(HOW, profile, Control.TMP_NOEXEC)
+        return enforce.states(HOW, profile)
 
     def place(self, rules: SandboxProfile, facts: HostFacts) -> dict[str, Any]:
         """See StagedBackend."""
-        return runtime_plan(rules, _without_socket(facts), find(self._prefix))
+        machine = platform.machine()
+        fence = filtering.program(machine, seccomp.build(machine))
+        return runtime_plan(rules, _without_socket(facts), find(self._prefix), fence)
 
     def enclose(self, rules: SandboxProfile, facts: HostFacts, program: Program) -> dict[str, Any]:
         """See EnclosingBackend."""

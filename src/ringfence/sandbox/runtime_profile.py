@@ -3,7 +3,7 @@
 The runtime binds the root that it is started in into every sandbox, readable. So reads are denied
 before it is there: it is started in a root that holds nothing of the host but what the profile
 shows. bubblewrap lays that out, and in it the runtime encloses each program once more with
-namespaces, mounts and a filter of its own.
+namespaces, mounts and a filter of its own, which denies few calls: ours is put on top of it.
 
 Its proxies are not used. Inside, unix sockets cannot be opened, so that the way out is TCP: the
 runtime relays its port 3128 to the same port of the place's network namespace, where egress itself
@@ -46,25 +46,63 @@ _PACKAGE = "@anthropic-ai/sandbox-runtime"
 _VARIABLE = "RINGFENCE_EXPORT_"
 
 _ENTER = f"""\
-f=; n=; c=
+f=; n=; c=; s=
 while read -r k v; do
-  case "$k" in Seccomp:) f=$v ;; NoNewPrivs:) n=$v ;; CapEff:) c=$v ;; esac
+  case "$k" in
+    Seccomp:) f=$v ;; NoNewPrivs:) n=$v ;; CapEff:) c=$v ;; Seccomp_filters:) s=$v ;;
+  esac
 done </proc/self/status
 if [ "$f $n $c" != "2 1 0000000000000000" ]; then
   echo "ringfence: the sandbox runtime has not enclosed this program" >&2
   exit 125
 fi
-i=0
-while eval "e=\\${{{_VARIABLE}$i-}}"; [ -n "$e" ]; do
-  eval "$e"; unset "{_VARIABLE}$i"; i=$((i + 1))
-done
-unset f n c k v i e
-cd "$0" && exec "$@"
+exec {HERE}/fence /bin/sh -c "$0" "$s" "$@"
 """
 """Runs inside, before anything of the agent: the runtime goes on without its filter when it cannot
-find it, so that what the kernel says is looked at each time, with no program but the shell. The
-variables come in wrapped, because those of a program would reach the runtime itself first: a PATH
-with a folder of the workspace, a NODE_OPTIONS."""
+find it, so that what the kernel says is looked at each time, with no program but the shell. Then
+comes our own filter (`filtering`), on top of the runtime's and under `_FENCED`: whatever reaches a
+process with fewer filters could act through it, and the runtime has a process namespace for each
+program, in which this shell becomes process 2. Process 1 is the runtime's and cannot be traced.
+"""
+
+_FENCED = f"""\
+s=
+while read -r k v; do
+  case "$k" in Seccomp_filters:) s=$v ;; esac
+done </proc/self/status
+if [ "$s" != "$(($0 + 1))" ]; then
+  echo "ringfence: the kernel does not show our own filter on this program" >&2
+  exit 125
+fi
+if [ -w /dev ]; then
+  echo "ringfence: the sandbox runtime has left /dev writable" >&2
+  exit 125
+fi
+unset s k v
+{_VARIABLE}I=0
+while eval "{_VARIABLE}E=\\${{{_VARIABLE}${_VARIABLE}I-}}"; [ -n "${_VARIABLE}E" ]; do
+  eval "${_VARIABLE}E"; unset "{_VARIABLE}${_VARIABLE}I"; {_VARIABLE}I=$(({_VARIABLE}I + 1))
+done
+unset {_VARIABLE}I {_VARIABLE}E
+cd "$1" && shift && exec "$@"
+"""
+"""What was asked for is read back: one filter more than the runtime's, and a /dev that nobody can
+write. A runtime to come may make its /dev after our words to bubblewrap. The variables come in
+wrapped, because those of a program would reach the runtime itself first: a PATH with a folder of
+the workspace, a NODE_OPTIONS. The loop's own have names that no program's variable has."""
+
+_BWRAP = """\
+#!/bin/bash
+for ((i = 1; i <= $#; i++)); do
+  if [[ ${!i} == -- ]]; then
+    exec @BWRAP@ "${@:1:i-1}" --bind /dev/shm /dev/shm --remount-ro /dev "${@:i}"
+  fi
+done
+exec @BWRAP@ "$@"
+"""
+"""What the runtime starts as bubblewrap. Its /dev is a tmpfs of the agent's own, without a size and
+with programs run from it, made after all that its settings can say: so the last words are ours.
+/dev/shm is the place's, with the size of all that is ephemeral."""
 
 
 class RuntimePaths(NamedTuple):
@@ -95,12 +133,16 @@ def settings(rules: SandboxProfile, facts: HostFacts) -> dict[str, Any]:
             "allowWrite": [*places, *writable],
             "denyWrite": [],
         },
-        "bwrapPath": _bwrap(facts),
+        "bwrapPath": f"{HERE}/bwrap",
     }
 
 
-def runtime_plan(rules: SandboxProfile, facts: HostFacts, paths: RuntimePaths) -> dict[str, Any]:
-    """The plan of launch.py's first phase: bubblewrap's, and what the runtime is made of."""
+def runtime_plan(
+    rules: SandboxProfile, facts: HostFacts, paths: RuntimePaths, fence: bytes
+) -> dict[str, Any]:
+    """The plan of launch.py's first phase: bubblewrap's, and what the runtime is made of.
+    `fence` is the program that puts our filter on itself, see `filtering`.
+    """
     plan = prepare_plan(rules, facts)
     plan["sources"] += [
         source(paths.node, "runtime/node", read_only=True, directory=False),
@@ -111,12 +153,17 @@ def runtime_plan(rules: SandboxProfile, facts: HostFacts, paths: RuntimePaths) -
         # socat tries the first address only, and egress accepts on this one
         "etc/hosts": "127.0.0.1 localhost\n",
     }
+    plan["programs"] |= {
+        "runtime/fence": fence,
+        "runtime/bwrap": _BWRAP.replace("@BWRAP@", _bwrap(facts)).encode(),
+    }
     return plan
 
 
 def runtime_options(rules: SandboxProfile, facts: HostFacts) -> list[str]:
-    """Bubblewrap's options for the place that the runtime is started in. No filter and no limit on
-    user namespaces: the runtime makes its own, and its /proc needs one here that nothing covers.
+    """Bubblewrap's options for the place that the runtime is started in. No limit on user
+    namespaces, and no filter yet, which would forbid them: the runtime makes its own, and its /proc
+    needs one here that nothing covers.
     """
     arguments = [
         *("--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup"),
@@ -125,7 +172,8 @@ def runtime_options(rules: SandboxProfile, facts: HostFacts) -> list[str]:
         *("--json-status-fd", str(STATUS_FD)),
         *("--perms", "0755", "--size", str(1 << 20), "--tmpfs", "/"),
         *system_mounts(facts),
-        *("--proc", "/proc", "--dev", "/dev"),
+        *("--proc", "/proc"),
+        *_devices(),
         *place_mounts(rules, facts),
         *cover_options(rules, facts),
         *("--ro-bind", f"{facts.stage}/runtime", HERE),
@@ -136,6 +184,20 @@ def runtime_options(rules: SandboxProfile, facts: HostFacts) -> list[str]:
     if facts.tools.copied:
         arguments += ["--ro-bind", f"{facts.stage}/tools", "/opt/ringfence/tools"]
     return [*arguments, "--remount-ro", "/"]
+
+
+def _devices() -> list[str]:
+    """A /dev without terminals. For `--dev` bubblewrap becomes root in a namespace first, because a
+    devpts needs one: the namespace of IPC would be that root's, which is the agent's uid, and
+    /proc/sys/fs/mqueue could be written. The runtime mounts a /proc past all that covers it here.
+    """
+    options = ["--perms", "0755", "--size", str(1 << 20), "--tmpfs", "/dev"]
+    for name in ("null", "zero", "full", "random", "urandom", "tty"):
+        options += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+    links = {"fd": "fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2"}
+    for name, place in links.items():
+        options += ["--symlink", f"/proc/self/{place}", f"/dev/{name}"]
+    return options
 
 
 def environment_options(environment: Mapping[str, str]) -> list[str]:
@@ -167,10 +229,10 @@ def by_proxy(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def command(argv: Sequence[str], cwd: str) -> list[str]:
-    """The runtime, and in it a shell that becomes the program."""
+    """The runtime, in it a shell, our filter on it, and a shell again that becomes the program."""
     client = f"{HERE}/node_modules/{_PACKAGE}/dist/cli.js"
     start = [f"{HERE}/node", client, "--settings", f"{HERE}/settings.json", "--"]
-    return [*start, "/bin/sh", "-c", _ENTER, cwd, *argv]
+    return [*start, "/bin/sh", "-c", _ENTER, _FENCED, cwd, *argv]
 
 
 def _bwrap(facts: HostFacts) -> str:
