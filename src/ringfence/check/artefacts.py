@@ -24,7 +24,7 @@ mkdir -p .github/workflows; echo x > .github/workflows/ci.yml; echo x > Dockerfi
 echo '{"scripts": {"postinstall": "x"}}' > package.json; echo x > sitecustomize.py; echo x > .bashrc
 echo a > Name; echo b > NAME; printf 'x' > $'new\nline'; printf x > $'esc\e[31m'
 mkdir -p bare/objects bare/refs .hg; echo 'ref: refs/heads/main' > bare/HEAD; echo x > .hg/hgrc
-printf '[core]\\n\\tbare = true\\n\\tfsmonitor = touch /tmp/PWN\\n' > bare/config; echo x > .gdbinit
+printf '[core]\n\tbare = true\n\tfsmonitor = touch /tmp/PWN\n' > bare/config; echo x > .gdbinit
 echo x > .dir-locals.el; echo x > .mise.toml; echo x > .cursorrules; echo x > binding.gyp
 printf x > plain.txt; echo made
 """

@@ -216,8 +216,12 @@ class Attack:
         tried = ground.lane
         found = await self._group(place, ground, probes)
         for probe, (verdict, seconds) in zip(probes, found, strict=True):
-            broke = verdict[0] is Outcome.ERROR
-            if broke and (await ground.renewed() or ground.lane is not tried):
+            if verdict[0] is not Outcome.ERROR:
+                self._settle(probe, verdict, seconds)
+        for probe, (verdict, seconds) in zip(probes, found, strict=True):
+            if verdict[0] is not Outcome.ERROR:
+                continue
+            if await ground.renewed() or ground.lane is not tried:
                 [(verdict, seconds)] = await self._group(place, ground, [probe])  # noqa: PLW2901
                 self._tell(probe, verdict, seconds)
             else:

@@ -13,16 +13,22 @@ from urllib.parse import quote_from_bytes
 
 MARK = b"[redacted]"
 
+_JSON: dict[int, str] = {0x22: '\\"', 0x5C: "\\\\"}
+_HTML: dict[int, str] = {0x26: "&amp;", 0x3C: "&lt;", 0x3E: "&gt;"}
 _ESCAPES: tuple[dict[int, str], ...] = (
-    {ord(c): f"\\u{ord(c):04x}" for c in "&<>"} | {0x22: '\\"'},
-    {ord(c): f"\\u{ord(c):04x}" for c in "&<>'="} | {0x22: '\\"'},
-    {ord(c): f"\\u{ord(c):04X}" for c in "&<>'\"+`"},
-    {0x22: '\\"'},
-    {0x26: "&amp;", 0x3C: "&lt;", 0x3E: "&gt;", 0x22: "&quot;", 0x27: "&#39;"},
-    {0x26: "&amp;", 0x3C: "&lt;", 0x3E: "&gt;", 0x22: "&quot;", 0x27: "&#x27;"},
+    _JSON | {ord(c): f"\\u{ord(c):04x}" for c in "&<>"},
+    _JSON | {ord(c): f"\\u{ord(c):04x}" for c in "&<>'="},
+    _JSON | {ord(c): f"\\u{ord(c):04X}" for c in "&<>'\"+`"},
+    _JSON,
+    _JSON | {0x2F: "\\/"},
+    _HTML,
+    _HTML | {0x22: "&#34;", 0x27: "&#39;"},
+    _HTML | {0x22: "&quot;", 0x27: "&#39;"},
+    _HTML | {0x22: "&quot;", 0x27: "&#x27;"},
 )
 """What writers of JSON and HTML put for the characters of markup: Go, Gson, System.Text.Json, any
-other, and the two that differ in the apostrophe."""
+other, PHP; a text of HTML, Go, and the two others of its attributes, which differ in the
+apostrophe."""
 
 
 def spellings(value: bytes) -> set[bytes]:

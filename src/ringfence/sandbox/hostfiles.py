@@ -42,7 +42,7 @@ _HELD: tuple[tuple[str, str], ...] = (
         "an editor runs tasks of it",
     ),
     (
-        r"(.*/)?(\.dir-locals(-2)?\.el|\.sublime-project|.*\.sublime-(project|build))",
+        r"(.*/)?\.dir-locals(-2)?\.el|.*\.sublime-(project|build)",
         "an editor runs it",
     ),
     (r"(.*/)?\.devcontainer\.json", "an editor builds and starts it"),
@@ -130,22 +130,22 @@ _ADVICE: tuple[tuple[str, str], ...] = (
         "node runs it",
     ),
     (
-        r"(.*/)?(dockerfile.*|.*\.dockerfile|(docker-)?compose.*\.ya?ml|containerfile.*|earthfile"
+        r".*\.dockerfile|(.*/)?(dockerfile.*|(docker-)?compose[^/]*\.ya?ml|containerfile.*|earthfile"
         r"|tiltfile|skaffold\.ya?ml|docker-bake\..*|devspace\.ya?ml)",
         "a container build runs it",
     ),
     (
-        r"(.*/)?(pom\.xml|(gradlew|mvnw)(\.(bat|cmd))?|gradle\.properties|gradle/.*|build\.rs"
+        r".*\.nix|(.*/)?(pom\.xml|(gradlew|mvnw)(\.(bat|cmd))?|gradle\.properties|gradle/.*|build\.rs"
         r"|cargo\.toml|cmakelists\.txt|cmakepresets\.json|configure(\.ac)?|meson\.build|rakefile|gemfile"
-        r"|guardfile|podfile|brewfile|dangerfile|fastfile|package\.swift|build\.zig(\.zon)?|.*\.nix"
+        r"|guardfile|podfile|brewfile|dangerfile|fastfile|package\.swift|build\.zig(\.zon)?"
         r"|sconstruct|sconscript|wscript|snakefile|magefile\.go|build|workspace|mix\.exs|rebar\.config"
         r"|setup\.hs|dune-project|composer\.json|project/[^/]*\.scala|go\.work)",
         "a build runs it",
     ),
     (
-        r"(.*/)?(vagrantfile|procfile(\..*)?|\.tool-versions|\.sdkmanrc|\.(node|python|ruby|java|go)-version"
+        r".*\.(tf|tfvars|hcl)|(.*/)?(vagrantfile|procfile(\..*)?|\.tool-versions|\.sdkmanrc|\.(node|python|ruby|java|go)-version"
         r"|\.nvmrc|rust-toolchain(\.toml)?|global\.json|\.env(\..*)?|\.flaskenv|\.rspec|ansible\.cfg"
-        r"|.*\.(tf|tfvars|hcl)|\.terraformrc|jenkins.*\.groovy|\.goreleaser.*)",
+        r"|\.terraformrc|jenkins[^/]*\.groovy|\.goreleaser.*)",
         "a tool runs what it names",
     ),
 )
@@ -174,15 +174,16 @@ def classify(change: Change) -> HostFile | None:
     # trailing dots and spaces, and 8.3 names, are dropped by NTFS
     name = re.sub(r"[ .]+(?=/|\Z)", "", name) or name
     name = re.sub(r"(?i)(^|/)git~[0-9]+(?=/|\Z)", r"\1.git", name)
-    # and what follows a colon names a stream of the same file there (CVE-2019-1352)
-    name = re.sub(r"(?<=[^/]):[^/]*(?=/|\Z)", "", name)
+    # and what follows a colon names a stream of the same file there (CVE-2019-1352); elsewhere it
+    # is a part of the name
+    names = {name, re.sub(r"(?<=[^/]):[^/]*(?=/|\Z)", "", name)}
     for pattern, why in _HELD_COMPILED:
-        if pattern.match(name):
+        if any(map(pattern.match, names)):
             return HostFile(path=change.path, why=why, held=True)
     if change.mode == _LINK:
         return HostFile(path=change.path, why="a link: what it leads to is elsewhere", held=True)
     for pattern, why in _ADVICE_COMPILED:
-        if pattern.match(name):
+        if any(map(pattern.match, names)):
             return HostFile(path=change.path, why=why, held=False)
     if change.mode == _EXECUTABLE and change.old_mode != _EXECUTABLE:
         return HostFile(path=change.path, why="newly executable", held=False)

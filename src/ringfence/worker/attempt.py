@@ -435,7 +435,9 @@ class Attempt:
         kills = await memory_kills(sandbox) - self._kills
         if kills > 0:
             spent = memory_spent(kills, self._policy.sandbox.limits.memory_mb)
-            self._outcome.hinder(spent)
+            # an agent that told why it ended knows better: a tool of its that died is a notice
+            if self._outcome.ended is None:
+                self._outcome.hinder(spent)
             if self._outcome.error is not spent:
                 self._on_message(Notice(kind="memory_exhausted", text=spent.message))
         return max(0, kills)

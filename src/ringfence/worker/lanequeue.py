@@ -32,7 +32,7 @@ class Outage:
 
     def __init__(self, of: str) -> None:
         self._of, self._seen = of, ""
-        self._said, self._said_at = "", 0.0
+        self._said: dict[str, float] = {}
 
     def failed(self, error: Exception) -> None:
         """An act did not succeed."""
@@ -40,11 +40,11 @@ class Outage:
         if isinstance(error, RingfenceError):
             why = f"{error.code}: {error.message}"
         now = time.monotonic()
-        said = why == self._said and now - self._said_at < _SAID_SECONDS
-        if why != self._seen and not said:
+        said = {one: at for one, at in self._said.items() if now - at < _SAID_SECONDS}
+        if why != self._seen and why not in said:
             _LOG.warning("the limits' store cannot be used", of=self._of, why=why)
-            self._said, self._said_at = why, now
-        self._seen = why
+            said[why] = now
+        self._said, self._seen = said, why
 
     def over(self) -> None:
         """One did."""

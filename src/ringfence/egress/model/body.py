@@ -188,8 +188,7 @@ def _check_keys(block: dict[str, Any], rules: ModelRules) -> None:
     for key, value in block.items():
         if isinstance(value, (dict, list)) and key not in _STRUCTURED:
             raise BodyError("block-key-not-granted")
-    # what a server tool brought names its pages, and is sent back with every later request
-    if not (rules.url_sources or rules.server_tools) and any(key in block for key in _REACHING):
+    if not rules.url_sources and any(key in block for key in _REACHING):
         raise BodyError("block-key-not-granted")
     caller = block.get("caller")
     if caller is not None and caller != {"type": "direct"} and not rules.server_tools:
@@ -236,7 +235,8 @@ def _check_source(
     if kind not in _SOURCES or not _SOURCE_KEYS.issuperset(source):
         raise BodyError("source-not-granted")
     content = source.get("content")
-    for text in (source.get("data"), None if isinstance(content, list) else content):
+    texts = (source.get("data"), source.get("media_type"))
+    for text in (*texts, None if isinstance(content, list) else content):
         if text is not None and not isinstance(text, str):
             raise BodyError("source-malformed")
     for inner in content if isinstance(content, list) else ():

@@ -40,8 +40,15 @@ def _finite(text: str) -> float:
     return value
 
 
+def _whole(text: str) -> int:
+    _finite(text)
+    return int(text)
+
+
 _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-_DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_constant, parse_float=_finite)
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_pairs, parse_constant=_constant, parse_float=_finite, parse_int=_whole
+)
 
 
 def parse(body: bytes) -> Any:
