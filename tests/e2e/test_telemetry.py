@@ -53,6 +53,7 @@ def test_one_turn_is_told_in_numbers_spans_and_lines(
             "seconds": 0.2,
             "into_agent": True,
             "callers": True,
+            "callers_per_minute": 1,
         }
         settings["RINGFENCE_TELEMETRY__TRACES"] = json.dumps(traces)
         with up(box, "--slots", "1", **settings) as (process, client):
@@ -65,6 +66,8 @@ def test_one_turn_is_told_in_numbers_spans_and_lines(
                 extra_headers={"traceparent": CALLER, "tracestate": f"x={WORDS}"},
             )
             watch.until("session.status_idle")
+            over = {"traceparent": CALLER.replace(CALLER.split("-")[1], "f" * 32)}
+            client.beta.sessions.retrieve(session.id, extra_headers=over)
             collector.until(lambda spans: [one for one in spans if one.name == "invoke_agent"])
             (address,) = targets(place).values()
             text = _page_after_a_look(address)

@@ -489,6 +489,7 @@ async def test_a_sandbox_that_could_not_be_stopped_keeps_its_directory_locked(
     class Station:
         sessions: Any
         breakers: Any = None
+        gate: Any = None
 
     host = Host(database, queue, tmp_path, "one")
     host.handler = replace(host.handler, station=cast("Any", Station(host.store)))

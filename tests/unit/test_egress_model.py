@@ -287,12 +287,18 @@ def test_a_report_is_always_one_of_three(block: dict[str, Any]) -> None:
     assert report_of(block) in set(Report)
 
 
-@pytest.mark.parametrize("tokens", [-1, -(10**9), 10**400, 1e6, True, "9", None, [5]])
-def test_what_is_reserved_cannot_be_argued_down(tokens: Any) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        *((wrong, "max-tokens-malformed") for wrong in (-1, -(10**9), 1e6, True, "9", None, [5])),
+        pytest.param(10**400, "json-not-a-number", id="endless"),
+    ],
+)
+def test_what_is_reserved_cannot_be_argued_down(tokens: Any, said: str) -> None:
     """A negative wish in flight would have made room for others."""
     run = RunState(ModelRules(tools=RULES.tools, max_budget_usd=1.0))
     refused = admit(body(max_tokens=tokens), run=run)
-    assert reason(refused) == "max-tokens-malformed"
+    assert reason(refused) == said
     assert isinstance(admit(body(max_tokens=64_000), run=run), Admitted)
 
 

@@ -67,6 +67,9 @@ class Growing:
     def memory(self) -> int | None:
         return self._values.pop(0) if self._values else 0
 
+    def memory_kills(self) -> int | None:
+        return 0
+
 
 async def test_the_highest_use_of_each_is_a_sample_and_outlives_the_worker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
