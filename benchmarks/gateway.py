@@ -87,6 +87,9 @@ async def serve(kind: str, url: str) -> None:
     while not server.started:
         await asyncio.sleep(0.01)
     print(server.servers[0].sockets[0].getsockname()[1], flush=True)
+    # a line of each request follows: nobody reads them here, and a full pipe would stop the server
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
     await serving
 
 
