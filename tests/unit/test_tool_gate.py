@@ -131,6 +131,17 @@ async def test_names_that_are_called_first_open_no_gate() -> None:
     assert sum(found[f"default/tool/agent_1/2/{FIND}"].fine) == 1
 
 
+async def test_a_callers_tools_and_other_names_of_a_tool_are_offered_too() -> None:
+    fleet = Fleet()
+    grants = ToolGrants(offered=("Task",))
+    agent = {"id": "agent_1", "version": 2}
+    watch = ToolWatch(fleet.breakers, agent, grants, {"mcp__caller__quote"}, run_id="r")
+    for name in ("Agent", "mcp__caller__quote", "mcp__caller__made_up", "Bash"):
+        await fleet.call(watch, error=False, name=name)
+    prefix = "default/tool/agent_1/2"
+    assert await fleet.keys() == {f"{prefix}/Agent", f"{prefix}/mcp__caller__quote"}
+
+
 async def test_a_call_that_waits_for_its_answer_spends_no_try() -> None:
     """It is told when the tool is held back; the call that somebody answered is the try."""
     fleet = Fleet(open_seconds=60)
