@@ -36,7 +36,7 @@ from ringfence.egress.turns import Turns
 from ringfence.errors import UnavailableError
 from ringfence.limits.sqlite import SqliteLimits
 from ringfence.limits.store import MemoryLimits
-from ringfence.policy.compiled import EgressRules, Failover, HostRule
+from ringfence.policy.compiled import EgressRules, Failover, HostRule, ToolGrants
 from ringfence.record.events import BreakerChanged, ModelMoved
 from ringfence.telemetry.hub import Telemetry
 from ringfence.telemetry.labels import Labels
@@ -629,7 +629,8 @@ async def test_a_tool_that_keeps_failing_is_told_of() -> None:
     store, told = MemoryLimits(), Told()
     settings = BreakerSettings(failures=3)
     breakers = Breakers(store, told, settings, RetrySettings())  # type: ignore[arg-type]
-    watch = ToolWatch(breakers, {"id": "agent_1", "version": 2}, run_id="r")
+    grants = ToolGrants(offered=("Denied", "Fine", "mcp__crm__find"))
+    watch = ToolWatch(breakers, {"id": "agent_1", "version": 2}, grants, run_id="r")
 
     def call(number: int, name: str, *, allowed: bool = True, error: bool = True) -> None:
         begun = ToolStarted(
@@ -668,7 +669,9 @@ class Tools:
                 RetrySettings(),
             )
             ids = {"run_id": f"r-{session}", "session_id": session}
-            setattr(self, session, ToolWatch(breakers, {"id": "agent_1", "version": 2}, **ids))
+            grants = ToolGrants(offered=(self.FIND, "mcp__crm__add", "mcp__crmx__find"))
+            watch = ToolWatch(breakers, {"id": "agent_1", "version": 2}, grants, **ids)
+            setattr(self, session, watch)
 
     async def call(
         self, watch: ToolWatch, *, error: bool | None, name: str = FIND

@@ -134,9 +134,10 @@ class Gate:
 
     def __init__(self, why: str | None) -> None:
         self.why, self.entered, self.gone = why, list[str](), list[str]()
+        self.looked: list[str] = []
 
-    async def enter(self, tool_use_id: str, name: str) -> str | None:
-        self.entered.append(f"{tool_use_id} {name}")
+    async def enter(self, tool_use_id: str, name: str, *, tries: bool = True) -> str | None:
+        (self.entered if tries else self.looked).append(f"{tool_use_id} {name}")
         return self.why
 
     async def left(self, tool_use_id: str) -> None:
@@ -184,8 +185,45 @@ def test_a_call_that_somebody_waited_for_and_answered_goes() -> None:
     waiting = Waiting(pending=[call], answers=[answer], known=["1"], now=2.0)
     desk = Desk(gate=gate, waiting=waiting)
     assert asyncio.run(desk.before("1")) == "allow"
-    assert gate.entered == ["1 Bash"], "it tries the tool, if anybody may"
+    assert (gate.entered, gate.looked) == (["1 Bash"], []), "it tries the tool, if anybody may"
     assert asyncio.run(desk.before("2")) == "deny"
+
+
+def test_a_call_that_will_wait_only_looks_and_one_that_was_refused_does_not_even_that() -> None:
+    """A try that it held would be spent when it runs. Twins: a call that runs, and one on hold."""
+    gate = Gate(None)
+    assert asyncio.run(Desk(gate=gate, defer=True).before("1")) == "defer"
+    assert (gate.entered, gate.looked) == ([], ["1 Bash"])
+    assert asyncio.run(Desk(gate=gate, defer=True).before("2", "Task")) == "allow"
+    assert (gate.entered, gate.looked) == (["2 Task"], ["1 Bash"])
+    gate.why = "Bash keeps failing: later"
+    assert asyncio.run(Desk(gate=gate, defer=True).before("3")) == "deny"
+    call = PendingCall(
+        tool_use_id="4",
+        name="Bash",
+        input={"command": "make"},
+        kind=CallKind.CONFIRMATION,
+        expires=10.0,
+    )
+    no = CallAnswer(tool_use_id="4", allow=False, at=1.0)
+    waiting = Waiting(pending=[call], answers=[no], known=["4"], now=2.0)
+    assert asyncio.run(Desk(gate=gate, waiting=waiting).before("4")) == "deny"
+    assert (gate.entered, gate.looked) == (["2 Task"], ["1 Bash", "3 Bash"])
+
+
+def test_a_second_call_of_an_id_gives_back_nothing_of_the_first() -> None:
+    """Neither its try of a tool nor its place among the subagents that run."""
+    gate = Gate(None)
+    desk = Desk(gate=gate)
+
+    async def calls() -> None:
+        assert await desk.before("1", "Task") == "allow"
+        assert await desk.before("1", "Task") == "deny"
+
+    asyncio.run(calls())
+    assert (gate.gone, desk.calls._subagents) == ([], {"1"})
+    assert asyncio.run(desk.before("2")) == "deny", "a person's, who is not there"
+    assert gate.gone == ["2"]
 
 
 def test_nobody_there_denies_and_a_person_allows() -> None:

@@ -18,6 +18,7 @@ from ringfence.channel.messages import ModelBegan, ModelHeard, ModelLeg
 from ringfence.config.resilience import BreakerSettings, RetrySettings
 from ringfence.limits.lane import Amount
 from ringfence.limits.store import MemoryLimits
+from ringfence.policy.compiled import ToolGrants
 from ringfence.worker import desk as desks
 from ringfence.worker.breakers import probe_name
 from ringfence.worker.desk import Desk
@@ -281,7 +282,8 @@ async def test_names_that_stores_split_hold_nothing_that_an_agent_chose() -> Non
 
     store = Probes()
     rig = LegRig(store)
-    watch = ToolWatch(rig.desk.breakers, {"id": "agent_1", "version": 1}, run_id="r")
+    grants = ToolGrants(offered=tuple(f"t{number}" for number in range(300)))
+    watch = ToolWatch(rig.desk.breakers, {"id": "agent_1", "version": 1}, grants, run_id="r")
     for number in range(300):
         called = f"tool|{number}\udc80/!"
         begun = ToolStarted(

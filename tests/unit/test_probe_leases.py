@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from test_limits_desk import until
 
 from ringfence.channel.messages import GuardUsed, GuardWanted
 from ringfence.config.resilience import BreakerSettings, RetrySettings
-from ringfence.limits.breaker import probing
+from ringfence.errors import UnavailableError
+from ringfence.limits.breaker import Breaker, BreakerSpec, Noted, probing
 from ringfence.limits.sqlite import SqliteLimits
 from ringfence.limits.store import LimitStore, MemoryLimits
 from ringfence.worker import breakers as module
 from ringfence.worker.breakers import Breakers
+from ringfence.worker.legs import breaker_of
 
 KEY = "model/anthropic/claude-sonnet-5"
 HOLDER = """
@@ -111,6 +114,79 @@ async def test_a_place_that_nobody_speaks_of_is_renewed_no_longer_than_its_time(
     await made.close()
 
 
+class Troubled(MemoryLimits):
+    """Fails, or does not come back from, so many acts of a key; counts those that it answered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fails, self.hangs = dict[str, int](), set[str]()
+        self.answered = dict[str, int]()
+
+    async def admit(self, spec: BreakerSpec, *values: Any, **more: Any) -> Any:
+        key = spec.key.removeprefix("default/")
+        if key in self.hangs:
+            await asyncio.Event().wait()
+        if self.fails.get(key, 0) > 0:
+            self.fails[key] -= 1
+            raise OSError("away")
+        found = await super().admit(spec, *values, **more)
+        self.answered[key] = self.answered.get(key, 0) + 1
+        return found
+
+
+async def test_a_store_that_fails_a_moment_ends_no_probes_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It gave no answer. One that answers that the place is gone does end it."""
+    monkeypatch.setattr(module, "LEASE_SECONDS", 0.3)
+    store = Troubled()
+    made = breakers(store, probe_seconds=3600)
+    await half_open(made)
+    assert (await made.admit(KEY, "first")).verdict == "probe"
+    store.fails[KEY], store.answered[KEY] = 3, 0
+    await until(lambda: store.answered[KEY] >= 2)
+    assert store.fails[KEY] == 0
+    assert (await made.admit(KEY, "second")).verdict == "no"
+    assert (await made.note(KEY, "first", ok=True)) == Noted("half-open")
+    assert (await made.note(KEY, "first", ok=True)) == Noted("half-open"), "its own is over"
+    assert (await made.admit(KEY, "second")).verdict == "probe"
+    store._breakers[f"default/{KEY}"].state = "closed"
+    await until(lambda: not made._held)
+    await made.close()
+
+
+@pytest.mark.parametrize("trouble", ["hangs", "is not recorded"])
+async def test_one_places_trouble_does_not_cost_the_others_theirs(
+    trouble: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LEASE_SECONDS", 0.3)
+    store, others = Troubled(), "model/anthropic/other"
+    made = breakers(store, probe_seconds=3600)
+    for key in (KEY, others):
+        for number in range(12):
+            await made.note(key, f"x{number}", ok=False)
+    await asyncio.sleep(0.02)
+    assert (await made.admit(KEY, "first")).verdict == "probe"
+    assert (await made.admit(others, "first")).verdict == "probe"
+    if trouble == "hangs":
+        store.hangs.add(KEY)
+    else:
+        monkeypatch.setattr(made, "_changed", _refused)
+        store._breakers[f"default/{KEY}"].state = "open"
+    store.answered[others] = 0
+    await until(lambda: store.answered[others] >= 3)
+    if trouble != "hangs":
+        store.answered[KEY] = 0
+        await until(lambda: store.answered[KEY] >= 2)
+    assert set(made._held) >= {(others, "first"), (KEY, "first")}
+    store.hangs.clear()
+    await made.close()
+
+
+async def _refused(*_: Any, **__: Any) -> None:
+    raise UnavailableError("recorder-unavailable", "the recorder is away")
+
+
 async def test_one_that_ended_is_renewed_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LEASE_SECONDS", 0.3)
     store = MemoryLimits()
@@ -182,6 +258,119 @@ async def test_a_way_that_was_looked_at_and_not_gone_keeps_no_place() -> None:
     assert await places(store) == 0
     asking.cancel()
     await rig.desk.close()
+
+
+async def opens_own(made: Breakers, key: str, session: str) -> None:
+    """For one session alone."""
+    for number in range(12):
+        await made.note(key, f"o{number}", ok=False, by=session)
+    await asyncio.sleep(0.02)
+
+
+async def test_a_sessions_own_place_that_was_not_used_is_its_own_again_at_once() -> None:
+    """One that was used, and said nothing, stands back as before."""
+    made = breakers(MemoryLimits())
+    await opens_own(made, KEY, "s")
+    assert (await made.admit(KEY, "s/looked", by="s")).verdict == "probe"
+    assert (await made.admit(KEY, "s/second", by="s")).verdict == "no"
+    await made.over("s/looked", by="s")
+    assert (await made.admit(KEY, "s/second", by="s")).verdict == "probe"
+    await made.note(KEY, "s/second", ok=None, by="s")
+    assert (await made.admit(KEY, "s/third", by="s")).verdict == "no"
+    assert (await made.admit(KEY, "o/third", by="other")).verdict == "go"
+    assert not made._own_held
+    await made.close()
+
+
+@pytest.mark.parametrize("where", ["store", "record"])
+async def test_who_leaves_while_it_asks_leaves_no_place_of_its_session_behind(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Slow()
+    made = breakers(store)
+    await opens_own(made, KEY, "s")
+    stalled, recorded = asyncio.Event(), made._changed
+
+    async def stalls(*_: Any, **__: Any) -> None:
+        stalled.set()
+        await asyncio.Event().wait()
+
+    if where == "record":
+        monkeypatch.setattr(made, "_changed", stalls)
+    else:
+        store.stalls, stalled = True, store.stalled
+    asking = asyncio.ensure_future(made.admit(KEY, "s/leaves", by="s"))
+    await stalled.wait()
+    assert made._own_held
+    asking.cancel()
+    await asyncio.wait({asking})
+    store.stalls = False
+    monkeypatch.setattr(made, "_changed", recorded)
+    await until(lambda: not made._returns)
+    assert not made._own_held
+    assert (await made.admit(KEY, "s/second", by="s")).verdict == "probe"
+    await made.close()
+
+
+async def test_a_sessions_own_way_that_was_looked_at_and_not_gone_stays_open() -> None:
+    """Its first lane is full, and the second way's own breaker would let it try: then it leaves."""
+    store = MemoryLimits()
+    rig = LegRig(store, open_seconds=0.01)
+    assert (await rig.asks(1, legs=LEGS)).leg == 0
+    key = breaker_of(LEGS[1])
+    await opens_own(rig.desk.breakers, key, "r")
+    looked, choose = asyncio.Event(), rig.desk._legs.choose
+
+    async def seen(*values: Any) -> Any:
+        found = await choose(*values)
+        if found.leg == 1:
+            looked.set()
+            await asyncio.sleep(60)
+        return found
+
+    rig.desk._legs.choose = seen  # type: ignore[method-assign]
+    asking = asyncio.ensure_future(rig.asks(2, legs=LEGS))
+    await looked.wait()
+    assert (await rig.desk.breakers.admit(key, "other", by="r")).verdict == "no"
+    rig.used(2)
+    await until(lambda: not rig.desk._tasks)
+    assert (await rig.desk.breakers.admit(key, "other", by="r")).verdict == "probe"
+    asking.cancel()
+    await rig.desk.close()
+
+
+async def test_workers_of_two_versions_share_a_breaker_that_closes() -> None:
+    """The older one's places are of a minute, and it renews none. The newer takes such a place for
+    one of a clock that was ahead: one more may try, and only its word counts. In turn its own
+    places are respected, and what either opens or closes is so for both.
+    """
+    store = MemoryLimits()
+    older, newer = breakers(store, wins=1), breakers(store, wins=1)
+    spec = older._spec
+
+    older._spec = lambda key: spec(key)._replace(lease=60.0)  # type: ignore[method-assign]
+    older._hold = lambda *_: None  # type: ignore[method-assign]
+    await half_open(older)
+    assert (await older.admit(KEY, "a/old")).verdict == "probe"
+    assert (await older.admit(KEY, "b/old")).verdict == "no"
+    assert (await newer.admit(KEY, "c/new")).verdict == "probe"
+    assert (await older.admit(KEY, "b/old")).verdict == "no", "no third one"
+    assert await older.note(KEY, "a/old", ok=False) == Noted("half-open"), "it says nothing now"
+    assert await newer.note(KEY, "c/new", ok=True) == Noted("closed", "half-open")
+    assert (await older.admit(KEY, "b/old")).verdict == "go"
+    for number in range(12):
+        await newer.note(KEY, f"x{number}", ok=False)
+    store._breakers[f"default/{KEY}"].until = time.time() + 60
+    assert (await older.admit(KEY, "b/old")).verdict == "no"
+    await newer.close()
+
+
+def test_a_breaker_that_a_newer_worker_wrote_is_read() -> None:
+    """What it added is left out; what an older one did not write has its default."""
+    written = Breaker(state="open", until=7.0, trips=2)
+    assert Breaker.from_json({**written.to_json(), "new": {"a": 1}}) == written
+    older = {name: part for name, part in written.to_json().items() if name != "row"}
+    assert Breaker.from_json(older) == written
 
 
 async def test_a_request_of_an_mcp_server_that_ends_before_its_word_gives_the_place_back() -> None:

@@ -132,6 +132,7 @@ class ToolCalls:
         name, tool_input = str(data.get("tool_name", "")), dict(data.get("tool_input") or {})
         # taken before anybody is asked: the answer is about this input and no other
         digest, told = input_sha256(tool_input), self._form(name, tool_input)
+        mine = identity not in self._seen
         verdict = await self._decide(identity, name, tool_input, nested="agent_id" in data)
         input_hmac = self._recorder.hmac(canonical_input(tool_input))
         runs = tool_input if verdict.input is None else verdict.input
@@ -166,7 +167,8 @@ class ToolCalls:
             if verdict.result is not None:
                 self._waiting.give(public_name(name), runs, verdict.result)
             self._watch(identity, name, input_hmac)
-        else:
+        elif mine:
+            # a second call of an id has no place: it would give back the first one's, which runs
             self._subagents.discard(identity)
             await self._gate.left(identity)
         return _hook_answer(verdict)
@@ -196,14 +198,20 @@ class ToolCalls:
         cap = self._subagent_cap(identity, name, nested=nested)
         if cap is not None:
             return _by_policy(cap, f"no more subagents may start ({cap})")
-        # after the policy, which alone says no for good; before a person, who is not asked in vain
-        shut = await self._gate.enter(identity, name)
         if self._waiting.before(identity):
-            # somebody has waited for this very call and answered: it goes, and tries the tool
-            return self._answered(identity, name, tool_input, decision)
+            verdict = self._answered(identity, name, tool_input, decision)
+            if verdict.allowed:
+                # somebody waited for this very call and answered: it goes whatever is said here,
+                # and tries the tool
+                await self._gate.enter(identity, name)
+            return verdict
+        freely = decision.allowed and not self._settings.asks(name)
+        # after the policy, which alone says no for good; before a person, who is not asked in vain.
+        # One that waits for an answer of tomorrow must not hold the try that it does not make today
+        shut = await self._gate.enter(identity, name, tries=freely or not self._settings.defer)
         if shut is not None:
             return _by_policy(TOOL_SHUT, shut)
-        if decision.allowed and not self._settings.asks(name):
+        if freely:
             return _by_policy(decision.rule, message, allowed=True)
         if self._settings.defer:
             return self._deferred(identity, name, tool_input, decision, nested=nested)

@@ -44,19 +44,27 @@ class Approver(Protocol):
 class ToolGate(Protocol):
     """Keeps calls from a tool that fails for many."""
 
-    async def enter(self, tool_use_id: str, name: str) -> str | None:
-        """None when the call may go; else why not, in words for the model."""
+    async def enter(self, tool_use_id: str, name: str, *, tries: bool = True) -> str | None:
+        """None when the call may go; else why not, in words for the model. `tries` False: it only
+        looks, as one does that will wait for somebody before it runs.
+        """
         ...
 
     async def left(self, tool_use_id: str) -> None:
-        """One that entered does not run: it was denied or put off after all."""
+        """One that entered to try does not run: it was denied after all."""
         ...
 
 
 class OpenGate:
     """Keeps none."""
 
-    async def enter(self, tool_use_id: str, name: str) -> str | None:  # noqa: ARG002
+    async def enter(
+        self,
+        tool_use_id: str,  # noqa: ARG002
+        name: str,  # noqa: ARG002
+        *,
+        tries: bool = True,  # noqa: ARG002
+    ) -> str | None:
         """See ToolGate."""
         return None
 

@@ -14,7 +14,7 @@ A share, and not a number alone: some requests fail by what they ask. Who asked 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 State = Literal["closed", "open", "half-open"]
@@ -74,8 +74,9 @@ class Breaker:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Breaker:
-        """Inverse of `to_json`."""
-        return cls(**value)
+        """Inverse of `to_json`. What a newer worker on the same store added is left out."""
+        names = {each.name for each in fields(cls)}
+        return cls(**{name: part for name, part in value.items() if name in names})
 
 
 class Admission(NamedTuple):

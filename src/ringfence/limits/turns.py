@@ -125,7 +125,9 @@ class Turns:
             await asyncio.sleep(pause)
 
     def _together(self) -> None:
-        """All that waits, up to a number. Raises what it was that kept all of them from it."""
+        """All that waits, up to a number. Raises what kept all of them from it: that the file was
+        not to be had. An error of an act is its own.
+        """
         self._db.execute("BEGIN IMMEDIATE")
         going = [each for each in list(self._line)[:_MOST] if not each.done.done()]
         try:
@@ -133,8 +135,7 @@ class Turns:
             self._db.execute("COMMIT")
         except BaseException as error:
             self._rolled_back()
-            alone = len(going) <= 1
-            if alone or not isinstance(error, Exception) or _busy(error):
+            if not isinstance(error, Exception) or _busy(error):
                 raise
             self._apart(going)
             return
@@ -144,7 +145,9 @@ class Turns:
             each.done.set_result(result)
 
     def _apart(self, going: list[_Waiting]) -> None:
-        """One of them fails: each alone, so that it takes nothing of the others with it."""
+        """One of them fails, or all as one: each alone, so that it takes nothing of the others with
+        it, nor of those that have only gathered behind.
+        """
         for each in going:
             try:
                 result = self._alone(each.work)
@@ -172,7 +175,9 @@ class Turns:
             self._db.execute("ROLLBACK")
 
     async def close(self) -> None:
-        """What waits is tried once more, and then nobody is served."""
+        """What waits is tried once more, and then nobody is served: who still waits hears what one
+        hears of a file that is away. Cancelled, it would take its caller for one that has left.
+        """
         if self._timer is not None:
             self._timer.cancel()
         if self._line:
@@ -180,8 +185,7 @@ class Turns:
         if self._server is not None:
             self._server.cancel()
             await asyncio.wait({self._server})
-        for each in self._line:
-            each.done.cancel()
+        self._refuse(sqlite3.OperationalError("the limits' file is being closed"), late=False)
 
 
 def _busy(error: Exception) -> bool:

@@ -242,8 +242,8 @@ class BreakerChanged(Event):
     """A breaker opened, lets a probe through, or closed again; for all that share its store.
 
     `breaker` names what it stands before: `model/provider/model`, `mcp/tenant/server` or
-    `tool/agent/version/tool`; of one session alone with `session/` before it. `seconds` is how long
-    one that opened stays so.
+    `tool/agent/version/tool`, with `@` and a digest of where its MCP server is; of one session
+    alone with `session/` before it. `seconds` is how long one that opened stays so.
     """
 
     type: Literal["breaker.changed"] = "breaker.changed"

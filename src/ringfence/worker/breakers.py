@@ -15,6 +15,7 @@ from typing import Any
 import structlog
 
 from ringfence.config.resilience import BreakerSettings, RetrySettings
+from ringfence.errors import RingfenceError
 from ringfence.limits.breaker import Admission, BreakerSpec, Noted, RetrySpec, State
 from ringfence.limits.store import LimitStore
 from ringfence.record.events import BreakerChanged
@@ -55,6 +56,7 @@ class Breakers:
         self._outage = Outage("breakers")
         self._own = OwnBreakers()
         self._held: dict[tuple[str, str], float] = {}
+        self._own_held: set[tuple[str, str]] = set()
         self._renewer: asyncio.Task[None] | None = None
         self._returns: set[asyncio.Task[None]] = set()
         self.listen: Callable[[str, State], None] | None = None
@@ -63,30 +65,35 @@ class Breakers:
         """See `breaker.admit`."""
         spec = self._spec(key)
         own = self._own.admit(by, self._lasting(spec), probe, settled=settled)
-        if own.before is not None:
-            await self._changed(f"session/{key}", own.before, own.state, 0.0)
-        if own.verdict == "no":
-            return own
+        if own.verdict == "probe":
+            self._own_held.add((key, probe))
         try:
-            found = await self._shared(key, spec, probe, settled)
-        except asyncio.CancelledError:
+            if own.before is not None:
+                await self._changed(f"session/{key}", own.before, own.state, 0.0)
+            if own.verdict == "no":
+                return own
+            found = await self._shared(key, spec, probe, settled) or Admission("go")
+        except BaseException:
             # whoever asked has left, and the store may have given the place all the same
-            self._soon(self._give_back(key, probe, by))
+            self._soon(self.give_back(key, probe, by=by))
             raise
         if found.verdict == "probe":
             self._hold(key, probe)
         if found.verdict == "no":
-            self._own.release(by, spec, probe)
+            self._release(key, spec, probe, by)
         elif own.verdict == "probe":
             return found._replace(verdict="probe")
         return found
 
-    async def _shared(self, key: str, spec: BreakerSpec, probe: str, settled: float) -> Admission:
+    async def _shared(
+        self, key: str, spec: BreakerSpec, probe: str, settled: float
+    ) -> Admission | None:
+        """The store's word; None when it has none."""
         try:
             found = await self._store.admit(spec, probe, settled=settled)
         except Exception as error:  # noqa: BLE001  a store that is broken is away
             self._outage.failed(error)
-            return Admission("go")
+            return None
         self._heard(key, found.state)
         if found.before is not None:
             await self._changed(key, found.before, found.state, 0.0)
@@ -98,6 +105,7 @@ class Breakers:
         """See `breaker.note`; None when nobody could be told."""
         spec = self._spec(key)
         self._held.pop((key, probe), None)
+        self._own_held.discard((key, probe))
         own = self._own.note(by, self._lasting(spec), probe, ok)
         if own.before is not None:
             await self._changed(f"session/{key}", own.before, own.state, own.seconds, **ids)
@@ -117,11 +125,19 @@ class Breakers:
         """Who asked under this name is done: places that were taken for it and not used, as of a
         way that was looked at and not gone, are given back.
         """
-        for key in [key for key, name in self._held if name == probe]:
-            await self._give_back(key, probe, by)
+        for key in {key for key, name in (*self._held, *self._own_held) if name == probe}:
+            await self.give_back(key, probe, by=by)
 
-    async def _give_back(self, key: str, probe: str, by: str) -> None:
+    async def give_back(self, key: str, probe: str, *, by: str = "") -> None:
+        """A place that was not used. The session's own breaker has it again at once: nobody else
+        waits for that, and what was never sent says nothing of how its session leaves.
+        """
+        self._release(key, self._spec(key), probe, by)
         await self.note(key, probe, ok=None, by=by)
+
+    def _release(self, key: str, spec: BreakerSpec, probe: str, by: str) -> None:
+        self._own_held.discard((key, probe))
+        self._own.release(by, spec, probe)
 
     def _hold(self, key: str, probe: str) -> None:
         self._held[key, probe] = time.monotonic()
@@ -132,20 +148,37 @@ class Breakers:
         """While its worker lives, a probe keeps its place for all of its time."""
         while self._held:
             await asyncio.sleep(LEASE_SECONDS / 3)
-            for (key, probe), began in list(self._held.items()):
-                if (key, probe) not in self._held:
-                    continue
-                renewed = await self._renewed(key, probe, began)
-                if renewed and (key, probe) not in self._held:
-                    # it ended meanwhile, and what was said of that may have come before
-                    await self._give_back(key, probe, "")
-                elif not renewed:
-                    self._held.pop((key, probe), None)
+            # side by side, and no longer than the next round: one that waits for the store must not
+            # cost the others their time
+            await asyncio.gather(*[self._again(*each) for each in list(self._held.items())])
 
-    async def _renewed(self, key: str, probe: str, began: float) -> bool:
+    async def _again(self, place: tuple[str, str], began: float) -> None:
+        try:
+            async with asyncio.timeout(LEASE_SECONDS / 3):
+                await self._renewed(place, began)
+        except TimeoutError as error:
+            self._outage.failed(error)
+            if place not in self._held:
+                # it ended meanwhile, and the store may have given the place all the same
+                self._soon(self.give_back(*place))
+        except Exception as error:  # noqa: BLE001  one place's error does not cost the others theirs
+            why = error.code if isinstance(error, RingfenceError) else type(error).__name__
+            _LOG.warning("a breaker's place could not be renewed", breaker=place[0], why=why)
+
+    async def _renewed(self, place: tuple[str, str], began: float) -> None:
+        """Renew one that has time left. That the store cannot be asked is no answer: the place is
+        still ours there, or is lost by its own time.
+        """
         if time.monotonic() - began > self._settings.probe_seconds:
-            return False
-        return (await self._shared(key, self._spec(key), probe, 0.0)).verdict == "probe"
+            self._held.pop(place, None)
+            return
+        key, probe = place
+        found = await self._shared(key, self._spec(key), probe, 0.0)
+        if found is not None and found.verdict != "probe":
+            self._held.pop(place, None)
+        elif place not in self._held:
+            # it ended meanwhile, and what was said of that may have come before
+            await self.give_back(key, probe)
 
     def _soon(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -300,9 +300,13 @@ class Desk:
         if ok is None and not asked.probe:
             return
         wanted = asked.wanted
+        key, probe = breaker_of(wanted.legs[asked.leg]), self._probe(asked)
+        if ok is None and not asked.granted:
+            await self.breakers.give_back(key, probe, by=session_of(wanted))
+            return
         await self.breakers.note(
-            breaker_of(wanted.legs[asked.leg]),
-            self._probe(asked),
+            key,
+            probe,
             ok=ok,
             by=session_of(wanted),
             run_id=wanted.run_id,
@@ -472,7 +476,10 @@ class Desk:
         await self._recorder.append(alert_of(asked, due, now), durable=False)
 
     async def _surely(self, *acts: Callable[[], Awaitable[Any]]) -> None:
-        """The first that succeeds. What is not settled stays reserved: it comes back by itself."""
+        """The first that succeeds. What is not settled, as of a worker that is killed, stays
+        reserved and comes back by itself; what was used beyond that is owed by nobody, until the
+        provider's next answer says what is left.
+        """
         for tried, act in enumerate(acts):
             await asyncio.sleep(_LOOK_SECONDS * tried / 2)
             try:

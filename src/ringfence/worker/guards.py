@@ -6,13 +6,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from ringfence.agent.messages import AgentMessage, ToolEnded, ToolResult, ToolStarted
 from ringfence.channel.messages import GuardUsed, GuardWanted, ModelTurn
 from ringfence.limits.breaker import Admission
+from ringfence.policy.compiled import McpServer, ToolGrants
+from ringfence.policy.tools import canonical_tool, mcp_parts
 from ringfence.worker.breakers import Breakers, probe_name
 
 if TYPE_CHECKING:
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 
 _LONGEST_WAIT = 3600.0
 _MOST_TOOLS = 256
-"""Of an attempt, which names them: each is a row of the store."""
+"""Of an attempt, beside those that the operator names: each is a row of the store."""
 
 
 class Guards:
@@ -67,10 +70,12 @@ class Guards:
         )
 
 
-def tool_watch(breakers: Breakers | None, turn: Turn) -> ToolWatch:
-    """Of a turn's attempt."""
+def tool_watch(
+    breakers: Breakers | None, turn: Turn, grants: ToolGrants, custom: Collection[str] = ()
+) -> ToolWatch:
+    """Of a turn's attempt; `custom` are wire names of the tools that its caller executes."""
     ids = {"run_id": turn.run_id, "session_id": turn.session_id}
-    return ToolWatch(breakers, turn.agent, **ids)
+    return ToolWatch(breakers, turn.agent, grants, custom, **ids)
 
 
 class ToolWatch:
@@ -79,33 +84,49 @@ class ToolWatch:
     asked.
 
     What a tool came to is said from inside. So of a tool that calls are kept from a session's
-    failures are its own first, as with a provider (`OwnBreakers`).
+    failures are its own first, as with a provider (`OwnBreakers`). Names come from inside, too:
+    one that this attempt is not offered is no tool of it.
     """
 
-    def __init__(self, breakers: Breakers | None, agent: dict[str, Any], **ids: str) -> None:
+    def __init__(
+        self,
+        breakers: Breakers | None,
+        agent: dict[str, Any],
+        grants: ToolGrants,
+        custom: Collection[str] = (),
+        **ids: str,
+    ) -> None:
         self._breakers, self._ids = breakers, ids
-        self._key = f"tool/{agent.get('id')}/{agent.get('version')}"
+        self._prefix = f"tool/{agent.get('id')}/{agent.get('version')}"
+        self._offered = frozenset((*grants.offered, *custom))
+        self._servers = {server.name: _digest(server) for server in grants.mcp_servers}
         self._session = ids.get("session_id") or ids.get("run_id", "")
         self._names: dict[str, str] = {}
         self._probing: dict[str, str] = {}
         self._tools: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def enter(self, tool_use_id: str, name: str) -> str | None:
+    async def enter(self, tool_use_id: str, name: str, *, tries: bool = True) -> str | None:
         """See ToolGate."""
-        if self._breakers is None or not self._breakers.keeps(name) or not self._counts(name):
+        breakers = self._breakers
+        if breakers is None or not breakers.keeps(name) or not self._counts(breakers, name):
             return None
-        probe = self._probe(tool_use_id)
-        found = await self._breakers.admit(f"{self._key}/{name}", probe, by=self._session)
-        if found.verdict == "probe":
+        # a look has a name of nobody's: its session must not stand back for it when it does try
+        probe = self._probe(tool_use_id) if tries else _hashed(tool_use_id)
+        found = await breakers.admit(self._key(name), probe, by=self._session)
+        if found.verdict == "probe" and tries:
             self._probing[tool_use_id] = name
+        elif found.verdict == "probe":
+            await breakers.give_back(self._key(name), probe, by=self._session)
         return _why_not(name, found) if found.verdict == "no" else None
 
     async def left(self, tool_use_id: str) -> None:
         """See ToolGate."""
         name = self._probing.pop(tool_use_id, None)
         if self._breakers is not None and name is not None:
-            await self._note(self._breakers, tool_use_id, name, ok=None)
+            await self._breakers.give_back(
+                self._key(name), self._probe(tool_use_id), by=self._session
+            )
 
     def heard(self, message: AgentMessage) -> None:
         """What an attempt says. A call that was not let through, or waits, says nothing of its
@@ -114,7 +135,7 @@ class ToolWatch:
         if self._breakers is None:
             return
         if isinstance(message, ToolStarted) and message.allowed and not message.deferred:
-            if self._counts(message.name):
+            if self._counts(self._breakers, message.name):
                 self._names[message.tool_use_id] = message.name
         elif isinstance(message, ToolResult):
             self._over(self._breakers, message.tool_use_id, ok=not message.is_error)
@@ -125,11 +146,30 @@ class ToolWatch:
         """The attempt is over: calls without a word give back what they hold."""
         if self._tasks:
             await asyncio.wait(set(self._tasks))
-        for tool_use_id in list(self._probing):
-            await self.left(tool_use_id)
+        for tool_use_id, name in list(self._probing.items()):
+            if self._breakers is not None and tool_use_id in self._names:
+                del self._probing[tool_use_id]
+                await self._note(self._breakers, tool_use_id, name, ok=None)
+            else:
+                await self.left(tool_use_id)
 
-    def _counts(self, name: str) -> bool:
-        if name not in self._tools and len(self._tools) >= _MOST_TOOLS:
+    def _key(self, name: str) -> str:
+        """By the server, too: policies that differ by worker, or change while workers run, give one
+        name to several, and who is sent to a broken one shuts nothing for those who are not.
+        """
+        parts = mcp_parts(name)
+        digest = self._servers.get(parts[0]) if parts else None
+        return f"{self._prefix}/{name}" + (f"@{digest}" if digest else "")
+
+    def _counts(self, breakers: Breakers, name: str) -> bool:
+        """The operator's tools always do, or who calls enough others first would open the gate for
+        them; the policy bounds their number.
+        """
+        if canonical_tool(name) not in self._offered:
+            return False
+        if breakers.keeps(name) or name in self._tools:
+            return True
+        if len(self._tools) >= _MOST_TOOLS:
             return False
         self._tools.add(name)
         return True
@@ -145,7 +185,7 @@ class ToolWatch:
         task.add_done_callback(self._tasks.discard)
 
     async def _told(self, breakers: Breakers, tool_use_id: str, name: str, *, ok: bool) -> None:
-        key, probe = f"{self._key}/{name}", _hashed(tool_use_id)
+        key, probe = self._key(name), _hashed(tool_use_id)
         # asked so that one that is open comes to be half open; it goes on whatever the answer
         await breakers.admit(key, probe)
         await breakers.note(key, probe, ok=ok, **self._ids)
@@ -153,12 +193,18 @@ class ToolWatch:
     async def _note(
         self, breakers: Breakers, tool_use_id: str, name: str, *, ok: bool | None
     ) -> None:
-        key, probe = f"{self._key}/{name}", self._probe(tool_use_id)
+        key, probe = self._key(name), self._probe(tool_use_id)
         await breakers.note(key, probe, ok=ok, by=self._session, **self._ids)
 
     def _probe(self, tool_use_id: str) -> str:
         """By whose it is: who makes calls and gives them up would keep the others from trying."""
         return f"{_hashed(self._session)[:16]}/{_hashed(tool_use_id)}"
+
+
+def _digest(server: McpServer) -> str:
+    """Of where it is; of its environment the names, as values may be secrets."""
+    about = [server.url, server.command, [name for name, _ in server.environment]]
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
 
 
 def _hashed(text: str) -> str:

@@ -331,15 +331,16 @@ class _Work:
         self._handler, self._turn, self._plan, self._request = handler, turn, plan, request
         self._answered = told
         self._control = RunControl()
+        custom = custom_names(request.custom_tools)
         self._public = PublicEvents(
             # a result is told once, and an attempt before this one may have told it
             pending=[action for action in turn.pending if action.event_id not in told],
-            custom=custom_names(request.custom_tools),
+            custom=custom,
         )
         self._ended: TurnEnded | None = None
         self._put_off: RunPutOff | None = None
         self._over = False
-        self._tools = tool_watch(handler.station.breakers, turn)
+        self._tools = tool_watch(handler.station.breakers, turn, plan.policy.tools, custom)
         self._telling = Telling(handler.database, turn, broken=self._control.cancel)
         self._telling.put(lost)
 
