@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ringfence.cli import completion
 from ringfence.cli.context import AppContext
 from ringfence.cli.live import LiveView, StreamJson, silent
 from ringfence.cli.output import clear_errors, print_json, report
@@ -27,7 +28,11 @@ PolicyFile = Annotated[
     Path | None, typer.Option("--policy", "-p", help="Policy file; see `ringfence policy`.")
 ]
 Preset = Annotated[
-    str | None, typer.Option(help="Built-in policy: strict, ci, review or developer.")
+    str | None,
+    typer.Option(
+        help="Built-in policy: strict, ci, review or developer.",
+        autocompletion=completion.presets,
+    ),
 ]
 Mode = Annotated[
     WorkspaceMode | None,
@@ -40,7 +45,10 @@ Permission = Annotated[
     ),
 ]
 Model = Annotated[str | None, typer.Option("--model", help="Model name.")]
-Resume = Annotated[str | None, typer.Option("--resume", help="Session to go on with.")]
+Resume = Annotated[
+    str | None,
+    typer.Option("--resume", help="Session to go on with.", autocompletion=completion.sessions),
+]
 Budget = Annotated[
     float | None,
     typer.Option("--max-budget-usd", min=0, help="Dollars; can only lower the policy's."),
