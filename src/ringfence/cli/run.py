@@ -253,9 +253,11 @@ def _execute(
 ) -> RunResult:
     from ringfence.policy.compile import compile_policy
     from ringfence.policy.load import load_policy
+    from ringfence.worker.launch import private_directory
 
     _log_aside()
     compiled = compile_policy(load_policy(policy, preset=preset))
+    private_directory(context.state_dir)
     launcher = context.launcher()
     provider = compiled.egress.model.provider
     missing = launcher.missing_credential(*compiled.egress.model.reached)

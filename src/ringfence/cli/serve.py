@@ -38,8 +38,7 @@ def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command(
         "serve",
-        epilog="Example: ringfence keys create --tenant acme && ringfence serve --policy ceiling."
-        "yaml",
+        epilog="Example: ringfence serve --policy ceiling.yaml --port 8470",
     )(serve)
 
 
