@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shutil
 import socket
@@ -170,20 +171,34 @@ def test_the_mcp_server_of_the_how_to_runs(box: Box) -> None:
     assert done.json["changed_files"] == ["asked.txt"]
 
 
-def test_the_patch_of_the_how_to_for_ci_applies(box: Box) -> None:
+def test_the_run_of_the_how_to_for_ci_applies_and_holds_back(box: Box) -> None:
+    """What runs by itself later stays out of the checkout; what a build runs is written and named."""
     (block,) = [
-        t for t in _blocks(ROOT / "docs" / "how-to" / "README.md", "yaml") if "git apply" in t
+        t for t in _blocks(ROOT / "docs" / "how-to" / "README.md", "yaml") if "RUNNER_TEMP" in t
     ]
-    (line,) = [text[len("- run: ") :] for text in block.splitlines() if "git apply" in text]
+    (line,) = [text[len("- run: ") :] for text in block.splitlines() if "RUNNER_TEMP" in text]
     (box.workspace / "a.txt").write_text("Helo\n")
-    box.policy({"preset": "ci"})
-    edit = {"file_path": "/workspace/a.txt", "old_string": "Helo", "new_string": "Hello"}
-    steps = [{"tool": "Read", "input": {"file_path": "/workspace/a.txt"}}]
-    done = box.run(script(*steps, {"tool": "Edit", "input": edit}, {"text": "ok"}))
-    assert done.code == 0, done.out + done.err
-    (box.workspace / "result.json").write_text(done.out)
-    subprocess.run(["bash", "-ec", line], cwd=box.workspace, check=True)
+    policy = box.policy({"preset": "ci"})
+    late = ".github/workflows/x.yml .vscode/tasks.json .envrc conftest.py"
+    plant = (
+        f"sed -i s/Helo/Hello/ a.txt; for f in {late}; do mkdir -p $(dirname $f); echo x > $f; done"
+    )
+    prompt = script({"tool": "Bash", "input": {"command": plant}}, {"text": "ok"})
+    assert "Fix the failing tests" in line
+    # the policy accepts what an ordinary user's host cannot enforce
+    line = line.replace('"Fix the failing tests"', '"$PROMPT"').replace(
+        "--preset ci", f"--policy {policy}"
+    )
+    line = line.replace("ringfence ", f"{sys.executable} -m ringfence ")
+    more = {"RUNNER_TEMP": str(box.place), "PROMPT": prompt}
+    subprocess.run(["bash", "-ec", line], cwd=box.workspace, env=box.environment | more, check=True)
+    result = json.loads((box.place / "result.json").read_text())
+    held = [".envrc", ".github/workflows/x.yml", ".vscode/tasks.json"]
+    assert sorted(result["applied"]["held"]) == held
+    assert not [name for name in held if (box.workspace / name).exists()]
+    assert "conftest.py" in result["host_files"]
     assert (box.workspace / "a.txt").read_text() == "Hello\n"
+    assert (box.workspace / "conftest.py").exists()
 
 
 def test_the_checkpoints_of_the_how_to_verify(box: Box, tmp_path: Path) -> None:

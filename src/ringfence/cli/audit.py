@@ -320,6 +320,8 @@ def _print_runs(reader: AuditReader, limit: int, *, as_json: bool) -> None:
         asdict = dataclasses.asdict
         print_json([{**asdict(summary), "usage": asdict(used)} for summary, used in rows])
         return
+    if not rows:
+        typer.echo("the log holds no run yet", err=True)
     for summary, used in rows:
         head = f"{summary.run_id}  {summary.started[:19]}  {summary.status or 'open'}"
         sys.stdout.write(one_line(f"{head}  {used.requests} requests  {_amounts(used)}") + "\n")
