@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,28 @@ def test_bad_settings_are_a_line_with_a_code(
     box: Box, setting: str, value: str, code: int, word: str
 ) -> None:
     _clean(box.run("hi", **{setting: value}), code, word)
+
+
+def test_an_answer_stands_once_on_a_terminal_and_always_on_standard_output(box: Box) -> None:
+    """What is watched goes to standard error, the answer to standard output: often one place."""
+    policy = box.policy({"preset": "ci"})
+    told = script(bash("true", text="First."), {"text": "ANSWER-4711"})
+    command = [sys.executable, "-m", "ringfence", "run", told, "--policy", str(policy)]
+    command += ["--workspace", str(box.workspace)]
+    for together in (True, False):
+        done = subprocess.run(
+            command,
+            env=box.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT if together else subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+        assert done.stdout.count("ANSWER-4711") == 1
+        if not together:
+            assert done.stdout == "ANSWER-4711\n"
+            assert "ANSWER-4711" in done.stderr
 
 
 def test_a_prompt_that_is_no_text(box: Box) -> None:

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shutil
 import socket
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 from harness import ACCEPT, Box, script
+from pydantic import BaseModel
 
 from ringfence.config import Config
 from ringfence.control.agent_shapes import AgentDefinition
 from ringfence.control.environment_shapes import EnvironmentDefinition
 from ringfence.images.definition import loads as image_definition
+from ringfence.policy.document import PolicyDocument
 from ringfence.policy.load import from_mapping
 
 ROOT = Path(__file__).parents[2]
+EVENTS = ROOT / "docs" / "reference" / "events.md"
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 
 
@@ -166,20 +171,34 @@ def test_the_mcp_server_of_the_how_to_runs(box: Box) -> None:
     assert done.json["changed_files"] == ["asked.txt"]
 
 
-def test_the_patch_of_the_how_to_for_ci_applies(box: Box) -> None:
+def test_the_run_of_the_how_to_for_ci_applies_and_holds_back(box: Box) -> None:
+    """What runs by itself later stays out of the checkout; what a build runs is written and named."""
     (block,) = [
-        t for t in _blocks(ROOT / "docs" / "how-to" / "README.md", "yaml") if "git apply" in t
+        t for t in _blocks(ROOT / "docs" / "how-to" / "README.md", "yaml") if "RUNNER_TEMP" in t
     ]
-    (line,) = [text[len("- run: ") :] for text in block.splitlines() if "git apply" in text]
+    (line,) = [text[len("- run: ") :] for text in block.splitlines() if "RUNNER_TEMP" in text]
     (box.workspace / "a.txt").write_text("Helo\n")
-    box.policy({"preset": "ci"})
-    edit = {"file_path": "/workspace/a.txt", "old_string": "Helo", "new_string": "Hello"}
-    steps = [{"tool": "Read", "input": {"file_path": "/workspace/a.txt"}}]
-    done = box.run(script(*steps, {"tool": "Edit", "input": edit}, {"text": "ok"}))
-    assert done.code == 0, done.out + done.err
-    (box.workspace / "result.json").write_text(done.out)
-    subprocess.run(["bash", "-ec", line], cwd=box.workspace, check=True)
+    policy = box.policy({"preset": "ci"})
+    late = ".github/workflows/x.yml .vscode/tasks.json .envrc conftest.py"
+    plant = (
+        f"sed -i s/Helo/Hello/ a.txt; for f in {late}; do mkdir -p $(dirname $f); echo x > $f; done"
+    )
+    prompt = script({"tool": "Bash", "input": {"command": plant}}, {"text": "ok"})
+    assert "Fix the failing tests" in line
+    # the policy accepts what an ordinary user's host cannot enforce
+    line = line.replace('"Fix the failing tests"', '"$PROMPT"').replace(
+        "--preset ci", f"--policy {policy}"
+    )
+    line = line.replace("ringfence ", f"{sys.executable} -m ringfence ")
+    more = {"RUNNER_TEMP": str(box.place), "PROMPT": prompt}
+    subprocess.run(["bash", "-ec", line], cwd=box.workspace, env=box.environment | more, check=True)
+    result = json.loads((box.place / "result.json").read_text())
+    held = [".envrc", ".github/workflows/x.yml", ".vscode/tasks.json"]
+    assert sorted(result["applied"]["held"]) == held
+    assert not [name for name in held if (box.workspace / name).exists()]
+    assert "conftest.py" in result["host_files"]
     assert (box.workspace / "a.txt").read_text() == "Hello\n"
+    assert (box.workspace / "conftest.py").exists()
 
 
 def test_the_checkpoints_of_the_how_to_verify(box: Box, tmp_path: Path) -> None:
@@ -194,6 +213,110 @@ def test_the_checkpoints_of_the_how_to_verify(box: Box, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "evidence").iterdir())
+
+
+def _section(title: str) -> str:
+    """The `sh` blocks below a heading of the how-to, as one script."""
+    text = (ROOT / "docs" / "how-to" / "README.md").read_text()
+    below = text.partition(f"## {title}\n")[2].partition("\n## ")[0]
+    return "\n".join(re.findall(r"```sh\n(.*?)```", below, re.DOTALL))
+
+
+def _said(box: Box, commands: str) -> subprocess.CompletedProcess[str]:
+    commands = re.sub(r"\bringfence (?=[a-z])", f"{sys.executable} -m ringfence ", commands)
+    return subprocess.run(
+        ["bash", "-eo", "pipefail", "-c", commands],
+        cwd=box.place,
+        env=box.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_review_of_a_policy_in_ci_runs(box: Box) -> None:
+    """The same policy passes; one that a pull request widens ends with 3."""
+    path, commands = box.place / "policy.yaml", _section("Review a change of policy in CI")
+    path.write_text("version: 1\npreset: strict\n")
+    git = "git -c user.name=a -c user.email=a@example.com"
+    kept = f"git init -q . && git add policy.yaml && {git} commit -qm one"
+    done = _said(box, f"{kept} && git update-ref refs/remotes/origin/main HEAD\n{commands}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    path.write_text(
+        "version: 1\npreset: strict\nnetwork:\n  allowed_hosts: [api.anthropic.com, example.com]\n"
+    )
+    done = _said(box, commands)
+    assert (done.returncode, "+ " in done.stdout) == (3, True), done.stdout + done.stderr
+
+
+def test_what_a_siem_and_an_accountant_read_is_as_the_how_to_says(box: Box) -> None:
+    box.policy({"preset": "ci"})
+    run = box.run(script({"text": "ok"})).json["run_id"]
+    spool = box.place / "siem"
+    siem = _section("Feed a SIEM").replace("/var/spool/siem", str(spool))
+    done = _said(box, siem.replace("41999", "2").replace("| collector", "| tee collected"))
+    assert done.returncode == 0, done.stderr
+    lines = (spool / "ocsf.jsonl").read_text().splitlines()
+    later = (box.place / "collected").read_text().splitlines()
+    assert later == lines[3:] != []
+    done = _said(box, _section("See what was spent").replace("run_…", run))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(run) == 1
+    assert "total  " in done.stdout
+
+
+def test_the_probe_of_the_page_about_check_finds_the_fence_closed(box: Box) -> None:
+    """Both its blocks as they stand; the second is a line with other words that gets out."""
+    page = ROOT / "docs" / "how-to" / "check.md"
+    (own,) = _blocks(page, "json")
+    (command,) = [text for text in _blocks(page, "sh") if "own.json" in text]
+    policy = box.policy({"preset": "strict"})
+    command = command.strip() + f" --policy {policy}"
+    (box.place / "own.json").write_text(own)
+    done = _said(box, command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 pass, 0 fail" in done.stdout
+    allowed = 'import os; esc(conn(os.environ[\\"ALLOW_HOST\\"] + \\":443\\"))'
+    (box.place / "own.json").write_text(own.replace('esc(conn(\\"evil.example:443\\"))', allowed))
+    done = _said(box, command)
+    assert done.returncode == 1, done.stdout + done.stderr
+
+
+def _resolves(model: Any, parts: list[str]) -> bool:
+    """Whether settings of pydantic have such a path; a key of a mapping may be any."""
+    field = model.model_fields.get(parts[0])
+    if field is None or len(parts) == 1:
+        return field is not None
+    inner = str(field.annotation)
+    rest = parts[2:] if "dict[" in inner.lower() else parts[1:]
+    return not rest or any(_resolves(one, rest) for one in _models(field.annotation))
+
+
+def _models(kind: Any) -> Iterator[Any]:
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        yield kind
+    for below in get_args(kind):
+        yield from _models(below)
+
+
+def test_every_setting_that_the_documents_name_exists() -> None:
+    """Variables of the environment, and `section.key` of settings or of a policy."""
+    events = {row for row in re.findall(r"`([a-z_.]+)`", EVENTS.read_text()) if "." in row}
+    events |= {"slo.alert_fired", "slo.alert_resolved"}  # kinds of webhooks
+    clients = {"API_KEY", "URL"}  # of commands that talk to a gateway
+    seen = 0
+    for page in (one for one in PAGES if "reference" not in one.parts):
+        text = page.read_text()
+        for name in set(re.findall(r"\bRINGFENCE_([A-Z0-9_]+)\b(?!…)", text)) - clients:
+            assert _resolves(Config, name.lower().split("__")), f"{page.name}: RINGFENCE_{name}"
+            seen += 1
+        for name in set(re.findall(r"`([a-z_0-9]+(?:\.[a-z_0-9]+)+)`", text)) - events:
+            parts = name.split(".")
+            if parts[0] in {*Config.model_fields, *PolicyDocument.model_fields}:
+                known = _resolves(Config, parts) or _resolves(PolicyDocument, parts)
+                assert known, f"{page.name}: {name}"
+                seen += 1
+    assert seen > 40
 
 
 def test_every_link_of_the_documents_leads_somewhere() -> None:

@@ -50,6 +50,17 @@ def test_without_a_key_or_a_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "rfk_x" not in caught.value.render()
 
 
+@pytest.mark.parametrize("url", ["banana", "", "ftp://example.com", "http://", "127.0.0.1:8470"])
+def test_an_address_that_is_none_is_the_callers_fault(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEY, "rfk_x")
+    with pytest.raises(CallerError, match="address") as caught:
+        gateway(url)
+    assert (caught.value.code, caught.value.exit_status) == ("usage", 2)
+    assert "RINGFENCE_URL" in caught.value.hint
+
+
 def test_a_definition_is_read_strictly(tmp_path: Path) -> None:
     file = tmp_path / "agent.yaml"
     file.write_text("name: a\ntools:\n  - type: agent_toolset_20260401\n")

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from ringfence.config import load_config
 from ringfence.errors import CallerError, UnavailableError
 from ringfence.sandbox.protocol import Control, ControlState
 from ringfence.sandbox.registry import Backends
+from ringfence.worker.launch import Launcher
 
 
 class Host:
@@ -40,17 +40,22 @@ class Host:
 
 
 def doctor(
-    place: Path, host: Host, *arguments: str, key: bool = True, claude: bool = True, **more: str
+    place: Path,
+    host: Host,
+    *arguments: str,
+    key: str | None = "sk-ant-any-key",
+    claude: bool = True,
+    **more: str,
 ) -> Any:
     binary = place / "claude"
     binary.touch(mode=0o755 if claude else 0o644)
     state = place / "state"
     own = {"HOME": str(place), "RINGFENCE_STATE_DIR": str(state), "RINGFENCE_CLAUDE": str(binary)}
     config = load_config({**own, **more})
-    launcher = SimpleNamespace(
+    launcher = Launcher(
         config=config,
-        make_backends=lambda _: Backends({"bubblewrap": lambda: host}),
-        missing_credential=lambda _: None if key else "anthropic",
+        make_backends=lambda _: Backends({"bubblewrap": lambda: host}),  # type: ignore[dict-item,return-value]
+        environment_key=key,
     )
     context = AppContext(config=config, launcher=lambda: launcher, run=lambda _: None)
     return CliRunner().invoke(app, ["doctor", *arguments], obj=context)
@@ -96,9 +101,18 @@ def test_isolation_that_cannot_run(tmp_path: Path) -> None:
 
 
 def test_a_missing_key_is_said_and_does_not_stop_it(tmp_path: Path) -> None:
-    result = doctor(tmp_path, Host(), "--json", key=False)
+    result = doctor(tmp_path, Host(), "--json", key=None)
     assert result.exit_code == 0
     assert checks(result)["credential"]["mend"] == "ringfence vault set anthropic"
+
+
+def test_a_key_that_no_header_can_carry_stops_it_and_is_not_shown(tmp_path: Path) -> None:
+    for key in ("short", "sk-ant-two words", "sk-ant-ü-12345"):
+        result = doctor(tmp_path, Host(), "--json", key=key)
+        found = checks(result)["credential"]
+        assert (result.exit_code, found["state"]) == (4, "stops")
+        assert "ANTHROPIC_API_KEY" in found["how"]
+        assert key not in result.output
 
 
 def test_a_provider_is_named_by_its_name_its_region_and_its_login(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from ringfence.record.safe_text import one_line
 
 app = group("Calls that wait for somebody's word.")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
-Session = Annotated[str, typer.Argument(metavar="SESSION")]
+Session = Annotated[str, typer.Argument(metavar="SESSION", help="As `approvals list` names it.")]
 Call = Annotated[str, typer.Argument(metavar="EVENT", help="As `list` names it.")]
 
 _USES = ["agent.tool_use", "agent.mcp_tool_use", "agent.custom_tool_use"]
@@ -23,19 +23,25 @@ _USES = ["agent.tool_use", "agent.mcp_tool_use", "agent.custom_tool_use"]
 
 @app.command("list", epilog="Example: ringfence approvals list")
 def list_(
-    session: Annotated[str | None, typer.Argument(metavar="[SESSION]")] = None,
+    session: Annotated[
+        str | None, typer.Argument(metavar="[SESSION]", help="Only this one.")
+    ] = None,
     *,
     url: Url = DEFAULT_URL,
     json: Json = False,
 ) -> None:
     """What waits: session, event, tool and the whole input, in ASCII."""
     with clear_errors(as_json=json), gateway(url) as there:
+        any_waits = False
         for name in [session] if session is not None else _idle(there):
             for event in waiting(there, name):
+                any_waits = True
                 if json:
                     print_json({"session_id": name, "event": event})
                 else:
                     typer.echo("\n".join(shown(name, event)))
+        if not any_waits:
+            typer.echo("no call waits for a word", err=True)
 
 
 @app.command("allow", epilog="Example: ringfence approvals allow sesn_… sevt_…")

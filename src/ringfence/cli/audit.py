@@ -15,9 +15,10 @@ from typing import Annotated, Any, Literal
 import typer
 
 import ringfence
+from ringfence.cli import completion
 from ringfence.cli.group import group
 from ringfence.cli.output import clear_errors, print_json
-from ringfence.errors import CallerError, UnavailableError
+from ringfence.errors import CallerError, UnavailableError, words
 from ringfence.model import Usage
 from ringfence.record import ocsf
 from ringfence.record import verify as verifier
@@ -38,11 +39,15 @@ def _directory(ctx: typer.Context) -> Path:
     return Path(ctx.obj.state_dir) / "audit"
 
 
-@app.command()
+@app.command(
+    epilog="Examples: ringfence audit show --run run_01J…   ·   ringfence audit show --follow"
+)
 def show(
     ctx: typer.Context,
     *,
-    run: Annotated[str | None, typer.Option("--run", help="Only this run.")] = None,
+    run: Annotated[
+        str | None, typer.Option("--run", help="Only this run.", autocompletion=completion.runs)
+    ] = None,
     follow: Annotated[bool, typer.Option("--follow", help="Go on as records come.")] = False,
     last: Annotated[int, typer.Option("--last", min=1, help="How many, without --run.")] = 50,
     as_json: Annotated[bool, typer.Option("--json", help="One record a line, as stored.")] = False,
@@ -84,7 +89,7 @@ def _print(record: dict[str, Any], *, as_json: bool) -> None:
     sys.stdout.flush()
 
 
-@app.command()
+@app.command(epilog="Example: ringfence audit verify --anchor /mnt/another-host/checkpoints")
 def verify(
     ctx: typer.Context,
     *,
@@ -143,14 +148,21 @@ def _read_anchor(path: Path) -> str:
     return _read(path, errors="replace")
 
 
+def _why(error: OSError | UnicodeDecodeError) -> str:
+    return words(error) if isinstance(error, OSError) else "it is not text"
+
+
 def _read(path: Path, errors: str = "strict") -> str:
     try:
         return path.read_text(encoding="utf-8", errors=errors)
     except (OSError, UnicodeDecodeError) as error:
-        raise CallerError("audit-invalid", f"{path} cannot be read: {error}") from None
+        raise CallerError("audit-invalid", f"{path} cannot be read: {_why(error)}") from None
 
 
-@app.command()
+@app.command(
+    epilog="Examples: ringfence audit export --verifier --jsonl --out evidence   ·   "
+    "ringfence audit export --format ocsf --after 41999 --out -"
+)
 def export(
     ctx: typer.Context,
     *,
@@ -273,11 +285,14 @@ def _copy_database(source: Path, target: Path) -> None:
     part.replace(target)
 
 
-@app.command()
+@app.command(epilog="Example: ringfence audit usage --run run_01J… --json")
 def usage(
     ctx: typer.Context,
     *,
-    run: Annotated[str | None, typer.Option("--run", help="Each model request of it.")] = None,
+    run: Annotated[
+        str | None,
+        typer.Option("--run", help="Each model request of it.", autocompletion=completion.runs),
+    ] = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="How many runs.")] = 20,
     as_json: _Json = False,
 ) -> None:
@@ -305,6 +320,8 @@ def _print_runs(reader: AuditReader, limit: int, *, as_json: bool) -> None:
         asdict = dataclasses.asdict
         print_json([{**asdict(summary), "usage": asdict(used)} for summary, used in rows])
         return
+    if not rows:
+        typer.echo("the log holds no run yet", err=True)
     for summary, used in rows:
         head = f"{summary.run_id}  {summary.started[:19]}  {summary.status or 'open'}"
         sys.stdout.write(one_line(f"{head}  {used.requests} requests  {_amounts(used)}") + "\n")
@@ -317,7 +334,7 @@ def _amounts(used: Usage) -> str:
     return f"{tokens}  {cached} cached  {cost}" if cached else f"{tokens}  {cost}"
 
 
-@app.command()
+@app.command(epilog="Example: ringfence audit checkpoint >> checkpoints")
 def checkpoint(ctx: typer.Context, *, as_json: _Json = False) -> None:
     """Sign the log as it is now and print the checkpoint, to be kept where root here cannot."""
     from ringfence.record.audit import AuditLog
@@ -335,7 +352,7 @@ def checkpoint(ctx: typer.Context, *, as_json: _Json = False) -> None:
             sys.stdout.write(note)
 
 
-@app.command()
+@app.command(epilog="Example: ringfence audit key > host.key")
 def key(
     ctx: typer.Context,
     *,

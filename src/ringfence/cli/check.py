@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ringfence.cli import completion
 from ringfence.cli.context import AppContext
 from ringfence.cli.group import group
 from ringfence.cli.output import clear_errors, print_json
@@ -50,11 +51,21 @@ def check(
     policy: PolicyFile = None,
     preset: Preset = None,
     isolation: Annotated[
-        str, typer.Option("--isolation", help="A technology; all; auto takes the policy's.")
+        str,
+        typer.Option(
+            "--isolation",
+            help="A technology; all; auto takes the policy's.",
+            autocompletion=completion.check_isolations,
+        ),
     ] = "auto",
     only: Annotated[
         list[str] | None,
-        typer.Option("--only", metavar="ID", help="Only these checks; * matches; repeatable."),
+        typer.Option(
+            "--only",
+            metavar="ID",
+            help="Only these checks; * matches; repeatable.",
+            autocompletion=completion.checks,
+        ),
     ] = None,
     attacks: Annotated[
         Path | None,

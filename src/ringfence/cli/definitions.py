@@ -91,6 +91,8 @@ def _list(kind: str, url: str, *, json: bool) -> None:
         if json:
             print_json(found)
             return
+        if not found:
+            typer.echo(f"no {kind} yet: ringfence {kind} apply -f FILE makes one", err=True)
         for one in found:
             version = f"  version {one['version']}" if "version" in one else ""
             typer.echo(f"{one['id']}  {one_line(str(one['name']))}{version}")

@@ -189,7 +189,11 @@ def _login(context: AppContext, provider: str, *, first: bool) -> Line:
 def _credential(context: AppContext, policy: CompiledPolicy) -> Line:
     provider = policy.egress.model.provider
     url = context.config.providers[provider].base_url
-    missing = context.launcher().missing_credential(*policy.egress.model.reached)
+    try:
+        missing = context.launcher().missing_credential(*policy.egress.model.reached)
+    except RingfenceError as error:
+        mend = error.hint or "a whole key there, or ringfence vault set anthropic"
+        return Line(name="credential", state="stops", how=error.message, mend=mend)
     if missing is None:
         return Line(name="credential", state="ok", how=f"there is one for {url}")
     how, mend = f"none for {url}; `exec` needs none", f"ringfence vault set {missing}"

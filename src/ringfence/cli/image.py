@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ringfence.cli import completion
 from ringfence.cli.context import AppContext
 from ringfence.cli.group import group
 from ringfence.cli.output import clear_errors, print_json
@@ -31,7 +32,10 @@ if TYPE_CHECKING:
 app = group("Root file systems for agents, built on this host without a container registry.")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Name = Annotated[str, typer.Argument(help="Name or sha256:… digest of an image.")]
+Name = Annotated[
+    str,
+    typer.Argument(help="Name or sha256:… digest of an image.", autocompletion=completion.images),
+]
 Definition = Annotated[
     Path | None, typer.Argument(metavar="[FILE]", help="Definition (YAML); the built-in one.")
 ]
@@ -377,7 +381,7 @@ def lint(
         raise typer.Exit(2 if strict and any(r["severity"] == "warning" for r in rows) else 0)
 
 
-@app.command("schema")
+@app.command("schema", epilog="Example: ringfence image schema > image.schema.json")
 def schema() -> None:
     """Print the JSON Schema of a definition."""
     from ringfence.images.definition import schema as definition_schema

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 app = group("API keys of the gateway. A key's text is shown once, when it is made.")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+KeyId = Annotated[str, typer.Argument(help="As `ringfence keys list` names it.")]
 T = TypeVar("T")
 
 
@@ -83,7 +84,7 @@ def list_(context: typer.Context, *, json: Json = False) -> None:
 @app.command("rotate", epilog="Example: ringfence keys rotate key_… --grace-days 7")
 def rotate(
     context: typer.Context,
-    key_id: str,
+    key_id: KeyId,
     *,
     grace_days: Annotated[
         float, typer.Option(min=0, max=365, help="How long the old one is good for, still.")
@@ -99,7 +100,7 @@ def rotate(
 
 
 @app.command("revoke", epilog="Example: ringfence keys revoke key_…")
-def revoke(context: typer.Context, key_id: str) -> None:
+def revoke(context: typer.Context, key_id: KeyId) -> None:
     """End a key, from the next request on."""
     with clear_errors():
         platform = _made(context)

@@ -39,7 +39,10 @@ def status(context: typer.Context, *, json: Json = False) -> None:
             print_json({"lanes": lanes, "budgets": budgets, "breakers": breakers})
             return
         lines = [line for each in found for line in _lines(each)]
-        for line in [*lines, *map(_words, spent), *map(_breaker_words, breakers)]:
+        lines += [*map(_words, spent), *map(_breaker_words, breakers)]
+        if not lines:
+            typer.echo("nothing has been asked of a model yet", err=True)
+        for line in lines:
             typer.echo(one_line(line))
 
 

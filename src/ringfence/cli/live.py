@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -28,6 +29,8 @@ class LiveView:
 
     def __init__(self, *, command: bool) -> None:
         self._command, self._passing = command, False
+        self.said = ""
+        """What the agent said last, as it was printed."""
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def show(self, message: AgentMessage) -> None:
@@ -38,7 +41,8 @@ class LiveView:
             sys.stdout.write(printable(message.text))
             sys.stdout.flush()
         elif isinstance(message, Text):
-            self.console.print(RichText(printable(message.text.strip()), style="default"))
+            self.said = printable(message.text.strip())
+            self.console.print(RichText(self.said, style="default"))
         elif isinstance(message, ToolStarted):
             self._tool(message)
         elif isinstance(message, ToolEnded):
@@ -84,6 +88,17 @@ class StreamJson:
     def show(self, message: AgentMessage) -> None:
         """Print one message."""
         print_json(message.to_json())
+
+
+def said_here(view: object) -> str:
+    """What a view has printed last where answers go, too: one terminal, or one file of `2>&1`,
+    where the answer would stand twice. Empty when standard output is a place of its own.
+    """
+    try:
+        one_place = os.path.samestat(os.fstat(1), os.fstat(2))
+    except OSError:
+        return ""  # one of them is closed
+    return view.said if one_place and isinstance(view, LiveView) else ""
 
 
 class Silent(StreamJson):

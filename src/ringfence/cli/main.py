@@ -42,7 +42,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with `ringfence demo`: offline, no key, under a minute. Exit status: 0 done, "
-    "2 your input, 3 denied, 4 this host cannot, 5 the agent failed, 124 out of time.",
+    "2 your input, 3 denied, 4 this host cannot, 5 the agent failed, 124 out of time; "
+    "`exec` ends as its program did, and `check` with 1 where something failed.",
 )
 
 

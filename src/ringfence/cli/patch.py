@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from ringfence.cli import completion
 from ringfence.cli.context import AppContext
 from ringfence.cli.group import group
 from ringfence.cli.output import clear_errors, print_json
@@ -28,7 +29,12 @@ app = group("What a run changed: show it, apply it.")
 _RUN = re.compile(r"run_[0-9A-Z]{26}\Z")
 _STYLES = {"+": "green", "-": "red", "@": "cyan", "d": "bold"}
 
-Run = Annotated[str, typer.Argument(help="Run id, as `ringfence run` prints it.")]
+Run = Annotated[
+    str,
+    typer.Argument(
+        help="Run id, as `ringfence run` prints it.", autocompletion=completion.changed_runs
+    ),
+]
 
 
 def _load(state_dir: Path, run: str) -> tuple[Changes, str]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from ringfence.cli import completion
 from ringfence.cli.group import group
 from ringfence.cli.output import clear_errors, print_json
 from ringfence.errors import CallerError
@@ -38,7 +39,15 @@ from ringfence.policy.yamldoc import MAX_BYTES
 app = group("Check, explain and compare policies.")
 
 _SOURCE = "A file, - for standard input, or the name of a preset"
-Source = Annotated[str, typer.Argument(metavar="POLICY", help=f"{_SOURCE}.", show_default="strict")]
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="POLICY",
+        help=f"{_SOURCE}.",
+        show_default="strict",
+        autocompletion=completion.presets,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
@@ -89,8 +98,13 @@ def schema() -> None:
 
 @app.command(epilog="Example: git show main:policy.yaml | ringfence policy diff - policy.yaml")
 def diff(
-    before: Annotated[str, typer.Argument(help=f"{_SOURCE}.")],
-    after: Annotated[str, typer.Argument(help="The same; what it adds is marked +.")],
+    before: Annotated[str, typer.Argument(help=f"{_SOURCE}.", autocompletion=completion.presets)],
+    after: Annotated[
+        str,
+        typer.Argument(
+            help="The same; what it adds is marked +.", autocompletion=completion.presets
+        ),
+    ],
     *,
     as_json: AsJson = False,
     exit_code: Annotated[
@@ -112,7 +126,9 @@ def diff(
 
 @app.command(epilog="Example: ringfence policy presets ci > policy.yaml")
 def presets(
-    name: Annotated[str | None, typer.Argument(help="Print this one.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Print this one.", autocompletion=completion.presets)
+    ] = None,
     *,
     as_json: AsJson = False,
 ) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 app = group("The queue of this host, or of its Temporal server: for the operator.")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RunId = Annotated[str, typer.Argument(help="As `ringfence queue dead` or a log names it.")]
 T = TypeVar("T")
 
 
@@ -55,6 +56,8 @@ def dead(
         if json:
             print_json([asdict(letter) for letter in letters])
             return
+        if not letters:
+            typer.echo("no run has used up its attempts", err=True)
         for letter in letters:
             # a handler's words, which may be an agent's
             reason = one_line(letter.reason)
@@ -62,7 +65,7 @@ def dead(
 
 
 @app.command("replay", epilog="Example: ringfence queue replay run_…")
-def replay(context: typer.Context, run_id: str, *, json: Json = False) -> None:
+def replay(context: typer.Context, run_id: RunId, *, json: Json = False) -> None:
     """Put a dead letter back, with no failures. One of a session is refused: its turn is over for
     its caller, who can say it again.
     """
@@ -73,7 +76,7 @@ def replay(context: typer.Context, run_id: str, *, json: Json = False) -> None:
 
 
 @app.command("cancel", epilog="Example: ringfence queue cancel run_…")
-def cancel(context: typer.Context, run_id: str, *, json: Json = False) -> None:
+def cancel(context: typer.Context, run_id: RunId, *, json: Json = False) -> None:
     """Take a run back: at once while it waits, by cancelling its handler while it runs."""
     with clear_errors(as_json=json):
         done = _do(context, lambda queue: queue.cancel(run_id))
@@ -116,6 +119,8 @@ def limits(context: typer.Context, *, json: Json = False) -> None:
         if json:
             print_json([asdict(one) for one in found])
             return
+        if not found:
+            typer.echo("no tenant has a limit: ringfence queue limit sets one", err=True)
         for one in found:
             typer.echo(f"{one.tenant:36} {one.held} of {one.runs}")
 

@@ -119,7 +119,7 @@ def gateway(url: str) -> Gateway:
     """With the key of the environment.
 
     Raises:
-        CallerError: `usage` without one.
+        CallerError: `usage` without one, or for an address that is none.
     """
     key = os.environ.get(KEY, "").strip()
     if not key:
@@ -127,6 +127,13 @@ def gateway(url: str) -> Gateway:
             "usage",
             f"no API key: {KEY} is not set",
             hint="`ringfence up` prints one when it starts first; others: ringfence keys create",
+        )
+    if not re.match(r"https?://[^/\s]", url):
+        # no fault of a gateway's, which is never asked
+        raise CallerError(
+            "usage",
+            f"the gateway's address is http://… or https://…, not {url[:64]!r}",
+            hint="--url, or RINGFENCE_URL in the environment",
         )
     return Gateway(url, key)
 
@@ -204,5 +211,9 @@ def named(gateway: Gateway, kind: str, text: str) -> dict[str, Any]:
         raise CallerError("usage", f"several {kind} are called {text!r}", hint=f"name one: {ids}")
     if not found:
         code = "agent-not-found" if kind == "agents" else "environment-not-found"
-        raise CallerError(code, f"there is no {kind.removesuffix('s')} called {text!r}")
+        raise CallerError(
+            code,
+            f"there is no {kind.removesuffix('s')} called {text!r}",
+            hint=f"see: ringfence {kind} list",
+        )
     return found[0]

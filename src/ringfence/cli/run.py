@@ -12,8 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ringfence.cli import completion
 from ringfence.cli.context import AppContext
-from ringfence.cli.live import LiveView, StreamJson, silent
+from ringfence.cli.live import LiveView, StreamJson, said_here, silent
 from ringfence.cli.output import clear_errors, print_json, report
 from ringfence.errors import CallerError, RingfenceError, UnavailableError, words
 from ringfence.model import PermissionMode, RunRequest, RunResult, RunStatus, WorkspaceMode
@@ -27,7 +28,11 @@ PolicyFile = Annotated[
     Path | None, typer.Option("--policy", "-p", help="Policy file; see `ringfence policy`.")
 ]
 Preset = Annotated[
-    str | None, typer.Option(help="Built-in policy: strict, ci, review or developer.")
+    str | None,
+    typer.Option(
+        help="Built-in policy: strict, ci, review or developer.",
+        autocompletion=completion.presets,
+    ),
 ]
 Mode = Annotated[
     WorkspaceMode | None,
@@ -40,7 +45,10 @@ Permission = Annotated[
     ),
 ]
 Model = Annotated[str | None, typer.Option("--model", help="Model name.")]
-Resume = Annotated[str | None, typer.Option("--resume", help="Session to go on with.")]
+Resume = Annotated[
+    str | None,
+    typer.Option("--resume", help="Session to go on with.", autocompletion=completion.sessions),
+]
 Budget = Annotated[
     float | None,
     typer.Option("--max-budget-usd", min=0, help="Dollars; can only lower the policy's."),
@@ -141,8 +149,9 @@ def run(
             fork=fork,
             batch=batch,
         )
-        result = _execute(context.obj, request, policy, preset, output)
-        _finish(context.obj, result, output, apply=apply, include=tuple(include or ()))
+        view = _view(output, command=False)
+        result = _execute(context.obj, request, policy, preset, view)
+        _finish(context.obj, result, output, apply=apply, include=tuple(include or ()), view=view)
 
 
 def exec_(
@@ -188,7 +197,7 @@ def exec_(
             timeout_seconds=timeout,
             environment=_variables(env or []),
         )
-        result = _execute(context.obj, request, policy, preset, output)
+        result = _execute(context.obj, request, policy, preset, _view(output, command=True))
         if output == "text":
             sys.stderr.write(printable(result.stderr))
         included = tuple(include or ())
@@ -241,13 +250,15 @@ def _execute(
     request: RunRequest,
     policy: Path | None,
     preset: str | None,
-    output: str,
+    view: Any,
 ) -> RunResult:
     from ringfence.policy.compile import compile_policy
     from ringfence.policy.load import load_policy
+    from ringfence.worker.launch import private_directory
 
     _log_aside()
     compiled = compile_policy(load_policy(policy, preset=preset))
+    private_directory(context.state_dir)
     launcher = context.launcher()
     provider = compiled.egress.model.provider
     missing = launcher.missing_credential(*compiled.egress.model.reached)
@@ -263,7 +274,7 @@ def _execute(
             "(better: ringfence vault set anthropic)",
             err=True,
         )
-    return asyncio.run(_attempt(launcher, compiled, request, output))
+    return asyncio.run(_attempt(launcher, compiled, request, view))
 
 
 def _log_aside() -> None:
@@ -273,7 +284,7 @@ def _log_aside() -> None:
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
 
 
-async def _attempt(launcher: Any, compiled: Any, request: RunRequest, output: str) -> RunResult:
+async def _attempt(launcher: Any, compiled: Any, request: RunRequest, view: Any) -> RunResult:
     from ringfence.cli.approve import approver
     from ringfence.worker.control import RunControl
     from ringfence.worker.launch import attempt
@@ -283,7 +294,6 @@ async def _attempt(launcher: Any, compiled: Any, request: RunRequest, output: st
     loop.add_signal_handler(signal.SIGINT, control.interrupt)
     for number in (signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, control.cancel)
-    view = _view(output, command=bool(request.command))
 
     def show(message: Any) -> None:
         try:
@@ -316,6 +326,7 @@ def _finish(
     apply: bool,
     include: tuple[str, ...],
     shape: Callable[[RunResult], dict[str, Any]] | None = None,
+    view: Any = None,
 ) -> None:
     from ringfence.worker.rundir import result_to_json
 
@@ -340,7 +351,7 @@ def _finish(
     else:
         from ringfence.cli.summary import print_summary
 
-        print_summary(result, applied)
+        print_summary(result, applied, said=said_here(view))
         if refused is not None:
             report(refused)
     raise typer.Exit(refused.status if refused is not None else result.exit_code)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO, cast
 
 import typer
 
+from ringfence.cli import completion
 from ringfence.cli.context import AppContext
 from ringfence.cli.output import clear_errors
 from ringfence.errors import CallerError, UnavailableError, words
@@ -37,8 +38,7 @@ def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command(
         "serve",
-        epilog="Example: ringfence keys create --tenant acme && ringfence serve --policy ceiling."
-        "yaml",
+        epilog="Example: ringfence serve --policy ceiling.yaml --port 8470",
     )(serve)
 
 
@@ -50,7 +50,11 @@ def serve(
         typer.Option("--policy", "-p", help="The ceiling: no environment may ask for more."),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="Built-in policy: strict, ci, review or developer.")
+        str | None,
+        typer.Option(
+            help="Built-in policy: strict, ci, review or developer.",
+            autocompletion=completion.presets,
+        ),
     ] = None,
     host: Annotated[str | None, typer.Option(help="Where to listen; loopback by default.")] = None,
     port: Annotated[

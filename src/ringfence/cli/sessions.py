@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ringfence.cli import completion
 from ringfence.cli.group import group
 from ringfence.cli.output import clear_errors, print_json
 from ringfence.record.audit import append_event
@@ -22,7 +23,14 @@ from ringfence.record.session_base import SessionStore
 
 app = group("Conversations that can be resumed, forked and deleted.")
 _Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
-_Id = Annotated[str, typer.Argument(metavar="SESSION")]
+_Id = Annotated[
+    str,
+    typer.Argument(
+        metavar="SESSION",
+        help="Session id, as `ringfence sessions list` prints it.",
+        autocompletion=completion.sessions,
+    ),
+]
 
 
 @contextmanager
@@ -40,7 +48,7 @@ def _note(ctx: typer.Context, session_id: str, action: Any, parent: str = "") ->
     append_event(Path(ctx.obj.state_dir) / "audit", event.model_dump())
 
 
-@app.command("list")
+@app.command("list", epilog="Example: ringfence sessions list --limit 10 --json")
 def list_(
     ctx: typer.Context,
     *,
@@ -65,7 +73,7 @@ def list_(
             )
 
 
-@app.command()
+@app.command(epilog="Example: ringfence sessions show 28cabb36-… --last 5")
 def show(
     ctx: typer.Context,
     session: _Id,
@@ -110,8 +118,15 @@ def _block(role: str, block: dict[str, Any]) -> Iterator[str]:
         yield f"  ← {one_line(text, 160)}"
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def resume(ctx: typer.Context, session: _Id, prompt: Annotated[str, typer.Argument()]) -> None:
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog='Example: ringfence sessions resume 28cabb36-… "And now the tests" --preset ci',
+)
+def resume(
+    ctx: typer.Context,
+    session: _Id,
+    prompt: Annotated[str, typer.Argument(help="What to do next.")],
+) -> None:
     """Go on with a session: the same as `ringfence run PROMPT --resume SESSION` and its options."""
     with clear_errors():
         with _store(ctx) as store:
@@ -119,7 +134,7 @@ def resume(ctx: typer.Context, session: _Id, prompt: Annotated[str, typer.Argume
         ctx.obj.run(["run", prompt, "--resume", session, *ctx.args])
 
 
-@app.command()
+@app.command(epilog="Example: ringfence sessions fork 28cabb36-…")
 def fork(ctx: typer.Context, session: _Id, *, as_json: _Json = False) -> None:
     """Copy a session under a new id, and print that."""
     with clear_errors(as_json=as_json), _store(ctx) as store:
@@ -130,7 +145,7 @@ def fork(ctx: typer.Context, session: _Id, *, as_json: _Json = False) -> None:
             sys.stdout.write(new + "\n")
 
 
-@app.command()
+@app.command(epilog="Example: ringfence sessions delete 28cabb36-…")
 def delete(ctx: typer.Context, session: _Id, *, as_json: _Json = False) -> None:
     """Delete a session and its subagents' transcripts for good; not while a run holds it."""
     with clear_errors(as_json=as_json), _store(ctx) as store:

@@ -73,7 +73,7 @@ def replay(tape: Tape, *, port: Port = 8788, as_json: Json = False) -> None:
         _serve(replaying(tape), port, "replaying", as_json=as_json)
 
 
-@app.command("schema")
+@app.command("schema", epilog="Example: ringfence simulator schema > scenario.schema.json")
 def schema() -> None:
     """Print the JSON Schema of a scenario file."""
     from ringfence.simulator.script import Scenario

@@ -16,7 +16,9 @@ from ringfence.errors import AgentError
 from ringfence.record.safe_text import one_line, printable
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line.")]
-Session = Annotated[str, typer.Argument(metavar="SESSION")]
+Session = Annotated[
+    str, typer.Argument(metavar="SESSION", help="As `sessions remote list` names it.")
+]
 
 remote = group("Sessions of a gateway.")
 

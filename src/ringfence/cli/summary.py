@@ -12,11 +12,12 @@ from ringfence.model import RunResult, RunStatus
 from ringfence.record.safe_text import one_line, printable
 
 
-def print_summary(result: RunResult, applied: dict[str, Any] | None) -> None:
-    """Answer on stdout; patch, cost, record on stderr."""
+def print_summary(result: RunResult, applied: dict[str, Any] | None, *, said: str = "") -> None:
+    """Answer on stdout, unless it is what was `said` there last; patch, cost, record on stderr."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    if result.session_id and result.text:
-        sys.stdout.write(printable(result.text.strip()) + "\n")
+    answer = printable(result.text.strip())
+    if result.session_id and answer and answer != said:
+        sys.stdout.write(answer + "\n")
         sys.stdout.flush()
     if result.error is not None:
         hint = f"\n  {result.error['hint']}" if result.error["hint"] else ""

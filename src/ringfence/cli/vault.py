@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ringfence.cli import sources
+from ringfence.cli import completion, sources
 from ringfence.cli.context import AppContext
 from ringfence.cli.group import group
 from ringfence.cli.output import clear_errors, print_json
@@ -35,7 +35,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 )
 def set_(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="Name that policies use, such as anthropic.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="Name that policies use, such as anthropic.",
+            autocompletion=completion.wanted_credentials,
+        ),
+    ],
     *,
     host: Annotated[
         list[str] | None,
@@ -94,7 +100,15 @@ def list_(context: typer.Context, *, json: Json = False) -> None:
 
 
 @app.command("remove", epilog="Example: ringfence vault remove anthropic")
-def remove(context: typer.Context, name: str) -> None:
+def remove(
+    context: typer.Context,
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="As `ringfence vault list` names it.", autocompletion=completion.credentials
+        ),
+    ],
+) -> None:
     """Forget a credential."""
     with clear_errors():
         state: AppContext = context.obj

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ringfence.cli import completion
 from ringfence.cli.context import AppContext
 from ringfence.cli.output import clear_errors
 from ringfence.errors import UnavailableError
@@ -35,7 +36,11 @@ Policy = Annotated[
     typer.Option("--policy", "-p", help="The ceiling: no environment may ask for more."),
 ]
 Preset = Annotated[
-    str | None, typer.Option(help="Built-in policy: strict, ci, review or developer.")
+    str | None,
+    typer.Option(
+        help="Built-in policy: strict, ci, review or developer.",
+        autocompletion=completion.presets,
+    ),
 ]
 Slots = Annotated[
     int | None,

@@ -82,7 +82,7 @@ def check_value(value: str, what: str = "a credential") -> str:
     if not 8 <= len(value) <= 8192 or any(not 0x21 <= ord(c) <= 0x7E for c in value):
         raise CallerError(
             "credential-value",
-            f"{what} is 8 to 8192 printable ASCII characters without spaces, on one line",
+            f"{what} has to be 8 to 8192 printable ASCII characters without spaces, on one line",
         )
     return value
 

@@ -165,7 +165,7 @@ class Launcher:
             public_key(paths)
         borrowed = {name for name in config.providers if self.borrows_environment_key(name)}
         if borrowed:
-            check_value(self.environment_key or "", "ANTHROPIC_API_KEY")
+            self._check_environment_key()
         return {
             "providers": {
                 name: _provider(name, provider, borrows=name in borrowed)
@@ -204,18 +204,23 @@ class Launcher:
         well.
 
         Raises:
-            CallerError: `settings-invalid` for a provider that the settings do not name.
-            UnavailableError: `state-refused`.
+            CallerError: `settings-invalid` for a provider that the settings do not name;
+                `credential-value` for a key of the environment that no header can carry.
+            UnavailableError: `vault-refused`.
         """
-        private_directory(self.config.state_dir)
         sealed = VaultFile(VaultPaths(self.config.state_dir).store).entries()
         for provider in providers or (_PLATFORM,):
             named = self._named(provider)
             name = named.login.credential if named.login is not None else named.credential
-            placed = name is None or name in self._placed or name in sealed
-            if not placed and not self.borrows_environment_key(provider):
+            if name is None or name in self._placed or name in sealed:
+                continue
+            if not self.borrows_environment_key(provider):
                 return name
+            self._check_environment_key()
         return None
+
+    def _check_environment_key(self) -> None:
+        check_value(self.environment_key or "", "the key in ANTHROPIC_API_KEY")
 
     def _named(self, provider: str) -> Provider:
         if provider not in self.config.providers:
