@@ -101,7 +101,8 @@ def apply(
     run: Run,
     *,
     include: Annotated[
-        list[str] | None, typer.Option(help="Also this file that runs later; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="FILE", help="Also this file that runs later; repeatable."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

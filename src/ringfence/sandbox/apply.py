@@ -67,7 +67,8 @@ def apply_changes(
             f"{printable_path(str(workspace))} cannot be opened: {error.strerror}",
         ) from None
     try:
-        chosen, held = [], []
+        chosen: list[Change] = []
+        held: list[Change] = []
         for change in changes.items:
             (chosen if include(change) else held).append(change)
         _refuse_conflicts(root, chosen)
