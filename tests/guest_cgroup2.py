@@ -56,6 +56,26 @@ def hog() -> int:
     return len(bytearray(b"x") * (128 << 20)) & 0
 
 
+def host_kills(groups: cgroups.Groups) -> int:
+    """Wait status of a harmless process of the groups that the machine's own OOM killer takes: it
+    is asked to kill, and told whom it likes best.
+    """
+
+    def wait() -> int:
+        Path("/proc/self/oom_score_adj").write_text("1000")
+        Path("/proc/sysrq-trigger").write_text("f")
+        time.sleep(20)
+        return 0
+
+    return joined(groups, wait)[0]
+
+
+def counted(groups: cgroups.Groups) -> int:
+    """What the kernel says, whoever killed."""
+    words = Path(groups.paths[0], "memory.events").read_text().split()
+    return int(words[words.index("oom_kill") + 1])
+
+
 def storm() -> int:
     """How many processes there could be."""
     for count in range(200):
@@ -157,7 +177,9 @@ def main() -> dict[str, object]:
         ],
         "enforced": sorted(str(state.control) for state in groups.make(LIMITS)),
         "harmless": joined(groups, lambda: 7)[0],
+        "hosts kill": [host_kills(groups), counted(groups), groups.memory_kills()],
         "hog": joined(groups, hog)[0],
+        "hogs kill": [counted(groups), groups.memory_kills()],
         "storm": os.waitstatus_to_exitcode(joined(groups, storm)[0]),
     }
     clear(groups)

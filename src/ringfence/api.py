@@ -67,7 +67,8 @@ async def run(
     a session to go on with, `fork` goes on in a new one. `batch`
     lets others' requests go first where models are limited. `approver`
     (ringfence.agent.permissions) is asked about calls that need a person; by default nobody is
-    there and they are denied. `on_message` is called with every `AgentMessage` as it comes.
+    there and they are denied. `on_message` is called with every `AgentMessage` as it comes; what
+    it raises ends the run, and is raised once its changes are kept and its end is recorded.
 
     Raises:
         CallerError, DeniedError, UnavailableError: nothing of the agent has run.

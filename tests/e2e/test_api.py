@@ -86,6 +86,32 @@ def test_who_cancels_again_and_again_still_gets_an_end_and_the_changes(
     assert "never retrieved" not in caplog.text
 
 
+def test_who_raises_at_a_message_gets_its_error_and_keeps_the_changes(
+    box: Box, call: dict[str, Any]
+) -> None:
+    """The run is cancelled, its end recorded and its patch kept; then the error is raised."""
+    write = {"tool": "Write", "input": {"file_path": "/workspace/kept.txt", "content": "x\n"}}
+    heard: list[str] = []
+
+    def hear(message: ringfence.AgentMessage) -> None:
+        heard.append(message.type)
+        if message.type == "tool_ended":
+            raise LookupError("theirs")
+
+    with pytest.raises(LookupError, match="theirs"):
+        ringfence.run_sync(
+            script(write, bash("sleep 300"), {"text": "ok"}), on_message=hear, **call
+        )
+    assert heard.index("tool_ended") == len(heard) - 1
+    ended = [r for r in box.records() if r["type"] in {"sandbox.stopped", "run.ended"}]
+    assert [r["type"] for r in ended] == ["sandbox.stopped", "run.ended"]
+    assert (ended[1]["status"], ended[1]["reason"]) == ("failed", "internal")
+    (patch,) = (box.state / "runs").glob("*/run.patch")
+    assert b"kept.txt" in patch.read_bytes()
+    fine = ringfence.run_sync(script(write, {"text": "ok"}), on_message=lambda _: None, **call)
+    assert fine.changed_files == ("kept.txt",)
+
+
 def test_the_seeds_contract(box: Box, call: dict[str, Any]) -> None:
     (box.workspace / "run_agent.py").write_text(
         "import os, sys\n"

@@ -72,6 +72,12 @@ def test_limits_hold(seen: dict[str, object]) -> None:
     assert 0.3 < float(str(seen["busy"])) < 1.5  # of two seconds, half a processor
 
 
+def test_a_kill_at_the_limit_is_told_from_one_of_the_hosts(seen: dict[str, object]) -> None:
+    """The kernel counts who dies with its group twice."""
+    assert seen["hosts kill"] == [signal.SIGKILL, 2, 0]
+    assert seen["hogs kill"] == [4, 2]  # after both it is not known whose each was
+
+
 def test_freezing_and_going_on(seen: dict[str, object]) -> None:
     assert seen["frozen"] == [False, True]
 

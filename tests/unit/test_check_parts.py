@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import platform
+import re
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -19,6 +21,7 @@ from ringfence.check.catalogue import catalogue, select
 from ringfence.check.finding import Check, Finding, Line, Outcome, Severity, exit_status
 from ringfence.check.hostside import ALONE, JUDGES, LAST
 from ringfence.check.judge import Saw, judge
+from ringfence.check.live import Attack
 from ringfence.check.probes.definition import FAMILIES, built_in, read_attacks
 from ringfence.check.spool import Spool
 from ringfence.cli import checktable
@@ -93,6 +96,35 @@ def test_silence_is_no_pass_of_a_built_in_probe() -> None:
             assert any(word in probe.command for word in ("esc(", "verdict ", "contained"))
             assert "; echo contained" not in probe.command or "find" not in probe.command
             assert "-xdev" not in probe.command, "an extra mount is what has to be found"
+
+
+GENERIC = 424
+"""From here up all processors have the same numbers (pidfd_send_signal, Linux 5.1)."""
+
+
+def test_a_probe_by_number_says_whose_number_it_is() -> None:
+    asked = {probe.check.id: probe for probe in built_in() if "sysc(" in probe.command}
+    for name, probe in asked.items():
+        numbers = [int(number) for number in re.findall(r"sysc\((\d+)", probe.command)]
+        apart = "x86_64" in probe.command or any(number < GENERIC for number in numbers)
+        assert (probe.unless == "other_processor") == apart, name
+    assert {f"PROC-{number}" for number in (13, 17, 20, 50, 51, 52, 53, 54)} <= set(asked)
+
+
+@pytest.mark.parametrize(("machine", "asked"), [("x86_64", True), ("aarch64", False)])
+def test_a_probe_by_number_is_not_available_on_another_processor(
+    monkeypatch: pytest.MonkeyPatch, machine: str, asked: bool
+) -> None:
+    """Never passed: a call that is not there is refused by any kernel."""
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    probes = [probe for probe in built_in() if probe.unless == "other_processor"]
+    found: list[Finding] = []
+    profile = compile_policy(load_policy(None)).sandbox
+    attack = Attack("bubblewrap", lambda _: pytest.fail("started"), profile, probes, found.append)
+    attack._settle_unasked()
+    assert len(found) == (0 if asked else len(probes))
+    assert {one.outcome for one in found} <= {Outcome.NOT_AVAILABLE}
+    assert all("not aarch64" in one.evidence for one in found)
 
 
 @pytest.mark.parametrize("size", [10, 700_000, 5_000_000])

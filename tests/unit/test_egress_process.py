@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import socket
+import ssl
 import subprocess
 import sys
 
-from ringfence.egress import process
+import pytest
+
+from ringfence.egress.faults import unforeseen
 
 SCRIPT = """
 import ssl, sys
@@ -40,9 +44,51 @@ def test_without_it_the_handshake_fails() -> None:
     assert "idna" in done.stderr
 
 
-def test_a_fault_of_the_system_is_named_and_a_defect_is_not_told() -> None:
-    full = process._unforeseen(OSError(errno.ENOSPC, "x", "/a/secret/path"))
-    assert full.message == "egress: no space left on device"
-    assert "disk" in full.hint
-    assert process._unforeseen(ValueError("sk-value")).message == "ValueError in egress"
-    assert process._unforeseen(OSError("sk-value")).message == "OSError in egress"
+TLS = ssl.SSLCertVerificationError(1, "[SSL] sk-value is not valid for 'a.host'")
+TLS.reason = "CERTIFICATE_VERIFY_FAILED"
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "hint"),
+    [
+        (OSError(errno.ENOSPC, "x", "/a/sk-value"), "no space left on device", "disk"),
+        (PermissionError(errno.EACCES, "sk-value"), "permission denied", "state directory"),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "sk-value"), "connection refused", "are up"),
+        (OSError(errno.ENETUNREACH, "sk-value"), "network is unreachable", "routes"),
+        (OSError(errno.EMFILE, "sk-value"), "too many open files", "ulimit -n"),
+        (OSError(errno.ENOTTY, "sk-value"), "inappropriate ioctl", "log"),
+        (socket.gaierror(socket.EAI_NONAME, "sk-value"), "name was not resolved", "resolv.conf"),
+        (TLS, "TLS failed: certificate verify failed", "SSL_CERT_FILE"),
+        (ssl.SSLError("sk-value"), "TLS failed", "certificate"),
+        (TimeoutError("sk-value"), "nobody answered in time", "routes"),
+    ],
+)
+def test_a_fault_of_the_system_is_named_with_what_to_do(
+    error: Exception, message: str, hint: str
+) -> None:
+    told = unforeseen(error)
+    assert told.message.startswith("egress: ")
+    assert message in told.message
+    assert hint in told.hint
+    assert "sk-value" not in told.message + told.hint
+
+
+@pytest.mark.parametrize("reason", ["sk-value", "SK VALUE", None, 7])
+def test_a_reason_that_openssl_did_not_give_is_not_told(reason: object) -> None:
+    error = ssl.SSLError(1, "x")
+    error.reason = reason  # type: ignore[assignment]
+    assert unforeseen(error).message == "egress: TLS failed"
+
+
+def test_a_real_handshake_with_who_speaks_no_tls_is_told() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b"220 no TLS here\r\n" * 20)
+        with pytest.raises(ssl.SSLError) as caught:
+            ssl.create_default_context().wrap_socket(ours, server_hostname="a.test")
+    assert unforeseen(caught.value).message.startswith("egress: TLS failed: ")
+
+
+def test_a_defect_is_not_told() -> None:
+    assert unforeseen(ValueError("sk-value")).message == "ValueError in egress"
+    assert unforeseen(OSError("sk-value")).message == "OSError in egress"

@@ -543,6 +543,23 @@ def test_a_role_beside_the_presets_is_chosen_by_name() -> None:
     assert compile_policy(from_mapping(narrowed)).tools.offered == ("Read",)
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_role_of_the_presets_name_takes_over_no_approval(name: str) -> None:
+    """Its author need not know that there is one of that name."""
+    base = load_policy(preset=name)
+    role = str(base.tools.role)
+    taken = from_mapping({"preset": name, "tools": {"roles": {role: {"allow": ["Read", "Bash"]}}}})
+    (made,) = (taken.tools.roles or {}).values()
+    assert (made.allow, made.preapproved) == (("Read", "Bash"), ())
+    assert made.deny == (base.tools.roles or {})[role].deny
+    assert taken.tools.role == role
+    # the twin: one that adds to the preset's, and so names no tool of its own
+    added = {role: {"preapproved": ["Read"]}}
+    narrowed = from_mapping({"preset": name, "tools": {"roles": added}})
+    assert (narrowed.tools.roles or {})[role].allow == (base.tools.roles or {})[role].allow
+    assert (narrowed.tools.roles or {})[role].preapproved == ("Read",)
+
+
 def test_an_argument_names_the_base_of_a_policy_that_names_none() -> None:
     assert from_mapping({}, preset="review").execution.allow_subprocess is False
 

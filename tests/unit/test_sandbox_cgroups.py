@@ -245,6 +245,20 @@ def test_version_1_counts_what_is_below_or_no_seat_is_made(tmp_path: Path) -> No
         groups.within()
 
 
+EVENTS = "low 0\nhigh 0\nmax 41\noom {oom}\noom_kill 4\noom_group_kill 1\n"
+
+
+@pytest.mark.parametrize(("oom", "kills"), [(0, 0), (1, 3)])
+def test_what_the_host_killed_for_its_own_want_is_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, oom: int, kills: int
+) -> None:
+    """A limit that was met (`max`), and made room, killed nobody."""
+    groups = cgroups.Groups(cgroups.discover(_version_2(tmp_path, "x", monkeypatch)), ID)
+    groups.make(LIMITS)
+    (Path(groups.paths[0]) / "memory.events").write_text(EVENTS.format(oom=oom))
+    assert groups.memory_kills() == kills
+
+
 @pytest.mark.parametrize(
     ("file", "unified"), [("memory.oom_control", False), ("memory.events", True)]
 )
@@ -256,9 +270,14 @@ def test_what_was_killed_at_the_limit_is_counted(
     groups.make(LIMITS)
     assert groups.memory_kills() is None
     place = Path(groups.paths[0]) / file
-    place.write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 3\noom_group_kill 1\n")
+    reached = EVENTS.format(oom=2) if unified else "oom_kill_disable 0\nunder_oom 0\noom_kill 3\n"
+    place.write_text(reached)
     assert groups.memory_kills() == 3
-    place.write_text("oom_kill ?\n")
+    place.write_text("oom 1\noom_kill 1\noom_group_kill 1\n")
+    assert groups.memory_kills() == 1
+    place.write_text("oom 1\noom_kill ?\n")
+    assert groups.memory_kills() is None
+    place.write_text("oom_kill\n")
     assert groups.memory_kills() is None
     place.write_text("under_oom 0\n")
     assert groups.memory_kills() == 0

@@ -98,6 +98,43 @@ def test_podman_has_the_descriptors_that_are_handed_to_it_and_no_others(tmp_path
     assert environment == {"GIVEN": "yes"}
 
 
+BUBBLEWRAP = f"""
+import os, resource, sys
+sys.path.append({str(Path(ringfence.sandbox.__file__).parent)!r})
+import launch
+place = sys.argv[1]
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+door = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+for number in {{200, *(n for n in (5000, most - 1) if n < most)}}:
+    os.dup2(door, number, inheritable=True)
+print(most > 5000, flush=True)
+resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+given = [os.open(f"{{place}}/{{name}}", os.O_CREAT | os.O_RDWR) for name in ("in", "out", "err")]
+given += [os.open(f"{{place}}/{{name}}", os.O_CREAT | os.O_RDWR) for name in ("rules", "status", "x")]
+plan = {{"cgroups": [], "rlimits": {{}}, "as_root": os.geteuid() == 0, "uid": 65534}}
+plan |= {{"parent": os.getppid(), "options": ["--word"], "bwrap": "/bin/ls"}}
+plan["argv"] = ["ls", "-l", "/proc/self/fd"]
+launch.become(plan, [door, door, door, *given], inside=True)
+"""
+
+
+def test_bubblewrap_has_the_descriptors_that_are_handed_to_it_and_no_others(tmp_path: Path) -> None:
+    """However high the number, and also above a limit that was lowered since."""
+    tmp_path.chmod(0o711)
+    begin = [sys.executable, "-IS", "-c", BUBBLEWRAP, str(tmp_path)]
+    done = subprocess.run(begin, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    if done.stdout != "True\n":
+        pytest.skip("no descriptor may have the number 5000 here")
+    rows = [row.split(" -> ") for row in (tmp_path / "out").read_text().splitlines()[1:]]
+    seen = {int(before.split()[-1]): path for before, path in rows}
+    assert seen.pop(3).endswith("/fd")  # its look at itself
+    assert "options" in seen.pop(12)
+    names = {0: "in", 1: "out", 2: "err", 10: "rules", 11: "status", 13: "x"}
+    assert seen == {number: str(tmp_path / name) for number, name in names.items()}
+
+
 @pytest.mark.root
 def test_a_namespace_is_mapped_as_it_was_asked_and_leaves_no_process() -> None:
     before = Path(f"/proc/self/task/{os.getpid()}/children").read_text()

@@ -196,6 +196,8 @@ OURS = {"operator-cancelled", "turn-limit", "dead-letter", "run-lost"}
 def test_every_cause_is_an_error_or_has_none() -> None:
     assert set(CAUSES) - set(CODES) == OURS
     assert all(line.why for line in CAUSES.values())
+    # what limits of a run end with is explained, whatever it counts as
+    assert {"memory-exhausted", "run-timeout", "budget-exhausted", "turn-limit"} <= set(CAUSES)
 
 
 @pytest.mark.parametrize(
@@ -207,6 +209,8 @@ def test_every_cause_is_an_error_or_has_none() -> None:
         (RunStatus.FAILED, "budget-exhausted", Verdict.SKIPPED),
         (RunStatus.FAILED, "turn-limit", Verdict.SKIPPED),
         (RunStatus.FAILED, "agent-failed", Verdict.BAD),
+        (RunStatus.FAILED, "memory-exhausted", Verdict.BAD),
+        (RunStatus.SUCCEEDED, "memory-exhausted", Verdict.GOOD),
         (RunStatus.FAILED, "dead-letter", Verdict.BAD),
         (RunStatus.FAILED, "what nobody has heard of", Verdict.BAD),
         (RunStatus.EXPIRED, "budget-exhausted", Verdict.BAD),

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from ringfence.agent.messages import AgentMessage, Notice, TurnEnded
+from ringfence.channel.messages import WitnessViolated
 from ringfence.errors import RingfenceError, UnavailableError
 from ringfence.model import RunRequest
 from ringfence.policy.compile import compile_policy
 from ringfence.policy.load import load_policy
-from ringfence.sandbox.protocol import Changes
+from ringfence.sandbox.protocol import Change, ChangeKind, Changes
 from ringfence.testing.fakes import MemoryRecorder
+from ringfence.worker import attempt as attempts
 from ringfence.worker import leases
 from ringfence.worker.attempt import Attempt
 from ringfence.worker.control import RunControl, Wish
@@ -39,13 +43,15 @@ class Box:
         return self.answer
 
 
-def attempt(recorder: MemoryRecorder) -> Attempt:
+def attempt(
+    recorder: MemoryRecorder, on_message: Callable[[AgentMessage], None] = lambda _: None
+) -> Attempt:
     station: Any = SimpleNamespace(
         recorder=recorder, backends=SimpleNamespace(get=lambda _: SimpleNamespace(name="none"))
     )
     policy = compile_policy(load_policy(None, preset="strict"))
     request = RunRequest(prompt="x", workspace="/")
-    return Attempt(station, policy, request, control=RunControl(), on_message=lambda _: None)
+    return Attempt(station, policy, request, control=RunControl(), on_message=on_message)
 
 
 async def stopped(one: Attempt, box: Any) -> None:
@@ -85,7 +91,105 @@ def test_the_changes_do_not_depend_on_the_record() -> None:
         return one
 
     box: Any = Box(found)
-    assert asyncio.run(run())._changes is found
+    assert asyncio.run(run())._reviewed.changes is found
+
+
+FOUND = Changes(
+    items=(
+        Change(
+            path=".envrc",
+            kind=ChangeKind.ADDED,
+            mode=0o100644,
+            old_mode=0,
+            before=None,
+            after=b"x\n",
+        ),
+    )
+)
+
+
+def test_changes_are_looked_at_once_and_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many of them would keep every other run of the worker waiting."""
+    look, threads = attempts.reviewed, []
+
+    def seen(changes: Changes) -> Any:
+        threads.append(threading.get_ident())
+        return look(changes)
+
+    monkeypatch.setattr(attempts, "reviewed", seen)
+
+    async def run() -> Attempt:
+        box: Any = Box(FOUND)
+        one = attempt(MemoryRecorder())
+        await stopped(one, box)
+        return one
+
+    one = asyncio.run(run())
+    results = [one._result(), one._result()]
+    assert [result.host_files for result in results] == [(".envrc",)] * 2
+    assert results[0].changed_files == (".envrc",)
+    assert b"+x\n" in results[0].patch
+    assert len(threads) == 1
+    assert threads[0] != threading.get_ident()
+
+
+class Killed(Box):
+    """One that lost a process to its memory limit."""
+
+    def memory(self) -> int:
+        return 1
+
+    def memory_kills(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_who_raises_at_the_last_notice_loses_no_changes(raises: bool) -> None:
+    told: list[AgentMessage] = []
+
+    def hear(message: AgentMessage) -> None:
+        told.append(message)
+        if raises:
+            raise LookupError("theirs")
+
+    async def run() -> tuple[Attempt, Box]:
+        box: Any = Killed(FOUND)
+        one = attempt(recorder, hear)
+        one._outcome.ended = TurnEnded(ok=True, text="", num_turns=1, reason="")
+        await stopped(one, box)
+        return one, box
+
+    recorder = MemoryRecorder()
+    one, box = asyncio.run(run())
+    assert one._outcome.hindrance is None
+    assert [message.kind for message in told if isinstance(message, Notice)] == ["memory_exhausted"]
+    assert box.stopped
+    assert one._result().changed_files == (".envrc",)
+    assert [record["type"] for record in recorder.records] == ["sandbox.stopped"]
+    assert one._control.wish is (Wish.CANCEL if raises else Wish.GO_ON)
+    if raises:
+        with pytest.raises(LookupError, match="theirs"):
+            one._on_message.raise_again()
+    else:
+        one._on_message.raise_again()
+
+
+def test_who_raises_at_a_violated_witness_does_not_keep_the_run_going() -> None:
+    def hear(message: AgentMessage) -> None:
+        told.append(message)
+        raise OSError(28, "full")
+
+    told: list[AgentMessage] = []
+    one = attempt(MemoryRecorder(), hear)
+    for _ in range(2):
+        one._noticed(WitnessViolated(sandbox_id="x", tool_use_id="t", reason="unasked"))
+    assert one._control.wish is Wish.CANCEL
+    assert one._outcome.failure is not None
+    assert one._outcome.failure.code == "witness-violated"
+    assert len(told) == 1
+    with pytest.raises(UnavailableError) as caught:
+        one._on_message.raise_again()
+    assert caught.value.code == "host-failed"
 
 
 def test_a_cancellation_is_not_lost_at_the_end_of_a_lease() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import platform
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -194,6 +195,9 @@ class Attack:
             return "ids inside are those of a kernel of its own"
         if probe.unless == "own_clock" and self._name in _OWN_KERNEL:
             return "a kernel of its own counts processor time as it likes; the host limits it"
+        if probe.unless == "other_processor" and platform.machine() != "x86_64":
+            # elsewhere they are other calls, or none: refused for that, and not by our filter
+            return f"the numbers of its system calls are those of x86_64, not {platform.machine()}"
         return ""
 
     def _settle_unasked(self) -> None:

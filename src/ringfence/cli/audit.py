@@ -97,7 +97,9 @@ def verify(
     public_key: Annotated[Path | None, typer.Option("--public-key", help="Its public key.")] = None,
     anchor: Annotated[
         list[Path] | None,
-        typer.Option("--anchor", help="A file of checkpoints that were kept elsewhere."),
+        typer.Option(
+            "--anchor", metavar="FILE", help="A file of checkpoints that were kept elsewhere."
+        ),
     ] = None,
     as_json: _Json = False,
 ) -> None:

@@ -34,7 +34,9 @@ def create(
     name: Annotated[str, typer.Option(help="What it is for, for people.")] = "key",
     scope: Annotated[
         list[str] | None,
-        typer.Option(help="What it is good for, as agents:read; repeatable; all by default."),
+        typer.Option(
+            metavar="SCOPE", help="What it is good for, as agents:read; repeatable; all by default."
+        ),
     ] = None,
     expires_days: Annotated[
         float | None, typer.Option(min=0.0001, max=36_500, help="Good for so long; always else.")

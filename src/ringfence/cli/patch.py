@@ -19,7 +19,7 @@ from ringfence.errors import CallerError
 from ringfence.record.safe_text import one_line, printable
 from ringfence.sandbox.apply import apply_changes
 from ringfence.sandbox.applying import recover_all
-from ringfence.sandbox.hostfiles import classify
+from ringfence.sandbox.hostfiles import host_files
 from ringfence.sandbox.patch import render, summary
 from ringfence.sandbox.protocol import Change, Changes
 from ringfence.sandbox.saved import load_changes
@@ -74,9 +74,9 @@ def show(
 
 def _describe(changes: Changes, workspace: str) -> dict[str, Any]:
     files, added, removed = summary(changes)
-    rows = []
+    rows, later = [], {file.path: file for file in host_files(changes)}
     for change in changes.items:
-        host = classify(change)
+        host = later.get(change.path)
         rows.append(
             {
                 "path": change.path,
@@ -107,7 +107,8 @@ def apply(
     run: Run,
     *,
     include: Annotated[
-        list[str] | None, typer.Option(help="Also this file that runs later; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="FILE", help="Also this file that runs later; repeatable."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -131,9 +132,10 @@ def apply_run(state_dir: Path, run: str, *, include: tuple[str, ...]) -> dict[st
     if unknown:
         raise CallerError("usage", f"the run did not change {min(unknown)}")
 
+    held = {file.path for file in host_files(changes) if file.held} - named
+
     def wanted(change: Change) -> bool:
-        host = classify(change)
-        return change.path in named or host is None or not host.held
+        return change.path not in held
 
     journal = state_dir / "runs" / run / "applying"
     applied = apply_changes(Path(workspace), changes, include=wanted, journal=journal)

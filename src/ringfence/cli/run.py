@@ -86,7 +86,11 @@ Apply = Annotated[
 ]
 Include = Annotated[
     list[str] | None,
-    typer.Option("--include", help="With --apply: also this file that runs later; repeatable."),
+    typer.Option(
+        "--include",
+        metavar="FILE",
+        help="With --apply: also this file that runs later; repeatable.",
+    ),
 ]
 
 
@@ -156,7 +160,7 @@ def run(
 
 def exec_(
     context: typer.Context,
-    command: Annotated[list[str], typer.Argument(help="Program and arguments, after --.")],
+    command: Annotated[list[str], typer.Argument(metavar="PROGRAM", hidden=True)],
     *,
     workspace: Workspace = Path(),
     policy: PolicyFile = None,
@@ -171,13 +175,17 @@ def exec_(
     task: Annotated[str, typer.Option(help="TASK in its environment.")] = "",
     env: Annotated[
         list[str] | None,
-        typer.Option("--env", help="NAME=VALUE in its environment; repeatable, and no secret."),
+        typer.Option(
+            "--env",
+            metavar="NAME=VALUE",
+            help="In its environment; repeatable, and no secret.",
+        ),
     ] = None,
     apply: Apply = False,
     include: Include = None,
     output: Output = OutputForm.TEXT,
 ) -> None:
-    """Run any program on a directory, inside the same fence."""
+    """Run any program on a directory, inside the same fence; it and its arguments follow --."""
     with clear_errors(as_json=output != "text"):
         if resume is not None:
             raise CallerError(

@@ -46,8 +46,9 @@ def _print_changes(console: Console, result: RunResult, applied: dict[str, Any] 
     if not result.changed_files:
         return
     console.print(f"[bold]{len(result.changed_files)} file(s) changed[/]")
+    host_files = frozenset(result.host_files)
     for path in result.changed_files:
-        late = " [yellow](runs on your machine later)[/]" if path in result.host_files else ""
+        late = " [yellow](runs on your machine later)[/]" if path in host_files else ""
         console.print(f"  {escape(one_line(path))}{late}")
     if applied is not None:
         console.print(f"[green]applied {len(applied['written'])} file(s)[/]")

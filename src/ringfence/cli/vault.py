@@ -45,7 +45,10 @@ def set_(
     *,
     host: Annotated[
         list[str] | None,
-        typer.Option(help="The only hosts it may be sent to, whatever a policy says; repeatable."),
+        typer.Option(
+            metavar="HOST",
+            help="The only hosts it may be sent to, whatever a policy says; repeatable.",
+        ),
     ] = None,
 ) -> None:
     """Ask for a value (or read it from standard input) and seal it."""

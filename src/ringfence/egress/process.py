@@ -36,6 +36,7 @@ from ringfence.config.secrets import RESERVED_CREDENTIAL, SecretSettings
 from ringfence.egress.address import Resolver
 from ringfence.egress.aside import Aside, fork_zygote
 from ringfence.egress.credentials import Credentials, Secret
+from ringfence.egress.faults import unforeseen
 from ringfence.egress.keeping import KeeperLink
 from ringfence.egress.lifetime import Ages
 from ringfence.egress.model import RunState
@@ -61,19 +62,6 @@ occupy the disk before it. What is lost with this process is ends of what has a 
 refusals, witnesses and what was asked for never lie here.
 """
 _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
-
-
-def _unforeseen(error: Exception) -> UnavailableError:
-    """Without its words, which may hold a value; of a fault of the system the name alone is told:
-    whoever fills the disk has to learn of it.
-    """
-    if isinstance(error, OSError) and error.errno is not None:
-        return UnavailableError(
-            "egress-unavailable",
-            f"egress: {os.strerror(error.errno).lower()}",
-            hint="see that the disk is not full and the state directory can be written",
-        )
-    return UnavailableError("egress-unavailable", f"{type(error).__name__} in egress")
 
 
 class Egress:
@@ -108,7 +96,7 @@ class Egress:
         except RingfenceError as error:
             await self._channel.send(Refused(id=_id(message), error=error.to_json()))
         except Exception as error:  # noqa: BLE001  the worker must learn of it, without details
-            await self._channel.send(Refused(id=_id(message), error=_unforeseen(error).to_json()))
+            await self._channel.send(Refused(id=_id(message), error=unforeseen(error).to_json()))
         else:
             await self._channel.send(Ack(id=_id(message), detail=detail))
 

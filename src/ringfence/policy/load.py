@@ -2,7 +2,8 @@
 
 A preset is an ordinary policy shipped with the package. Where a policy names one, its own lines
 are laid over the preset's: mappings merge key by key, lists that deny are joined (a line that
-denies more must not lift what the preset denies), and everything else replaces.
+denies more must not lift what the preset denies), and everything else replaces. A role that says
+`allow` is its own, though the preset has one of that name: of that one it keeps `deny` alone.
 """
 
 from __future__ import annotations
@@ -137,6 +138,11 @@ def _laid_over(preset: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str
         own = [name for name in above["roles"] if name not in below["roles"]]
         if own and "role" not in above:
             del merged["tools"]["role"]
+        for name, role in above["roles"].items():
+            # the name may be chance: what it preapproves is not to come from a file that its
+            # author has not read
+            if isinstance(role, Mapping) and "allow" in role and "preapproved" not in role:
+                merged["tools"]["roles"][name].pop("preapproved", None)
     return merged
 
 

@@ -67,13 +67,17 @@ def apply_changes(
             f"{printable_path(str(workspace))} cannot be opened: {error.strerror}",
         ) from None
     try:
-        chosen = [change for change in changes.items if include(change)]
+        chosen: list[Change] = []
+        held: list[Change] = []
+        for change in changes.items:
+            (chosen if include(change) else held).append(change)
         _refuse_conflicts(root, chosen)
         _replace(root, chosen, _journal(journal, workspace) if journal and chosen else None)
     finally:
         os.close(root)
-    held = tuple(change.path for change in changes.items if change not in chosen)
-    return Applied(written=tuple(change.path for change in chosen), held=held)
+    return Applied(
+        written=tuple(change.path for change in chosen), held=tuple(change.path for change in held)
+    )
 
 
 def _journal(path: Path, workspace: Path) -> Journal:

@@ -300,6 +300,12 @@ class Groups:
     def memory_kills(self) -> int | None:
         """Processes that the kernel has killed for want of memory within the limit. None where this
         host keeps no account.
+
+        `oom_kill` counts those that died because the host itself was out of memory, or a group
+        above, as well. `oom` of version 2 counts what this limit, or one below it, refused: without
+        any, no kill was ours (cgroup-v2.rst, memory.events; `oom_group_kill` counts the host's too,
+        and memory.events.local leaves out groups that a runtime makes below). After both it is not
+        known whose each was, and all are counted. Version 1 cannot tell.
         """
         parent = self._hierarchy.parents.get(Control.MEMORY)
         if parent is None:
@@ -307,9 +313,15 @@ class Groups:
         name = "memory.events" if self._hierarchy.unified else "memory.oom_control"
         try:
             lines = (self._paths[parent] / name).read_text().splitlines()
-            return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
-        except (OSError, ValueError, IndexError):
+            counts = {key: int(count) for key, count in (line.split() for line in lines)}
+        except (OSError, ValueError):
             return None
+        kills = counts.get("oom_kill", 0)
+        if not self._hierarchy.unified:
+            return kills
+        # who is chosen is counted, and once more as one of the group that goes with it
+        kills = max(kills - counts.get("oom_group_kill", 0), min(kills, 1))
+        return kills if counts.get("oom", 0) else 0
 
     def remove(self) -> None:
         """Remove the groups once they are empty; a leftover is swept by the next start."""

@@ -8,7 +8,7 @@ it, by CI. `held` ones are applied only when they are named.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ringfence.sandbox.protocol import Change, Changes
@@ -162,14 +162,42 @@ _IGNORABLE = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
 """Characters that HFS+ ignores in names: .g\u200cit is .git there (CVE-2014-9390)."""
 
 
-def host_files(changes: Changes) -> tuple[HostFile, ...]:
-    """The files among the changes that run later, held ones first, each with its reason."""
-    found = [file for change in changes.items if (file := classify(change)) is not None]
-    return tuple(sorted(found, key=lambda file: (not file.held, file.path)))
+MAX_LOOKED = 50_000
+"""Changes that a worker looks at: an agent may make as many as its disk has inodes, and there are
+other runs.
+"""
+
+_MAX_PATH = 1024
+"""Characters. The patterns try each folder of a path, in a time that grows with its square; no
+repository has such a path, and an agent may make a hundred thousand of 4095.
+"""
+
+_UNREAD = "not looked at, the run changed so many files: it may be one that runs later"
+_TOO_LONG = "its path is too long to be looked at: it may be one that runs later"
+_REPOSITORY = "git takes the folder for a repository, and obeys its config and hooks"
 
 
-def classify(change: Change) -> HostFile | None:
-    """Whether one change is such a file."""
+def host_files(changes: Changes, *, most: int | None = None) -> tuple[HostFile, ...]:
+    """The files among the changes that run later, held ones first, each with its reason.
+
+    `most`: so many changes are looked at; None is all. The others are held without a look, after
+    those that were found: what nobody looked at must not pass for harmless.
+    """
+    repositories = frozenset(changes.repositories)
+    looked = changes.items[:most]
+    found = [file for change in looked if (file := classify(change, repositories)) is not None]
+    unread = changes.items[len(looked) :]
+    return (
+        *sorted((file for file in found if file.held), key=lambda file: file.path),
+        *(HostFile(path=change.path, why=_UNREAD, held=True) for change in unread),
+        *sorted((file for file in found if not file.held), key=lambda file: file.path),
+    )
+
+
+def classify(change: Change, repositories: frozenset[str] = frozenset()) -> HostFile | None:
+    """Whether one change is such a file; `repositories` are those of Changes."""
+    if why := _unnamed(change.path, repositories):
+        return HostFile(path=change.path, why=why, held=True)
     name = _IGNORABLE.sub("", change.path)
     # trailing dots and spaces, and 8.3 names, are dropped by NTFS
     name = re.sub(r"[ .]+(?=/|\Z)", "", name) or name
@@ -188,3 +216,18 @@ def classify(change: Change) -> HostFile | None:
     if change.mode == _EXECUTABLE and change.old_mode != _EXECUTABLE:
         return HostFile(path=change.path, why="newly executable", held=False)
     return None
+
+
+def _unnamed(path: str, repositories: frozenset[str]) -> str:
+    """Why it is held whatever its name says; empty when it is not."""
+    if len(path) > _MAX_PATH:
+        return _TOO_LONG
+    return "" if repositories.isdisjoint(_above(path)) else _REPOSITORY
+
+
+def _above(path: str) -> Iterator[str]:
+    """The folders that a path lies in; the first is the workspace itself, which is empty."""
+    yield ""
+    for at, character in enumerate(path):
+        if character == "/":
+            yield path[:at]

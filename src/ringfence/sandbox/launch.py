@@ -47,6 +47,7 @@ RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH = 2, 4, 8
 
 # asm-generic numbers; x86_64 has the same ones for everything newer than 5.1
 _NR_OPEN_TREE, _NR_MOVE_MOUNT, _NR_OPENAT2, _NR_MOUNT_SETATTR = 428, 429, 437, 442
+_NR_CLOSE_RANGE, _LAST = 436, 0xFFFFFFFF
 
 TYPE_CHECKING = False  # typing itself takes longer to import than all of the above
 if TYPE_CHECKING:
@@ -431,7 +432,7 @@ def become(plan: Plan, descriptors: list[int], *, inside: bool) -> None:
     for number, descriptor in enumerate(high):
         os.dup2(descriptor, 10 + number)
     os.closerange(3, 10)
-    os.closerange(10 + len(high), 4096)
+    _syscall(_NR_CLOSE_RANGE, "close_range", 10 + len(high), _LAST, 0)
     _signal.pthread_sigmask(_signal.SIG_SETMASK, [])
     os.execve(plan["bwrap"], plan["argv"], {})
 

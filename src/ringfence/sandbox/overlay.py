@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ringfence.errors import RingfenceError
@@ -109,7 +109,53 @@ def read_changes(
         change = _change(os.fsdecode(path), before, after)
         if change is not None:
             items.append(change)
-    return Changes(items=tuple(items), refused=tuple(reader.refused))
+    return Changes(
+        items=tuple(items),
+        refused=tuple(reader.refused),
+        repositories=tuple(_repositories(lower_fd, items)),
+    )
+
+
+def _repositories(lower_fd: int, changes: Iterable[Change]) -> Iterator[str]:
+    """Folders above changes that hold a HEAD in the workspace: git needs more to take one for a
+    repository (setup.c, is_git_directory), but the agent can add all of that. A HEAD that it adds
+    is held by its name.
+    """
+    seen: dict[bytes, bool | None] = {}
+    for change in changes:
+        for folder in _above(os.fsencode(change.path)):
+            if folder not in seen:
+                seen[folder] = _has_head(lower_fd, folder)
+                if seen[folder]:
+                    yield os.fsdecode(folder)
+            # below what is not there there is nothing, however deep the agent has dug
+            if seen[folder] is not False:
+                break
+
+
+def _above(path: bytes) -> Iterator[bytes]:
+    yield b""
+    for at, byte in enumerate(path):
+        if byte == ord("/"):
+            yield path[:at]
+
+
+def _has_head(directory: int, folder: bytes) -> bool | None:
+    """None when there is no such folder; one that cannot be looked into may have one."""
+    try:
+        handle = open_beneath(directory, folder or b".", os.O_PATH | os.O_DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError, RingfenceError):
+        return None
+    except OSError:
+        return True
+    try:
+        return not stat.S_ISDIR(os.stat("HEAD", dir_fd=handle, follow_symlinks=False).st_mode)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
 
 
 def _change(path: str, before: _Side | None, after: _Side | None) -> Change | None:

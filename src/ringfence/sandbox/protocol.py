@@ -337,10 +337,13 @@ class Changes:
     Attributes:
         items: sorted by path.
         refused: paths left out with the reason, such as special files or files past the cap.
+        repositories: folders above a change that git takes for a repository, whatever they are
+            called: one with a file HEAD in the workspace as it was. Empty is the workspace itself.
     """
 
     items: tuple[Change, ...] = ()
     refused: tuple[tuple[str, str], ...] = ()
+    repositories: tuple[str, ...] = ()
 
 
 class Backend(Protocol):

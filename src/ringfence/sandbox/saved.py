@@ -19,7 +19,13 @@ def save_changes(path: Path, changes: Changes, workspace: str) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     with os.fdopen(os.open(temporary, flags, 0o600), "w") as file:
         refused = [[_name(path), reason] for path, reason in changes.refused]
-        head = {"version": _VERSION, "workspace": workspace, "refused": refused}
+        repositories = list(map(_name, changes.repositories))
+        head = {
+            "version": _VERSION,
+            "workspace": workspace,
+            "refused": refused,
+            "repositories": repositories,
+        }
         file.write(json.dumps(head) + "\n")
         for change in changes.items:
             file.write(json.dumps(_to_json(change)) + "\n")
@@ -33,15 +39,17 @@ def load_changes(path: Path) -> tuple[Changes, str]:
         head = json.loads(lines[0])
         readable = head["version"] == _VERSION
         items = tuple(_from_json(json.loads(line)) for line in lines[1:]) if readable else None
-        # a run of an earlier version left the key out
+        # a run of an earlier version left the keys out
         refused = tuple((_path(path), str(reason)) for path, reason in head.get("refused", ()))
+        repositories = tuple(map(_path, head.get("repositories", ())))
     except (OSError, ValueError, KeyError, IndexError, TypeError):
         raise CallerError(
             "run-unknown", "that run left no changes here", hint="ringfence audit show lists runs"
         ) from None
     if items is None:
         raise CallerError("run-unknown", "another version of ringfence wrote that run's changes")
-    return Changes(items=items, refused=refused), str(head["workspace"])
+    changes = Changes(items=items, refused=refused, repositories=repositories)
+    return changes, str(head["workspace"])
 
 
 def _to_json(change: Change) -> dict[str, object]:

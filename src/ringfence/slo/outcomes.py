@@ -61,6 +61,11 @@ CAUSES: Mapping[str, Reason] = MappingProxyType(
         "agent-failed": Reason(
             Verdict.BAD, "the agent ran and did not do it: its user has no answer, whoever erred"
         ),
+        # a limit, but none of money: were it not counted, whoever makes a program that leaks, and
+        # whoever gives too little memory, would never hear of it
+        "memory-exhausted": Reason(
+            Verdict.BAD, "memory ran out: one that leaks looks like one that was given too little"
+        ),
         "run-timeout": Reason(
             Verdict.BAD, "time ran out: one that hangs looks like one that has too much to do"
         ),

@@ -32,12 +32,10 @@ from ringfence.queue.handling import to_the_end
 from ringfence.record.events import SandboxStopped, SessionChanged
 from ringfence.record.leased import LeasedStore
 from ringfence.record.session_base import Claim
-from ringfence.sandbox.hostfiles import host_files
-from ringfence.sandbox.patch import render
-from ringfence.sandbox.protocol import Changes, Sandbox, SandboxSpec
+from ringfence.sandbox.protocol import Sandbox, SandboxSpec
 from ringfence.sandbox.registry import Picked
-from ringfence.sandbox.saved import save_changes
 from ringfence.worker.begins import run_started, sandbox_started
+from ringfence.worker.careful import Careful
 from ringfence.worker.control import RunControl, Wish
 from ringfence.worker.deferring import pending_tool_uses
 from ringfence.worker.driving import Driving
@@ -60,6 +58,7 @@ from ringfence.worker.prepare import (
     started_notices,
     unenforced,
 )
+from ringfence.worker.reviewed import Reviewed, reviewed
 from ringfence.worker.rundir import RunDirectory
 from ringfence.worker.sealed import NOTHING_SEALED, Sealed
 from ringfence.worker.seats import Company
@@ -90,7 +89,6 @@ class Attempt:
         self._company, self._batch = company, batch or request.batch
         self._station, self._request = station, request
         self._stated, self._policy = policy, narrowed(policy, request)
-        self._control, self._on_message = control, on_message
         self.run_id, self._sandbox_id = new_id("run"), new_id("sb")
         self._session_id = request.resume or request.session_id or str(uuid.uuid4())
         if request.command:
@@ -99,8 +97,9 @@ class Attempt:
         self._started = time.monotonic()
         self._usage = Usage()
         self._outcome = Outcome()
+        self._control, self._on_message = control, Careful(on_message, control, self._outcome)
         self._begun = False
-        self._changes = Changes()
+        self._reviewed = Reviewed()
         self._home: dict[str, bytes] = {}
         self._pending: tuple[PendingCall, ...] = ()
         self._sandbox: Sandbox | None = None
@@ -120,6 +119,7 @@ class Attempt:
         Raises:
             RingfenceError: only when nothing of the agent has run: a caller's mistake, or a
                 host that cannot.
+            BaseException: what `on_message` raised, once the run's end and changes are kept.
         """
         station = self._station
         check(self._request, self._stated, state_dir=station.config.state_dir)
@@ -154,6 +154,7 @@ class Attempt:
                 raise broken_off(error) from error
             raise
         result = await self._settle(directory)
+        self._on_message.raise_again()
         if self._sandbox is None and self._outcome.failure is not None:
             raise self._outcome.failure
         return result
@@ -449,7 +450,9 @@ class Attempt:
             await self._inside.stop()
         try:
             if self._policy.sandbox.workspace_mode is WorkspaceMode.REVIEW and not rests:
-                self._changes = await sandbox.changes()
+                self._reviewed = await asyncio.to_thread(reviewed, await sandbox.changes())
+                for notice in self._reviewed.notices:
+                    self._on_message(notice)
         finally:
             # last: a recorder that is gone must not cost the changes, nor they the record
             await self._station.recorder.append(
@@ -460,7 +463,7 @@ class Attempt:
     # the end
 
     def _result(self) -> RunResult:
-        outcome, changes = self._outcome, self._changes
+        outcome, found = self._outcome, self._reviewed
         ended, error = outcome.ended, outcome.error
         return RunResult(
             run_id=self.run_id,
@@ -473,10 +476,10 @@ class Attempt:
             usage=self._usage,
             num_turns=ended.num_turns if ended else 0,
             duration_seconds=round(time.monotonic() - self._started, 3),
-            patch=render(changes) if changes.items else b"",
-            changed_files=tuple(change.path for change in changes.items),
-            host_files=tuple(file.path for file in host_files(changes)),
-            left_out=tuple(f"{path}: {reason}" for path, reason in changes.refused),
+            patch=found.patch,
+            changed_files=found.changed_files,
+            host_files=found.host_files,
+            left_out=found.left_out,
             hidden_files=self._hidden,
             unenforced=self._unenforced,
             # what a run that failed asked for is asked again by the one that takes its place
@@ -485,8 +488,7 @@ class Attempt:
         )
 
     def _save(self, directory: RunDirectory, result: RunResult) -> None:
-        if self._changes.items or self._changes.refused:
-            save_changes(directory.changes_file, self._changes, self._request.workspace)
+        self._reviewed.save(directory.changes_file, self._request.workspace)
         directory.save(result)
 
     def _ids(self) -> dict[str, str]:

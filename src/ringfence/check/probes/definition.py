@@ -52,7 +52,7 @@ class _Row(BaseModel):
     alone: bool = False
     limits: bool = False
     agent: bool = False
-    unless: Literal["tmp_exec", "guest_root", "own_clock"] | None = None
+    unless: Literal["tmp_exec", "guest_root", "own_clock", "other_processor"] | None = None
     clause: str = ""
 
 
@@ -78,7 +78,7 @@ class Probe:
         alone: disturbs what runs beside it in the same sandbox.
         limits: runs under the small limits of a sandbox of its own.
         agent: judged by a real claude that plays a script, with a simulated model.
-        unless: what of a policy or a technology takes the question away.
+        unless: what of a policy, a technology or a processor takes the question away.
         clause: of the sandbox contract that it attacks, where a technology may declare to lack it.
         blind: why its own words decide nothing; it runs, and only what the host sees counts.
     """

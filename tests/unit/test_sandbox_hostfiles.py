@@ -1,0 +1,158 @@
+"""Files that run later: of many changes, of long paths, and in repositories of any name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from ringfence.cli.patch import apply_run
+from ringfence.errors import CallerError
+from ringfence.sandbox.hostfiles import MAX_LOOKED, classify, host_files
+from ringfence.sandbox.overlay import read_changes
+from ringfence.sandbox.protocol import Change, ChangeKind, Changes
+from ringfence.sandbox.saved import load_changes, save_changes
+from ringfence.worker.reviewed import reviewed
+
+
+def added(path: str) -> Change:
+    kind = ChangeKind.ADDED
+    return Change(path=path, kind=kind, mode=0o100644, old_mode=0, before=None, after=b"x\n")
+
+
+def test_what_is_beyond_the_bound_is_held_without_a_look() -> None:
+    items = tuple(map(added, ("Makefile", "a.txt", ".envrc", "b.txt", "setup.py")))
+    found = host_files(Changes(items=items), most=3)
+    assert [(file.path, file.held) for file in found] == [
+        (".envrc", True),
+        ("b.txt", True),
+        ("setup.py", True),
+        ("Makefile", False),
+    ]
+    assert "not looked at" in found[1].why
+    # the twins: one that is looked at, and all of them
+    assert [file.path for file in host_files(Changes(items=items), most=5)] == [
+        ".envrc",
+        "Makefile",
+        "setup.py",
+    ]
+    assert host_files(Changes(items=items)) == host_files(Changes(items=items), most=5)
+
+
+def test_many_changes_hide_no_file() -> None:
+    """An agent puts what it wants to hide where nobody looks any more."""
+    few = tuple(added(f"{number}.txt") for number in range(3))
+    assert reviewed(Changes(items=few)).host_files == ()
+    assert list(reviewed(Changes(items=few)).notices) == []
+    over = 7
+    many = tuple(added(f"a/{number}") for number in range(MAX_LOOKED + over - 1))
+    found = reviewed(Changes(items=(*many, added("z/.envrc"))))
+    assert found.host_files == tuple(
+        sorted((*(one.path for one in many[MAX_LOOKED:]), "z/.envrc"), key=found.host_files.index)
+    )
+    assert len(found.host_files) == over
+    (notice,) = found.notices
+    assert f"the last {over} were not looked at" in notice.text
+
+
+def test_a_path_too_long_to_be_looked_at_is_held() -> None:
+    long = "a/" * 511 + "bc"
+    assert len(long) == 1024
+    assert classify(added(long)) is None
+    found = classify(added(long + "d"))
+    assert found is not None
+    assert found.held
+    assert "too long" in found.why
+
+
+@pytest.fixture
+def sides(tmp_path: Path) -> tuple[Path, Path]:
+    lower, upper = tmp_path / "lower", tmp_path / "upper"
+    lower.mkdir()
+    upper.mkdir()
+    return lower, upper
+
+
+def changes_of(lower: Path, upper: Path) -> Changes:
+    fds = [os.open(path, os.O_RDONLY | os.O_DIRECTORY) for path in (lower, upper)]
+    try:
+        return read_changes(*fds, begun_ns=time.time_ns())
+    finally:
+        for descriptor in fds:
+            os.close(descriptor)
+
+
+def write(root: Path, *paths: str) -> None:
+    for path in paths:
+        place = root / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text("[core]\n\tfsmonitor = touch /tmp/ran\n")
+
+
+@pytest.mark.parametrize("place", ["store/", "deep/in/store/", "st\nore\udcff/", ""])
+def test_a_bare_repository_is_held_as_git_s_own_folder_is(
+    sides: tuple[Path, Path], place: str
+) -> None:
+    """It needs no name; what the agent did not add to it is seen in the workspace alone."""
+    lower, upper = sides
+    subprocess.run(["git", "init", "-q", "--bare", str(lower / place)], check=True)
+    inside = ("config", "config.worktree", "commondir", "hooks/post-receive", "info/attributes")
+    write(upper, *(place + name for name in inside))
+    changes = changes_of(lower, upper)
+    assert changes.repositories == (place.rstrip("/"),)
+    found = {file.path: file for file in host_files(changes)}
+    assert sorted(found) == sorted(place + name for name in inside)
+    assert all(file.held for file in found.values())
+    # the twin: the same files where no repository is
+    (lower / place / "HEAD").unlink()
+    plain = changes_of(lower, upper)
+    assert plain.repositories == ()
+    assert host_files(plain) == ()
+
+
+def test_beside_a_repository_nothing_is_held(sides: tuple[Path, Path]) -> None:
+    lower, upper = sides
+    subprocess.run(["git", "init", "-q", "--bare", str(lower / "store")], check=True)
+    write(lower, "dir/HEAD/x")
+    write(upper, "stores/config", "other/store/config", "config", "dir/config", "store/config")
+    changes = changes_of(lower, upper)
+    assert changes.repositories == ("store",)
+    assert [file.path for file in host_files(changes)] == ["store/config"]
+
+
+def test_a_link_is_no_way_to_a_repository(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    """The look into the workspace leaves it through no link, and one in place of HEAD counts."""
+    lower, upper = sides
+    write(tmp_path, "outside/HEAD")
+    (lower / "to").symlink_to(tmp_path / "outside")
+    (lower / "linked").mkdir()
+    (lower / "linked/HEAD").symlink_to("refs/heads/main")
+    write(upper, "to/config", "linked/config")
+    assert changes_of(lower, upper).repositories == ("linked",)
+
+
+def test_apply_holds_what_lies_in_a_repository_and_writes_it_when_named(
+    sides: tuple[Path, Path], tmp_path: Path
+) -> None:
+    lower, upper = sides
+    subprocess.run(["git", "init", "-q", "--bare", str(lower / "store")], check=True)
+    write(upper, "store/hooks/post-receive", "plain/hooks/post-receive")
+    run = "run_" + "0" * 26
+    directory = tmp_path / "state" / "runs" / run
+    directory.mkdir(parents=True)
+    changes = changes_of(lower, upper)
+    save_changes(directory / "changes.bin", changes, str(lower))
+    assert load_changes(directory / "changes.bin") == (changes, str(lower))
+    applied = apply_run(tmp_path / "state", run, include=())
+    assert applied["held"] == ("store/hooks/post-receive",)
+    assert applied["written"] == ("plain/hooks/post-receive",)
+    assert not (lower / "store/hooks/post-receive").exists()
+    (lower / "plain/hooks/post-receive").unlink()
+    with pytest.raises(CallerError, match="did not change"):
+        apply_run(tmp_path / "state", run, include=("store/hooks/other",))
+    again = apply_run(tmp_path / "state", run, include=("store/hooks/post-receive",))
+    assert again["held"] == ()
+    assert (lower / "store/hooks/post-receive").exists()
