@@ -49,5 +49,6 @@ def test_a_command_has_an_example_that_it_takes(path: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
 def test_every_option_and_argument_says_what_it_is(path: tuple[str, ...]) -> None:
-    silent = [one.name for one in COMMANDS[path].params if not getattr(one, "help", None)]
-    assert silent == []
+    # one that is hidden stands in the command's own sentence
+    shown = [one for one in COMMANDS[path].params if not getattr(one, "hidden", False)]
+    assert [one.name for one in shown if not getattr(one, "help", None)] == []
