@@ -450,7 +450,9 @@ class Attempt:
             await self._inside.stop()
         try:
             if self._policy.sandbox.workspace_mode is WorkspaceMode.REVIEW and not rests:
-                self._reviewed = await asyncio.to_thread(reviewed, await sandbox.changes())
+                # kept before anybody looks: a look that fails must not cost them
+                self._reviewed = Reviewed(changes=await sandbox.changes())
+                self._reviewed = await asyncio.to_thread(reviewed, self._reviewed.changes)
                 for notice in self._reviewed.notices:
                     self._on_message(notice)
         finally:
