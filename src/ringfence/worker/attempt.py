@@ -18,12 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from ringfence.agent.messages import Notice, Progress
-from ringfence.channel.messages import (
-    AddListener,
-    AnyMessage,
-    CloseSandbox,
-    OpenSandbox,
-)
+from ringfence.channel.messages import AddListener, AnyMessage, CloseSandbox, OpenSandbox
 from ringfence.errors import RingfenceError, UnavailableError
 from ringfence.model import PendingCall, RunRequest, RunResult, RunStatus, Usage, WorkspaceMode
 from ringfence.policy.codec import egress_to_json
