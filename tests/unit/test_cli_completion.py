@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -97,3 +101,42 @@ def test_what_cannot_be_read_is_silent(state: Path) -> None:
 def test_a_tab_asks_no_server(state: Path) -> None:
     there = "postgresql://nobody:nothing@db.invalid/none?ssl=verify-full"
     assert tab(state, "ringfence run --resume ", session_store=there) == []
+
+
+def _files(place: Path) -> dict[str, bytes]:
+    return {each.name: each.read_bytes() for each in place.iterdir() if each.is_file()}
+
+
+def test_a_tab_waits_for_no_writer_and_writes_nothing(state: Path) -> None:
+    before = _files(state)
+    directory = os.open(state, os.O_RDONLY)
+    try:
+        # held by whoever opens the file for writing, for as long as that takes
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        assert tab(state, "ringfence run --resume ") == [SESSION]
+    finally:
+        os.close(directory)
+    assert _files(state) == before
+
+
+def test_a_tab_sees_what_a_worker_has_just_written(state: Path) -> None:
+    """The worker has the file open: what is new is in the write-ahead file alone."""
+    later = SESSION.replace("2", "3")
+    store = SqliteSessionStore(state / "sessions.sqlite")
+    try:
+        entry = {"type": "user", "message": {"content": "Later"}}
+        store.add({"project_key": PROJECT, "session_id": later}, [entry])
+        assert sorted(tab(state, "ringfence run --resume ")) == sorted([SESSION, later])
+        with contextlib.closing(sqlite3.connect(state / "sessions.sqlite")) as db:
+            db.execute("BEGIN EXCLUSIVE")
+            assert len(tab(state, "ringfence run --resume ")) == 2
+    finally:
+        store.close()
+
+
+def test_a_tab_makes_no_tables(state: Path) -> None:
+    """As opening a store of an earlier version would."""
+    file = state / "sessions.sqlite"
+    file.write_bytes(b"")
+    assert tab(state, "ringfence run --resume ") == []
+    assert file.read_bytes() == b""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jsonschema
@@ -558,6 +559,16 @@ def test_a_role_of_the_presets_name_takes_over_no_approval(name: str) -> None:
     narrowed = from_mapping({"preset": name, "tools": {"roles": added}})
     assert (narrowed.tools.roles or {})[role].allow == (base.tools.roles or {})[role].allow
     assert (narrowed.tools.roles or {})[role].preapproved == ("Read",)
+
+
+def test_a_mapping_that_nobody_can_change_is_a_role_as_any_other() -> None:
+    said = {"mine": {"allow": ["Read"]}}
+    frozen = {name: MappingProxyType(role) for name, role in said.items()}
+    made = [
+        from_mapping({"preset": "strict", "tools": {"role": "mine", "roles": roles}})
+        for roles in (said, frozen)
+    ]
+    assert made[0] == made[1]
 
 
 def test_an_argument_names_the_base_of_a_policy_that_names_none() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import time
@@ -66,6 +67,17 @@ def test_a_path_too_long_to_be_looked_at_is_held() -> None:
     assert found is not None
     assert found.held
     assert "too long" in found.why
+
+
+@pytest.mark.parametrize(
+    "path",
+    [".git .:x/config", "git~1::$INDEX_ALLOCATION/config", "git~1 .:x/config", "a/.envrc .:s"],
+)
+def test_what_ntfs_drops_before_a_stream_hides_nothing(path: str) -> None:
+    found = classify(added(path))
+    assert found is not None
+    assert found.held
+    assert classify(added(path.replace("git", "gat").replace("envrc", "envoy"))) is None
 
 
 @pytest.fixture
@@ -156,3 +168,26 @@ def test_apply_holds_what_lies_in_a_repository_and_writes_it_when_named(
     again = apply_run(tmp_path / "state", run, include=("store/hooks/post-receive",))
     assert again["held"] == ()
     assert (lower / "store/hooks/post-receive").exists()
+
+
+def test_apply_looks_for_repositories_in_the_workspace_as_it_is(
+    sides: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A run of an earlier version saved none; and one may have come since."""
+    lower, upper = sides
+    subprocess.run(["git", "init", "-q", "--bare", str(lower / "store")], check=True)
+    write(upper, "store/hooks/post-receive", "later/config", "plain/config")
+    run = "run_" + "0" * 26
+    directory = tmp_path / "state" / "runs" / run
+    directory.mkdir(parents=True)
+    file = directory / "changes.bin"
+    save_changes(file, changes_of(lower, upper), str(lower))
+    first, *rest = file.read_text().splitlines()
+    head = json.loads(first)
+    assert head.pop("repositories")
+    file.write_text("\n".join([json.dumps(head), *rest]))
+    assert load_changes(file)[0].repositories == ()
+    write(lower, "later/HEAD")
+    applied = apply_run(tmp_path / "state", run, include=())
+    assert applied["held"] == ("later/config", "store/hooks/post-receive")
+    assert applied["written"] == ("plain/config",)

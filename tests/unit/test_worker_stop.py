@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from ringfence.model import RunRequest
 from ringfence.policy.compile import compile_policy
 from ringfence.policy.load import load_policy
 from ringfence.sandbox.protocol import Change, ChangeKind, Changes
+from ringfence.sandbox.saved import load_changes
 from ringfence.testing.fakes import MemoryRecorder
 from ringfence.worker import attempt as attempts
 from ringfence.worker import leases
@@ -131,6 +133,26 @@ def test_changes_are_looked_at_once_and_beside_the_loop(monkeypatch: pytest.Monk
     assert b"+x\n" in results[0].patch
     assert len(threads) == 1
     assert threads[0] != threading.get_ident()
+
+
+def test_a_look_that_fails_loses_no_changes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def look(_: Changes) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(attempts, "reviewed", look)
+
+    async def run() -> Attempt:
+        box: Any = Box(FOUND)
+        one = attempt(MemoryRecorder())
+        with pytest.raises(MemoryError):
+            await stopped(one, box)
+        return one
+
+    one = asyncio.run(run())
+    one._reviewed.save(tmp_path / "changes.bin", "/w")
+    assert load_changes(tmp_path / "changes.bin") == (FOUND, "/w")
 
 
 class Killed(Box):

@@ -53,15 +53,11 @@ def _changed(context: AppContext) -> list[str]:
 
 
 def _sessions(context: AppContext) -> list[str]:
-    """Of this host alone: a Tab waits for no server."""
+    """Of this host alone: a Tab waits for no server, and for no writer of the file."""
+    from ringfence.record.sessions import latest_ids
+
     here = context.state_dir / "sessions.sqlite"
-    if context.sessions is None or context.config.session_store is not None or not here.exists():
-        return []
-    store = context.sessions()
-    try:
-        return [session.session_id for session in store.sessions(limit=_MOST)]
-    finally:
-        store.close()
+    return latest_ids(here, _MOST) if context.config.session_store is None else []
 
 
 def _credentials(context: AppContext) -> list[str]:

@@ -20,6 +20,7 @@ from ringfence.record.safe_text import one_line, printable
 from ringfence.sandbox.apply import apply_changes
 from ringfence.sandbox.applying import recover_all
 from ringfence.sandbox.hostfiles import host_files
+from ringfence.sandbox.overlay import with_repositories
 from ringfence.sandbox.patch import render, summary
 from ringfence.sandbox.protocol import Change, Changes
 from ringfence.sandbox.saved import load_changes
@@ -47,7 +48,8 @@ def _load(state_dir: Path, run: str) -> tuple[Changes, str]:
     for workspace in recover_all(state_dir / "runs"):
         said = f"an apply to {one_line(workspace)} was cut off: taken back, the files are as before"
         typer.echo(said, err=True)
-    return load_changes(state_dir / "runs" / run / "changes.bin")
+    changes, workspace = load_changes(state_dir / "runs" / run / "changes.bin")
+    return with_repositories(changes, Path(workspace)), workspace
 
 
 @app.command("show", epilog="Example: ringfence patch show run_01J… | git apply --check")

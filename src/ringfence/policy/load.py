@@ -142,7 +142,10 @@ def _laid_over(preset: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str
             # the name may be chance: what it preapproves is not to come from a file that its
             # author has not read
             if isinstance(role, Mapping) and "allow" in role and "preapproved" not in role:
-                merged["tools"]["roles"][name].pop("preapproved", None)
+                kept = merged["tools"]["roles"][name].items()
+                merged["tools"]["roles"][name] = {
+                    key: value for key, value in kept if key != "preapproved"
+                }
     return merged
 
 

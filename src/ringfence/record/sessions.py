@@ -29,6 +29,25 @@ from ringfence.record.transcript import PROJECT
 from ringfence.store.sqlite import open_database
 
 
+def latest_ids(path: Path, limit: int) -> list[str]:
+    """Ids of the sessions of a store's file, the latest first. For a person who looks: it waits for
+    no writer, and makes, upgrades and repairs nothing, as opening the store may.
+
+    Raises:
+        sqlite3.Error: when that cannot be had, as of a file that is locked or of another version.
+    """
+    # without both, nobody has it open, or somebody was cut off: to read those would make them anew
+    beside = (path.with_name(path.name + end) for end in ("-wal", "-shm"))
+    how = "mode=ro" if all(map(Path.exists, beside)) else "mode=ro&immutable=1"
+    uri = f"{path.absolute().as_uri()}?{how}"
+    with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=0)) as db:
+        rows = db.execute(
+            "SELECT id FROM session WHERE project = ? ORDER BY changed DESC, id LIMIT ?",
+            (_scoped("", PROJECT), limit),
+        )
+        return [name for (name,) in rows]
+
+
 class SqliteSessionStore(SessionStore):
     """SessionStore over one file, for several threads of a process and several processes.
 

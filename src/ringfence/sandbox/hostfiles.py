@@ -198,13 +198,7 @@ def classify(change: Change, repositories: frozenset[str] = frozenset()) -> Host
     """Whether one change is such a file; `repositories` are those of Changes."""
     if why := _unnamed(change.path, repositories):
         return HostFile(path=change.path, why=why, held=True)
-    name = _IGNORABLE.sub("", change.path)
-    # trailing dots and spaces, and 8.3 names, are dropped by NTFS
-    name = re.sub(r"[ .]+(?=/|\Z)", "", name) or name
-    name = re.sub(r"(?i)(^|/)git~[0-9]+(?=/|\Z)", r"\1.git", name)
-    # and what follows a colon names a stream of the same file there (CVE-2019-1352); elsewhere it
-    # is a part of the name
-    names = {name, re.sub(r"(?<=[^/]):[^/]*(?=/|\Z)", "", name)}
+    names = _names(change.path)
     for pattern, why in _HELD_COMPILED:
         if any(map(pattern.match, names)):
             return HostFile(path=change.path, why=why, held=True)
@@ -216,6 +210,22 @@ def classify(change: Change, repositories: frozenset[str] = frozenset()) -> Host
     if change.mode == _EXECUTABLE and change.old_mode != _EXECUTABLE:
         return HostFile(path=change.path, why="newly executable", held=False)
     return None
+
+
+def _names(path: str) -> frozenset[str]:
+    """What a path names, here and on the file systems that read it otherwise."""
+    name = _IGNORABLE.sub("", path)
+    # what follows a colon names a stream of the same file on NTFS (CVE-2019-1352), and elsewhere
+    # is a part of the name. It goes first: what NTFS drops besides may stand before it
+    return frozenset(map(_folded, (name, re.sub(r"(?<=[^/]):[^/]*(?=/|\Z)", "", name))))
+
+
+def _folded(name: str) -> str:
+    """As NTFS reads it: without trailing dots and spaces, and by its 8.3 name. No pattern looks for
+    the end of dots: it would begin at each of them, and an agent has names of many.
+    """
+    name = "/".join(part.rstrip(" .") for part in name.split("/")) or name
+    return re.sub(r"(?i)(^|/)git~[0-9]+(?=/|\Z)", r"\1.git", name)
 
 
 def _unnamed(path: str, repositories: frozenset[str]) -> str:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ringfence.errors import RingfenceError
 from ringfence.sandbox.protocol import Change, ChangeKind, Changes
@@ -112,25 +113,41 @@ def read_changes(
     return Changes(
         items=tuple(items),
         refused=tuple(reader.refused),
-        repositories=tuple(_repositories(lower_fd, items)),
+        repositories=tuple(repositories(lower_fd, items)),
     )
 
 
-def _repositories(lower_fd: int, changes: Iterable[Change]) -> Iterator[str]:
-    """Folders above changes that hold a HEAD in the workspace: git needs more to take one for a
-    repository (setup.c, is_git_directory), but the agent can add all of that. A HEAD that it adds
-    is held by its name.
+def repositories(workspace: int, changes: Iterable[Change]) -> Iterator[str]:
+    """Folders above changes that hold a HEAD in the workspace, which is a descriptor: git needs
+    more to take one for a repository (setup.c, is_git_directory), but the agent can add all of
+    that. A HEAD that it adds is held by its name.
     """
     seen: dict[bytes, bool | None] = {}
     for change in changes:
         for folder in _above(os.fsencode(change.path)):
             if folder not in seen:
-                seen[folder] = _has_head(lower_fd, folder)
+                seen[folder] = _has_head(workspace, folder)
                 if seen[folder]:
                     yield os.fsdecode(folder)
             # below what is not there there is nothing, however deep the agent has dug
             if seen[folder] is not False:
                 break
+
+
+def with_repositories(changes: Changes, workspace: Path) -> Changes:
+    """With those of a workspace as it is now, too: a run of an earlier version saved none, and one
+    may have come to stand there since. A workspace that cannot be opened adds none: nothing can be
+    written there.
+    """
+    try:
+        root = os.open(workspace, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return changes
+    try:
+        found = {*changes.repositories, *repositories(root, changes.items)}
+    finally:
+        os.close(root)
+    return replace(changes, repositories=tuple(sorted(found)))
 
 
 def _above(path: bytes) -> Iterator[bytes]:

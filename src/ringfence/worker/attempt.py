@@ -18,12 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from ringfence.agent.messages import Notice, Progress
-from ringfence.channel.messages import (
-    AddListener,
-    AnyMessage,
-    CloseSandbox,
-    OpenSandbox,
-)
+from ringfence.channel.messages import AddListener, AnyMessage, CloseSandbox, OpenSandbox
 from ringfence.errors import RingfenceError, UnavailableError
 from ringfence.model import PendingCall, RunRequest, RunResult, RunStatus, Usage, WorkspaceMode
 from ringfence.policy.codec import egress_to_json
@@ -450,7 +445,9 @@ class Attempt:
             await self._inside.stop()
         try:
             if self._policy.sandbox.workspace_mode is WorkspaceMode.REVIEW and not rests:
-                self._reviewed = await asyncio.to_thread(reviewed, await sandbox.changes())
+                # kept before anybody looks: a look that fails must not cost them
+                self._reviewed = Reviewed(changes=await sandbox.changes())
+                self._reviewed = await asyncio.to_thread(reviewed, self._reviewed.changes)
                 for notice in self._reviewed.notices:
                     self._on_message(notice)
         finally:
