@@ -59,6 +59,7 @@ def test_an_address_that_is_none_is_the_callers_fault(
         gateway(url)
     assert (caught.value.code, caught.value.exit_status) == ("usage", 2)
     assert "RINGFENCE_URL" in caught.value.hint
+    gateway("HTTPS://gateway.example")
 
 
 def test_a_definition_is_read_strictly(tmp_path: Path) -> None:

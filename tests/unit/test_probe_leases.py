@@ -5,10 +5,11 @@ way that was looked at and not gone, a worker that is killed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -24,6 +25,7 @@ from ringfence.limits.sqlite import SqliteLimits
 from ringfence.limits.store import LimitStore, MemoryLimits
 from ringfence.worker import breakers as module
 from ringfence.worker.breakers import Breakers
+from ringfence.worker.guards import Guards
 from ringfence.worker.legs import breaker_of
 
 KEY = "model/anthropic/claude-sonnet-5"
@@ -388,3 +390,33 @@ async def test_a_request_of_an_mcp_server_that_ends_before_its_word_gives_the_pl
     await until(lambda: not rig.desk._tasks)
     assert await places(store) == 0
     await rig.desk.close()
+
+
+@pytest.mark.parametrize("recorder_is_away", [False, True])
+async def test_a_request_of_an_mcp_server_is_answered_whatever_fails(
+    recorder_is_away: bool,
+) -> None:
+    """A breaker that changes says so first: whoever waits for its word must not wait for ever."""
+    told: list[dict[str, Any]] = []
+
+    async def reply(_kind: Any, **words: Any) -> None:
+        told.append(words)
+
+    class Recorder:
+        async def append(self, *_: Any, **__: Any) -> None:
+            if recorder_is_away:
+                raise UnavailableError("store-unavailable", "the recorder is away")
+
+    settings = BreakerSettings(open_seconds=0.01, failures=1, share=0.1)
+    held = Breakers(MemoryLimits(), Heard(), settings, RetrySettings())
+    whose = {"sandbox_id": "s", "run_id": "r", "session_id": "", "tenant": "a", "ticket": 1}
+    await held.note("mcp/a/crm.example:443", "one", ok=False)
+    await asyncio.sleep(0.02)
+    held._recorder = cast("Any", Recorder())
+    guards = Guards(held, reply, "desk")
+    away = pytest.raises(UnavailableError) if recorder_is_away else contextlib.nullcontext()
+    with away:
+        await guards.heard(GuardWanted(**whose, server="crm.example:443"))
+    assert [one["go"] for one in told] == [not recorder_is_away]
+    assert (told[0]["wait"] is None) == told[0]["go"]
+    await held.close()

@@ -128,7 +128,7 @@ def gateway(url: str) -> Gateway:
             f"no API key: {KEY} is not set",
             hint="`ringfence up` prints one when it starts first; others: ringfence keys create",
         )
-    if not re.match(r"https?://[^/\s]", url):
+    if not re.match(r"(?i)https?://[^/\s]", url):
         # no fault of a gateway's, which is never asked
         raise CallerError(
             "usage",

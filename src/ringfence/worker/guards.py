@@ -21,7 +21,7 @@ from ringfence.worker.breakers import Breakers, probe_name
 if TYPE_CHECKING:
     from ringfence.control.turns import Turn
 
-_LONGEST_WAIT = 3600.0
+_LONGEST_WAIT, _BACK_SECONDS = 3600.0, 5.0
 _MOST_TOOLS = 256
 """Of an attempt, beside those that the operator names: each is a row of the store."""
 
@@ -56,11 +56,16 @@ class Guards:
             )
             return
         asking = self._asking[message.ticket] = asyncio.Event()
+        found = Admission("no", wait=_BACK_SECONDS)
         try:
             found = await self._breakers.admit(key, probe)
         finally:
             asking.set()
             del self._asking[message.ticket]
+            # whatever it was: a request that nobody answers would hang
+            await self._answer(message, found)
+
+    async def _answer(self, message: GuardWanted, found: Admission) -> None:
         await self._reply(
             ModelTurn,
             sandbox_id=message.sandbox_id,
