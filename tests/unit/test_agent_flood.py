@@ -77,3 +77,25 @@ def test_one_who_is_waited_for_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frames, "FRAMES_AT_ONCE", 200)
     monkeypatch.setattr(frames, "FRAMES_PER_SECOND", 500.0)
     assert asyncio.run(heard(Writes(FRAME * 2, SLOW * 2, 300), 0.0)) == (600, None)
+
+
+@pytest.mark.parametrize("kind", ["control_response", "control_request", "user"])
+def test_an_answer_to_somebody_who_is_gone_is_no_fault(kind: str) -> None:
+    """A liar asks, is found out and killed: the answer's task is one that nobody waits for."""
+
+    class Gone(Writes):
+        async def write(self, _: bytes) -> None:
+            raise BrokenPipeError("standard input is shut")
+
+    async def told() -> None:
+        transport = SandboxTransport(
+            Place(Gone(b"", 0.0, 0)), ["claude"], {}, transcripts="/t", on_lie=lambda _: None
+        )  # type: ignore[arg-type]
+        await transport.connect()
+        await transport.write(json.dumps({"type": kind, "response": {"request_id": "1"}}) + "\n")
+
+    if kind == "control_response":
+        asyncio.run(told())
+    else:
+        with pytest.raises(BrokenPipeError):
+            asyncio.run(told())

@@ -94,10 +94,12 @@ class FrameGate:
             return None
         return frame
 
-    def answered(self, line: str) -> None:
-        """A line that is sent to the process: an answer closes its request."""
-        if '"control_response"' in line:
+    def answered(self, line: str) -> bool:
+        """Whether a line that is sent to the process is an answer, which closes its request."""
+        answers = '"control_response"' in line
+        if answers:
             self._open.discard(json.loads(line)["response"]["request_id"])
+        return answers
 
     def _check(self, frame: dict[str, Any]) -> None:
         kind = frame.get("type")

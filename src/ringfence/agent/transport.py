@@ -72,9 +72,15 @@ class SandboxTransport(Transport):
         """See Transport."""
         if self._process is None:
             raise BrokenPipeError("not connected")
-        self._gate.answered(data)
-        async with self._lock:
-            await self._process.write(data.encode())
+        answers = self._gate.answered(data)
+        try:
+            async with self._lock:
+                await self._process.write(data.encode())
+        except BrokenPipeError:
+            # who asked is gone, and nobody waits for this task of the SDK's: an answer that cannot
+            # be told any more is no fault, where a question or a prompt is
+            if not answers:
+                raise
 
     def read_messages(self) -> AsyncIterator[dict[str, Any]]:
         """See Transport."""
