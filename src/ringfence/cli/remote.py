@@ -12,6 +12,7 @@ from typing import Annotated, Any, Self
 
 import typer
 
+from ringfence.config.plain import refuse_plain
 from ringfence.errors import CODES, CallerError, DeniedError, RingfenceError, UnavailableError
 from ringfence.policy import yamldoc
 from ringfence.policy.problems import PolicyInvalidError
@@ -119,7 +120,8 @@ def gateway(url: str) -> Gateway:
     """With the key of the environment.
 
     Raises:
-        CallerError: `usage` without one, or for an address that is none.
+        CallerError: `usage` without one, for an address that is none, or for plain http to another
+            machine.
     """
     key = os.environ.get(KEY, "").strip()
     if not key:
@@ -135,6 +137,7 @@ def gateway(url: str) -> Gateway:
             f"the gateway's address is http://… or https://…, not {url[:64]!r}",
             hint="--url, or RINGFENCE_URL in the environment",
         )
+    refuse_plain(url, os.environ)
     return Gateway(url, key)
 
 
