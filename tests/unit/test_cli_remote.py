@@ -107,9 +107,8 @@ def test_who_is_refused_plain_http_learns_both_ways_out(monkeypatch: pytest.Monk
         gateway("http://gateway.example:8470")
     assert "https://" in caught.value.hint
     assert f"{CLEAR}=gateway.example" in caught.value.hint
-    load_config(
-        {CLEAR: "gateway.example"}
-    )  # where settings are read it is none of them, nor an error
+    # where settings are read it is none of them, nor an error
+    load_config({CLEAR: "gateway.example"})
 
 
 def test_a_definition_is_read_strictly(tmp_path: Path) -> None:
