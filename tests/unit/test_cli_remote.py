@@ -39,6 +39,13 @@ def test_a_gateways_error_is_ours(
 ) -> None:
     error = refusal(status, content)
     assert (type(error), error.code) == (family, code)
+    assert bool(error.hint) is (code in {"agent-not-found", "api-key-invalid"})
+
+
+def test_a_session_that_is_not_there_says_where_those_are_that_are() -> None:
+    error = refusal(404, body("no session", code="session_not_found"))
+    assert error.code == "session-not-found"
+    assert "ringfence sessions remote list" in error.hint
 
 
 def test_without_a_key_or_a_gateway(monkeypatch: pytest.MonkeyPatch) -> None:

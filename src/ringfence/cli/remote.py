@@ -152,7 +152,18 @@ def refusal(status: int, content: bytes) -> RingfenceError:
     if status >= 500 or status == 429:
         return UnavailableError(code if code in CODES else "gateway-unavailable", message)
     family = DeniedError if status in {401, 403} else CallerError
-    return family(code if code in CODES else "request-invalid", message)
+    code = code if code in CODES else "request-invalid"
+    return family(code, message, hint=_HINTS.get(code, ""))
+
+
+_HINTS = {
+    "session-not-found": "see: ringfence sessions remote list; those of `ringfence run` on this "
+    "host: ringfence sessions list",
+    "agent-not-found": "see: ringfence agents list",
+    "environment-not-found": "see: ringfence environments list",
+    "api-key-invalid": f"set {KEY} to a key of this gateway: ringfence keys create makes one",
+}
+"""Commands that tell, for what a gateway answers: it does not know who asks by which program."""
 
 
 @contextmanager

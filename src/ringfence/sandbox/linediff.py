@@ -8,6 +8,7 @@ and past a bound one hunk replaces the middle: a patch that is coarse, and right
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from itertools import accumulate
 
 Opcode = tuple[str, int, int, int, int]
@@ -43,14 +44,14 @@ class _Counted(difflib.SequenceMatcher[bytes]):
     def __init__(self, old: list[bytes], new: list[bytes], work: Work) -> None:
         super().__init__(None, old, new, autojunk=False)
         self._work, self._most = work, MOST_OF_ONE
-        pairs = (len(self.b2j.get(line, ())) + _WALKED for line in old)
-        self._costs = [0, *accumulate(pairs)]
+        equal = Counter(new)
+        self._costs = [0, *accumulate(equal[line] + _WALKED for line in old)]
 
     def find_longest_match(
         self, alo: int = 0, ahi: int | None = None, blo: int = 0, bhi: int | None = None
     ) -> difflib.Match:
         """See difflib: it walks the lines from `alo` to `ahi`, and of each all that equal it."""
-        cost = self._costs[len(self.a) if ahi is None else ahi] - self._costs[alo]
+        cost = self._costs[-1 if ahi is None else ahi] - self._costs[alo]
         self._most -= cost
         self._work.left -= cost
         if min(self._most, self._work.left) < 0:
