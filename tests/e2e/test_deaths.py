@@ -171,5 +171,5 @@ def test_a_caller_that_cancels_leaves_a_record_and_nobody(
     asyncio.run(asyncio.wait_for(cancelled(), 60))
     assert wait_for(lambda: not processes_with(f"{marker}\0"), 1)
     ended = [record for record in box.records() if record["type"] == "run.ended"]
-    assert [record["reason"] for record in ended] == ["run-interrupted"]
+    assert [(one["status"], one["reason"]) for one in ended] == [("cancelled", "run-interrupted")]
     assert not list((box.state / "egress").iterdir())

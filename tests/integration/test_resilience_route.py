@@ -24,7 +24,7 @@ from egress_rig import _answer as answer_of
 from test_limits_route import Told, Worker
 
 from ringfence.agent.messages import ToolEnded, ToolResult, ToolStarted
-from ringfence.channel.messages import ModelCalled, ProviderConfig, PutOff
+from ringfence.channel.messages import GuardUsed, ModelCalled, ModelTurn, ProviderConfig, PutOff
 from ringfence.config import LimitSettings
 from ringfence.config.resilience import BreakerSettings, RetrySettings
 from ringfence.egress.address import Resolver
@@ -547,14 +547,14 @@ async def test_a_client_that_leaves_between_two_tries_ends_them(tmp_path: Path) 
         assert worker.sandboxes["a/0"].run._reserved == {}
 
 
-async def fetched(path: str, ca: Path) -> bytes:
+async def fetched(path: str, ca: Path, target: bytes = b"/mcp") -> bytes:
     reader, writer = await asyncio.open_unix_connection(path)
     try:
         writer.write(b"CONNECT %b:443 HTTP/1.1\r\nhost: %b:443\r\n\r\n" % ((HOST.encode(),) * 2))
         assert b" 200 " in await reader.readuntil(b"\r\n\r\n")
         await writer.start_tls(ssl.create_default_context(cafile=str(ca)), server_hostname=HOST)
-        head = b"GET /mcp HTTP/1.1\r\nhost: %b\r\nconnection: close\r\n\r\n"
-        writer.write(head % HOST.encode())
+        head = b"GET %b HTTP/1.1\r\nhost: %b\r\nconnection: close\r\n\r\n"
+        writer.write(head % (target, HOST.encode()))
         return await asyncio.wait_for(reader.read(), 20)
     finally:
         writer.close()
@@ -597,7 +597,9 @@ async def test_an_mcp_server_that_fails_is_left_alone(
         granted = replace(
             RULES,
             hosts=(HostRule(host=HOST),),
-            mcp_servers=(f"{HOST}:443",) if served else ("other.example:443",),
+            mcp_servers=(f"{HOST}:443/mcp", f"{HOST}:443/two")
+            if served
+            else (f"other.{HOST}:443/mcp",),
         )
         for number, worker in enumerate(workers):
             worker.shared = replace(
@@ -614,6 +616,8 @@ async def test_an_mcp_server_that_fails_is_left_alone(
         got = await fetched(paths[1], ca)
         assert (b"mcp-server-shut" in got) is shut
         assert count == (2 if shut else 3)
+        # another server of that host is another server
+        assert b"mcp-server-shut" not in await fetched(paths[1], ca, b"/two")
         answer = b"HTTP/1.1 200 X\r\ncontent-length: 0\r\n\r\n"
         await asyncio.sleep(0.6)
         for _ in range(2):
@@ -622,6 +626,26 @@ async def test_an_mcp_server_that_fails_is_left_alone(
         if shut or not served:
             assert changed == (["open", "half-open", "closed"] if shut else [])
         server.close()
+
+
+@pytest.mark.parametrize("word", ["none", "late"])
+async def test_a_worker_that_says_nothing_of_an_mcp_server_lets_nothing_to_it(word: str) -> None:
+    """Refused after a while, and what the worker may have given is given back."""
+    said = list[Any]()
+    turns = Turns(said.append, guard_seconds=0.05)
+    ids = {"sandbox_id": "s", "run_id": "r", "session_id": "", "tenant": "a", "server": "x:443"}
+    assert await turns.guard(**ids) == "breakers-unanswered"
+    wanted, used = said
+    assert (used.ticket, used.ok) == (wanted.ticket, None)
+    if word == "late":
+        turns.told(ModelTurn(id=1, sandbox_id="s", ticket=wanted.ticket, go=True))
+    # one that is answered in its time goes, or is told that the server is shut
+    for go, kept in ((True, 2), (False, "mcp-server-shut")):
+        asking = asyncio.ensure_future(turns.guard(**ids))
+        await until(lambda: not isinstance(said[-1], GuardUsed))
+        turns.told(ModelTurn(id=1, sandbox_id="s", ticket=said[-1].ticket, go=go))
+        assert await asking == kept
+        said.append(used)
 
 
 async def test_a_tool_that_keeps_failing_is_told_of() -> None:

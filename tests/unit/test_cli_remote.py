@@ -12,6 +12,7 @@ from ringfence.cli.approvals import shown
 from ringfence.cli.definitions import apply
 from ringfence.cli.remote import KEY, definition, gateway, named, refusal
 from ringfence.cli.submit import lines
+from ringfence.config import load_config
 from ringfence.errors import CallerError, DeniedError, RingfenceError, UnavailableError
 
 
@@ -38,6 +39,13 @@ def test_a_gateways_error_is_ours(
 ) -> None:
     error = refusal(status, content)
     assert (type(error), error.code) == (family, code)
+    assert bool(error.hint) is (code in {"agent-not-found", "api-key-invalid"})
+
+
+def test_a_session_that_is_not_there_says_where_those_are_that_are() -> None:
+    error = refusal(404, body("no session", code="session_not_found"))
+    assert error.code == "session-not-found"
+    assert "ringfence sessions remote list" in error.hint
 
 
 def test_without_a_key_or_a_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,6 +68,54 @@ def test_an_address_that_is_none_is_the_callers_fault(
     assert (caught.value.code, caught.value.exit_status) == ("usage", 2)
     assert "RINGFENCE_URL" in caught.value.hint
     gateway("HTTPS://gateway.example")
+
+
+CLEAR = "RINGFENCE_PLAIN_HTTP"
+
+
+@pytest.mark.parametrize(
+    ("url", "named", "passes"),
+    [
+        ("https://gateway.example", "", True),
+        ("http://127.0.0.1:8470", "", True),
+        ("http://127.3.2.1", "", True),
+        ("http://[::1]:8470", "", True),
+        ("http://LOCALHOST", "", True),
+        ("http://0.0.0.0:8470", "", True),
+        ("http://gateway.example", "", False),
+        ("http://10.0.0.5:8470", "", False),
+        ("http://127.0.0.1.example", "", False),
+        ("http://127.0.0.1@gateway.example", "", False),
+        ("http://127.0.0.1\\@gateway.example", "", False),
+        ("HTTP://gateway.example", "yes", False),
+        ("http://gateway.example", "other.example", False),
+        ("http://gateway.example", "other.example, Gateway.example", True),
+        ("http://[::", "", False),
+        ("http://:8470", "", False),
+    ],
+)
+def test_a_key_goes_over_plain_http_to_this_machine_alone(
+    url: str, named: str, passes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEY, "rfk_x")
+    monkeypatch.setenv(CLEAR, named)
+    if passes:
+        gateway(url)
+        return
+    with pytest.raises(CallerError) as caught:
+        gateway(url)
+    assert caught.value.code == "usage"
+    assert "rfk_x" not in caught.value.render()
+
+
+def test_who_is_refused_plain_http_learns_both_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY, "rfk_x")
+    with pytest.raises(CallerError, match=r"plain http to gateway\.example") as caught:
+        gateway("http://gateway.example:8470")
+    assert "https://" in caught.value.hint
+    assert f"{CLEAR}=gateway.example" in caught.value.hint
+    # where settings are read it is none of them, nor an error
+    load_config({CLEAR: "gateway.example"})
 
 
 def test_a_definition_is_read_strictly(tmp_path: Path) -> None:

@@ -125,3 +125,17 @@ def test_the_summary_marks_what_runs_later(capsys: pytest.CaptureFixture[str]) -
     said = capsys.readouterr().err
     assert ".envrc (runs on your machine later)" in said
     assert "a.txt (runs" not in said
+    assert "more" not in said
+
+
+def test_the_summary_of_many_files_shows_first_what_runs_later(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plain = tuple(f"a{number}.txt" for number in range(1_000))
+    late = tuple(f"z/.envrc.{number}" for number in range(60))
+    files = {"changed_files": (*plain, *late), "host_files": late}
+    print_summary(RunResult(run_id="r", session_id="s", status=RunStatus.SUCCEEDED, **files), None)
+    said = capsys.readouterr().err
+    assert said.count("(runs on your machine later)") == 50
+    assert "a0.txt" not in said
+    assert "and 1010 more, 10 of which run on your machine later" in said

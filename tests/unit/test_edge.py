@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,8 @@ def test_a_defect_shows_where_to_who_asks(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["run", "-"], "the prompt on standard input is not UTF-8"),
-        (["run", "x", "--output", "xml"], "'xml' is not one of"),
+        (["run", "x", "--output", "xml"], "'--output' / '-o': 'xml' is not one of"),
+        (["check", "-o", "xml"], "'--output' / '-o': 'xml' is not one of"),
         (["run"], "Missing argument"),
         (["nothing"], "No such command"),
     ],
@@ -75,6 +77,51 @@ def test_what_cannot_be_read_is_a_usage_error(
     assert done.returncode == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+READERS = [
+    ("check", "--list"),
+    ("check", "--list", "--json"),
+    ("policy", "schema"),
+    ("--help",),
+    ("run", "--help"),
+    ("--version",),
+]
+
+
+@pytest.mark.parametrize("words", READERS, ids=" ".join)
+@pytest.mark.parametrize("leaves", [True, False], ids=["leaves", "reads"])
+def test_who_reads_no_more_ends_a_command_without_a_word(
+    tmp_path: Path, words: tuple[str, ...], leaves: bool
+) -> None:
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONUTF8": "1"}
+    read, write = os.pipe()
+    command = [sys.executable, "-m", "ringfence", *words]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=write, stderr=pipe) as process:
+        os.close(write)
+        with open(read, "rb") as reader:
+            said = b"" if leaves else reader.read()
+        errors = process.communicate(timeout=60)[1]
+    assert (process.returncode, errors) == (141 if leaves else 0, b"")
+    assert bool(said) is not leaves
+
+
+def test_another_pipe_that_breaks_is_an_error(tmp_path: Path) -> None:
+    broken = DEFECT.replace('LookupError("a defect\\nof two lines")', "BrokenPipeError(32, 'x')")
+    assert broken != DEFECT
+    done = ringfence(tmp_path, "-c", broken)
+    assert done.returncode == 4
+    assert done.stderr.startswith("ringfence: host-failed: ")
+
+
+def test_json_of_a_check_is_asked_for_as_elsewhere(tmp_path: Path) -> None:
+    asked = ("-m", "ringfence", "check", "--list", "--only", "NET-01")
+    told = [ringfence(tmp_path, *asked, *words) for words in (("--json",), ("--output", "json"))]
+    assert told[0].stdout == told[1].stdout
+    assert told[0].stdout.startswith('{"checks":[')
+    twice = ringfence(tmp_path, *asked, "--json", "--output", "sarif")
+    assert (twice.returncode, twice.stdout) == (2, "")
 
 
 def test_a_setting_that_does_not_exist_is_called_so(tmp_path: Path) -> None:

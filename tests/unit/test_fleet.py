@@ -76,6 +76,7 @@ def test_members_get_what_they_need_of_the_environment() -> None:
     nobody = {
         *("GITHUB_TOKEN", "OPENAI_API_KEY", "GOOGLE_APPLICATION_CREDENTIALS", "CLAUDE_CONFIG_DIR"),
         *("ANTHROPIC_AUTH_TOKEN", "RINGFENCE_API_KEY", "RINGFENCE_URL", "SSH_AUTH_SOCK"),
+        "RINGFENCE_PLAIN_HTTP",
     }
     environment = dict.fromkeys([*workers, *gateways, *both, *buckets, *nobody], "x")
     for readers in (frozenset[Rank](), frozenset({Rank.WORKER})):

@@ -226,6 +226,52 @@ async def test_an_act_whose_neighbours_left_fails_nobody_behind_them(path: Path)
     await store.close()
 
 
+class Full:
+    """A connection whose disk takes nothing."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self.db, self.begun, self.full = db, 0, True
+
+    def execute(self, statement: str, *given: Any) -> Any:
+        self.begun += statement.startswith("BEGIN")
+        if self.full and statement == "COMMIT":
+            raise sqlite3.OperationalError("disk I/O error")
+        return self.db.execute(statement, *given)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.db, name)
+
+
+@pytest.mark.parametrize("leave", [True, False])
+async def test_nobody_is_served_who_has_left(path: Path, leave: bool) -> None:
+    """A file that cannot be written would be tried for them until it can."""
+    store, other = SqliteLimits(path), locked(path)
+    store._turns._db = full = Full(store._db)  # type: ignore[assignment]
+    tasks = [
+        asyncio.ensure_future(store.note(SPEC, f"s/{number}", ok=False)) for number in range(3)
+    ]
+    await asyncio.sleep(0.02)
+    assert full.begun
+    # in one step, or a look at the file that is still locked would put them out of the line
+    for task in tasks if leave else ():
+        task.cancel()
+    full.begun = 0
+    other.execute("ROLLBACK")
+    other.close()
+    serving = store._turns._server
+    assert serving is not None
+    await asyncio.wait_for(serving, 20)
+    ended = await asyncio.gather(*tasks, return_exceptions=True)
+    if leave:
+        assert full.begun == 0
+    else:
+        # the twin: who still waits is told
+        assert [type(each) for each in ended] == [UnavailableError] * 3
+    full.full = False
+    await store.note(SPEC, "s/later", ok=False)
+    await store.close()
+
+
 async def test_a_file_that_cannot_be_begun_on_is_away_for_all_at_once(path: Path) -> None:
     """Locked it would be waited for; this one nobody waits for, and the next act finds it well."""
     store, db = SqliteLimits(path), sqlite3.connect(path, isolation_level=None)

@@ -176,6 +176,7 @@ def test_without_ceilings_a_role_has_what_it_names() -> None:
     assert policy.egress.model.server_tools == ("web_fetch_", "web_search_")
     assert policy.egress.model.url_sources
     assert policy.egress.model.mcp_servers
+    assert policy.egress.mcp_servers == ("mcp.example.com:443/sse",)
 
 
 def test_no_subprocess_means_no_tool_that_starts_a_program() -> None:

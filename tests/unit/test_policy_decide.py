@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from ringfence.model import Decision, Outcome, PermissionMode
 from ringfence.policy.compile import compile_policy
 from ringfence.policy.compiled import EgressRules, HostRule, PathRule, ToolGrants
-from ringfence.policy.decide import ToolDecision, decide_host, decide_request, decide_tool
+from ringfence.policy.decide import (
+    ToolDecision,
+    decide_host,
+    decide_request,
+    decide_tool,
+    mcp_server,
+)
 from ringfence.policy.load import from_mapping, load_policy
 from ringfence.policy.paths import glob_matches, normal
 from ringfence.policy.tools import KNOWN
@@ -663,3 +669,23 @@ def test_the_developer_preset_asks_before_a_command_may_write() -> None:
         "python3 x",
     ):
         assert answer(decide_tool(grants, M.DEFAULT, "Bash", {"command": command})) == "ask"
+
+
+@pytest.mark.parametrize(
+    ("address", "path", "server"),
+    [
+        ("a.example:443", "/crm", "a.example:443/crm"),
+        ("a.example:443", "/crm/sse", "a.example:443/crm"),
+        ("a.example:443", "/crm/eu/x", "a.example:443/crm/eu/"),
+        ("a.example:443", "/crm/eu", "a.example:443/crm/eu/"),
+        ("a.example:443", "/crmx", "a.example:443/crm"),  # below none: the first of the host
+        ("a.example:443", "/register", "a.example:443/crm"),
+        ("b.example:8443", "/any", "b.example:8443"),
+        ("b.example:443", "/any", None),
+        ("a.example:4430", "/crm", None),
+        ("c.example:443", "/", None),
+    ],
+)
+def test_a_request_is_one_mcp_servers(address: str, path: str, server: str | None) -> None:
+    servers = ("a.example:443/crm", "a.example:443/crm/eu/", "b.example:8443")
+    assert mcp_server(EgressRules(mcp_servers=servers), address, path) == server

@@ -56,17 +56,35 @@ def test_many_changes_hide_no_file() -> None:
     )
     assert len(found.host_files) == over
     (notice,) = found.notices
-    assert f"the last {over} were not looked at" in notice.text
+    assert f"the last {over} are not in its patch and were not looked at" in notice.text
+    # and the patch says itself that it is not whole
+    assert found.patch.count(b"diff --git") == MAX_LOOKED
+    assert found.left_out[0].startswith(f"the last {over} changed files: ")
+    whole = reviewed(Changes(items=many[:MAX_LOOKED]))
+    assert whole.patch.count(b"diff --git") == MAX_LOOKED
+    assert whole.left_out == ()
 
 
 def test_a_path_too_long_to_be_looked_at_is_held() -> None:
-    long = "a/" * 511 + "bc"
-    assert len(long) == 1024
+    long, deep = "a" * 1024, "a/" * 64 + "b"
     assert classify(added(long)) is None
-    found = classify(added(long + "d"))
+    assert classify(added(deep)) is None
+    for path in (long + "d", "a/" + deep):
+        found = classify(added(path))
+        assert found is not None
+        assert found.held
+        assert "too long" in found.why
+
+
+@pytest.mark.parametrize(
+    "path", [".git\\config", "a/b\\.vscode\\tasks.json", "..\\x", "a\\", "C:\\x", "plain\\name"]
+)
+def test_a_name_that_is_a_path_on_windows_is_held(path: str) -> None:
+    found = classify(added(path))
     assert found is not None
     assert found.held
-    assert "too long" in found.why
+    assert "backslash" in found.why
+    assert classify(added("plain-name")) is None
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 from ringfence.errors import CallerError
 from ringfence.sandbox import replace
 from ringfence.sandbox.apply import apply_changes
+from ringfence.sandbox.linediff import Work
 from ringfence.sandbox.overlay import read_changes
 from ringfence.sandbox.patch import render, summary
 from ringfence.sandbox.protocol import Change, ChangeKind, Changes
 from ringfence.sandbox.saved import load_changes, save_changes
+
+PLAIN, PROGRAM, LINK = 0o100644, 0o100755, 0o120000
 
 NAMES = st.sampled_from(
     [
@@ -139,7 +142,61 @@ def test_a_hostile_file_does_not_stall_the_diff() -> None:
     assert summary(changes)[0] == 1
 
 
-PLAIN, PROGRAM, LINK = 0o100644, 0o100755, 0o120000
+def _period(count: int) -> tuple[bytes, bytes]:
+    """What takes difflib the cube of it."""
+    return b"a\nb\n" * (count // 2), b"b\na\na\n" * (count // 3)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "binary"),
+    [
+        (*_period(6_000), False),
+        # two changes far from each other in a long file stay two hunks
+        (b"".join(b"%d\n" % n for n in range(60_000)), None, False),
+        (b"\n" * 1_000, b"\n" * 3_000_000, True),
+    ],
+    ids=["period", "long", "newlines"],
+)
+def test_git_applies_a_patch_that_is_bounded(
+    tmp_path: Path, before: bytes, after: bytes | None, binary: bool
+) -> None:
+    if after is None:
+        after = before.replace(b"\n77\n", b"\nseven\n").replace(b"\n59000\n", b"\n")
+    changes = _changes({"f": ((PLAIN, before), (PLAIN, after))})
+    patch = render(changes)
+    assert (b"GIT binary patch" in patch) is binary
+    if before.startswith(b"0\n"):
+        assert patch.count(b"\n@@ ") == 2
+        assert summary(changes) == (1, 1, 2)
+    _write(tmp_path, {"f": (PLAIN, before)})
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    subprocess.run(
+        ["git", "-c", "core.autocrlf=false", "apply", "--whitespace=nowarn", "-"],
+        cwd=tmp_path, input=patch, check=True,
+    )  # fmt: skip
+    assert (tmp_path / "f").read_bytes() == after
+
+
+def test_many_such_files_share_what_may_be_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first are shown finely, then hunks are coarse, then there are no lines at all."""
+    monkeypatch.setattr(Work.__init__, "__defaults__", (150_000,))
+    before, after = b"a\nb\n" * 100, b"a\nb\n" * 50 + b"x\n" + b"a\nb\n" * 50 + b"y\n"
+    one = _changes({"f": ((PLAIN, before), (PLAIN, after))}).items
+    patch = render(Changes(items=one * 100))
+    parts = patch.split(b"diff --git")[1:]
+    assert len(parts) == 100
+    kinds = [2 if b"GIT binary patch" in part else int(part != parts[0]) for part in parts]
+    assert kinds == sorted(kinds)
+    assert set(kinds) == {0, 1, 2}
+    coarse = parts[kinds.index(1)]
+    assert parts[0].count(b"\n+") < coarse.count(b"\n+")
+
+
+def test_a_patch_of_the_first_changes() -> None:
+    tree = dict.fromkeys(("a", "b", "c"), ((PLAIN, b"x\n"), (PLAIN, b"y\n")))
+    changes = _changes(tree)
+    assert render(changes, most=2) == render(Changes(items=changes.items[:2]))
+    assert render(changes, most=3) == render(changes)
 
 
 def _apply(root: Path, tree: dict[str, tuple[object, object]]) -> None:

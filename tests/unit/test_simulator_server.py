@@ -327,6 +327,32 @@ def test_no_credential_is_on_a_tape_even_if_the_answer_repeats_it(tmp_path: Path
     assert tape.stat().st_mode & 0o077 == 0
 
 
+def test_a_redirect_is_an_answer_and_carries_no_key_away(tmp_path: Path) -> None:
+    async def away(request: Any) -> PlainTextResponse:
+        return PlainTextResponse("", 302, headers={"location": f"{elsewhere.base_url}/v1/messages"})
+
+    upstream = Starlette(routes=[Route("/v1/messages", away, methods=["POST"])])
+    with (
+        Simulator() as elsewhere,
+        serving(upstream) as origin,
+        serving(recording(tmp_path / "tape.jsonl", origin)) as url,
+    ):
+        assert call(url, BODY)[0] == 302
+        assert not elsewhere.requests
+
+
+def test_keys_pass_to_no_other_machine_in_the_clear(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tape = tmp_path / "tape.jsonl"
+    with pytest.raises(CallerError, match="plain http"):
+        recording(tape, "http://api.example")
+    assert not tape.exists()
+    monkeypatch.setenv("RINGFENCE_PLAIN_HTTP", "api.example")
+    recording(tape, "http://api.example")
+    assert tape.exists()
+
+
 def test_a_stream_passes_while_it_is_recorded(tmp_path: Path) -> None:
     """The first event must not wait for the last."""
     step = {"text": "slow", "event_delay": 1.0}

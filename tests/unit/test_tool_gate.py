@@ -17,6 +17,7 @@ from ringfence.agent.messages import ToolResult, ToolStarted
 from ringfence.config.resilience import BreakerSettings, RetrySettings
 from ringfence.limits.breaker import probing
 from ringfence.limits.store import MemoryLimits
+from ringfence.model import CustomTool
 from ringfence.policy.compiled import McpServer, ToolGrants
 from ringfence.worker.breakers import Breakers
 from ringfence.worker.guards import ToolWatch
@@ -131,15 +132,39 @@ async def test_names_that_are_called_first_open_no_gate() -> None:
     assert sum(found[f"default/tool/agent_1/2/{FIND}"].fine) == 1
 
 
+QUOTE = "mcp__caller__quote"
+
+
+def quote(description: str) -> CustomTool:
+    return CustomTool(name="quote", description=description, input_schema={"type": "object"})
+
+
 async def test_a_callers_tools_and_other_names_of_a_tool_are_offered_too() -> None:
     fleet = Fleet()
     grants = ToolGrants(offered=("Task",))
     agent = {"id": "agent_1", "version": 2}
-    watch = ToolWatch(fleet.breakers, agent, grants, {"mcp__caller__quote"}, run_id="r")
-    for name in ("Agent", "mcp__caller__quote", "mcp__caller__made_up", "Bash"):
+    watch = ToolWatch(fleet.breakers, agent, grants, [quote("Today's price.")], run_id="r")
+    for name in ("Agent", QUOTE, "mcp__caller__made_up", "Bash"):
         await fleet.call(watch, error=False, name=name)
     prefix = "default/tool/agent_1/2"
-    assert await fleet.keys() == {f"{prefix}/Agent", f"{prefix}/mcp__caller__quote"}
+    assert {key.partition("@")[0] for key in await fleet.keys()} == {
+        f"{prefix}/Agent",
+        f"{prefix}/{QUOTE}",
+    }
+
+
+async def test_two_tools_of_callers_under_one_name_share_no_breaker() -> None:
+    fleet = Fleet(tools=("mcp__caller",), open_seconds=60)
+    agent, grants = {"id": "agent_1", "version": 2}, ToolGrants(offered=("Task",))
+
+    def watch(session: str, description: str) -> ToolWatch:
+        ids = {"run_id": f"r-{session}", "session_id": session}
+        return ToolWatch(fleet.breakers, agent, grants, [quote(description)], **ids)
+
+    for number in range(6):
+        await fleet.call(watch(f"f{number % 3}", "Asks the old desk."), error=True, name=QUOTE)
+    assert not await fleet.call(watch("s", "Asks the old desk."), error=False, name=QUOTE)
+    assert await fleet.call(watch("t", "Asks the new desk."), error=False, name=QUOTE)
 
 
 async def test_a_call_that_waits_for_its_answer_spends_no_try() -> None:

@@ -15,7 +15,7 @@ import pytest
 from ringfence.agent.messages import AgentMessage, Notice, TurnEnded
 from ringfence.channel.messages import WitnessViolated
 from ringfence.errors import RingfenceError, UnavailableError
-from ringfence.model import RunRequest
+from ringfence.model import RunRequest, RunStatus
 from ringfence.policy.compile import compile_policy
 from ringfence.policy.load import load_policy
 from ringfence.sandbox.protocol import Change, ChangeKind, Changes
@@ -189,11 +189,9 @@ def test_who_raises_at_the_last_notice_loses_no_changes(raises: bool) -> None:
     assert one._result().changed_files == (".envrc",)
     assert [record["type"] for record in recorder.records] == ["sandbox.stopped"]
     assert one._control.wish is (Wish.CANCEL if raises else Wish.GO_ON)
-    if raises:
-        with pytest.raises(LookupError, match="theirs"):
-            one._on_message.raise_again()
-    else:
-        one._on_message.raise_again()
+    with pytest.raises(LookupError, match="theirs") if raises else contextlib.nullcontext():
+        with one._on_message:
+            pass
 
 
 def test_who_raises_at_a_violated_witness_does_not_keep_the_run_going() -> None:
@@ -209,9 +207,88 @@ def test_who_raises_at_a_violated_witness_does_not_keep_the_run_going() -> None:
     assert one._outcome.failure is not None
     assert one._outcome.failure.code == "witness-violated"
     assert len(told) == 1
-    with pytest.raises(UnavailableError) as caught:
-        one._on_message.raise_again()
+    with pytest.raises(UnavailableError) as caught, one._on_message:
+        pass
     assert caught.value.code == "host-failed"
+
+
+OURS = UnavailableError("recorder-unavailable", "gone")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "error", "seen"),
+    [
+        (LookupError("theirs"), OURS, LookupError),
+        (LookupError("theirs"), OSError(5, "io"), LookupError),
+        (OSError(28, "full"), OURS, UnavailableError),
+        (None, OURS, UnavailableError),
+        (None, OSError(5, "io"), UnavailableError),
+        (None, LookupError("ours"), LookupError),
+        (None, asyncio.CancelledError(), asyncio.CancelledError),
+    ],
+)
+def test_an_error_of_on_message_is_not_lost_behind_another(
+    theirs: BaseException | None, error: BaseException, seen: type[BaseException]
+) -> None:
+    def hear(message: AgentMessage) -> None:
+        if theirs is not None:
+            raise theirs
+
+    one = attempt(MemoryRecorder(), hear)
+    with pytest.raises(seen) as caught, one._on_message:
+        one._on_message(Notice(kind="x", text=""))
+        raise error
+    raised = caught.value
+    assert (theirs or error) in (raised, raised.__cause__)
+    if theirs is not None:
+        assert raised.__context__ is error
+
+
+def test_who_cancels_sees_it_and_what_on_message_raised_before() -> None:
+    theirs = LookupError("theirs")
+
+    def hear(message: AgentMessage) -> None:
+        raise theirs
+
+    one = attempt(MemoryRecorder(), hear)
+
+    async def run() -> None:
+        with one._on_message:
+            one._on_message(Notice(kind="x", text=""))
+            await asyncio.sleep(30)
+
+    async def cancelled() -> None:
+        task = asyncio.ensure_future(run())
+        await asyncio.sleep(0)
+        task.cancel()
+        await task
+
+    with pytest.raises(asyncio.CancelledError) as caught:
+        asyncio.run(cancelled())
+    assert caught.value.__cause__ is theirs
+
+
+@pytest.mark.parametrize(
+    ("theirs", "status", "code"),
+    [
+        (asyncio.CancelledError(), RunStatus.CANCELLED, "run-interrupted"),
+        (KeyboardInterrupt(), RunStatus.CANCELLED, "run-interrupted"),
+        (LookupError("x"), RunStatus.FAILED, "internal"),
+        (OSError(28, "full"), RunStatus.FAILED, "host-failed"),
+    ],
+)
+def test_a_cancellation_is_recorded_as_one(
+    theirs: BaseException, status: RunStatus, code: str
+) -> None:
+    def hear(message: AgentMessage) -> None:
+        raise theirs
+
+    one = attempt(MemoryRecorder(), hear)
+    one._on_message(Notice(kind="x", text=""))
+    one._outcome.wish = one._control.wish
+    result = one._result()
+    assert result.error is not None
+    assert (result.status, result.error["code"]) == (status, code)
 
 
 def test_a_cancellation_is_not_lost_at_the_end_of_a_lease() -> None:

@@ -325,8 +325,8 @@ class ModelUsed(Message):
 
 
 class GuardWanted(Message):
-    """Notice: a request would leave for an MCP server of the policy, `host:port`, and waits for its
-    `ModelTurn`: by that server's breaker.
+    """Notice: a request would leave for an MCP server of the policy, `host:port` with a digest of
+    its path where it has one, and waits for its `ModelTurn`: by that server's breaker.
     """
 
     type: Literal["guard_wanted"] = "guard_wanted"
@@ -335,7 +335,7 @@ class GuardWanted(Message):
     session_id: str
     tenant: str
     ticket: int
-    server: str = Field(max_length=270)
+    server: str = Field(max_length=280)
 
 
 class GuardUsed(Message):
@@ -347,7 +347,7 @@ class GuardUsed(Message):
     session_id: str
     tenant: str
     ticket: int
-    server: str = Field(max_length=270)
+    server: str = Field(max_length=280)
     ok: bool | None
 
 

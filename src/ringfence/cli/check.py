@@ -72,6 +72,7 @@ def check(
         typer.Option("--attacks", metavar="FILE", help="Probes of your own, beside ours."),
     ] = None,
     output: Output = "table",
+    as_json: Annotated[bool, typer.Option("--json", help="As --output json.")] = False,
     report: Annotated[
         Path | None, typer.Option("--report", metavar="FILE", help="Write a signed report.")
     ] = None,
@@ -87,6 +88,9 @@ def check(
     """
     if context.invoked_subcommand is not None:
         return
+    if as_json and output not in {"table", "json"}:
+        raise typer.BadParameter(f"--json and --output {output} are two ways to print")
+    output = "json" if as_json else output
     with clear_errors(as_json=output in {"json", "sarif"}):
         from ringfence.check.catalogue import catalogue, select
         from ringfence.check.probes.definition import read_attacks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import sqlite3
 import sys
 import traceback
@@ -28,14 +29,50 @@ def print_json(value: Any) -> None:
     sys.stdout.flush()
 
 
+READER_LEFT = 141
+"""Exit status when nobody reads the output any more, as `| head -1` does: 128 and SIGPIPE, as of
+other programs. Not 0, because the answer was cut off, and no status that a command says things by.
+"""
+
+
+def reader_left() -> bool:
+    """Whether it is standard output that broke, and no other pipe."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError, AttributeError):
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+@contextmanager
+def quiet_end() -> Iterator[None]:
+    """End without a word when the reader has left. What is still in the buffer goes nowhere: at the
+    interpreter's end it would fail once more, and say so.
+    """
+    try:
+        yield
+    except BrokenPipeError as error:
+        if not reader_left():
+            known = as_known(error)
+            report(known)
+            raise typer.Exit(known.status) from None
+        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        raise typer.Exit(READER_LEFT) from None
+
+
 @contextmanager
 def clear_errors(*, as_json: bool = False) -> Iterator[None]:
     """Turn an error into its one line and exit status."""
     try:
         yield
-    except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
+    except (typer.Exit, typer.Abort, typer.BadParameter):
         raise
-    except Exception as error:  # noqa: BLE001  no traceback reaches a user
+    except Exception as error:  # no traceback reaches a user
+        if isinstance(error, BrokenPipeError) and reader_left():
+            raise
         known = as_known(error)
         report(known, as_json=as_json)
         raise typer.Exit(known.status) from None

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Self
 
 import typer
 
+from ringfence.config.plain import refuse_plain
 from ringfence.errors import CODES, CallerError, DeniedError, RingfenceError, UnavailableError
 from ringfence.policy import yamldoc
 from ringfence.policy.problems import PolicyInvalidError
@@ -119,7 +120,8 @@ def gateway(url: str) -> Gateway:
     """With the key of the environment.
 
     Raises:
-        CallerError: `usage` without one, or for an address that is none.
+        CallerError: `usage` without one, for an address that is none, or for plain http to another
+            machine.
     """
     key = os.environ.get(KEY, "").strip()
     if not key:
@@ -135,6 +137,7 @@ def gateway(url: str) -> Gateway:
             f"the gateway's address is http://… or https://…, not {url[:64]!r}",
             hint="--url, or RINGFENCE_URL in the environment",
         )
+    refuse_plain(url, os.environ)
     return Gateway(url, key)
 
 
@@ -149,7 +152,18 @@ def refusal(status: int, content: bytes) -> RingfenceError:
     if status >= 500 or status == 429:
         return UnavailableError(code if code in CODES else "gateway-unavailable", message)
     family = DeniedError if status in {401, 403} else CallerError
-    return family(code if code in CODES else "request-invalid", message)
+    code = code if code in CODES else "request-invalid"
+    return family(code, message, hint=_HINTS.get(code, ""))
+
+
+_HINTS = {
+    "session-not-found": "see: ringfence sessions remote list; those of `ringfence run` on this "
+    "host: ringfence sessions list",
+    "agent-not-found": "see: ringfence agents list",
+    "environment-not-found": "see: ringfence environments list",
+    "api-key-invalid": f"set {KEY} to a key of this gateway: ringfence keys create makes one",
+}
+"""Commands that tell, for what a gateway answers: it does not know who asks by which program."""
 
 
 @contextmanager

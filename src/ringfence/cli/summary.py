@@ -11,6 +11,9 @@ from rich.markup import escape
 from ringfence.model import RunResult, RunStatus
 from ringfence.record.safe_text import one_line, printable
 
+_MOST_FILES = 50
+"""Of those that changed; beyond that, those that run later go before the others."""
+
 
 def print_summary(result: RunResult, applied: dict[str, Any] | None, *, said: str = "") -> None:
     """Answer on stdout, unless it is what was `said` there last; patch, cost, record on stderr."""
@@ -47,9 +50,16 @@ def _print_changes(console: Console, result: RunResult, applied: dict[str, Any] 
         return
     console.print(f"[bold]{len(result.changed_files)} file(s) changed[/]")
     host_files = frozenset(result.host_files)
-    for path in result.changed_files:
+    # stable: each half in its order
+    paths = sorted(result.changed_files, key=lambda path: path not in host_files)
+    shown = result.changed_files if len(paths) <= _MOST_FILES else paths[:_MOST_FILES]
+    for path in shown:
         late = " [yellow](runs on your machine later)[/]" if path in host_files else ""
         console.print(f"  {escape(one_line(path))}{late}")
+    if more := len(paths) - len(shown):
+        later = len(host_files.intersection(paths[_MOST_FILES:]))
+        late = f", [yellow]{later} of which run on your machine later[/]" if later else ""
+        console.print(f"  and {more} more{late}")
     if applied is not None:
         console.print(f"[green]applied {len(applied['written'])} file(s)[/]")
         if applied["held"]:

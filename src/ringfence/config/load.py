@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ringfence.config.plain import PLAIN
 from ringfence.config.settings import Config
 from ringfence.errors import CallerError
 
@@ -115,7 +116,7 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 # Read elsewhere, by programs that have no configuration of their own.
-_NOT_SETTINGS = frozenset({"RINGFENCE_LOG", "RINGFENCE_URL", "RINGFENCE_API_KEY"})
+_NOT_SETTINGS = frozenset({"RINGFENCE_LOG", "RINGFENCE_URL", "RINGFENCE_API_KEY", PLAIN})
 
 
 def _scalar(name: str, text: str) -> Any:

@@ -97,7 +97,8 @@ class Exchange(Trying):
 
     async def generic(self, rule: HostRule, host: str, body: bytes) -> None:
         """An allowed host that is terminated."""
-        if not await self._let_to(f"{host}:{rule.port}"):
+        path = self._head.target.partition("?")[0]
+        if not await self._let_to(f"{host}:{rule.port}", path):
             return
         try:
             await self._generic_once(rule, host, body)

@@ -8,6 +8,7 @@ is kept back until its first content. The client waits in silence, as it waits f
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
 import time
 from abc import ABC, abstractmethod
@@ -24,6 +25,7 @@ from ringfence.egress.redact import Redactor
 from ringfence.egress.sandboxes import Leg, SandboxState
 from ringfence.egress.turns import Later, Ticket
 from ringfence.egress.upstream import Upstream
+from ringfence.policy.decide import mcp_server
 
 if TYPE_CHECKING:
     from ringfence.egress.server import Client
@@ -288,23 +290,24 @@ class Trying(ABC):
 
     # MCP servers
 
-    async def _let_to(self, server: str) -> bool:
+    async def _let_to(self, address: str, path: str) -> bool:
         """Whether an allowed host may be asked: an MCP server of the policy that fails for all of a
         tenant is left alone for a while. Refuses by itself.
         """
         state, turns = self._state, self._state.shared.turns
-        if turns is None or server not in state.rules.mcp_servers:
+        server = mcp_server(state.rules, address, path)
+        if turns is None or server is None:
             return True
         ids = {
             "sandbox_id": state.sandbox_id,
             "run_id": state.run_id,
             "session_id": state.session_id,
             "tenant": state.tenant,
-            "server": server,
+            "server": _breaker_of(server, address),
         }
         ticket = await turns.guard(**ids)
-        if ticket is None:
-            self.refuse(503, "mcp-server-shut", "breakers")
+        if isinstance(ticket, str):
+            self.refuse(503, ticket, "breakers")
             return False
         self._say_of_it = lambda ok: turns.guarded(ticket, ok, **ids)
         return True
@@ -435,6 +438,12 @@ class Trying(ABC):
 
     @abstractmethod
     def _settle(self, reason: str) -> None: ...
+
+
+def _breaker_of(server: str, address: str) -> str:
+    """Two servers of one host are told apart by their paths; a path may be long, or a secret."""
+    path = server.removeprefix(address).strip("/")
+    return f"{address}@{hashlib.sha256(path.encode()).hexdigest()[:12]}" if path else address
 
 
 def _answers(status: int) -> bool | None:

@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     from ringfence.egress.sandboxes import Leg
 
 PUT_OFF = "model-put-off"
+SERVER_SHUT, UNANSWERED = "mcp-server-shut", "breakers-unanswered"
+GUARD_SECONDS = 20.0
+"""A worker's store gives up after five, and then the worker says no itself. Who has said nothing
+for longer hangs, and its sandboxes' requests would be held for as long as their clients like.
+"""
 _HEADERS = (b"anthropic-ratelimit-", b"retry-after")
 _MOST_HEADERS, _LONGEST_HEADER = 32, 64
 
@@ -55,6 +60,7 @@ class Turns:
 
     Attributes:
         limited: whether a provider's 429 shuts a lane, where the next try then waits.
+        guard_seconds: for a worker's word on an MCP server.
     """
 
     def __init__(
@@ -63,8 +69,10 @@ class Turns:
         *,
         limited: bool = True,
         patience: Patience = Patience(),  # noqa: B008  frozen
+        guard_seconds: float = GUARD_SECONDS,
     ) -> None:
         self._notify, self.limited, self.patience = notify, limited, patience
+        self._guard_seconds = guard_seconds
         self._asked: dict[int, asyncio.Future[ModelTurn]] = {}
         self._slots: dict[str, set[int]] = {}
         self._held: dict[int, tuple[str, int]] = {}
@@ -129,9 +137,9 @@ class Turns:
             return Later(wait=turn.wait, spent=turn.leg if turn.spent else None)
         return turn.reason or "model-refused"
 
-    async def guard(self, **ids: str) -> int | None:
-        """Wait for an MCP server's breaker: a ticket, of which `guarded` says what came; None when
-        it is shut. `ids` are those of `GuardWanted`.
+    async def guard(self, **ids: str) -> int | str:
+        """Wait for an MCP server's breaker: a ticket, of which `guarded` says what came, or the tag
+        of a refusal. `ids` are those of `GuardWanted`.
         """
         self._number = number = self._number + 1
         answer: asyncio.Future[ModelTurn] = asyncio.get_running_loop().create_future()
@@ -139,13 +147,16 @@ class Turns:
         self._notify(GuardWanted(ticket=number, **ids))
         turn: ModelTurn | None = None
         try:
-            turn = await answer
+            async with asyncio.timeout(self._guard_seconds):
+                turn = await answer
+        except TimeoutError:
+            return UNANSWERED
         finally:
             del self._asked[number]
             if turn is None:
-                # it may have been let through in the moment in which its client went away
+                # it may have been let through in the moment in which nobody waited any more
                 self.guarded(number, None, **ids)
-        return number if turn.go else None
+        return number if turn.go else SERVER_SHUT
 
     def guarded(self, ticket: int, ok: bool | None, **ids: str) -> None:  # noqa: FBT001
         """What came of it."""

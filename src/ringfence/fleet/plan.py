@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from ringfence.config.plain import PLAIN
+
 STEADY_SECONDS = 10.0
 """Whoever served so long could live: its next pause is the first again."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 30.0
@@ -84,7 +86,7 @@ _BEGUN = ("LC_", "XDG_", "PYTHON", "LD_", "MALLOC_", "SSL_CERT_", "PG", "KRB5", 
 """What a program of the host's finds its way by, what PostgreSQL's client reads, our settings. The
 rest of the caller's environment no member needs; whose keys are in it nobody here can know.
 """
-_CALLERS = frozenset({"RINGFENCE_URL", "RINGFENCE_API_KEY"})
+_CALLERS = frozenset({"RINGFENCE_URL", "RINGFENCE_API_KEY", PLAIN})
 """Of whoever asks a gateway."""
 _WORKERS_ALONE = frozenset(
     {

@@ -128,8 +128,12 @@ class Turns:
         """All that waits, up to a number. Raises what kept all of them from it: that the file was
         not to be had. An error of an act is its own.
         """
+        # who has left goes first: what fails for the others is no reason to try again for him
+        self._line = deque(each for each in self._line if not each.done.done())
+        going = list(self._line)[:_MOST]
+        if not going:
+            return
         self._db.execute("BEGIN IMMEDIATE")
-        going = [each for each in list(self._line)[:_MOST] if not each.done.done()]
         try:
             results = [each.work(self._db) for each in going]
             self._db.execute("COMMIT")
@@ -139,9 +143,8 @@ class Turns:
                 raise
             self._apart(going)
             return
-        for _ in range(min(_MOST, len(self._line))):
-            self._line.popleft()
         for each, result in zip(going, results, strict=True):
+            self._line.popleft()
             each.done.set_result(result)
 
     def _apart(self, going: list[_Waiting]) -> None:

@@ -317,7 +317,7 @@ def _egress(document: PolicyDocument, grants: ToolGrants) -> EgressRules:
         ),
         mcp_servers=tuple(
             sorted(
-                f"{address[0]}:{address[1]}"
+                f"{address[0]}:{address[1]}{address[2]}"
                 for server in grants.mcp_servers
                 if (address := document.tools.mcp_servers[server.name].address)
             )

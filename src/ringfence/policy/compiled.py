@@ -197,7 +197,8 @@ class EgressRules:
 
     Attributes:
         blocked_ports: denied whatever `hosts` says: deny wins.
-        mcp_servers: `host:port` of those that are reached: each has a breaker.
+        mcp_servers: `host:port/path` of those that are reached, the path as their URL has it: each
+            has a breaker.
         max_connections: at once. max_body_mb: of one request. max_bytes_mb: sent out per run.
         max_audit_records: quota of requirement K; past it, denials are coalesced.
     """

@@ -42,6 +42,21 @@ def host_rule(rules: EgressRules, host: str, port: int) -> HostRule | None:
     return min(found, key=lambda rule: rule.host.startswith("*."), default=None)
 
 
+def mcp_server(rules: EgressRules, address: str, path: str) -> str | None:
+    """Which of `rules.mcp_servers` a request is for, `address` being `host:port`: that of the
+    longest path that `path` is below. One that is below none, as to where a server's logins are, is
+    the first's at that address; None where there is none.
+    """
+    found = [each for each in rules.mcp_servers if each == address or _below(each, address)]
+    full = address + path.rstrip("/") + "/"
+    longest = [each for each in found if full.startswith(each.rstrip("/") + "/")]
+    return max(longest, key=len, default=min(found, default=None))
+
+
+def _below(server: str, address: str) -> bool:
+    return server.startswith(f"{address}/")
+
+
 def decide_host(rules: EgressRules, host: str, port: int) -> Decision:
     """Whether tools may reach `host` at `port`. The host must be in normal form already.
 

@@ -341,13 +341,13 @@ class McpServerGrant(Section):
         return self
 
     @property
-    def address(self) -> tuple[str, int] | None:
-        """Host and port of the URL."""
+    def address(self) -> tuple[str, int, str] | None:
+        """Host, port and path of the URL."""
         if self.url is None:
             return None
-        authority = self.url[len("https://") :].partition("/")[0]
+        authority, slash, path = self.url[len("https://") :].partition("/")
         host, _, port = authority.partition(":")
-        return host, int(port or 443)
+        return host, int(port or 443), slash + path
 
 
 class Tools(Section):

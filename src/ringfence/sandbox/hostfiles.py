@@ -167,13 +167,14 @@ MAX_LOOKED = 50_000
 other runs.
 """
 
-_MAX_PATH = 1024
-"""Characters. The patterns try each folder of a path, in a time that grows with its square; no
-repository has such a path, and an agent may make a hundred thousand of 4095.
+_MAX_PATH, _MAX_FOLDERS = 1024, 64
+"""Characters, and folders. Each pattern tries each folder of a path, and some read on from there to
+its end; no repository has such a path, and an agent may make a hundred thousand of them.
 """
 
 _UNREAD = "not looked at, the run changed so many files: it may be one that runs later"
 _TOO_LONG = "its path is too long to be looked at: it may be one that runs later"
+_BACKSLASH = "Windows takes the backslash for a folder's end: it may lead anywhere there"
 _REPOSITORY = "git takes the folder for a repository, and obeys its config and hooks"
 
 
@@ -230,9 +231,12 @@ def _folded(name: str) -> str:
 
 def _unnamed(path: str, repositories: frozenset[str]) -> str:
     """Why it is held whatever its name says; empty when it is not."""
-    if len(path) > _MAX_PATH:
+    if len(path) > _MAX_PATH or path.count("/") > _MAX_FOLDERS:
         return _TOO_LONG
-    return "" if repositories.isdisjoint(_above(path)) else _REPOSITORY
+    # whatever it would be called there: `.git\\config` is one, and `..\\x` lies outside
+    if "\\" in path:
+        return _BACKSLASH
+    return _REPOSITORY if repositories and not repositories.isdisjoint(_above(path)) else ""
 
 
 def _above(path: str) -> Iterator[str]:

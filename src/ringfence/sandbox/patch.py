@@ -7,24 +7,23 @@ No program is run, least of all git in a tree that an agent wrote.
 from __future__ import annotations
 
 import base64
-import difflib
 import hashlib
 import re
 import zlib
 from collections.abc import Iterator
 
+from ringfence.sandbox.linediff import Opcode, Work, groups
 from ringfence.sandbox.protocol import Change, Changes
 
 _LINK = 0o120000
-_MAX_DIFF_LINES = 20_000
-_MAX_DIFF_WORK = 40_000_000
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_./@+,=~%^:;!#$&()\[\]{}'\- ]+\Z")
 _NO_NEWLINE = b"\\ No newline at end of file\n"
 
 
-def render(changes: Changes) -> bytes:
-    """The patch; empty when nothing changed."""
-    return b"".join(_render_one(part) for change in changes.items for part in _split(change))
+def render(changes: Changes, *, most: int | None = None) -> bytes:
+    """The patch; empty when nothing changed. `most`: of so many changes, the first; None is all."""
+    work, items = Work(), changes.items[:most]
+    return b"".join(_render_one(part, work) for change in items for part in _split(change))
 
 
 def _split(change: Change) -> Iterator[Change]:
@@ -43,7 +42,7 @@ def _with(change: Change, **fields: object) -> Change:
     return replace(change, **fields)  # type: ignore[arg-type]
 
 
-def _render_one(change: Change) -> bytes:
+def _render_one(change: Change, work: Work) -> bytes:
     old, new = _name("a/", change.path), _name("b/", change.path)
     lines = [b"diff --git %b %b\n" % (old, new)]
     if not change.old_mode:
@@ -59,12 +58,12 @@ def _render_one(change: Change) -> bytes:
         lines.append(_index(change, before, after))
         return b"".join(lines)
     lines.append(_index(change, before, after))
-    if b"\x00" in before or b"\x00" in after:
+    if not _as_text(before, after, work):
         lines.append(_binary(before, after))
     else:
         lines.append(b"--- %b\n" % (old if change.old_mode else b"/dev/null"))
         lines.append(b"+++ %b\n" % (new if change.mode else b"/dev/null"))
-        lines += _hunks(before, after)
+        lines += _hunks(before, after, work)
     return b"".join(lines)
 
 
@@ -106,36 +105,19 @@ def _lines(data: bytes) -> list[bytes]:
     return [*lines, parts[-1]] if parts[-1] else lines
 
 
-def _hunks(before: bytes, after: bytes) -> list[bytes]:
+def _hunks(before: bytes, after: bytes, work: Work) -> list[bytes]:
     old, new = _lines(before), _lines(after)
-    start = 0
-    while start < min(len(old), len(new)) and old[start] == new[start]:
-        start += 1
-    end = 0
-    while end < min(len(old), len(new)) - start and old[-1 - end] == new[-1 - end]:
-        end += 1
-    # difflib is quadratic on lines that agree a lot: past a cap one hunk replaces the middle
-    middle_old, middle_new = old[start : len(old) - end], new[start : len(new) - end]
-    work = len(middle_old) * len(middle_new)
-    if max(len(middle_old), len(middle_new)) > _MAX_DIFF_LINES or work > _MAX_DIFF_WORK:
-        codes = [("replace", start, len(old) - end, start, len(new) - end)]
-        groups = [[("equal", max(0, start - 3), start, max(0, start - 3), start), *codes]]
-        tail = min(3, end)
-        groups[0].append(
-            ("equal", len(old) - end, len(old) - end + tail, len(new) - end, len(new) - end + tail)
-        )
-    else:
-        matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
-        groups = list(matcher.get_grouped_opcodes(3))
-    out: list[bytes] = []
-    for group in groups:
-        out += _hunk(group, old, new)
-    return out
+    return [line for group in groups(old, new, work) for line in _hunk(group, old, new)]
 
 
-def _hunk(
-    group: list[tuple[str, int, int, int, int]], old: list[bytes], new: list[bytes]
-) -> Iterator[bytes]:
+def _as_text(before: bytes, after: bytes, work: Work) -> bool:
+    """Whether it is shown in lines. So many lines that nobody reads them are not: each would be an
+    object here, and an agent can have half a thousand million.
+    """
+    return b"\x00" not in before and b"\x00" not in after and work.read(before, after)
+
+
+def _hunk(group: list[Opcode], old: list[bytes], new: list[bytes]) -> Iterator[bytes]:
     first, last = group[0], group[-1]
     yield b"@@ -%b +%b @@\n" % (_range(first[1], last[2]), _range(first[3], last[4]))
     for tag, i1, i2, j1, j2 in group:
@@ -182,13 +164,14 @@ def _literal(data: bytes) -> bytes:
 
 
 def summary(changes: Changes) -> tuple[int, int, int]:
-    """(files, lines added, lines removed); binary files count no lines."""
+    """(files, lines added, lines removed); what the patch has as binary counts no lines."""
     added = removed = 0
+    work = Work()
     for change in changes.items:
         before, after = change.before or b"", change.after or b""
-        if b"\x00" in before or b"\x00" in after:
+        if before == after or not _as_text(before, after, work):
             continue
-        for line in _hunks(before, after) if before != after else ():
+        for line in _hunks(before, after, work):
             added += line.startswith(b"+")
             removed += line.startswith(b"-")
     return len(changes.items), added, removed

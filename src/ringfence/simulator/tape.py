@@ -25,6 +25,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from ringfence.config.plain import refuse_plain
 from ringfence.errors import CallerError
 from ringfence.simulator.script import outline
 from ringfence.simulator.wire import error_body
@@ -58,10 +59,12 @@ def recording(tape: Path, upstream: str) -> Starlette:
     """Passes requests on, and appends each exchange to the tape (0600).
 
     Raises:
-        CallerError: `usage` when the tape cannot be written or the upstream is no URL.
+        CallerError: `usage` when the tape cannot be written, the upstream is no URL, or is asked
+            over plain http on another machine: credentials pass by here.
     """
     if not upstream.startswith(("https://", "http://")):
         raise CallerError("usage", "--upstream is an http or https URL")
+    refuse_plain(upstream, os.environ)
     try:
         os.close(_open(tape))
     except OSError as error:
@@ -93,6 +96,16 @@ def _kept(name: str) -> bool:
     return name.lower() in _KEPT or name.lower().startswith(_KEPT_PREFIX)
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an answer: followed, it would carry the caller's key wherever it says."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """See urllib: none is made."""
+
+
+_DIRECT = urllib.request.build_opener(_NoRedirect)
+
+
 def _send(upstream: str, request: Request, body: bytes) -> Any:
     """The upstream's answer with its body unread, or what went wrong."""
     url = upstream.rstrip("/") + request.url.path
@@ -103,7 +116,7 @@ def _send(upstream: str, request: Request, body: bytes) -> Any:
         url, data=body or None, headers=sent, method=request.method
     )
     try:
-        return urllib.request.urlopen(outgoing, timeout=_TIMEOUT)  # noqa: S310
+        return _DIRECT.open(outgoing, timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
         return error
     except (OSError, http.client.HTTPException) as error:

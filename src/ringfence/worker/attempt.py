@@ -35,7 +35,7 @@ from ringfence.worker.control import RunControl, Wish
 from ringfence.worker.deferring import pending_tool_uses
 from ringfence.worker.driving import Driving
 from ringfence.worker.egressdir import EgressDirectory
-from ringfence.worker.ends import broken_off, differed, ended
+from ringfence.worker.ends import cut_off, differed, ended
 from ringfence.worker.ids import new_id
 from ringfence.worker.leases import heartbeat
 from ringfence.worker.live import Hold, Inside, Live
@@ -116,6 +116,10 @@ class Attempt:
                 host that cannot.
             BaseException: what `on_message` raised, once the run's end and changes are kept.
         """
+        with self._on_message:
+            return await self._run()
+
+    async def _run(self) -> RunResult:
         station = self._station
         check(self._request, self._stated, state_dir=station.config.state_dir)
         self._stated = pinned(self._stated, station.config.state_dir)
@@ -141,15 +145,12 @@ class Attempt:
         except BaseException as error:
             # cancelled by whoever called, or a fault of ours: the record still gets its end
             if self._begun:
-                self._outcome.fail(broken_off(error))
+                cut_off(error, self._outcome, self._control)
                 await to_the_end(self._settle(directory))
             else:
                 shutil.rmtree(directory.path, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise broken_off(error) from error
             raise
         result = await self._settle(directory)
-        self._on_message.raise_again()
         if self._sandbox is None and self._outcome.failure is not None:
             raise self._outcome.failure
         return result

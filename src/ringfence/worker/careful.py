@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 from ringfence.agent.messages import AgentMessage
 from ringfence.worker.control import RunControl
-from ringfence.worker.ends import broken_off
+from ringfence.worker.ends import broken_off, cut_off
 from ringfence.worker.outcome import Outcome
 from ringfence.worker.station import OnMessage
 
 
 class Careful:
     """Calls it until it raises. Then the run is cancelled and has failed, and it is called no more;
-    what it raised waits until the sandbox is stopped and its changes are taken.
+    what it raised waits until the sandbox is stopped and its changes are taken: for the end of the
+    block that this is the context of.
 
     It is called where a notice of egress ends a run, and where a sandbox is stopped: an exception
     would pass over the rest of either.
@@ -29,12 +32,24 @@ class Careful:
             self._on_message(message)
         except BaseException as error:  # noqa: BLE001  whatever it is, it is raised again
             self._error = error
-            self._outcome.fail(broken_off(error))
+            cut_off(error, self._outcome, self._control)
             self._control.cancel()
 
-    def raise_again(self) -> None:
-        """What it raised, if it did; a fault of the system as `host-failed`."""
-        if isinstance(self._error, OSError):
-            raise broken_off(self._error) from self._error
-        if self._error is not None:
-            raise self._error
+    def __enter__(self) -> Self:
+        """Around the whole run, its end and all."""
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """Raise what it raised, and what broke the run off after that stands behind it. But a
+        cancellation must be seen by who cancelled: then it is the cause. A fault of the system is
+        `host-failed`, whoever met it.
+        """
+        theirs = self._error
+        if theirs is not None and (error is None or isinstance(error, Exception)):
+            if isinstance(theirs, OSError):
+                raise broken_off(theirs) from theirs
+            raise theirs
+        if isinstance(error, OSError):
+            raise broken_off(error) from error
+        if error is not None and theirs is not None:
+            error.__cause__ = theirs

@@ -6,19 +6,28 @@ import asyncio
 from collections.abc import Mapping
 
 from ringfence.agent.claims import differs
-from ringfence.errors import AgentError, RingfenceError, UnavailableError, words
+from ringfence.errors import RingfenceError, UnavailableError, words
 from ringfence.model import RunResult, RunStatus, Usage
 from ringfence.record.events import RunEnded, UsageDiffered
+from ringfence.worker.control import RunControl
 from ringfence.worker.outcome import Outcome
 
 
 def broken_off(error: BaseException) -> RingfenceError:
     """The reason in the record, for an error that has no code."""
-    if isinstance(error, asyncio.CancelledError):
-        return AgentError("run-interrupted", "the run was cancelled by its caller")
     if isinstance(error, OSError):
         return UnavailableError("host-failed", words(error))
     return UnavailableError("internal", f"{type(error).__name__} in the worker")
+
+
+def cut_off(error: BaseException, outcome: Outcome, control: RunControl) -> None:
+    """An exception ends a run: as cancelled, where it says that somebody wants the end, and
+    otherwise as failed.
+    """
+    if isinstance(error, asyncio.CancelledError | KeyboardInterrupt):
+        control.cancel()
+    else:
+        outcome.fail(broken_off(error))
 
 
 def differed(outcome: Outcome, metered: Usage, ids: Mapping[str, str]) -> UsageDiffered | None:

@@ -12,8 +12,10 @@ from collections.abc import Awaitable, Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from ringfence.agent.messages import AgentMessage, ToolEnded, ToolResult, ToolStarted
+from ringfence.agent.pending import wire_name
 from ringfence.channel.messages import GuardUsed, GuardWanted, ModelTurn
 from ringfence.limits.breaker import Admission
+from ringfence.model import CustomTool
 from ringfence.policy.compiled import McpServer, ToolGrants
 from ringfence.policy.tools import canonical_tool, mcp_parts
 from ringfence.worker.breakers import Breakers, probe_name
@@ -76,9 +78,9 @@ class Guards:
 
 
 def tool_watch(
-    breakers: Breakers | None, turn: Turn, grants: ToolGrants, custom: Collection[str] = ()
+    breakers: Breakers | None, turn: Turn, grants: ToolGrants, custom: Collection[CustomTool] = ()
 ) -> ToolWatch:
-    """Of a turn's attempt; `custom` are wire names of the tools that its caller executes."""
+    """Of a turn's attempt; `custom` are the tools that its caller executes."""
     ids = {"run_id": turn.run_id, "session_id": turn.session_id}
     return ToolWatch(breakers, turn.agent, grants, custom, **ids)
 
@@ -98,12 +100,13 @@ class ToolWatch:
         breakers: Breakers | None,
         agent: dict[str, Any],
         grants: ToolGrants,
-        custom: Collection[str] = (),
+        custom: Collection[CustomTool] = (),
         **ids: str,
     ) -> None:
         self._breakers, self._ids = breakers, ids
         self._prefix = f"tool/{agent.get('id')}/{agent.get('version')}"
-        self._offered = frozenset((*grants.offered, *custom))
+        self._custom = {wire_name(tool.name): _digest_of_custom(tool) for tool in custom}
+        self._offered = frozenset((*grants.offered, *self._custom))
         self._servers = {server.name: _digest(server) for server in grants.mcp_servers}
         self._session = ids.get("session_id") or ids.get("run_id", "")
         self._names: dict[str, str] = {}
@@ -160,10 +163,11 @@ class ToolWatch:
 
     def _key(self, name: str) -> str:
         """By the server, too: policies that differ by worker, or change while workers run, give one
-        name to several, and who is sent to a broken one shuts nothing for those who are not.
+        name to several, and who is sent to a broken one shuts nothing for those who are not. So do
+        sessions, which may have custom tools of their own under a name of the agent's.
         """
         parts = mcp_parts(name)
-        digest = self._servers.get(parts[0]) if parts else None
+        digest = self._custom.get(name) or (self._servers.get(parts[0]) if parts else None)
         return f"{self._prefix}/{name}" + (f"@{digest}" if digest else "")
 
     def _counts(self, breakers: Breakers, name: str) -> bool:
@@ -210,6 +214,11 @@ def _digest(server: McpServer) -> str:
     """Of where it is; of its environment the names, as values may be secrets."""
     about = [server.url, server.command, [name for name, _ in server.environment]]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:12]
+
+
+def _digest_of_custom(tool: CustomTool) -> str:
+    about = json.dumps([tool.description, tool.input_schema], sort_keys=True)
+    return hashlib.sha256(about.encode()).hexdigest()[:12]
 
 
 def _hashed(text: str) -> str:

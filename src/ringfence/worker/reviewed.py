@@ -28,11 +28,12 @@ class Reviewed:
     @property
     def notices(self) -> Iterator[Notice]:
         """What a person has to know of it beside."""
-        over = len(self.changes.items) - MAX_LOOKED
+        over = _over(self.changes)
         if over > 0:
             text = (
-                f"the run changed {len(self.changes.items)} files: the last {over} were not looked "
-                "at, and count as files that run later; `ringfence patch` looks at all of them"
+                f"the run changed {len(self.changes.items)} files: the last {over} are not in its "
+                "patch and were not looked at, and count as files that run later; `ringfence "
+                "patch` shows and looks at all of them"
             )
             yield Notice(kind="host_files_unread", text=text)
 
@@ -46,8 +47,19 @@ def reviewed(changes: Changes) -> Reviewed:
     """Look at them. Takes as long as many changes take: never on the event loop."""
     return Reviewed(
         changes=changes,
-        patch=render(changes),
+        patch=render(changes, most=MAX_LOOKED),
         changed_files=tuple(change.path for change in changes.items),
         host_files=tuple(file.path for file in host_files(changes, most=MAX_LOOKED)),
-        left_out=tuple(f"{path}: {reason}" for path, reason in changes.refused),
+        left_out=tuple(_left_out(changes)),
     )
+
+
+def _over(changes: Changes) -> int:
+    return max(0, len(changes.items) - MAX_LOOKED)
+
+
+def _left_out(changes: Changes) -> Iterator[str]:
+    # first: whoever hands the patch on must not take it for whole
+    if over := _over(changes):
+        yield f"the last {over} changed files: too many for the patch; `ringfence patch` has them"
+    yield from (f"{path}: {reason}" for path, reason in changes.refused)

@@ -340,7 +340,9 @@ class _Work:
         self._ended: TurnEnded | None = None
         self._put_off: RunPutOff | None = None
         self._over = False
-        self._tools = tool_watch(handler.station.breakers, turn, plan.policy.tools, custom)
+        self._tools = tool_watch(
+            handler.station.breakers, turn, plan.policy.tools, request.custom_tools
+        )
         self._telling = Telling(handler.database, turn, broken=self._control.cancel)
         self._telling.put(lost)
 
