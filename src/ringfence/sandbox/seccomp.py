@@ -8,12 +8,12 @@ forgets them is no filter (seccomp(2), "Caveats").
 Ruled by argument: clone without any namespace flag; clone3 is ENOSYS, because its flags lie in
 memory that a filter cannot read and libc then falls back to clone; sockets of the unix, inet,
 inet6 and netlink-route families only (no vsock, packet, alg, xdp), inet ones that are streams or
-datagrams of TCP and UDP only, pairs of the unix family only; ioctl without what types into the host's terminal (TIOCSTI,
-TIOCLINUX: CVE-2017-5226, CVE-2023-28100) or has the kernel load a module for whoever asks (line
-disciplines: CVE-2017-2636; bridges, VLANs); mknod of FIFOs and plain files; personality only where
-it asks or sets the plain one (no READ_IMPLIES_EXEC, no ADDR_NO_RANDOMIZE). io_setup is ENOSYS: of
-asynchronous contexts the whole host has one number (fs.aio-max-nr), which no control group counts,
-and one sandbox could take all that its databases and machines need.
+datagrams of TCP and UDP only, pairs of the unix family only; ioctl without what types into the
+host's terminal (TIOCSTI, TIOCLINUX: CVE-2017-5226, CVE-2023-28100) or has the kernel load a module
+for whoever asks (line disciplines: CVE-2017-2636; bridges, VLANs); mknod of FIFOs and plain files;
+personality only where it asks or sets the plain one (no READ_IMPLIES_EXEC, no ADDR_NO_RANDOMIZE).
+io_setup is ENOSYS: of asynchronous contexts the whole host has one number (fs.aio-max-nr), which
+no control group counts, and one sandbox could take all that its databases and machines need.
 
 A family or protocol that no filter names would be looked for among the kernel's modules, without
 any privilege: sctp, dccp and tipc have been roads to root before. So would a type: dccp answers to

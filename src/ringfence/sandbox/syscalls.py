@@ -17,4 +17,4 @@ RULED = frozenset(
         "io_setup",
     }
 )
-"""Not allowed as such: `seccomp.py` looks at their arguments, or says that there is no such call."""
+"""Not allowed as such: `seccomp.py` looks at their arguments, or says that there is none."""
