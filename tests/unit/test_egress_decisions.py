@@ -242,6 +242,12 @@ def test_with_a_credential_headers_are_an_allowlist_each_way() -> None:
     assert out(plain) == {b"accept", b"mcp-session-id"}
     assert out(rule) == {b"accept", b"mcp-session-id", b"x-out"}
     assert out(HostRule(host="api.test"), None) >= {b"x-out", b"x-in", b"x-own"}
+    # slices of an answer that echoes the credential: none holds enough of it to be found
+    sliced = head("GET / HTTP/1.1", "Range: bytes=0-9", 'If-Range: "e"')
+    files = HostRule(host="api.test", credential="c", request_headers=("range", "if-range"))
+    for granted, injected, kept in ((plain, own, 0), (files, own, 2), (plain, None, 2)):
+        lines = headers.request_headers(sliced, injected=injected, rule=granted)
+        assert len([name for name, _ in lines if name in {b"range", b"if-range"}]) == kept
     answered = [
         *((b"content-type", b"a"), (b"total", b"1"), (b"set-cookie", b"s")),
         *((b"x-auth-token", b"new"), (b"x-api-key", b"new")),

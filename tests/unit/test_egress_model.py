@@ -117,6 +117,14 @@ def test_what_is_refused_passes_when_granted(tag: str) -> None:
         content({"type": "document", "source": {"type": "base64", "data": "", "file_id": "file_1"}}),
         content({"type": "image", "url": "https://x.example"}),
         content({"type": "tool_result", "tool_use_id": "t", "content": [{"type": "image", "file_id": "file_1"}]}),
+        content({"type": "text", "text": "x", "URL": "https://x.example"}),
+        content({"type": "text", "text": "x", "Type": "image", "Source": "https://x.example"}),
+        content({"type": "text", "text": "x", "file\u005f\u0131d": "f"}),
+        content({"type": "tool_addition", "tool": {"type": "tool_reference", "name": "Bash", "definition": {"type": "web_search_20250305", "name": "w"}}}),
+        content({"type": "tool_addition", "tool": {"type": "tool_reference", "name": "Bash", "Name": "WebFetch"}}),
+        body(stream=1),
+        body(stream="true"),
+        body(stream=None),
     ],
 )  # fmt: skip
 def test_ways_out_through_the_api_are_refused(request_body: dict[str, Any]) -> None:

@@ -336,6 +336,37 @@ def test_what_an_upstream_echoes_is_found_in_its_usual_spellings(
     assert needles.named(b"x-" + secret.lower())
 
 
+_LONG_KEY = b"sk-ant-api03-0123456789abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.mark.parametrize("shown", [24, 30, len(_LONG_KEY) - 1])
+@pytest.mark.parametrize("after", [b"", b'..."}', b" and more"])
+def test_a_value_that_is_cut_short_does_not_show(shown: int, after: bytes) -> None:
+    """Who pads a request chooses where a server cuts the echo of it."""
+    for secret in (_LONG_KEY, b"eyJhbGciOiJIUzI1NiJ9." + _LONG_KEY):
+        begun = secret[: len(secret) - len(_LONG_KEY) + shown]
+        needles = Needles(spellings(secret))
+        for cut, whole in ((begun, b""), (base64.b64encode(begun)[:-4], secret)):
+            echoed = b"bad key: " + whole + cut + after
+            for size in (1, 7, 1000):
+                redactor = Redactor(lambda needles=needles: needles)  # type: ignore[misc]
+                parts = [redactor.feed(echoed[i : i + size]) for i in range(0, len(echoed), size)]
+                out = b"".join(parts) + redactor.end()
+                assert cut[:44] not in out
+                assert out.startswith(b"bad key: " + MARK)
+                assert out.endswith(after)
+            assert needles.cut_short(echoed) != echoed
+
+
+def test_a_text_that_begins_like_a_value_passes() -> None:
+    needles = Needles([_LONG_KEY, b"eyJhbGciOiJIUzI1NiJ9." + _LONG_KEY, b"short-0123456789"])
+    text = (
+        b"keys are sk-ant-api03-..., tokens eyJhbGciOiJIUzI1NiJ9.eyJpc3MiOiJvdGhlciJ9.c, short-0123"
+    )
+    redactor = Redactor(lambda: needles)
+    assert redactor.feed(text) + redactor.end() == text
+
+
 def test_redaction_holds_nothing_back_without_need() -> None:
     redactor = Redactor(lambda: Needles([b"sk-ant-SECRET"]))
     assert redactor.feed(b"data: hello\n\n") == b"data: hello\n\n"

@@ -65,6 +65,74 @@ def test_many_changes_hide_no_file() -> None:
     assert whole.left_out == ()
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(f".g{one}it/config" for one in "\u00ad\u034f\u180b\u3164\ufe0f\uffa0\U000e0100"),
+        *(
+            ".gitcon\ufb01g",
+            "Jenkins\ufb01le",
+            ".\u017f\u017fh/config",
+            ".bash_pro\ufb01le",
+            ".E\u00adnvrc",
+        ),
+    ],
+)
+def test_what_a_file_system_with_casefold_reads_otherwise_hides_nothing(path: str) -> None:
+    """ext4, f2fs and tmpfs compare names decomposed, folded whole, and without what is ignorable."""
+    found = classify(added(path))
+    assert found is not None
+    assert found.held
+
+
+@pytest.mark.parametrize(
+    "path", ["r\u00e9sum\u00e9.txt", "\u4f60.md", "na\u00efve/\ufb01le.py", "\U0001f600.md"]
+)
+def test_names_in_other_letters_are_names(path: str) -> None:
+    assert classify(added(path)) is None
+
+
+HELD = """
+    CODEOWNERS docs/CODEOWNERS action.yml a/action.yaml .github/hooks/x.json .github/skills/x/SKILL.md
+    .gitlab/ci/x.yml .build.yml .builds/x.yml .zuul.yaml zuul.d/x.yaml .readthedocs.yaml codemagic.yaml bitrise.yml
+    wercker.yml .azuredevops/x.yml .pipelines/x.yml .harness/x.yaml .pdbrc sub/.pdbrc .ocamlinit .byebugrc
+    ipython_config.py jupyter_server_config.json .ycm_extra_conf.py .clangd .gitpod.yml .replit .codesandbox/tasks.json
+    .idx/dev.nix .project .externalToolBuilders/x.launch nbproject/project.xml .venv/bin/python a/venv/bin/python3.12
+    .venv/Scripts/activate.bat .claude-plugin/plugin.json .openhands/setup.sh .rules .roomodes WARP.md .htaccess
+    .user.ini .autoenv.zsh .devbox/x .flox/env/manifest.toml .direnv/bin/x .local.vimrc .lazy.lua .neoconf.json .kakrc
+    _FOSSIL_ .fslckout .p4config .config/git/config .config/nvim/init.lua .config/direnv/direnvrc
+"""
+ADVICE = """
+    conf.py docs/conf.py mkdocs.yml .luacheckrc .rubocop.yml pytest.toml phpunit.xml.dist renovate.json netlify.toml
+    node_modules/.bin/tsc .terraform/providers/x git.exe make.bat a/x.ps1 tools/bazel devbox.json project.clj stack.yaml
+    x.xcodeproj/project.pbxproj
+"""
+PLAIN = """
+    transaction.yml reaction.yaml docs/codeowners.md bin/tool scripts/deploy.sh env/scripts/x.sh src/python.py
+    my.project rules rules.md builds/x.yml pipelines/x.yml gitlab/x.yml harness/x.py zuul/x configure.py my_conf.py x.exe.txt
+    replit.md bin/pythonista/x ona/x
+"""
+
+
+@pytest.mark.parametrize("path", HELD.split())
+def test_what_runs_by_itself_is_held(path: str) -> None:
+    found = classify(added(path))
+    assert found is not None
+    assert found.held
+
+
+@pytest.mark.parametrize("path", ADVICE.split())
+def test_what_a_person_starts_is_named(path: str) -> None:
+    found = classify(added(path))
+    assert found is not None
+    assert not found.held
+
+
+@pytest.mark.parametrize("path", PLAIN.split())
+def test_what_is_called_nearly_so_is_neither(path: str) -> None:
+    assert classify(added(path)) is None
+
+
 def test_a_path_too_long_to_be_looked_at_is_held() -> None:
     long, deep = "a" * 1024, "a/" * 64 + "b"
     assert classify(added(long)) is None

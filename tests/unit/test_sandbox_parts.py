@@ -89,6 +89,7 @@ def test_the_filter(machine: str) -> None:
     ):
         assert verdict(machine, calls["clone"], flag | 17) == EPERM
     assert verdict(machine, calls["clone3"]) == ENOSYS
+    assert verdict(machine, calls["io_setup"]) == ENOSYS
     for family in (1, 2, 10):
         assert verdict(machine, calls["socket"], family, 1, 0) == ALLOW
     assert verdict(machine, calls["socket"], 16, 3, 0) == ALLOW
@@ -99,6 +100,11 @@ def test_the_filter(machine: str) -> None:
             assert verdict(machine, calls["socket"], family, 1, protocol) == ALLOW
         for protocol in (1, 33, 132, 136, 255, 262):
             assert verdict(machine, calls["socket"], family, 1, protocol) == EPROTONOSUPPORT
+        for kind in (1, 2, 1 | 0o2000000, 2 | 0o4000):
+            assert verdict(machine, calls["socket"], family, kind, 0) == ALLOW
+        # 6 alone has the kernel load dccp, and 5 and 10 are looked for
+        for kind in (0, 3, 4, 5, 6, 10, 6 | 0o2000000):
+            assert verdict(machine, calls["socket"], family, kind, 0) == EPERM
     assert verdict(machine, calls["socketpair"], 1, 1, 0) == ALLOW
     for family in (2, 16, 30, 38, 40):
         assert verdict(machine, calls["socketpair"], family, 1, 0) == EAFNOSUPPORT

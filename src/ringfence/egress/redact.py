@@ -1,7 +1,9 @@
 """Removing credential values from what goes into a sandbox. PURE.
 
 Exact match over arbitrary chunk borders: only the longest suffix that could begin a value is held
-back, so a stream without one is never delayed.
+back, so a stream without one is never delayed. A long value is found by its beginning, too: a
+server that cuts what it echoes short would else show all of it but a last byte, and whoever asks
+chooses where it cuts.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ from collections.abc import Callable, Iterable
 from urllib.parse import quote_from_bytes
 
 MARK = b"[redacted]"
+_LONG, _BEGINNING = 32, 24
+"""Bytes of a value that is found by its beginning, and of the beginning. The public part of keys
+has up to 13 (`sk-ant-api03-`), and two short values have a beginning in common too easily."""
 
 _JSON: dict[int, str] = {0x22: '\\"', 0x5C: "\\\\"}
 _HTML: dict[int, str] = {0x26: "&amp;", 0x3C: "&lt;", 0x3E: "&gt;"}
@@ -60,11 +65,26 @@ class Needles:
             for last in set(value[:-1]):
                 self._begun.setdefault(last, []).append(value)
 
+        self._beginnings: dict[bytes, list[bytes]] = {}
+        for value in self.values:
+            if len(value) >= _LONG:
+                self._beginnings.setdefault(_beginning(value), []).append(value)
+
     def marked(self, data: bytes) -> bytes:
         """Without any value."""
         for value in self.values:
             if value in data:
                 data = data.replace(value, MARK)
+        return data
+
+    def cut_short(self, data: bytes) -> bytes:
+        """Without the beginning of any long value, as far as it goes. For what no more of a value
+        can follow.
+        """
+        for beginning, values in self._beginnings.items():
+            while (at := data.find(beginning)) >= 0:
+                end = at + max(_agree(data[at : at + len(value)], value) for value in values)
+                data = data[:at] + MARK + data[end:]
         return data
 
     def overlap(self, data: bytes) -> int:
@@ -82,6 +102,17 @@ class Needles:
     def named(self, name: bytes) -> bool:
         """Whether a header's name, which is lower case, holds a value."""
         return any(value in name for value in self._lower)
+
+
+def _beginning(value: bytes) -> bytes:
+    """What tells a value from others of its kind: tokens in three parts (JWT) begin alike."""
+    return value[: value.find(b".", 0, 64) + 1 + _BEGINNING]
+
+
+def _agree(data: bytes, value: bytes) -> int:
+    """How many bytes they begin with in common."""
+    pairs = enumerate(zip(data, value, strict=False))
+    return next((at for at, (one, other) in pairs if one != other), min(len(data), len(value)))
 
 
 def _begun(value: bytes, data: bytes, least: int) -> int:
@@ -115,7 +146,7 @@ class Redactor:
         data = needles.marked(self._held + data if self._held else data)
         keep = needles.overlap(data)
         self._held = data[len(data) - keep :] if keep else b""
-        return data[: len(data) - keep] if keep else data
+        return needles.cut_short(data[: len(data) - keep] if keep else data)
 
     def end(self) -> bytes:
         """What was held, at the end."""
@@ -124,4 +155,5 @@ class Redactor:
 
     def whole(self, data: bytes) -> bytes:
         """A complete value, such as a header's."""
-        return self._needles().marked(data)
+        needles = self._needles()
+        return needles.cut_short(needles.marked(data))

@@ -8,6 +8,7 @@ it, by CI. `held` ones are applied only when they are named.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -31,8 +32,15 @@ _HELD: tuple[tuple[str, str], ...] = (
     # whoever enters a bare repository, which needs no name, obeys its configuration
     # (safe.bareRepository is "all" unless set)
     (r"(.*/)?(HEAD|[^/]+\.git/.*)", "git takes the folder for a repository, and obeys its config"),
-    (r"(.*/)?\.(hg|bzr|svn|jj|sl)(/.*)?|(.*/)?_darcs(/.*)?", "version control runs hooks of it"),
-    (r"(.*/)?\.envrc(\..*)?", "direnv runs it when a shell enters the folder"),
+    (
+        r"(.*/)?(\.(hg|bzr|svn|jj|sl|fossil-settings)|_darcs)(/.*)?|(.*/)?(_fossil_|\.fslckout|\.p4config)",
+        "version control runs hooks of it",
+    ),
+    (r"(.*/)?codeowners", "it says who has to look at a change"),
+    (
+        r"(.*/)?(\.(envrc|autoenv)(\..*)?|\.(direnv|devbox|flox)/.*)",
+        "a shell that enters the folder runs it",
+    ),
     (
         r"(.*/)?(\.(mise|rtx)(\..*)?|mise(\..*)?|\.config/mise(/.*)?)\.toml",
         "a shell that enters obeys it",
@@ -42,33 +50,50 @@ _HELD: tuple[tuple[str, str], ...] = (
         "an editor runs tasks of it",
     ),
     (
-        r"(.*/)?\.dir-locals(-2)?\.el|.*\.sublime-(project|build)",
+        r"(.*/)?(\.dir-locals(-2)?\.el|\.ycm_extra_conf\.py|\.lazy\.lua|\.neoconf\.json|\.kakrc|\.clangd"
+        r"|\.(local\.vimrc|vimrc\.local)|\.project|\.externaltoolbuilders/.*|nbproject/.*)"
+        r"|.*\.sublime-(project|build)",
         "an editor runs it",
+    ),
+    # an editor that opens a folder asks the interpreter of its environment what it is
+    (r"(.*/)?(bin|scripts)/(python|activate)[^/]*", "an editor or a shell runs it, or reads it"),
+    (
+        r"(.*/)?(\.gitpod\.ya?ml|\.replit|\.(codesandbox|idx|ona)/.*)",
+        "a workspace in the cloud runs it when it opens",
     ),
     (r"(.*/)?\.devcontainer\.json", "an editor builds and starts it"),
     (r".*\.code-workspace", "an editor runs tasks of it"),
     (
         r"(.*/)?\.(claude|cursor|codex|gemini|aider.*|windsurf|roo|cline|continue|kiro|amazonq|junie"
-        r"|opencode|augment|trae|goose|agents?|crush|qwen)(/.*)?",
+        r"|opencode|augment|trae|goose|agents?|crush|qwen|claude-plugin|openhands|factory|amp|devin)(/.*)?",
         "an agent takes orders of it",
     ),
     (
         r"(.*/)?(\.(cursor|windsurf|cline|roo)rules.*|\.goosehints|opencode\.jsonc?|\.crush\.json"
-        r"|\.github/(copilot-instructions\.md|(instructions|prompts|agents|chatmodes)/.*))",
+        r"|\.rules|\.roomodes"
+        r"|\.github/(copilot-instructions\.md|(instructions|prompts|agents|chatmodes|hooks|skills)/.*))",
         "an agent takes orders of it",
     ),
     (r"(.*/)?\.(mcp|claude)\.json", "an agent starts the servers it names"),
     (
-        r"(.*/)?(claude|agents?|gemini|qwen|crush)(\.local|\.override)?\.md",
+        r"(.*/)?(claude|agents?|gemini|qwen|crush|warp)(\.local|\.override)?\.md",
         "an agent takes orders of it",
     ),
-    (r"(.*/)?\.(github|gitea|forgejo)/(workflows|actions)/.*", "CI runs it with its own secrets"),
-    (r"(.*/)?\.(circleci|buildkite|woodpecker|tekton)/.*", "CI runs it with its own secrets"),
+    (
+        r"(.*/)?(\.(github|gitea|forgejo)/(workflows|actions)/.*|action\.ya?ml)",
+        "CI runs it with its own secrets",
+    ),
+    (
+        r"(.*/)?(\.(circleci|buildkite|woodpecker|tekton|gitlab|builds|azuredevops|azure-pipelines"
+        r"|pipelines|harness)|\.?zuul\.d)/.*",
+        "CI runs it with its own secrets",
+    ),
     (
         r"(.*/)?(\.gitlab-ci.*\.ya?ml|\.travis\.yml|jenkinsfile.*|azure-pipelines.*\.ya?ml"
         r"|bitbucket-pipelines\.yml|\.drone\.(ya?ml|jsonnet|star)|\.?appveyor\.ya?ml|\.woodpecker\.ya?ml"
         r"|\.cirrus\.(ya?ml|star)|\.semaphore/.*|\.teamcity/.*|cloudbuild.*\.(ya?ml|json)"
-        r"|buildspec.*\.ya?ml)",
+        r"|buildspec.*\.ya?ml|\.build\.yml|\.?zuul\.ya?ml|\.?readthedocs\.ya?ml"
+        r"|(codemagic|bitrise|wercker|screwdriver)\.ya?ml)",
         "CI runs it with its own secrets",
     ),
     (r"(.*/)?(\.husky|\.githooks)/.*", "git hooks"),
@@ -85,7 +110,8 @@ _HELD: tuple[tuple[str, str], ...] = (
     ),
     (
         r"(.*/)?(\.(gdbinit|lldbinit|rprofile|renviron|irbrc|pryrc|ghci|octaverc|pythonrc(\.py)?"
-        r"|pythonstartup|iex\.exs|julia/config/.*|config/fish/.*|config/systemd/.*|config/autostart/.*))",
+        r"|pythonstartup|iex\.exs|julia/config/.*|config/(fish|systemd|autostart|git|nvim|direnv)/.*"
+        r"|pdbrc|ocamlinit|byebugrc|rdbgrc)|ipython_config\.py|jupyter_.*config\.(py|json))",
         "a program reads it when it starts in the folder",
     ),
     (
@@ -99,12 +125,13 @@ _HELD: tuple[tuple[str, str], ...] = (
         "a package manager obeys it",
     ),
     (r"(.*/)?\.ssh/.*", "ssh obeys it"),
+    (r"(.*/)?(\.htaccess|\.user\.ini)", "a web server obeys it"),
 )
 
 _ADVICE: tuple[tuple[str, str], ...] = (
     (
         r"(.*/)?(gnu|bsd)?makefile(\..*)?|.*\.(mk|mak|make|just|cmake|gyp|gypi|bzl|bazel|sbt|cabal|nimble"
-        r"|csproj|fsproj|vbproj|vcxproj|sln|props|targets|gradle(\.kts)?|gemspec|podspec|rockspec)"
+        r"|csproj|fsproj|vbproj|vcxproj|pbxproj|xcscheme|sln|props|targets|gradle(\.kts)?|gemspec|podspec|rockspec)"
         r"|(.*/)?(\.?justfile|taskfile\.ya?ml)",
         "a build runs it",
     ),
@@ -120,6 +147,15 @@ _ADVICE: tuple[tuple[str, str], ...] = (
         "tools run what it names",
     ),
     (r".*\.(pth|egg-link)|(.*/)?pyvenv\.cfg", "Python runs it at every start"),
+    (
+        r"(.*/)?(conf\.py|mkdocs\.ya?ml|_config\.ya?ml|\.?pytest\.toml|\.luacheckrc|\.rubocop.*\.ya?ml"
+        r"|\.simplecov|\.(formatter|credo)\.exs|phpunit\.xml.*|phpstan.*\.neon.*|rector\.php"
+        r"|\.php-cs-fixer.*\.php|renovate\.json5?|netlify\.toml|serverless\.ya?ml|cdk\.json|dagger\.json)",
+        "a tool runs what it says",
+    ),
+    (r"(.*/)?(node_modules|\.terraform)/.*", "a tool runs programs that it finds there"),
+    # a shell of Windows looks in the folder that it is in before it looks on the PATH
+    (r".*\.(exe|com|bat|cmd|ps1|vbs|dll)", "Windows may run it in the place of a program"),
     (
         r"(.*/)?(package\.json|(package-lock|npm-shrinkwrap|deno)\.jsonc?|deno\.lock|yarn\.lock"
         r"|pnpm-lock\.yaml|bun\.lockb?|\.(eslint|prettier|babel|mocha|stylelint|nyc)rc"
@@ -139,7 +175,8 @@ _ADVICE: tuple[tuple[str, str], ...] = (
         r"|cargo\.toml|cmakelists\.txt|cmakepresets\.json|configure(\.ac)?|meson\.build|rakefile|gemfile"
         r"|guardfile|podfile|brewfile|dangerfile|fastfile|package\.swift|build\.zig(\.zon)?"
         r"|sconstruct|sconscript|wscript|snakefile|magefile\.go|build|workspace|mix\.exs|rebar\.config"
-        r"|setup\.hs|dune-project|composer\.json|project/[^/]*\.scala|go\.work)",
+        r"|setup\.hs|dune-project|composer\.json|project/[^/]*\.scala|go\.work|build\.(sc|mill)|project\.clj|(deps|bb)\.edn"
+        r"|stack\.yaml|tools/bazel|\.bazeliskrc|devbox\.json)",
         "a build runs it",
     ),
     (
@@ -158,9 +195,13 @@ def _compiled(table: Iterable[tuple[str, str]]) -> tuple[tuple[re.Pattern[str], 
 
 _HELD_COMPILED, _ADVICE_COMPILED = _compiled(_HELD), _compiled(_ADVICE)
 
-_IGNORABLE = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
-"""Characters that HFS+ ignores in names: .g\u200cit is .git there (CVE-2014-9390)."""
-
+_IGNORABLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f"
+    "\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
+    "\U000e0000-\U000e0fff]"
+)
+"""Characters that some file systems leave out of names: .g\u200cit is .git on HFS+ (CVE-2014-9390),
+and all of Unicode's Default_Ignorable_Code_Point are on ext4, f2fs and tmpfs with casefold."""
 
 MAX_LOOKED = 50_000
 """Changes that a worker looks at: an agent may make as many as its disk has inodes, and there are
@@ -215,7 +256,10 @@ def classify(change: Change, repositories: frozenset[str] = frozenset()) -> Host
 
 def _names(path: str) -> frozenset[str]:
     """What a path names, here and on the file systems that read it otherwise."""
-    name = _IGNORABLE.sub("", path)
+    name = path
+    if not path.isascii():
+        # as those with casefold compare: decomposed, and a ligature is its letters
+        name = unicodedata.normalize("NFD", _IGNORABLE.sub("", path)).casefold()
     # what follows a colon names a stream of the same file on NTFS (CVE-2019-1352), and elsewhere
     # is a part of the name. It goes first: what NTFS drops besides may stand before it
     return frozenset(map(_folded, (name, re.sub(r"(?<=[^/]):[^/]*(?=/|\Z)", "", name))))

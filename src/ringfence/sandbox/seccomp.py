@@ -7,14 +7,17 @@ forgets them is no filter (seccomp(2), "Caveats").
 
 Ruled by argument: clone without any namespace flag; clone3 is ENOSYS, because its flags lie in
 memory that a filter cannot read and libc then falls back to clone; sockets of the unix, inet,
-inet6 and netlink-route families only (no vsock, packet, alg, xdp), inet ones of TCP and UDP only,
-pairs of the unix family only; ioctl without what types into the host's terminal (TIOCSTI,
-TIOCLINUX: CVE-2017-5226, CVE-2023-28100) or has the kernel load a module for whoever asks (line
-disciplines: CVE-2017-2636; bridges, VLANs); mknod of FIFOs and plain files; personality only where
-it asks or sets the plain one (no READ_IMPLIES_EXEC, no ADDR_NO_RANDOMIZE).
+inet6 and netlink-route families only (no vsock, packet, alg, xdp), inet ones that are streams or
+datagrams of TCP and UDP only, pairs of the unix family only; ioctl without what types into the
+host's terminal (TIOCSTI, TIOCLINUX: CVE-2017-5226, CVE-2023-28100) or has the kernel load a module
+for whoever asks (line disciplines: CVE-2017-2636; bridges, VLANs); mknod of FIFOs and plain files;
+personality only where it asks or sets the plain one (no READ_IMPLIES_EXEC, no ADDR_NO_RANDOMIZE).
+io_setup is ENOSYS: of asynchronous contexts the whole host has one number (fs.aio-max-nr), which
+no control group counts, and one sandbox could take all that its databases and machines need.
 
 A family or protocol that no filter names would be looked for among the kernel's modules, without
-any privilege: sctp, dccp and tipc have been roads to root before.
+any privilege: sctp, dccp and tipc have been roads to root before. So would a type: dccp answers to
+type 6 without a protocol (net-pf-2-proto-0-type-6, CVE-2017-6074).
 """
 
 from __future__ import annotations
@@ -44,6 +47,8 @@ _FIRST_UNKNOWN = 463
 _AF_UNIX, _INET_FAMILIES = 1, (2, 10)
 _INET_PROTOCOLS = (0, 6, 17)
 """0 is the type's own: TCP for streams, UDP for datagrams."""
+_TYPE_MASK, _INET_TYPES = 0xF, (1, 2)
+"""SOCK_STREAM and SOCK_DGRAM; what lies above the mask are flags (SOCK_TYPE_MASK of net.h)."""
 _AF_NETLINK, _NETLINK_ROUTE = 16, 0
 FORBIDDEN_IOCTLS = (
     *(0x5412, 0x541C, 0x5423),  # TIOCSTI, TIOCLINUX, TIOCSETD
@@ -52,6 +57,8 @@ FORBIDDEN_IOCTLS = (
 _S_IFMT = 0xF000
 _NODE_KINDS = (0x0000, 0x1000, 0x8000)
 _PERSONALITIES = (0x0, 0xFFFFFFFF)
+_ABSENT = ("clone3", "io_setup")
+"""Libraries do without them where the kernel has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +181,7 @@ def _ranges(numbers: list[int]) -> list[tuple[int, int]]:
 def _ruled() -> dict[str, _Program]:
     return {
         "clone": _clone(),
-        "clone3": _always(errno(_ENOSYS)),
+        **{name: _always(errno(_ENOSYS)) for name in _ABSENT},
         "socket": _socket(),
         "socketpair": _one_of(0, (_AF_UNIX,), _EAFNOSUPPORT),
         "ioctl": _ioctl(),
@@ -205,9 +212,20 @@ def _socket() -> _Program:
     program.add(_JEQ, _AF_UNIX, 0, 1)
     program.returns(_ALLOW)
     for family in _INET_FAMILIES:
-        program.unless_equal_skip(family, _one_of(2, _INET_PROTOCOLS, _EPROTONOSUPPORT))
+        program.unless_equal_skip(family, _inet())
     program.unless_equal_skip(_AF_NETLINK, _one_of(2, (_NETLINK_ROUTE,), _EAFNOSUPPORT))
     program.returns(errno(_EAFNOSUPPORT))
+    return program
+
+
+def _inet() -> _Program:
+    program = _Program()
+    program.argument(1)
+    program.add(_AND, _TYPE_MASK)
+    for kind in _INET_TYPES:
+        program.unless_equal_skip(kind, _one_of(2, _INET_PROTOCOLS, _EPROTONOSUPPORT))
+    # not the kernel's own word for it: that it was not asked can be told from inside
+    program.returns(errno(_EPERM))
     return program
 
 
@@ -264,8 +282,12 @@ def oci(machine: str) -> dict[str, Any]:
         ("socket", (_equal(0, _AF_UNIX),)),
         ("socket", (_equal(0, _AF_NETLINK), _equal(2, _NETLINK_ROUTE))),
         *(
-            ("socket", (_equal(0, family), _equal(2, protocol)))
+            (
+                "socket",
+                (_equal(0, family), _masked(1, _TYPE_MASK, kind), _equal(2, protocol)),
+            )
             for family in _INET_FAMILIES
+            for kind in _INET_TYPES
             for protocol in _INET_PROTOCOLS
         ),
         ("socketpair", (_equal(0, _AF_UNIX),)),
@@ -286,8 +308,11 @@ def oci(machine: str) -> dict[str, Any]:
                 for name, tests in rules
                 if name in known
             ),
-            # libc falls back to clone, whose flags a filter can read
-            {"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": _ENOSYS},
+            # libc falls back from clone3 to clone, whose flags a filter can read
+            *(
+                {"names": [name], "action": "SCMP_ACT_ERRNO", "errnoRet": _ENOSYS}
+                for name in _ABSENT
+            ),
         ],
     }
 

@@ -8,6 +8,7 @@ another account's files. Each is refused unless the policy grants it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
 from ringfence.egress.model.ledger import Report, report_of
@@ -89,9 +90,12 @@ def check(body: Any, rules: ModelRules) -> Facts:
     if type(max_tokens) is not int or not 0 <= max_tokens <= MAX_TOKENS:
         # what is reserved for a request must not be a matter of opinion, nor below nothing
         raise BodyError("max-tokens-malformed")
+    streaming = body.get("stream", False)
+    if not isinstance(streaming, bool):
+        raise BodyError("stream-malformed")
     return Facts(
         model=model,
-        streaming=body.get("stream") is True,
+        streaming=streaming,
         max_tokens=max_tokens,
         results=tuple(results),
     )
@@ -127,6 +131,8 @@ def _check_tool_change(block: dict[str, Any], rules: ModelRules) -> None:
     kind = _word(tool, "type") if isinstance(tool, dict) else ""
     if not isinstance(tool, dict) or kind not in {"tool_reference", "tool_definition"}:
         raise BodyError("block-malformed")
+    # a reference that carries a definition would be another tool to whoever reads that
+    _check_words(tool, {"definition"} if kind == "tool_definition" else frozenset())
     if block["type"] == "tool_removal":
         return
     if kind == "tool_definition":
@@ -183,11 +189,20 @@ def _check_block(
         _check_block(inner, rules, results, depth + 1)
 
 
-def _check_keys(block: dict[str, Any], rules: ModelRules) -> None:
-    """A key that we do not know may hold a word or a number, never a structure."""
-    for key, value in block.items():
-        if isinstance(value, (dict, list)) and key not in _STRUCTURED:
+def _check_words(value: dict[str, Any], structured: AbstractSet[str]) -> None:
+    """A key that we do not know may hold a word or a number, never a structure; and it is none
+    that we know in another case, which some readers take for the same (encoding/json of Go).
+    """
+    for key, each in value.items():
+        if isinstance(each, (dict, list)) and key not in structured:
             raise BodyError("block-key-not-granted")
+        if not key.isascii() or key != key.lower():
+            raise BodyError("block-key-not-granted")
+
+
+def _check_keys(block: dict[str, Any], rules: ModelRules) -> None:
+    """Beside its words: none that would fetch, and what of a structure could reach out."""
+    _check_words(block, _STRUCTURED)
     if not rules.url_sources and any(key in block for key in _REACHING):
         raise BodyError("block-key-not-granted")
     caller = block.get("caller")
