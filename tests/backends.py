@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,9 @@ def summary(ran: dict[str, int], skipped: dict[str, int], probe: Callable[[str],
         else:
             lines.append(f"{name:<11} ran ({ran.get(name, 0)} tests)")
     return lines
+
+
+def reasons(skipped: Iterable[str]) -> list[str]:
+    """A line for every reason that tests were skipped for, the most frequent first."""
+    counts = Counter(one.removeprefix("Skipped: ") for one in skipped)
+    return [f"{count:>5}  {reason}" for reason, count in counts.most_common()]

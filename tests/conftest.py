@@ -59,8 +59,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Each isolation technology as run or skipped: a skipped one must not go unseen in CI."""
-    from backends import available, summary
+    """Each isolation technology as run or skipped, and every reason that a test was skipped for:
+    what did not run must not go unseen in CI.
+    """
+    from backends import available, reasons, summary
 
     counts = {outcome: Counter[str]() for outcome in ("ran", "skipped")}
     for outcome, key in (
@@ -74,6 +76,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if any(counts.values()):
         terminalreporter.section("isolation")
         for line in summary(counts["ran"], counts["skipped"], available):
+            terminalreporter.write_line(line)
+    if skipped := terminalreporter.getreports("skipped"):
+        terminalreporter.section("skipped, and why")
+        for line in reasons(str(report.longrepr[2]) for report in skipped):
             terminalreporter.write_line(line)
 
 

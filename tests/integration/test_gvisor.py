@@ -424,22 +424,29 @@ LIES = {
 
 
 @pytest.fixture
-def lying(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Has gVisor called by a podman that is asked for more than we ask."""
-    place = Path("/usr/local/lib/ringfence-test") / str(os.getpid())  # the sandbox's ids read it
+def programs(tmp_path: Path) -> Iterator[Path]:
+    """Where the sandbox's ids can read a program: they are an ordinary user's own."""
+    shared = Path("/usr/local/lib/ringfence-test") if AS_ROOT else tmp_path / "programs"
+    place = shared / str(os.getpid())
     place.mkdir(parents=True)
+    yield place
+    shutil.rmtree(place)
+    with contextlib.suppress(OSError):
+        shared.rmdir()  # unless a test beside this one has its own there
+
+
+@pytest.fixture
+def lying(programs: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Has gVisor called by a podman that is asked for more than we ask."""
 
     def lie(words: str) -> None:
-        liar = place / "podman"
+        liar = programs / "podman"
         liar.write_text(LIAR.replace("LIE", words))
         liar.chmod(0o755)
         monkeypatch.setattr(gvisor, "find_engine", lambda _: liar)
         monkeypatch.setattr(gvisor, "check_runsc", lambda *_: None)
 
-    yield lie
-    shutil.rmtree(place)
-    with contextlib.suppress(OSError):
-        place.parent.rmdir()  # unless a test beside this one has its own there
+    return lie
 
 
 KILLER = """#!/bin/sh
@@ -451,14 +458,11 @@ while grep -q "^State:.[^Z]" "/proc/$pid/status"; do sleep 0.02; done
 """
 
 
-@pytest.mark.root
 def test_a_sentry_that_ended_before_the_gate_opened_ran_no_program(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing has begun, so that its status is no program's, however short that may be."""
-    place = Path("/usr/local/lib/ringfence-test") / f"{os.getpid()}-killer"
-    place.mkdir(parents=True)
-    killer = place / "runsc"
+    killer = programs / "runsc"
     killer.write_text(KILLER)
     killer.chmod(0o755)
 
@@ -473,15 +477,9 @@ def test_a_sentry_that_ended_before_the_gate_opened_ran_no_program(
             process = await sandbox.exec(["true"])
             assert await process.wait() == 0
 
-    try:
-        run(work)
-    finally:
-        shutil.rmtree(place)
-        with contextlib.suppress(OSError):
-            place.parent.rmdir()
+    run(work)
 
 
-@pytest.mark.root
 @pytest.mark.parametrize("lie", [pytest.param(name, marks=PODMAN.marks) for name in LIES])
 def test_what_podman_asks_beyond_ours_stops_the_start(
     tmp_path: Path, lie: str, lying: Callable[[str], None]

@@ -136,7 +136,6 @@ def exported() -> list[tuple[str, set[str]]]:
     return found
 
 
-@pytest.mark.root
 def test_a_machine_has_the_packages_of_the_image_whose_digest_is_named(
     made: Made, tmp_path: Path
 ) -> None:

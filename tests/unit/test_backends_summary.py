@@ -18,3 +18,9 @@ def test_every_technology_of_a_policy_has_a_line() -> None:
 
 def test_a_name_that_is_not_built_is_not_available() -> None:
     assert available("teleport") == "not part of this version"
+
+
+def test_every_reason_is_said_with_how_many_it_kept() -> None:
+    skipped = ["Skipped: needs euid 0", "Skipped: nginx is not installed", "Skipped: needs euid 0"]
+    assert reasons(skipped) == ["    2  needs euid 0", "    1  nginx is not installed"]
+    assert reasons([]) == []
