@@ -428,6 +428,7 @@ def main() -> None:
             platform=lambda: platform(config),
             platform_of=platform,
             queue=lambda drain: queue(config, drain),
+            queue_of=queue,
         )
         app(obj=context)
     except SystemExit as end:

@@ -59,6 +59,7 @@ def test_the_whole_quickstart(box: Box, simulator: Simulator, how: tuple[str, ..
         assert [event.id for event in listed] == [event.id for event in watch.seen]
         watch.close()
         _asked(client, simulator, place.id)
+        _by_its_operator(box, workers=2 if how else 1)
         if how:
             _another_host_is_refused(box, settings_of(process.pid))
         process.send_signal(signal.SIGINT)
@@ -165,6 +166,17 @@ def _asked(client: Anthropic, simulator: Simulator, place: str) -> None:
     assert words(third) == ["Nice."]
     assert third[-1].stop_reason.type == "end_turn"
     watch.close()
+
+
+def _by_its_operator(box: Box, workers: int) -> None:
+    """Commands that name no database and no queue, beside services that nobody told them of."""
+    (key,) = box.call("keys", "list", "--json").json
+    assert key["tenant"] == "default"
+    assert box.call("queue", "stats", "--json").json["workers"] == workers
+    done = box.call("queue", "limit", "--tenant", "default", "--runs", "4")
+    assert done.code == 0, done.err
+    (limit,) = box.call("queue", "limits", "--json").json
+    assert (limit["tenant"], limit["runs"]) == (key["tenant_id"], 4)
 
 
 def _another_host_is_refused(box: Box, settings: dict[str, str]) -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from ringfence.cli.approvals import shown
 from ringfence.cli.definitions import apply
+from ringfence.cli.main import app
 from ringfence.cli.remote import KEY, definition, gateway, named, refusal
 from ringfence.cli.submit import lines
 from ringfence.config import load_config
@@ -204,3 +206,43 @@ def test_a_call_is_shown_whole_and_as_what_it_is() -> None:
     assert json.loads(given) == {"command": command}
     custom = {**event, "type": "agent.custom_tool_use", "input": {}}
     assert "send its result" in shown("sesn_1", custom)[0]
+
+
+def test_a_refusal_that_the_command_line_can_mend_says_how() -> None:
+    mends = {
+        "api_key_invalid": (401, "ringfence keys list"),
+        "session_not_found": (404, "ringfence sessions remote list"),
+    }
+    for code, (status, mend) in mends.items():
+        assert mend in refusal(status, body(code=code)).hint
+    assert refusal(404, body(code="file_not_found")).hint == "", "and none is made up"
+
+
+def test_a_definition_that_is_no_yaml_is_named_with_its_place(tmp_path: Path) -> None:
+    file = tmp_path / "agent.yaml"
+    file.write_text("a: [1\nb: }")
+    with pytest.raises(CallerError) as caught:
+        definition(file)
+    assert caught.value.message.startswith(f"{file}:2:2: ")
+    assert "policy" not in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("code", "shown"),
+    [("request-invalid", "{file}: modell: no"), ("agent-not-found", "modell: no")],
+)
+def test_what_a_gateway_refuses_of_a_file_names_the_file(
+    code: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its shape is the file's matter; anything else is not."""
+    file = tmp_path / "agent.yaml"
+    file.write_text("name: coder\nmodell: x\n")
+
+    def refuse(*_: Any) -> Any:
+        raise CallerError(code, "modell: no")
+
+    monkeypatch.setenv(KEY, "rfk_x")
+    monkeypatch.setattr("ringfence.cli.definitions.apply", refuse)
+    done = CliRunner().invoke(app, ["agents", "apply", "-f", str(file), "--json"])
+    assert done.exit_code == 2
+    assert json.loads(done.stdout)["error"]["message"] == shown.format(file=file)

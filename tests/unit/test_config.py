@@ -157,3 +157,17 @@ def test_places_that_outlive_the_host_and_hold_secrets(tmp_path: Path) -> None:
         assert caught.value.code == "settings-invalid"
         assert f"RINGFENCE_{name}" in caught.value.hint
         assert "hunter2" not in caught.value.render()
+
+
+def test_a_file_that_is_not_there_is_named_and_a_secret_in_its_place_is_not(tmp_path: Path) -> None:
+    url = {"RINGFENCE_WEBHOOKS__OPS__URL": "https://hooks.example.com/x"}
+    file, name = tmp_path / "webhook.secret", "RINGFENCE_WEBHOOKS__OPS__SECRET_FILE"
+    with pytest.raises(CallerError, match=f"{file} cannot be read") as caught:
+        load_config({**url, name: str(file)})
+    assert name in caught.value.hint
+    with pytest.raises(CallerError) as caught:
+        load_config({**url, name: "whsec_bm90LWEtZmlsZQ"})
+    assert "whsec" not in caught.value.render()
+    file.write_text("whsec_" + "QUJD" * 11)
+    file.chmod(0o600)
+    assert load_config({**url, name: str(file)}).webhooks["ops"].secret_file == file

@@ -45,6 +45,7 @@ def doctor(
     *arguments: str,
     key: str | None = "sk-ant-any-key",
     claude: bool = True,
+    limits: Any = None,
     **more: str,
 ) -> Any:
     binary = place / "claude"
@@ -57,7 +58,9 @@ def doctor(
         make_backends=lambda _: Backends({"bubblewrap": lambda: host}),  # type: ignore[dict-item,return-value]
         environment_key=key,
     )
-    context = AppContext(config=config, launcher=lambda: launcher, run=lambda _: None)
+    context = AppContext(
+        config=config, launcher=lambda: launcher, run=lambda _: None, limits=limits
+    )
     return CliRunner().invoke(app, ["doctor", *arguments], obj=context)
 
 
@@ -113,6 +116,36 @@ def test_a_key_that_no_header_can_carry_stops_it_and_is_not_shown(tmp_path: Path
         assert (result.exit_code, found["state"]) == (4, "stops")
         assert "ANTHROPIC_API_KEY" in found["how"]
         assert key not in result.output
+
+
+def test_a_policy_without_a_model_is_no_hook_beside_a_credential(tmp_path: Path) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("version: 1\n")
+    result = doctor(tmp_path, Host(), "--json", "--policy", str(policy))
+    assert (result.exit_code, checks(result)["model"]["state"]) == (0, "missing"), "exec needs none"
+    assert "api.anthropic.com" in checks(result)["model"]["mend"]
+    assert "model" not in checks(doctor(tmp_path, Host(), "--json"))
+
+
+def test_a_store_of_limits_that_does_not_answer_stops_a_start(tmp_path: Path) -> None:
+    class Store:
+        async def breakers(self) -> tuple[dict[str, Any], float]:
+            if away:
+                raise UnavailableError("store-unavailable", "it is away", hint="start it")
+            return {}, 0.0
+
+        async def close(self) -> None:
+            closed.append(away)
+
+    closed: list[bool] = []
+    store = {"RINGFENCE_LIMITS__STORE": "rediss://limits.example.com/0"}
+    for away in (True, False):
+        result = doctor(tmp_path, Host(), "--json", limits=Store, **store)
+        line = checks(result)["limits"]
+        assert (result.exit_code, line["state"]) == ((4, "stops") if away else (0, "ok"))
+        assert line["mend"] == ("start it" if away else "")
+    assert closed == [True, False]
+    assert "limits" not in checks(doctor(tmp_path, Host(), "--json", limits=Store)), "its own file"
 
 
 def test_a_provider_is_named_by_its_name_its_region_and_its_login(tmp_path: Path) -> None:

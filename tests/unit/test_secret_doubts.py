@@ -14,6 +14,7 @@ from ringfence.egress.keeping import Given
 from ringfence.egress.lifetime import Ages
 from ringfence.egress.redact import Needles
 from ringfence.egress.resolving import _OLDER, REDACT_SECONDS, Resolving
+from ringfence.vault.sources import openbao
 
 NAME = "provider/b"
 AGES = Ages(most=60, stale=600)
@@ -118,3 +119,13 @@ def test_many_values_are_prepared_in_no_time(count: int) -> None:
     needles = Needles(values)
     assert time.process_time() - begun < 0.5
     assert needles.overlap(b"x" + values[5][:1700]) == 1700
+
+
+def test_a_login_that_is_refused_says_what_to_look_at_and_a_secret_something_else() -> None:
+    login, secret = (
+        openbao._refusal(status, path, {})
+        for status, path in ((400, "auth/approle/login"), (403, "kv/data/ci/github"))
+    )
+    assert (login.code, secret.code) == ("secret-denied", "secret-denied")
+    assert "role_id" in login.hint
+    assert "role_id" not in secret.hint

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ringfence.agent.messages import AgentMessage, Notice, TurnEnded
-from ringfence.channel.messages import WitnessViolated
+from ringfence.channel.messages import EgressDenied, WitnessViolated
 from ringfence.errors import RingfenceError, UnavailableError
 from ringfence.model import RunRequest, RunStatus
 from ringfence.policy.compile import compile_policy
@@ -27,6 +27,8 @@ from ringfence.worker.attempt import Attempt
 from ringfence.worker.control import RunControl, Wish
 from ringfence.worker.driving import Driving
 from ringfence.worker.leases import heartbeat
+from ringfence.worker.noticed import noticed
+from ringfence.worker.outcome import Outcome
 
 
 class Box:
@@ -453,3 +455,20 @@ async def test_a_wish_that_cannot_be_carried_out_does_not_vanish(fails: bool, wi
         else:
             await running
     assert ended.is_set()
+
+
+@pytest.mark.parametrize(
+    ("reason", "mend"),
+    [("model-not-at-provider", "--model"), ("credential-absent", "doctor"), ("host-denied", "")],
+)
+def test_what_egress_refused_says_what_to_do_where_claude_says_something_else(
+    reason: str, mend: str
+) -> None:
+    """`claude` calls each 403 a failure to authenticate."""
+    told: list[Any] = []
+    message = EgressDenied(sandbox_id="x", reason=reason, target="/v1/messages")
+    noticed(message, outcome=Outcome(), control=RunControl(), on_message=told.append)
+    (notice,) = told
+    assert notice.text.startswith(f"egress refused /v1/messages: {reason}")
+    assert mend in notice.text
+    assert ("(" in notice.text) is bool(mend)

@@ -34,6 +34,7 @@ class AppContext:
         platform: makes what the gateway and its commands need; imports its libraries.
         platform_of: the same for other settings than those that were read at start.
         queue: the queue, for a worker that drains for so many seconds.
+        queue_of: the same for other settings.
         sessions: opens the store of transcripts.
         snapshots: opens the store of workspaces.
         limits: opens the store of limits; None where the settings limit nothing.
@@ -49,6 +50,7 @@ class AppContext:
     platform: Callable[[], Platform] | None = None
     platform_of: Callable[[Config], Platform] | None = None
     queue: Callable[[float], Queue] | None = None
+    queue_of: Callable[[Config, float], Queue] | None = None
     sessions: Callable[[], SessionStore] | None = None
     snapshots: Callable[[], WorkspaceStore] | None = None
     limits: Callable[[], LimitStore | None] | None = None

@@ -23,15 +23,13 @@ environments = group("Environments of a gateway.")
 @agents.command("apply", epilog="Example: ringfence agents apply -f agent.yaml")
 def apply_agent(*, file: File, url: Url = DEFAULT_URL, json: Json = False) -> None:
     """Make an agent of a file, or a new version of the one that has its name (or its `id`)."""
-    with clear_errors(as_json=json), gateway(url) as remote:
-        _show("agents", *apply(remote, "agents", definition(file)), json=json)
+    _apply("agents", file, url, json=json)
 
 
 @environments.command("apply", epilog="Example: ringfence environments apply -f place.yaml")
 def apply_environment(*, file: File, url: Url = DEFAULT_URL, json: Json = False) -> None:
     """Make an environment of a file, or change the one that has its name (or its `id`)."""
-    with clear_errors(as_json=json), gateway(url) as remote:
-        _show("environments", *apply(remote, "environments", definition(file)), json=json)
+    _apply("environments", file, url, json=json)
 
 
 @agents.command("list", epilog="Example: ringfence agents list --json")
@@ -44,6 +42,20 @@ def list_agents(*, url: Url = DEFAULT_URL, json: Json = False) -> None:
 def list_environments(*, url: Url = DEFAULT_URL, json: Json = False) -> None:
     """Environments, the latest first."""
     _list("environments", url, json=json)
+
+
+def _apply(kind: str, file: Path, url: str, *, json: bool) -> None:
+    with clear_errors(as_json=json), gateway(url) as remote:
+        body = definition(file)
+        try:
+            _show(kind, *apply(remote, kind, body), json=json)
+        except CallerError as error:
+            if error.code != "request-invalid":
+                raise
+            # the gateway knows the shape and not the file
+            raise CallerError(
+                error.code, f"{file}: {error.message}", hint="docs/how-to/platform.md shows one"
+            ) from None
 
 
 def apply(remote: Gateway, kind: str, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:

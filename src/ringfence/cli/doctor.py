@@ -8,7 +8,7 @@ import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -17,6 +17,9 @@ from ringfence.cli.output import clear_errors, print_json
 from ringfence.cli.run import PolicyFile, Preset
 from ringfence.errors import RingfenceError
 from ringfence.policy.compiled import CompiledPolicy
+
+if TYPE_CHECKING:
+    from ringfence.limits.store import LimitStore
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +89,7 @@ def _examine(context: AppContext, policy: CompiledPolicy) -> Iterator[Line]:
     yield _claude(context)
     yield from _provider(context, policy)
     yield from _sources(context, policy)
+    yield from _limits(context)
 
 
 def _state_directory(path: Path) -> Line:
@@ -148,7 +152,12 @@ def _provider(context: AppContext, policy: CompiledPolicy) -> Iterator[Line]:
 
     rules, config = policy.egress.model, context.config
     if not rules.enabled:
-        yield Line(name="credential", state="ok", how="the policy allows no model")
+        yield Line(
+            name="model",
+            state="missing",
+            how="the policy allows none; `exec` needs none",
+            mend="network.allowed_hosts: [api.anthropic.com], wherever the provider is",
+        )
     elif not known(config, rules.provider):
         how = f"the settings name no provider {rules.provider}"
         mend = f"set providers.{rules.provider} in the settings, or model.provider in the policy"
@@ -198,6 +207,28 @@ def _credential(context: AppContext, policy: CompiledPolicy) -> Line:
         return Line(name="credential", state="ok", how=f"there is one for {url}")
     how, mend = f"none for {url}; `exec` needs none", f"ringfence vault set {missing}"
     return Line(name="credential", state="missing", how=how, mend=mend)
+
+
+def _limits(context: AppContext) -> Iterator[Line]:
+    """A store that is not this host's is asked now: without it nothing is let through."""
+    if context.config.limits.store is None and context.config.database is None:
+        return
+    try:
+        store = context.limits() if context.limits is not None else None
+        if store is None:
+            return
+        asyncio.run(_looked_at(store))
+    except RingfenceError as error:
+        yield Line(name="limits", state="stops", how=error.message, mend=error.hint)
+    else:
+        yield Line(name="limits", state="ok", how="their store answers")
+
+
+async def _looked_at(store: LimitStore) -> None:
+    try:
+        await store.breakers()
+    finally:
+        await store.close()
 
 
 def _sources(context: AppContext, policy: CompiledPolicy) -> Iterator[Line]:

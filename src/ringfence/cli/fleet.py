@@ -14,6 +14,7 @@ from ringfence.cli.context import AppContext
 from ringfence.cli.serve import address_of, log_to_stderr
 from ringfence.cli.worker import MEASURED, default_slots, stopping
 from ringfence.config import Config, load_config
+from ringfence.fleet.beside import left
 from ringfence.fleet.plan import Member, Numbers, Rank, members
 from ringfence.fleet.services import Service, postgresql, temporal
 from ringfence.fleet.supervisor import Fleet
@@ -55,7 +56,8 @@ async def serve_fleet(
         )
         program = (sys.executable, "-P", "-m", "ringfence")
         ours = members(program, numbers, listener.fileno())
-        await _run(state, listener, started, ours, environment, stop, json=json)
+        with left(state.state_dir, settings):
+            await _run(state, listener, started, ours, environment, stop, json=json)
 
 
 async def _run(

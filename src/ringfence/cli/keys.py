@@ -10,6 +10,7 @@ import typer
 
 from ringfence.cli.context import AppContext
 from ringfence.cli.group import group
+from ringfence.cli.operator import beside
 from ringfence.cli.output import clear_errors, print_json
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def revoke(context: typer.Context, key_id: KeyId) -> None:
 
 def _made(context: typer.Context) -> Platform:
     """Asked for before anything of the platform is imported: it says what is not installed."""
-    state: AppContext = context.obj
+    state: AppContext = beside(context.obj)
     assert state.platform is not None  # noqa: S101  the composition root sets it
     return state.platform()
 

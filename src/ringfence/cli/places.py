@@ -7,6 +7,7 @@ import asyncio
 import typer
 
 from ringfence.cli.context import AppContext
+from ringfence.cli.operator import beside
 from ringfence.cli.output import clear_errors
 
 
@@ -22,7 +23,7 @@ def use_stores(context: typer.Context) -> None:
     transcripts are not there end their next turn with `transcript-lost`.
     """
     with clear_errors():
-        state: AppContext = context.obj
+        state: AppContext = beside(context.obj)
         assert state.platform is not None  # noqa: S101  the composition root sets it
         platform = state.platform()
         from ringfence.control.places import forget

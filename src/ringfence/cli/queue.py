@@ -12,6 +12,7 @@ import typer
 
 from ringfence.cli.context import AppContext
 from ringfence.cli.group import group
+from ringfence.cli.operator import beside
 from ringfence.cli.output import clear_errors, print_json
 from ringfence.errors import CallerError, UnavailableError
 from ringfence.queue.protocol import MAX_RUNS
@@ -129,7 +130,7 @@ def _id_of(context: typer.Context, tenant: str) -> str:
     """A tenant's id, by its name; any text is one where there is no platform. Raises CallerError
     `usage`: a limit of nobody would look like one.
     """
-    state: AppContext = context.obj
+    state: AppContext = beside(context.obj)
     if state.platform is None:
         return tenant
     make = state.platform
@@ -149,7 +150,7 @@ def _id_of(context: typer.Context, tenant: str) -> str:
 
 
 def _do(context: typer.Context, act: Callable[[Queue], Awaitable[T]]) -> T:
-    state: AppContext = context.obj
+    state: AppContext = beside(context.obj)
     assert state.queue is not None  # noqa: S101  the composition root sets it
     made = state.queue
 
@@ -165,7 +166,7 @@ def _do(context: typer.Context, act: Callable[[Queue], Awaitable[T]]) -> T:
 
 def _held_back(context: typer.Context) -> int:
     """Of all environments; 0 where there is no platform."""
-    state: AppContext = context.obj
+    state: AppContext = beside(context.obj)
     if state.platform is None or not state.config.slo.on:
         return 0
     make = state.platform
@@ -180,7 +181,7 @@ def _held_back(context: typer.Context) -> int:
 
 
 def _refuse_settled(context: typer.Context, run_id: str) -> None:
-    state: AppContext = context.obj
+    state: AppContext = beside(context.obj)
     if state.platform is None:
         return
     make = state.platform
@@ -203,7 +204,7 @@ def _refuse_settled(context: typer.Context, run_id: str) -> None:
 
 def _end_turn(context: typer.Context, run_id: str) -> None:
     """The session of a run that the queue gives to nobody any more waits for its caller again."""
-    state: AppContext = context.obj
+    state: AppContext = beside(context.obj)
     if state.platform is None:
         return
     make = state.platform

@@ -141,6 +141,16 @@ def gateway(url: str) -> Gateway:
     return Gateway(url, key)
 
 
+_MENDS = {
+    "api-key-invalid": f"{KEY} holds a key of this gateway; on its host: ringfence keys list",
+    "agent-not-found": "see: ringfence agents list",
+    "environment-not-found": "see: ringfence environments list",
+    "session-not-found": "see: ringfence sessions remote list; those of `ringfence run` on this "
+    "host: ringfence sessions list",
+}
+"""What the one at the command line can do; a gateway's own words name no command."""
+
+
 def refusal(status: int, content: bytes) -> RingfenceError:
     """A gateway's error as ours: same code, same words."""
     try:
@@ -149,21 +159,13 @@ def refusal(status: int, content: bytes) -> RingfenceError:
         code = str((error.get("details") or {}).get("error_code", "")).replace("_", "-")
     except (ValueError, KeyError, TypeError, AttributeError):
         message, code = f"HTTP {status}", ""
+    hint = _MENDS.get(code, "")
     if status >= 500 or status == 429:
-        return UnavailableError(code if code in CODES else "gateway-unavailable", message)
+        return UnavailableError(
+            code if code in CODES else "gateway-unavailable", message, hint=hint
+        )
     family = DeniedError if status in {401, 403} else CallerError
-    code = code if code in CODES else "request-invalid"
-    return family(code, message, hint=_HINTS.get(code, ""))
-
-
-_HINTS = {
-    "session-not-found": "see: ringfence sessions remote list; those of `ringfence run` on this "
-    "host: ringfence sessions list",
-    "agent-not-found": "see: ringfence agents list",
-    "environment-not-found": "see: ringfence environments list",
-    "api-key-invalid": f"set {KEY} to a key of this gateway: ringfence keys create makes one",
-}
-"""Commands that tell, for what a gateway answers: it does not know who asks by which program."""
+    return family(code if code in CODES else "request-invalid", message, hint=hint)
 
 
 @contextmanager
@@ -197,7 +199,9 @@ def definition(file: Path) -> dict[str, Any]:
         with file.open("rb") as opened:
             value = yamldoc.parse(opened.read(yamldoc.MAX_BYTES + 1))
     except PolicyInvalidError as error:
-        raise CallerError("request-invalid", f"{file}: {error.message}", hint=error.hint) from None
+        # without its hint, which is about policies
+        where = error.located({}, str(file)).message
+        raise CallerError("request-invalid", where) from None
     except OSError as error:
         raise CallerError(
             "request-invalid",

@@ -10,6 +10,7 @@ import typer
 
 from ringfence.cli.context import AppContext
 from ringfence.cli.group import group
+from ringfence.cli.operator import beside
 from ringfence.cli.output import clear_errors, print_json
 from ringfence.errors import CallerError
 from ringfence.record.safe_text import one_line
@@ -34,7 +35,7 @@ def status(
     what is held back.
     """
     with clear_errors(as_json=json):
-        found = _reports(context.obj, environment)
+        found = _reports(beside(context.obj), environment)
         if json:
             print_json([one.to_json() for one in found])
             return
@@ -58,7 +59,7 @@ def list_(
         if counts:
             _print_counts(json=json)
             return
-        found = _reports(context.obj, "")
+        found = _reports(beside(context.obj), "")
         if json:
             print_json([one.promise() for one in found])
             return

@@ -31,5 +31,7 @@ def https(value: str, otherwise: str) -> str:
 def existing(path: Path | None) -> Path | None:
     """A file that is there, by its absolute path: the working directory may change."""
     if path is not None and not os.path.isfile(path):  # noqa: PTH113  pathlib's raises
-        raise ValueError("no file of this name can be read")
+        # a value that was set in place of its file's name is shown to nobody
+        shown = str(path) if path.is_absolute() else "a file of this name"
+        raise ValueError(f"{shown} cannot be read, or is no file: write its absolute path")
     return path and path.absolute()

@@ -211,7 +211,11 @@ def replay(db: sqlite3.Connection, run_id: str) -> None:
     """See the protocol. Raises CallerError `run-unknown`."""
     run = find(db, run_id)
     if run is None or not run.dead:
-        raise CallerError("run-unknown", f"there is no dead letter {run_id[:64]!r}")
+        raise CallerError(
+            "run-unknown",
+            f"there is no dead letter {run_id[:64]!r}",
+            hint="see: ringfence queue dead",
+        )
     execute(db, "replay", run=run_id, status=run_after(run.status, RunEvent.REPLAY), now=now_ms(db))
 
 

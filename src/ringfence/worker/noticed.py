@@ -16,6 +16,16 @@ from ringfence.worker.modelcalls import model_message
 from ringfence.worker.outcome import Outcome, budget_spent, model_busy, model_unavailable
 from ringfence.worker.station import OnMessage
 
+_MENDS = {
+    "model-not-at-provider": "name the model in the provider's `models` in the settings, or"
+    " choose one that is there, with --model",
+    **dict.fromkeys(
+        ("credential-absent", "credential-denied", "credential-expired", "credential-unfit"),
+        "`ringfence doctor` with this policy says why",
+    ),
+}
+"""`claude` says of each 403 that it failed to authenticate."""
+
 
 def noticed(
     message: AnyMessage, *, outcome: Outcome, control: RunControl, on_message: OnMessage
@@ -24,7 +34,8 @@ def noticed(
     run; what egress denied for want of something may explain its failure.
     """
     if isinstance(message, EgressDenied):
-        text = f"egress refused {message.target}: {message.reason}"
+        mend = _MENDS.get(message.reason, "")
+        text = f"egress refused {message.target}: {message.reason}" + (mend and f" ({mend})")
         on_message(Notice(kind="egress_denied", text=text))
         if message.reason.startswith("budget-exhausted"):
             outcome.hindrance = budget_spent(message.reason)

@@ -42,7 +42,11 @@ class AwsSource:
         except ClientError as error:
             raise _refusal(reference, error) from None
         except (NoCredentialsError, PartialCredentialsError, ProfileNotFound) as error:
-            raise denied(_NAME, f"this host has no credentials ({type(error).__name__})") from None
+            raise denied(
+                _NAME,
+                f"this host has no credentials ({type(error).__name__})",
+                "secrets.aws: profile, web_identity_token_file, or a role of this host",
+            ) from None
         except (HTTPClientError, CredentialRetrievalError, BotoCoreError, OSError) as error:
             raise unreachable(_NAME, type(error).__name__) from None
         if not isinstance(answer.get("SecretString"), str):

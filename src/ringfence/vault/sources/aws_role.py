@@ -136,7 +136,11 @@ class BedrockLogin:
         except ClientError as error:
             raise refusal(_STS, about, error) from None
         except (NoCredentialsError, PartialCredentialsError, ProfileNotFound) as error:
-            raise denied(_STS, f"there are no credentials here ({type(error).__name__})") from None
+            raise denied(
+                _STS,
+                f"there are no credentials here ({type(error).__name__})",
+                "providers.NAME.aws: credential, credentials_file, web_identity_token_file or host",
+            ) from None
         except FileNotFoundError:
             raise denied(_STS, "the file of the web identity is not there") from None
         except (BotoCoreError, OSError) as error:

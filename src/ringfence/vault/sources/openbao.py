@@ -382,7 +382,9 @@ def _refusal(status: int, path: str, answer: dict[str, Any]) -> UnavailableError
     said = " ".join(str(word) for word in answer.get("errors") or ())
     if "expired" in said:
         return expired(_NAME, f"{path}: what was shown to it has expired")
-    return denied(_NAME, f"{path}: it answers {status}")
+    mend = "see what secrets.vault logs in with: role, role_id, secret_id_file"
+    hint = mend if path.endswith("/login") else ""
+    return denied(_NAME, f"{path}: it answers {status}", hint)
 
 
 def _secret_file(path: Path | None, *, private: bool = True) -> str:
@@ -393,7 +395,11 @@ def _secret_file(path: Path | None, *, private: bool = True) -> str:
                 raise denied(_NAME, f"{path} can be read by others", f"chmod o-rwx {path}")
             text = file.read(MAX_BYTES).strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise denied(_NAME, f"{path} cannot be read ({type(error).__name__})") from None
+        raise denied(
+            _NAME,
+            f"{path} cannot be read ({type(error).__name__})",
+            "let the user who runs ringfence read it, or name another in secrets.vault",
+        ) from None
     if not text or not text.isprintable():
         raise denied(_NAME, f"{path} holds no token")
     return text
