@@ -65,11 +65,12 @@ def events() -> str:
 
 def ocsf() -> str:
     from ringfence.record import ocsf as told
+    from ringfence.record.ocsf_rows import TABLE
 
     lines = ["# Records as OCSF events", "", inspect.getdoc(told) or "", ""]
     lines += ["`ringfence audit export --format ocsf` writes them, a JSON object a line.", ""]
     lines += ["| record | class | activity | places of its fields |", "|---|---|---|---|"]
-    for kind, row in told.TABLE.items():
+    for kind, row in TABLE.items():
         activity = "by the record" if callable(row.activity) else row.activity[1]
         fields = _fields_of(kind.partition(",")[0])
         places = [f"`{name}` → `{path}`" for name, path in row.places.items() if name in fields]

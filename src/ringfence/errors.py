@@ -6,6 +6,7 @@ happened, the hint what to do. No traceback reaches a user: the edge prints `ren
 
 from __future__ import annotations
 
+import errno
 from typing import ClassVar
 
 
@@ -81,10 +82,17 @@ class AgentError(RingfenceError):
     exit_status = 5
 
 
-# Every code that may be raised, with the sentence of its entry in docs/reference/errors.md.
-# Grouped by room; a code is never renamed or reused.
+CROWDED = (
+    "the kernel passes on no more descriptors for this user, of whom as many as RLIMIT_NOFILE may "
+    "be on their way: another sandbox of the same user has them, and they are free when it ends"
+)
+"""Linux's `too_many_unix_fds`: it counts by user, and says ETOOMANYREFS to all but root."""
+
+
 def words(error: Exception) -> str:
     """A fault of the system in words, without its number and its Python form."""
+    if isinstance(error, OSError) and error.errno == errno.ETOOMANYREFS:
+        return CROWDED
     if isinstance(error, OSError) and error.strerror:
         why = error.strerror[0].lower() + error.strerror[1:]
         return f"{why} ({error.filename})" if isinstance(error.filename, str) else why
@@ -128,6 +136,8 @@ def missing_library(error: ModuleNotFoundError, extra: str = "") -> UnavailableE
     )
 
 
+# Every code that may be raised, with the sentence of its entry in docs/reference/errors.md.
+# Grouped by room; a code is never renamed or reused.
 CODES: dict[str, str] = {
     # config
     "settings-invalid": "A setting is malformed, or its file can be written by others.",

@@ -389,6 +389,27 @@ def test_why_it_does_not_start_is_said_in_the_clients_error(
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.storm
+def test_one_that_gets_no_processor_for_a_while_is_waited_for(tmp_path: Path) -> None:
+    process = RecorderProcess.start(tmp_path / "audit")
+    os.kill(process.pid, signal.SIGSTOP)
+
+    async def run() -> None:
+        clients = [RecorderClient(each) for each in process.sockets.values()]
+        waiting = asyncio.ensure_future(clients[0].ready())
+        await asyncio.wait({waiting}, timeout=17)
+        assert not waiting.done()
+        os.kill(process.pid, signal.SIGCONT)
+        await waiting
+        for client in clients:
+            await client.close()
+
+    try:
+        asyncio.run(run())
+    finally:
+        process.close()
+
+
 def test_a_log_that_fails_mid_way_tells_every_waiter(tmp_path: Path) -> None:
     """A full disk, as a limit on the size of files (SIGXFSZ ignored: the write fails)."""
     script = (

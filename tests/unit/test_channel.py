@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import json
 import os
+import resource
 import socket
 import struct
 import subprocess
+import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -21,6 +24,7 @@ from ringfence.channel.link import MAX_FRAME, Channel, EgressLink, _frame
 from ringfence.channel.messages import (
     MESSAGES,
     Ack,
+    AddListener,
     CloseSandbox,
     Configure,
     EgressDenied,
@@ -263,6 +267,52 @@ def test_descriptors_that_the_kernel_refuses_cost_their_message_alone(
             await channel.send(Ack(id=3), [file.fileno()])
 
     assert posted(body) == [2, (3, 1)]
+
+
+def _crowded() -> None:
+    """As an ordinary user, whom the kernel counts: what a full count says, and when it is free."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    if os.geteuid() == 0:
+        os.setresuid(64_123, 64_123, 64_123)
+    held, null = socket.socketpair(), os.open(os.devnull, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        for _ in range(64):
+            socket.send_fds(held[0], [b"x"], [null] * 40)
+
+    async def asked() -> str:
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        egress = EgressLink(ours, lambda _: None)
+        asking = asyncio.ensure_future(
+            egress.request(AddListener, descriptors=[null], sandbox_id="s")
+        )
+        await asyncio.wait({asking}, timeout=0.2)
+        if not asking.done():
+            asking.cancel()
+            return "sent"
+        error = asking.exception()
+        assert isinstance(error, UnavailableError)
+        return f"{error.code} {error.message}"
+
+    refused = asyncio.run(asked())
+    assert refused.startswith("host-failed "), refused
+    assert "another sandbox of the same user" in refused
+    for end in held:
+        end.close()
+    assert asyncio.run(asked()) == "sent"
+
+
+def test_a_full_count_of_descriptors_is_said_and_is_free_when_its_sandbox_ends() -> None:
+    child = os.fork()
+    if child == 0:
+        try:
+            _crowded()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_what_the_peer_said_last_is_heard_before_its_end() -> None:

@@ -7,6 +7,7 @@ import importlib
 import os
 import socket
 import struct
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -240,3 +241,22 @@ def test_a_socket_that_is_there_is_reached(
             assert peer.recv(100) == b"hello"
     for stream in list(host.streams.values()):
         host.drop(stream)
+
+
+HIGH = """
+import fcntl, os, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (9000, 9000))
+from ringfence.inside import guest
+kept, high = fcntl.fcntl(2, fcntl.F_DUPFD, 3), fcntl.fcntl(2, fcntl.F_DUPFD, 8000)
+guest.close_from(kept + 1)
+os.fstat(kept)
+try:
+    os.fstat(high)
+except OSError:
+    print("closed")
+"""
+
+
+def test_a_program_gets_no_descriptor_of_the_guests_however_high() -> None:
+    done = subprocess.run([sys.executable, "-c", HIGH], capture_output=True, check=False)
+    assert (done.stdout, done.stderr) == (b"closed\n", b"")

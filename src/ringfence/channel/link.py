@@ -26,6 +26,7 @@ from ringfence.errors import (
     DeniedError,
     RingfenceError,
     UnavailableError,
+    words,
 )
 
 MAX_FRAME = 16 << 20
@@ -268,7 +269,9 @@ class EgressLink:
             # run on it, and an agent can have its own requests cancelled whenever it likes
             await asyncio.shield(sending)
             return await answer
-        except OSError:
+        except OSError as error:
+            if error.errno == errno.ETOOMANYREFS:
+                raise UnavailableError("host-failed", words(error), hint=_ALONE) from None
             raise _unavailable() from None
         finally:
             self._waiting.pop(number, None)
@@ -313,6 +316,9 @@ def _seen(task: asyncio.Task[None]) -> None:
     """Take a failure that nobody waits for any more."""
     if not task.cancelled():
         task.exception()
+
+
+_ALONE = "end that run, raise the limit of descriptors, or give each worker a user of its own"
 
 
 def _unavailable() -> UnavailableError:

@@ -31,7 +31,7 @@ from ringfence.control.shapes import (
     patched,
     unsupported,
 )
-from ringfence.policy.document import ModelName
+from ringfence.policy.fields import ModelName
 from ringfence.policy.hosts import host_problem
 
 ToolName = Literal["bash", "edit", "read", "write", "glob", "grep", "web_fetch", "web_search"]

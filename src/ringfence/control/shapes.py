@@ -18,8 +18,8 @@ from pydantic import (
     model_validator,
 )
 
-from ringfence.policy.document import ModelName
-from ringfence.policy.document import Name as PolicyName
+from ringfence.policy.fields import ModelName
+from ringfence.policy.fields import Name as PolicyName
 from ringfence.policy.hosts import host_problem
 
 

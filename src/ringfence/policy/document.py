@@ -11,7 +11,7 @@ is silently ignored is a hole.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -22,9 +22,34 @@ from pydantic import (
     model_validator,
 )
 
-from ringfence.policy import headers, hosts, paths, rules
+from ringfence.policy import hosts, paths
+from ringfence.policy.fields import (
+    Beta,
+    HeaderName,
+    Host,
+    ImageName,
+    Items,
+    Method,
+    ModelName,
+    Name,
+    Port,
+    Positive,
+    Region,
+    ServerName,
+    Text,
+    approval,
+    blocked,
+    exact_host,
+    glob,
+    grant,
+    readable,
+    refuse,
+    rule,
+    url_path,
+    whole,
+    writable,
+)
 from ringfence.policy.section import Audit, Execution, Hosting, Isolation, Section
-from ringfence.policy.tools import canonical_tool
 
 WorkspaceName = Literal["review", "direct", "readonly"]
 ModeName = Literal["default", "acceptEdits", "plan", "dontAsk", "bypassPermissions", "auto"]
@@ -45,8 +70,6 @@ CONTROLS: tuple[str, ...] = get_args(ControlName)
 """What a backend may be unable to enforce: names of `ringfence.sandbox.protocol.Control`, which
 stands above this room; a test holds the two equal."""
 
-Method = Literal["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
-
 MODE_WIDTH: tuple[ModeName, ...] = (
     "plan",
     "dontAsk",
@@ -58,121 +81,11 @@ MODE_WIDTH: tuple[ModeName, ...] = (
 """Permission modes from the narrowest to the widest."""
 
 
-def _sequence(value: object) -> object:
-    # a set would load too, in another order at each start: another digest for the same policy
-    if not isinstance(value, (list, tuple)):
-        raise ValueError("write a list")  # noqa: TRY004  pydantic reads ValueError
-    return value
-
-
-def _whole(value: object) -> object:
-    # Python holds True and 1.0 equal to 1, and a Literal compares
-    if type(value) is not int:
-        raise ValueError("write a whole number")
-    return value
-
-
-T = TypeVar("T")
-Items = Annotated[tuple[T, ...], Field(strict=False), BeforeValidator(_sequence)]
-
-
-def _refuse(problem: str | None) -> None:
-    if problem:
-        raise ValueError(problem)
-
-
-def _host(text: str) -> str:
-    _refuse(hosts.host_problem(text))
-    return text
-
-
-def _exact_host(text: str) -> str:
-    _refuse(hosts.host_problem(text, wildcards=False))
-    if text == hosts.MODEL_HOST:
-        raise ValueError("the model route's credential is the operator's setting, not a secret")
-    return text
-
-
-def _readable(path: str) -> str:
-    _refuse(paths.shown_problem(path, writable=False))
-    return path
-
-
-def _writable(path: str) -> str:
-    _refuse(paths.shown_problem(path, writable=True))
-    return path
-
-
-def _blocked(path: str) -> str:
-    _refuse(paths.path_problem(path))
-    # programs inside run from the host's /usr: a line that cannot hold must not load
-    if path in {"/", paths.WORKSPACE, *paths.PROGRAMS}:
-        raise ValueError("nothing could run; name what is to be absent below it")
-    return path
-
-
-def _glob(pattern: str) -> str:
-    _refuse(paths.glob_problem(pattern))
-    return pattern
-
-
-def _grant(text: str) -> str:
-    _refuse(rules.grant_problem(text))
-    return canonical_tool(text)
-
-
-def _rule(text: str) -> str:
-    return rules.parse_rule(text).text
-
-
-def _approval(text: str) -> str:
-    text = _rule(text)
-    _refuse(rules.approval_problem(text))
-    return text
-
-
-def _header(name: str) -> str:
-    _refuse(headers.grant_problem(name))
-    return name
-
-
-def _url_path(path: str) -> str:
-    stem = path.removesuffix("/**")
-    if not path.startswith("/"):
-        raise ValueError("write an absolute path of the host, such as /v1/items or /v1/**")
-    if "*" in stem or not re.fullmatch(r"[A-Za-z0-9/._~!$&'()+,;=:@-]*", stem):
-        raise ValueError(
-            "write it un-encoded and without a query; the only wildcard is /** at the end"
-        )
-    if "//" in path or any(part in {".", ".."} for part in stem.split("/")):
-        raise ValueError("write it without empty, `.` or `..` parts")
-    return path
-
-
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9](?:[a-z0-9_-]{0,62}[a-z0-9])?$")]
-ServerName = Annotated[
-    str, StringConstraints(pattern=r"^[A-Za-z0-9-]{1,32}(?:_[A-Za-z0-9-]{1,32}){0,3}$")
-]
-ModelName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@/-]{0,127}$")]
-Region = Annotated[str, StringConstraints(pattern=r"^[a-z]+(?:-[a-z0-9]+){0,4}$")]
-Beta = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]{0,63}$")]
-Host = Annotated[str, AfterValidator(_host)]
-HeaderName = Annotated[
-    str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$"), AfterValidator(_header)
-]
-Port = Annotated[int, Field(ge=1, le=65535)]
-Positive = Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)]
-ImageName = Annotated[
-    str, StringConstraints(pattern=r"^(?:[a-z0-9][a-z0-9._-]{0,62}|sha256:[0-9a-f]{64})$")
-]
-Text = Annotated[str, StringConstraints(max_length=4096, pattern=r"^[^\x00-\x08\x0a-\x1f\x7f]*$")]
-
-
 class PathGrant(Section):
     """One method on one path; `/**` at the end means all below."""
 
     method: Method
-    path: Annotated[str, AfterValidator(_url_path)]
+    path: Annotated[str, AfterValidator(url_path)]
 
     @model_validator(mode="before")
     @classmethod
@@ -215,11 +128,11 @@ class HostGrant(Section):
             return value
         match = re.fullmatch(r"([^:/]+):([0-9]{1,16})", value)
         if match:
-            _refuse(hosts.host_problem(match[1]))
+            refuse(hosts.host_problem(match[1]))
             if not 1 <= int(match[2]) <= 65535 or match[2].startswith("0"):
                 raise ValueError("a port is a number from 1 to 65535")
             return {"host": match[1], "port": int(match[2])}
-        _refuse(hosts.host_problem(value))
+        refuse(hosts.host_problem(value))
         return {"host": value}
 
     @model_validator(mode="after")
@@ -276,11 +189,11 @@ class Filesystem(Section):
     image: ImageName | None = None
     workspace: WorkspaceName | None = None
     workspace_modes: Items[WorkspaceName] | None = None
-    writable_paths: Items[Annotated[str, AfterValidator(_writable)]] | None = None
-    readable_paths: Items[Annotated[str, AfterValidator(_readable)]] = ()
-    blocked_paths: Items[Annotated[str, AfterValidator(_blocked)]] = ()
-    hidden: Items[Annotated[str, AfterValidator(_glob)]] = ()
-    show: Items[Annotated[str, AfterValidator(_glob)]] = ()
+    writable_paths: Items[Annotated[str, AfterValidator(writable)]] | None = None
+    readable_paths: Items[Annotated[str, AfterValidator(readable)]] = ()
+    blocked_paths: Items[Annotated[str, AfterValidator(blocked)]] = ()
+    hidden: Items[Annotated[str, AfterValidator(glob)]] = ()
+    show: Items[Annotated[str, AfterValidator(glob)]] = ()
     tmp_exec: bool = False
     exec_in_workspace: bool = True
 
@@ -304,9 +217,9 @@ class Role(Section):
         preapproved: rules that ask nobody; each names an offered tool.
     """
 
-    allow: Items[Annotated[str, AfterValidator(_grant)]] = ()
-    deny: Items[Annotated[str, AfterValidator(_rule)]] = ()
-    preapproved: Items[Annotated[str, AfterValidator(_approval)]] = ()
+    allow: Items[Annotated[str, AfterValidator(grant)]] = ()
+    deny: Items[Annotated[str, AfterValidator(rule)]] = ()
+    preapproved: Items[Annotated[str, AfterValidator(approval)]] = ()
 
 
 class McpServerGrant(Section):
@@ -326,8 +239,8 @@ class McpServerGrant(Section):
         match = re.fullmatch(r"https://([^/:?#]+)(?::([1-9][0-9]{0,4}))?(/[^?#]*)?", value)
         if match is None:
             raise ValueError("write https://host[:port][/path]")
-        _refuse(hosts.host_problem(match[1], wildcards=False))
-        _url_path(match[3] or "/")
+        refuse(hosts.host_problem(match[1], wildcards=False))
+        url_path(match[3] or "/")
         return value
 
     @model_validator(mode="after")
@@ -388,7 +301,7 @@ class Secret(Section):
         user: the value is the password of this user in HTTP's Basic scheme: git, registries.
     """
 
-    hosts: Annotated[Items[Annotated[str, AfterValidator(_exact_host)]], Field(min_length=1)]
+    hosts: Annotated[Items[Annotated[str, AfterValidator(exact_host)]], Field(min_length=1)]
     header: Annotated[str, StringConstraints(pattern=r"^[a-z0-9!#$&^_`|~.+-]{1,64}$")] | None = None
     template: Annotated[str, StringConstraints(pattern=r"^[\x20-\x7e]{2,256}$")] | None = None
     query: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] | None = None
@@ -464,7 +377,7 @@ class Model(Section):
 class PolicyDocument(Section):
     """One whole policy, its preset already merged in."""
 
-    version: Annotated[Literal[1], BeforeValidator(_whole)] = 1
+    version: Annotated[Literal[1], BeforeValidator(whole)] = 1
     preset: Literal["strict", "ci", "review", "developer"] | None = None
     network: Network = Network()
     filesystem: Filesystem = Filesystem()

@@ -20,7 +20,10 @@ from ringfence.errors import UnavailableError, words
 from ringfence.record.events import Event
 from ringfence.record.wire import ANCHOR_VARIABLE, Decoder, FrameError, encode
 
-_READY_SECONDS = 15.0
+_READY_SECONDS = 120.0
+"""For one that lives and does not come to it: a starved host takes long to load a program, and one
+that ends is told at once by its socket.
+"""
 _CLOSE_SECONDS = 10.0
 _MAX_UNSENT = 4 << 20
 _READ = 1 << 16
@@ -57,7 +60,7 @@ class RecorderClient:
             async with asyncio.timeout(_READY_SECONDS):
                 await self._greeted.wait()
         if self._key is None:
-            raise self._lost or _unavailable("it does not answer")
+            raise self._lost or _unavailable(f"it does not answer for {_READY_SECONDS:.0f} seconds")
 
     async def append(self, event: Event, *, durable: bool = True) -> int:
         """See the protocol."""

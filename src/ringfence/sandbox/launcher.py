@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ringfence.errors import UnavailableError
+from ringfence.errors import UnavailableError, words
 from ringfence.sandbox.frames import receive_frame, send_frame
 
 _MAIN = f"""import sys
@@ -75,6 +75,11 @@ def _nothing() -> None:
     pass
 
 
+def ended(error: OSError) -> UnavailableError:
+    """What became of a launcher that cannot be written to or read from."""
+    return UnavailableError("sandbox-start-failed", f"the launcher ended: {words(error)}")
+
+
 async def prepare(
     launcher: Launcher,
     plan: dict[str, Any],
@@ -99,7 +104,7 @@ async def prepare(
     except BaseException as error:
         await asyncio.shield(launcher.end())
         if isinstance(error, OSError):
-            raise UnavailableError("sandbox-start-failed", f"the launcher ended: {error}") from None
+            raise ended(error) from None
         raise
     if not answer.get("ok"):
         await launcher.end()

@@ -30,7 +30,7 @@ from ringfence.policy.compiled import SandboxProfile
 from ringfence.sandbox import cgroups, enforce, hostfacts, profile, seccomp
 from ringfence.sandbox.frames import send_frame
 from ringfence.sandbox.imageroot import HeldImage
-from ringfence.sandbox.launcher import Launcher, Spare, alive, attach, prepare
+from ringfence.sandbox.launcher import Launcher, Spare, alive, attach, ended, prepare
 from ringfence.sandbox.opening import gather, look_at, open_workspace
 from ringfence.sandbox.overlay import read_changes
 from ringfence.sandbox.protocol import (
@@ -263,7 +263,7 @@ class StagedSandbox(ABC):
             launcher.process.wait()
             for end in ours:
                 end.close()
-            raise UnavailableError("sandbox-start-failed", f"the launcher ended: {error}") from None
+            raise ended(error) from None
         finally:
             launcher.control.close()
             os.close(filtering)
