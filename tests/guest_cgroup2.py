@@ -15,13 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ringfence.errors import UnavailableError
-from ringfence.policy.compiled import Limits
-from ringfence.sandbox import cgroups
+from ringfence.policy.compiled import Limits, SandboxProfile
+from ringfence.sandbox import cgroups, enforce
+from ringfence.sandbox.protocol import Control
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 NEWCGROUP, NEWNS, PRIVATE = 0x2000000, 0x20000, 1 << 18 | 16384
 LIMITS = Limits(memory_mb=64, cpus=0.5, pids=20)
-SESSION = cgroups.ROOT / "user.slice" / "session.scope"
+SLICE = cgroups.ROOT / "user.slice"
+SESSION = SLICE / "session.scope"
+USER = 1001
 ID = f"sb_{0:026d}"
 
 
@@ -163,6 +166,65 @@ def in_a_namespace() -> list[str]:
     return found
 
 
+def as_user(scope: Path, work: Callable[[], object]) -> object:
+    """What a process of an ordinary user sees that a login has put into a group."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            (scope / "cgroup.procs").write_text("0")
+            os.setgroups([])
+            os.setresgid(USER, USER, USER)
+            os.setresuid(USER, USER, USER)
+            os.environ["HOME"] = "/tmp"
+            seen = work()
+        except Exception as error:
+            seen = repr(error)
+        os.write(writing, json.dumps(seen).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        seen = json.loads(pipe.read())
+    os.waitpid(pid, 0)
+    return seen
+
+
+def refused() -> list[object]:
+    """Processes are counted without groups, too, where bubblewrap is: not asked here."""
+    found = cgroups.discover().parents
+    states = [
+        enforce.STAGED[control].state(control, enforced=control in found)
+        for control in (Control.MEMORY, Control.CPU)
+    ]
+    try:
+        enforce.refuse(states, SandboxProfile())
+    except UnavailableError as error:
+        return [len(found), error.code, error.message]
+    return []
+
+
+def limited() -> list[object]:
+    hierarchy = cgroups.discover()
+    groups = cgroups.Groups(hierarchy, ID)
+    enforced = sorted(str(state.control) for state in groups.make(LIMITS))
+    seen = [sorted(set(map(str, hierarchy.parents.values()))), enforced]
+    seen += [joined(groups, lambda: 7)[0], joined(groups, hog)[0]]
+    groups.remove()
+    return seen
+
+
+def delegated() -> Path:
+    """What `systemd-run --user --scope` makes: a leaf below the slice of a user's own manager."""
+    service = SLICE / f"user@{USER}.service"
+    scope = service / "app.slice" / "run.scope"
+    scope.mkdir(parents=True)
+    for group in (service, service / "app.slice", scope):
+        for file in ("", "cgroup.procs", "cgroup.threads", "cgroup.subtree_control"):
+            os.chown(group / file, USER, USER)
+    (service / "cgroup.subtree_control").write_text("+memory +cpu +pids")
+    return scope
+
+
 def main() -> dict[str, object]:
     for kind, target in (("proc", "/proc"), ("sysfs", "/sys"), ("cgroup2", str(cgroups.ROOT))):
         mount(kind, target)
@@ -190,6 +252,9 @@ def main() -> dict[str, object]:
     groups.remove()
     seen["left"] = [path.name for path in cgroups.ROOT.glob("**/ringfence-*")]
     seen["namespace"] = in_a_namespace()
+    (SLICE / "login.scope").mkdir()
+    seen["undelegated"] = as_user(SLICE / "login.scope", refused)
+    seen["delegated"] = as_user(delegated(), limited)
     return seen
 
 

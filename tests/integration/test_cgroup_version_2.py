@@ -33,7 +33,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     except UnavailableError as error:
         pytest.skip(error.message)
     path = f"import sys; sys.path.insert(0, {str(SOURCE)!r})\n"
-    needed = "import __future__, ctypes, errno, json, resource, signal; from ringfence.sandbox import cgroups"
+    needed = "import __future__, ctypes, errno, json, resource, signal; from ringfence.sandbox import cgroups, enforce"
     files = dict(interpreter(path + needed))
     first = "from __future__ import annotations\n"
     start = f"#!{os.path.realpath(sys.executable)} -IS\n{first}{path}"
@@ -93,3 +93,16 @@ def test_nothing_is_left(seen: dict[str, object]) -> None:
 def test_a_busy_root_of_a_namespace_is_a_group_like_any_other(seen: dict[str, object]) -> None:
     """It has a type, and the host's root has none."""
     assert seen["namespace"] == []
+
+
+def test_an_ordinary_user_without_delegation_is_refused_by_the_controls_names(
+    seen: dict[str, object],
+) -> None:
+    words = "this host cannot enforce memory, cpu: no cgroup that we may write"
+    assert seen["undelegated"] == [0, "control-unenforceable", words]
+
+
+def test_an_ordinary_user_with_delegation_has_limits(seen: dict[str, object]) -> None:
+    """The twin: beside the leaf that the user's manager put us into."""
+    slice_ = "/sys/fs/cgroup/user.slice/user@1001.service/app.slice"
+    assert seen["delegated"] == [[slice_], sorted(ALL), 7 << 8, signal.SIGKILL]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from backends import NAMES, available, summary
+from backends import NAMES, available, reasons, summary
 from ringfence.policy.section import Isolation
 
 
