@@ -90,6 +90,7 @@ def test_the_filter(machine: str) -> None:
         assert verdict(machine, calls["clone"], flag | 17) == EPERM
     assert verdict(machine, calls["clone3"]) == ENOSYS
     assert verdict(machine, calls["io_setup"]) == ENOSYS
+    assert verdict(machine, calls["openat2"]) == ENOSYS
     for family in (1, 2, 10):
         assert verdict(machine, calls["socket"], family, 1, 0) == ALLOW
     assert verdict(machine, calls["socket"], 16, 3, 0) == ALLOW
@@ -117,8 +118,29 @@ def test_the_filter(machine: str) -> None:
     assert verdict(machine, calls["personality"], 0x0040000) == EPERM
     assert verdict(machine, calls["mknodat"], 0, 0, 0o010644) == ALLOW
     assert verdict(machine, calls["mknodat"], 0, 0, 0o020644) == EPERM
+    assert verdict(machine, calls["mknodat"], 0, 0, 0o104755) == EPERM
     assert verdict(machine, 5000) == ENOSYS
     assert verdict(machine, calls["read"], audit=0x40000003) == KILL
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_nothing_is_made_set_user_id(machine: str) -> None:
+    calls = TABLES[machine]
+    modes = {"chmod": 1, "fchmod": 1, "fchmodat": 2, "fchmodat2": 2, "creat": 1}
+    for name, before in modes.items():
+        for mode, ending in ((0o755, ALLOW), (0o2775, ALLOW), (0o4755, EPERM), (0o6000, EPERM)):
+            if name in calls:
+                assert verdict(machine, calls[name], *[0] * before, mode) == ending, name
+    for name, before in {"open": 1, "openat": 2}.items():
+        if name not in calls:
+            continue
+        for flags, mode, ending in (
+            (0o100 | 1, 0o4755, EPERM),
+            (0o20000000 | 2, 0o4755, EPERM),
+            (0o100 | 1, 0o755, ALLOW),
+            (0, 0o4755, ALLOW),  # no file is made: a mode is whatever lies there
+        ):
+            assert verdict(machine, calls[name], *[0] * before, flags, mode) == ending, name
 
 
 DENIED_X86 = {

@@ -15,6 +15,10 @@ personality only where it asks or sets the plain one (no READ_IMPLIES_EXEC, no A
 io_setup is ENOSYS: of asynchronous contexts the whole host has one number (fs.aio-max-nr), which
 no control group counts, and one sandbox could take all that its databases and machines need.
 
+Nothing is made set-user-id: what is written in a workspace of the host has its owner, and would run
+as them for every user of the host. openat2 is ENOSYS, because its mode lies in memory, too. A
+set-group-id bit is left: folders that a team shares have it, and a filter sees no folder.
+
 A family or protocol that no filter names would be looked for among the kernel's modules, without
 any privilege: sctp, dccp and tipc have been roads to root before. So would a type: dccp answers to
 type 6 without a protocol (net-pf-2-proto-0-type-6, CVE-2017-6074).
@@ -56,8 +60,14 @@ FORBIDDEN_IOCTLS = (
 )
 _S_IFMT = 0xF000
 _NODE_KINDS = (0x0000, 0x1000, 0x8000)
+_S_ISUID = 0o4000
+_MODES = {"chmod": 1, "fchmod": 1, "fchmodat": 2, "fchmodat2": 2, "creat": 1}
+_OPENS = {"open": 1, "openat": 2}
+"""Where the mode of a call stands; and the flags of one, after which a mode may be left out."""
+_MAKES = 0o100 | 0o20000000
+"""O_CREAT and the bit of O_TMPFILE, on both machines: without them a mode is what lies there."""
 _PERSONALITIES = (0x0, 0xFFFFFFFF)
-_ABSENT = ("clone3", "io_setup")
+_ABSENT = ("clone3", "io_setup", "openat2")
 """Libraries do without them where the kernel has none."""
 
 
@@ -186,6 +196,8 @@ def _ruled() -> dict[str, _Program]:
         "socketpair": _one_of(0, (_AF_UNIX,), _EAFNOSUPPORT),
         "ioctl": _ioctl(),
         "personality": _one_of(0, _PERSONALITIES, _EPERM),
+        **{name: _mode(argument) for name, argument in _MODES.items()},
+        **{name: _open(argument) for name, argument in _OPENS.items()},
         "mknod": _mknod(1),
         "mknodat": _mknod(2),
     }
@@ -251,11 +263,29 @@ def _ioctl() -> _Program:
     return program
 
 
+def _mode(argument: int) -> _Program:
+    program = _Program()
+    program.argument(argument)
+    program.add(_JSET, _S_ISUID, 0, 1)
+    program.returns(errno(_EPERM))
+    program.returns(_ALLOW)
+    return program
+
+
+def _open(flags_argument: int) -> _Program:
+    program, made = _Program(), _mode(flags_argument + 1)
+    program.argument(flags_argument)
+    program.add(_JSET, _MAKES, 0, len(made.code))
+    program.code += made.code
+    program.returns(_ALLOW)
+    return program
+
+
 def _mknod(mode_argument: int) -> _Program:
     """FIFOs and plain files; a device number of 0/0 would be a forged whiteout in an overlay."""
     program = _Program()
     program.argument(mode_argument)
-    program.add(_AND, _S_IFMT)
+    program.add(_AND, _S_IFMT | _S_ISUID)
     for kind in _NODE_KINDS:
         program.add(_JEQ, kind, 0, 1)
         program.returns(_ALLOW)
@@ -293,8 +323,11 @@ def oci(machine: str) -> dict[str, Any]:
         ("socketpair", (_equal(0, _AF_UNIX),)),
         *(("ioctl", (_masked(1, mask, value),)) for mask, value in all_but(FORBIDDEN_IOCTLS)),
         *(("personality", (_equal(0, value),)) for value in _PERSONALITIES),
-        *(("mknod", (_masked(1, _S_IFMT, kind),)) for kind in _NODE_KINDS),
-        *(("mknodat", (_masked(2, _S_IFMT, kind),)) for kind in _NODE_KINDS),
+        *(("mknod", (_masked(1, _S_IFMT | _S_ISUID, kind),)) for kind in _NODE_KINDS),
+        *(("mknodat", (_masked(2, _S_IFMT | _S_ISUID, kind),)) for kind in _NODE_KINDS),
+        *((name, (_masked(mode, _S_ISUID, 0),)) for name, mode in _MODES.items()),
+        *((name, (_masked(flags + 1, _S_ISUID, 0),)) for name, flags in _OPENS.items()),
+        *((name, (_masked(flags, _MAKES, 0),)) for name, flags in _OPENS.items()),
     ]
     known = ARCHITECTURES[machine].calls
     return {

@@ -14,7 +14,8 @@ __all__ = ["AARCH64", "RULED", "X86_64"]
 RULED = frozenset(
     {
         *("clone", "clone3", "socket", "socketpair", "ioctl", "personality", "mknod", "mknodat"),
-        "io_setup",
+        *("io_setup", "chmod", "fchmod", "fchmodat", "fchmodat2"),
+        *("creat", "open", "openat", "openat2"),
     }
 )
 """Not allowed as such: `seccomp.py` looks at their arguments, or says that there is none."""
