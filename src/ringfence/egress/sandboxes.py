@@ -278,9 +278,11 @@ class SandboxState:
 
     async def record(self, kind: str, *, durable: bool, **fields: object) -> None:
         """Append an event; the caller may go on only when this returns."""
+        waits = self.shared.wait_for_audit
         await self.shared.recorder.append_fields(
             {"type": kind, **self._ids, **fields},
-            durable=durable and self.shared.wait_for_audit,
+            durable=durable and waits,
+            linger=0.0 if waits else self.shared.linger,
         )
 
     def record_soon(self, kind: str, **fields: object) -> None:
