@@ -83,9 +83,10 @@ class Channel:
         self._flush()
         await sent
 
-    def post(self, message: Message, linger: float = 0.0) -> None:
-        """One frame that nobody waits for: what a turn of the loop brings goes out in one write,
-        and for `linger` seconds more may join it. After the peer's end it is dropped.
+    def post(self, message: Message | dict[str, Any], linger: float = 0.0) -> None:
+        """One frame that nobody waits for, of a message or of its fields with `type`: what a turn
+        of the loop brings goes out in one write, and for `linger` seconds more may join it. After
+        the peer's end it is dropped.
         """
         if self._lost is not None:
             return
@@ -227,11 +228,12 @@ class Channel:
         self._socket.close()
 
 
-def _frame(message: Message, descriptors: int) -> bytes:
+def _frame(message: Message | dict[str, Any], descriptors: int) -> bytes:
     try:
         body = to_json({"m": message, "f": descriptors})
     except ValueError:  # a lone surrogate, which only the standard library escapes
-        body = json.dumps({"m": message.model_dump(), "f": descriptors}).encode()
+        fields = message if isinstance(message, dict) else message.model_dump()
+        body = json.dumps({"m": fields, "f": descriptors}).encode()
     return struct.pack(">I", len(body)) + body
 
 

@@ -26,7 +26,6 @@ from ringfence.channel.messages import (
     CloseSandbox,
     Configure,
     Message,
-    ModelCalled,
     ModelTurn,
     OpenSandbox,
     Refused,
@@ -171,12 +170,13 @@ class Egress:
             resolver=Resolver(message.resolver_overrides, message.upstream_overrides),
             authority=authority,
             upstream_tls=context,
-            notify=self._notify,
+            notify=self._channel.post,
+            tell=self._tell,
             wait_for_audit=message.wait_for_audit,
             linger=_LINGER_SECONDS,
             aside=self._aside,
             sign=sign,
-            turns=_turns(message, self._notify),
+            turns=_turns(message, self._channel.post),
         )
         resolved = self._resolving.names() if self._resolving is not None else frozenset()
         return {"credentials": sorted({*secrets, *resolved})}
@@ -244,9 +244,9 @@ class Egress:
         for sandbox in self._sandboxes.values():
             sandbox.forget_hidden()
 
-    def _notify(self, message: Message) -> None:
+    def _tell(self, notice: dict[str, Any]) -> None:
         # what is only told of may wait for company; each write wakes the worker
-        self._channel.post(message, _LINGER_SECONDS if isinstance(message, ModelCalled) else 0.0)
+        self._channel.post(notice, _LINGER_SECONDS)
 
 
 async def _settle(tasks: list[asyncio.Task[None]]) -> None:
