@@ -1,11 +1,12 @@
 """Egress: what a request costs through each way, beside no proxy at all.
 
-`python -m benchmarks.egress [seconds per window] [windows]`
+`python -m benchmarks.egress [seconds per window] [windows] [words of rows]`
 
 Each row: median latency of one client (the baseline's is taken away), requests per second of
 sixteen, and the proxy's CPU time per request under that load, the column that a busy machine
 distorts least. Rows take turns, and of several windows the best counts. The client and the upstream are Python on
-the same cores: a proxy in C is bound by them, so its requests per second are a lower bound.
+the same cores: a proxy in C is bound by them, so its requests per second are a lower bound. With
+words, only rows that hold one of them (and the baseline) are run: `ringfence sandbox-runtime`.
 """
 
 from __future__ import annotations
@@ -151,14 +152,20 @@ def show(name: str, kind: str, row: Row, base: Row) -> None:
     )
 
 
-async def run(seconds: float, windows: int) -> None:
+def chosen(words: list[str]) -> list[tuple[str, str, str, Start]]:
+    """The baseline, and the rows that hold one of the words; all without words."""
+    named = [row for row in ROWS if any(word in f"{row[0]} {row[1]}" for word in words)]
+    return [ROWS[0], *(row for row in named if row is not ROWS[0])] if words else list(ROWS)
+
+
+async def run(seconds: float, windows: int, words: list[str]) -> None:
     """The table, and the ratios that the targets name."""
     with tempfile.TemporaryDirectory(prefix="ringfence-bench-") as scratch:
         Path(scratch).chmod(0o755)
         async with AsyncExitStack() as stack:
             place = Place(Path(scratch), stack.enter_context(upstream(Path(scratch))))
             running: Running = {}
-            for name, kind, peer, start in ROWS:
+            for name, kind, peer, start in chosen(words):
                 if peer and (mend := proxies.missing(peer)):
                     print(f"{name}: not installed: {mend}", file=sys.stderr)
                     continue
@@ -174,12 +181,16 @@ def _targets(results: dict[tuple[str, str], Row]) -> None:
     base = results["direct TLS", "-"]["p50_us"]
     for name, limit in (("ringfence, no audit wait", 300), ("ringfence, durable", 900)):
         for kind in ("model", "terminated"):
+            if (name, kind) not in results:
+                continue
             added = results[name, kind]["p50_us"] - base
             print(f"{name}, {kind}: p50 added {added / 1000:.2f} ms (target {limit / 1000:.2f})")
     if ("sandbox-runtime", "terminated") in results:
         theirs = results["sandbox-runtime", "terminated"]["per_second"]
         for kind in ("model", "terminated"):
-            ours = results["ringfence, no audit wait", kind]["per_second"]
+            if (row := results.get(("ringfence, no audit wait", kind))) is None:
+                continue
+            ours = row["per_second"]
             print(f"{kind}: {ours / theirs:.2f}x sandbox-runtime's req/s (target 1.25)")
 
 
@@ -187,7 +198,7 @@ def main(arguments: list[str]) -> None:
     """Entry."""
     seconds = float(arguments[0]) if arguments else 2.0
     windows = int(arguments[1]) if len(arguments) > 1 else 3
-    uvloop.run(run(seconds, windows))
+    uvloop.run(run(seconds, windows, arguments[2:]))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Self
 
-from ringfence.channel.messages import ProviderConfig
+from ringfence.channel.messages import ModelCalled, ProviderConfig
 from ringfence.egress.address import Resolver
 from ringfence.egress.credentials import Credentials, Secret
 from ringfence.egress.model import RunState
@@ -69,7 +69,9 @@ class Recorder:
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def append_fields(self, fields: dict[str, Any], *, durable: bool) -> int:
+    async def append_fields(
+        self, fields: dict[str, Any], *, durable: bool, linger: float = 0.0
+    ) -> int:
         self.records.append(fields)
         if durable:
             await self.gate.wait()
@@ -123,6 +125,7 @@ class Rig:
             authority=Authority.load(place / "ca"),
             upstream_tls=upstream_context(str(place / "ca.pem")),
             notify=self.notices.append,
+            tell=lambda one: self.notices.append(ModelCalled(**one)),
         )
         self.state = SandboxState(
             sandbox_id="sb",

@@ -20,6 +20,7 @@ from egress_rig import _answer as answer_of
 
 from ringfence.channel.messages import (
     DeskMessage,
+    ModelCalled,
     ModelTurn,
     ProviderConfig,
     PutOff,
@@ -74,6 +75,7 @@ class Worker:
             authority=None,
             upstream_tls=upstream_context(str(place / "ca.pem")),
             notify=self._heard,
+            tell=lambda one: self._heard(ModelCalled(**one)),
             turns=self.turns,
         )
         self.name = name

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ringfence.channel.messages import ModelCalled
 from ringfence.egress.exchange import Exchange
 from ringfence.egress.model import Cut
 from ringfence.egress.model.dialects.answers import FromBedrock
@@ -81,7 +82,7 @@ def test_what_is_free_hides_nothing_that_is_paid_for(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("ringfence.egress.sandboxes._MAX_FREE", 2)
     told: list[Any] = []
     rules: Any = SimpleNamespace(credentials=(), model=ModelRules(provider="anthropic"))
-    shared: Any = SimpleNamespace(providers={}, notify=told.append)
+    shared: Any = SimpleNamespace(providers={}, tell=lambda one: told.append(ModelCalled(**one)))
     state = SandboxState(
         sandbox_id="s",
         run_id="r",

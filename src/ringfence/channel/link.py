@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import from_json, to_json
 
 from ringfence.channel.messages import MESSAGES, Ack, AnyMessage, Message, Refused
 from ringfence.errors import (
@@ -83,9 +84,10 @@ class Channel:
         self._flush()
         await sent
 
-    def post(self, message: Message, linger: float = 0.0) -> None:
-        """One frame that nobody waits for: what a turn of the loop brings goes out in one write,
-        and for `linger` seconds more may join it. After the peer's end it is dropped.
+    def post(self, message: Message | dict[str, Any], linger: float = 0.0) -> None:
+        """One frame that nobody waits for, of a message or of its fields with `type`: what a turn
+        of the loop brings goes out in one write, and for `linger` seconds more may join it. After
+        the peer's end it is dropped.
         """
         if self._lost is not None:
             return
@@ -202,7 +204,7 @@ class Channel:
                 raise ValueError("frame too long")
             if len(self._buffer) < 4 + length:
                 return
-            envelope = json.loads(bytes(self._buffer[4 : 4 + length]))
+            envelope = _read(bytes(self._buffer[4 : 4 + length]))
             del self._buffer[: 4 + length]
             descriptors = [self._descriptors.popleft() for _ in range(int(envelope["f"]))]
             await self._on_message(MESSAGES.validate_python(envelope["m"]), descriptors)
@@ -227,13 +229,20 @@ class Channel:
         self._socket.close()
 
 
-def _frame(message: Message, descriptors: int) -> bytes:
+def _frame(message: Message | dict[str, Any], descriptors: int) -> bytes:
     try:
-        # in one step; the tail is the envelope's
-        body = b'{"m":%b,"f":%d}' % (message.model_dump_json().encode(), descriptors)
+        body = to_json({"m": message, "f": descriptors})
     except ValueError:  # a lone surrogate, which only the standard library escapes
-        body = json.dumps({"m": message.model_dump(), "f": descriptors}).encode()
+        fields = message if isinstance(message, dict) else message.model_dump()
+        body = json.dumps({"m": fields, "f": descriptors}).encode()
     return struct.pack(">I", len(body)) + body
+
+
+def _read(body: bytes) -> Any:
+    try:
+        return from_json(body)
+    except ValueError:  # a lone surrogate, or nothing that the standard library reads either
+        return json.loads(body)
 
 
 class EgressLink:

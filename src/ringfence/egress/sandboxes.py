@@ -14,7 +14,6 @@ from urllib.parse import urlsplit
 from ringfence.channel.messages import (
     EgressDenied,
     Message,
-    ModelCalled,
     ProviderConfig,
     WitnessViolated,
 )
@@ -47,6 +46,12 @@ _MAX_NOTICES = 500
 _MAX_FREE = 20_000
 """Model requests of one sandbox that cost nothing, and that the worker hears of: whoever is inside
 can have any number of them. Those that cost something it hears of however many there are."""
+
+
+_TOKENS = (
+    *("input_tokens", "output_tokens"),
+    *("cache_creation_input_tokens", "cache_read_input_tokens"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +122,8 @@ class Shared:
     authority: Authority | None
     upstream_tls: ssl.SSLContext
     notify: Callable[[Message], None]
+    tell: Callable[[dict[str, Any]], None]
+    """Of a `ModelCalled`, by its fields: two go with each request, and the worker checks them."""
     wait_for_audit: bool = True
     linger: float = 0.0
     """Seconds that the record of an end may wait for company."""
@@ -169,7 +176,7 @@ class SandboxState:
         # a request may go to another of them than the first
         each = self.shared.providers.values()
         names += [one.credential for one in each if one.credential is not None]
-        self._untold: dict[str, ModelCalled] = {}
+        self._untold: dict[str, dict[str, Any]] = {}
         self._waiters: list[asyncio.Future[None]] = []
         self._names = tuple(names)
         self._generation = 0
@@ -232,19 +239,25 @@ class SandboxState:
         """Tell the worker of a model request, when it begins and when it is over. With too many
         that were free, of one that was not when it is over, and of the others not at all.
         """
-        told = ModelCalled(sandbox_id=self.sandbox_id, request_id=request_id, **what)
-        if not told.over and self.free >= _MAX_FREE:
+        told = {
+            "type": "model_called",
+            "sandbox_id": self.sandbox_id,
+            "request_id": request_id,
+            **what,
+        }
+        over = "over" in what
+        if not over and self.free >= _MAX_FREE:
             self._untold[request_id] = told
             return
-        if told.over:
-            paid = _paid(told)
+        if over:
+            paid = _paid(what)
             self.free += not paid
             begun = self._untold.pop(request_id, None)
             if begun is not None and not paid:
                 return
             if begun is not None:
-                self.shared.notify(begun)
-        self.shared.notify(told)
+                self.shared.tell(begun)
+        self.shared.tell(told)
 
     async def judge(self, body: bytes) -> Judged:
         """What a model request's body alone decides. One that is hard to read is read aside, and
@@ -278,9 +291,11 @@ class SandboxState:
 
     async def record(self, kind: str, *, durable: bool, **fields: object) -> None:
         """Append an event; the caller may go on only when this returns."""
+        waits = self.shared.wait_for_audit
         await self.shared.recorder.append_fields(
             {"type": kind, **self._ids, **fields},
-            durable=durable and self.shared.wait_for_audit,
+            durable=durable and waits,
+            linger=0.0 if waits else self.shared.linger,
         )
 
     def record_soon(self, kind: str, **fields: object) -> None:
@@ -378,9 +393,8 @@ class SandboxState:
         return working
 
 
-def _paid(told: ModelCalled) -> bool:
-    written = told.cache_creation_input_tokens or told.cache_read_input_tokens
-    return bool(told.input_tokens or told.output_tokens or written)
+def _paid(told: Mapping[str, Any]) -> bool:
+    return any(told.get(name) for name in _TOKENS)
 
 
 def canonical_input(tool: ToolUseSeen) -> bytes:

@@ -85,7 +85,7 @@ class Client(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """See asyncio."""
-        self._guarded(lambda: self._take(data))
+        self._guarded(self._take, data)
 
     def _take(self, data: bytes) -> None:
         if self._state is _State.TUNNEL and self._tunnel is not None:
@@ -94,10 +94,10 @@ class Client(asyncio.Protocol):
         self._buffer += self._decrypt(data) if self._tls is not None else data
         self._advance()
 
-    def _guarded(self, step: Callable[[], None]) -> None:
+    def _guarded(self, step: Callable[..., None], *about: Any) -> None:
         """Whatever reading from inside can raise ends in a refusal and the connection's end."""
         try:
-            step()
+            step(*about)
         except HeadError as error:
             self.refuse(error.status, error.reason, "http")
         except (TlsError, HelloError):
@@ -247,7 +247,7 @@ class Client(asyncio.Protocol):
             rule = self._gate.rule
             self.refuse(403, reason, rule.rule if rule is not None else "address")
             return
-        self._guarded(lambda: self._establish(target))
+        self._guarded(self._establish, target)
 
     def _establish(self, target: tuple[str, int]) -> None:
         """The tunnel stands: opaque where the policy says so, terminated everywhere else."""
@@ -338,7 +338,8 @@ class Client(asyncio.Protocol):
         self._state = _State.FIRST
         self._alarm(IDLE_SECONDS)
         self._hold_client(False)
-        self._guarded(self._advance)
+        if self._buffer:
+            self._guarded(self._advance)
 
     # writing
 

@@ -66,11 +66,16 @@ class RecorderClient:
         """See the protocol."""
         return await self.append_fields(event.model_dump(), durable=durable)
 
-    async def append_fields(self, fields: dict[str, object], *, durable: bool = True) -> int:
-        """`append` of an event that is fields already (with `type`), for egress's hot path."""
+    async def append_fields(
+        self, fields: dict[str, object], *, durable: bool = True, linger: float = 0.0
+    ) -> int:
+        """`append` of an event that is fields already (with `type`), for egress's hot path. What
+        is not durable may lie here for `linger` seconds, as in `append_soon`.
+        """
         if not durable:
-            self.append_soon(fields)
-            await self._room.wait()
+            self.append_soon(fields, linger)
+            if not self._room.is_set():
+                await self._room.wait()
             return -1
         if self._lost:
             raise self._lost

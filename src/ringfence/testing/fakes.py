@@ -30,7 +30,13 @@ class MemoryRecorder:
         """See the protocol."""
         return await self.append_fields(event.model_dump(), durable=durable)
 
-    async def append_fields(self, fields: dict[str, object], *, durable: bool = True) -> int:
+    async def append_fields(
+        self,
+        fields: dict[str, object],
+        *,
+        durable: bool = True,
+        linger: float = 0.0,  # noqa: ARG002
+    ) -> int:
         """`append` of fields; those that the catalogue does not know raise ValueError."""
         self.append_soon(fields)
         return len(self.records) - 1 if durable else -1

@@ -95,6 +95,7 @@ class Reservation(NamedTuple):
 
 
 _NOTHING = Reservation(0.0, 0)
+_UNUSED = Usage()
 
 
 class RunState:
@@ -362,7 +363,7 @@ class ModelExchange:
         """
         self._answer.end()
         model = self._answer.model or self._model
-        usage = Usage()
+        usage = _UNUSED
         if used and self._admitted:
             usage = self._answer.usage
             if not self._answer.stop_reason:
