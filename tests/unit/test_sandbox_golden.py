@@ -7,7 +7,9 @@ difference as what an attacker would: a mount that is new, a flag that is gone.
 
 from __future__ import annotations
 
+import base64
 import json
+import platform
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +18,13 @@ from typing import Any
 import pytest
 
 from ringfence.policy.compile import compile_policy
+from ringfence.policy.compiled import SandboxProfile
 from ringfence.policy.load import PRESETS, from_mapping
-from ringfence.sandbox import oci
+from ringfence.sandbox import oci, seccomp
 from ringfence.sandbox.bwrap_options import enclose_options
+from ringfence.sandbox.container import container_plan
 from ringfence.sandbox.profile import HostFacts, ImageRoot, Tools, prepare_plan
+from ringfence.sandbox.staging import Program
 
 GOLDEN = Path(__file__).parent / "golden" / "sandbox"
 
@@ -82,7 +87,8 @@ def _facts_of_a_host(*, as_root: bool) -> HostFacts:
             "/etc/localtime": False,
             "/etc/alternatives": True,
         },
-        ca_bundle="(the trust store)",
+        ca_file="/etc/ssl/cert.pem",
+        ca_bundle="(what follows the trust store)",
         masked={".env": False, ".ssh": True},
         proc_entries=frozenset({"kcore", "fs", "sys", "sysrq-trigger", "keys"}),
         egress_dir="/state/egress/sb",
@@ -185,6 +191,29 @@ def test_what_no_program_may_run_from() -> None:
         mounts = {one["destination"]: one["options"] for one in oci.mounts(profile, where)}
         assert ("noexec" in mounts["/workspace"]) is not allowed
         assert prepare_plan(profile, where)["workspace_exec"] is allowed
+
+
+@pytest.mark.parametrize("runtime", ["runc", "crun"])
+def test_a_runtime_is_handed_the_whole_configuration(runtime: str) -> None:
+    """Its filter's profile is written as text once and put in: it is the same configuration."""
+    profile = SandboxProfile()
+    where = facts(as_root=True)
+    program = Program(["sh", "-c", 'echo "}}"'], {"A": '"linux": {}'}, "/workspace")
+    plan = container_plan(Path(f"/usr/bin/{runtime}"), profile, where, program)
+    machine = platform.machine()
+    expected = oci.config(
+        profile,
+        where,
+        argv=program.argv,
+        environment=program.environment,
+        cwd=program.cwd,
+        seccomp=seccomp.oci(machine),
+    )
+    handed = json.loads(plan["config"])
+    annotations = handed.pop("annotations", {})
+    assert handed == expected
+    filters = [base64.b64decode(one) for one in annotations.values()]
+    assert filters == ([seccomp.build(machine)] if runtime == "crun" else [])
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["write"]:

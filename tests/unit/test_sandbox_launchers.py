@@ -185,3 +185,27 @@ def test_a_spare_launcher_has_loaded_what_it_will_be_asked_for(tmp_path: Path) -
         absent.control.close()
 
     asyncio.run(work())
+
+
+@pytest.mark.root
+def test_a_spare_launcher_of_roots_has_a_network_of_its_own() -> None:
+    """Made before it is asked for a place; the place's mounts are not, as the host's may change."""
+
+    async def work() -> None:
+        spare = Spare()
+        spare.keep()
+        launcher = spare.take()
+        await spare.close()
+        try:
+            place = Path(f"/proc/{launcher.process.pid}/ns")
+            for _ in range(600):
+                if os.readlink(place / "net") != os.readlink("/proc/self/ns/net"):
+                    break
+                await asyncio.sleep(0.1)
+            else:
+                pytest.fail("it stands in the host's network")
+            assert os.readlink(place / "mnt") == os.readlink("/proc/self/ns/mnt")
+        finally:
+            await launcher.end()
+
+    asyncio.run(work())

@@ -178,9 +178,17 @@ class Groups:
         Raises:
             UnavailableError: `sandbox-start-failed` when the kernel keeps another value.
         """
+        self.found()
+        return self.limit(limits)
+
+    def found(self) -> None:
+        """The first half of `make`: empty groups without a limit."""
         for path in self._paths.values():
             path.mkdir()
             path.chmod(0o755)  # whatever the umask: who stands in a group may read of it
+
+    def limit(self, limits: Limits) -> tuple[ControlState, ...]:
+        """The second half of `make`, which raises as it does."""
         states = []
         for control, parent in self._hierarchy.parents.items():
             group = self._paths[parent]

@@ -227,7 +227,8 @@ def gather_waiting(
         real=real,
         protected=protected,
         special=_special(spec.profile, existing),
-        ca_bundle=_trust_store(spec.ca_certificate, image),
+        ca_file=_hosts_trust_store() if image is None else None,
+        ca_bundle=_added_trust(spec.ca_certificate, image),
         proc_entries=frozenset(os.listdir("/proc")),
         stage=stage(),
         egress_dir=str(spec.egress_dir) if spec.egress_dir else None,
@@ -246,11 +247,11 @@ def system_links() -> tuple[dict[str, str], dict[str, bool]]:
     """Those of SYSTEM that are links, to what; and those that are directories."""
     links, existing = {}, {}
     for name in SYSTEM:
-        path = Path("/") / name
-        if path.is_symlink():
+        path = f"/{name}"
+        if os.path.islink(path):
             links[name] = os.readlink(path)
-        elif path.is_dir():
-            existing[f"/{name}"] = True
+        elif os.path.isdir(path):
+            existing[path] = True
     return links, existing
 
 
@@ -316,18 +317,13 @@ def stage() -> str:
     )
 
 
-def _trust_store(own: bytes | None, image: HeldImage | None) -> str:
-    return (_hosts_trust_store() if image is None else image.trust_store) + (
-        own.decode() if own else ""
-    )
+def _added_trust(own: bytes | None, image: HeldImage | None) -> str:
+    return ("" if image is None else image.trust_store) + (own.decode() if own else "")
 
 
-def _hosts_trust_store() -> str:
-    for name in _TRUST_STORES:
-        path = Path(name)
-        if path.exists():
-            return path.read_text(errors="replace")
-    return ""
+def _hosts_trust_store() -> str | None:
+    """Its path: it is 200 KB, which the launcher reads sooner than it would receive it."""
+    return next(filter(os.path.exists, _TRUST_STORES), None)
 
 
 def _remove_stale(directory: Path) -> None:

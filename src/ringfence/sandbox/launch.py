@@ -47,7 +47,7 @@ RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH = 2, 4, 8
 
 # asm-generic numbers; x86_64 has the same ones for everything newer than 5.1
 _NR_OPEN_TREE, _NR_MOVE_MOUNT, _NR_OPENAT2, _NR_MOUNT_SETATTR = 428, 429, 437, 442
-_NR_CLOSE_RANGE, _LAST = 436, 0xFFFFFFFF
+_NR_CLOSE_RANGE, _LAST, _CLOEXEC = 436, 0xFFFFFFFF, 4
 
 TYPE_CHECKING = False  # typing itself takes longer to import than all of the above
 if TYPE_CHECKING:
@@ -152,26 +152,10 @@ def enter_user_namespace(uid_inside: int, gid_inside: int) -> None:
 
 
 def enter_own_namespaces(*, as_root: bool) -> None:
-    if as_root:
-        unshare(CLONE_NEWNS | CLONE_NEWNET)
-    else:
+    if not as_root:
         enter_user_namespace(os.getuid(), os.getgid())
-        unshare(CLONE_NEWNS | CLONE_NEWNET)
+    unshare(CLONE_NEWNS)
     mount("none", "/", None, MS_REC | MS_PRIVATE)
-
-
-def loopback_listener(port: int) -> int:
-    """Bring `lo` up and listen: the descriptor keeps this network namespace wherever it goes."""
-    control = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    request = struct.pack("16sH14x", b"lo", 0x1 | 0x40)
-    fcntl.ioctl(control.fileno(), 0x8914, request)  # SIOCSIFFLAGS: IFF_UP | IFF_RUNNING
-    control.close()
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(("127.0.0.1", port))
-    listener.listen(128)
-    listener.setblocking(False)
-    return listener.detach()
 
 
 def receive(control: socket.socket) -> tuple[Plan, list[int]]:
@@ -207,16 +191,18 @@ def prepare(plan: Plan, descriptors: list[int]) -> tuple[Plan, list[int]]:
     waiting = _later_phase("launch_attach") if plan["waiting"] is not None else None
     idmap = enter_workspace(plan, descriptors[0]) if descriptors else -1
     enter_own_namespaces(as_root=as_root)
-    listener = loopback_listener(plan["proxy_port"])
+    listener = _later_phase("launch_network").listener(plan["proxy_port"])
     # Every source is cloned, and every tool read, before the stage covers what it lies under.
     trees, copying = clone_all(plan, max(idmap, 0))
     tools = {target: _content(path) for path, target in plan["tools"].items()}
+    begun = {target: _content(path) for target, path in plan["begun"].items()}
     stage = plan["stage"]
     mount("stage", stage, "tmpfs", MS_NOSUID | MS_NODEV, "size=16m,mode=0755")
     scratch(plan, uid)
     _mount_points(stage)
     # before the overlays, one of which has them below: what lies there may not change under it
-    write_files(stage, {path: text.encode() for path, text in plan["files"].items()}, 0o644)
+    files = {path: begun.get(path, b"") + text.encode() for path, text in plan["files"].items()}
+    write_files(stage, files, 0o644)
     fill(plan, trees, copying, "workspace")
     write_files(stage, tools | plan["programs"], 0o755)
     if waiting is not None:
@@ -389,9 +375,13 @@ def _attach(stage: str, tree: int, source: Plan) -> None:
 
 
 def write_files(stage: str, files: dict[str, bytes], mode: int) -> None:
+    made = set()
     for path, data in files.items():
         target = f"{stage}/{path}"
-        os.makedirs(os.path.dirname(target), exist_ok=True)
+        directory, _, _ = target.rpartition("/")
+        if directory not in made:
+            os.makedirs(directory, exist_ok=True)
+            made.add(directory)
         with open(os.open(target, os.O_CREAT | os.O_WRONLY, mode), "wb") as file:
             file.write(data)
 
@@ -432,9 +422,13 @@ def become(plan: Plan, descriptors: list[int], *, inside: bool) -> None:
     for number, descriptor in enumerate(high):
         os.dup2(descriptor, 10 + number)
     os.closerange(3, 10)
-    _syscall(_NR_CLOSE_RANGE, "close_range", 10 + len(high), _LAST, 0)
+    close_from(10 + len(high))
     _signal.pthread_sigmask(_signal.SIG_SETMASK, [])
     os.execve(plan["bwrap"], plan["argv"], {})
+
+
+def close_from(first: int, *, on_exec: bool = False) -> None:
+    _syscall(_NR_CLOSE_RANGE, "close_range", first, _LAST, _CLOEXEC if on_exec else 0)
 
 
 def die_with(parent: int) -> None:
@@ -470,6 +464,7 @@ def main() -> int:
     inside = False
     descriptors: list[int] = []
     os.umask(0o022)  # the caller's may shut the sandbox's uid out of the place made for it
+    _later_phase("launch_network").make_ahead()
     try:
         plan, descriptors = receive(control)
         if plan["phase"] == "attach":

@@ -259,13 +259,7 @@ def call(argv: list[str], handed: dict[int, int], environment: dict[str, str] | 
     # upwards first, so that none lands on another before it is read
     above = max(handed) + 1
     high = {n: fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, above) for n, one in handed.items()}
-    for number in map(int, os.listdir("/proc/self/fd")):
-        try:
-            if number not in handed:
-                os.set_inheritable(number, False)
-        except OSError as error:
-            if error.errno != errno.EBADF:  # that of the list itself is closed by now
-                raise
+    kernel.close_from(0, on_exec=True)  # but those of its own: dup2() takes the mark away
     actions = [(os.POSIX_SPAWN_DUP2, one, number) for number, one in high.items()]
     variables = {"PATH": _PATH} if environment is None else environment
     try:
@@ -387,6 +381,8 @@ def _unescaped(path: str) -> str:
     """As proc_pid_mountinfo(5) writes paths. No codec does it: one is a module, and the ids that we
     have by now may not be let into the interpreter's directories.
     """
+    if "\\" not in path:
+        return path
     for written, meant in ((r"\040", " "), (r"\011", "\t"), (r"\012", "\n"), (r"\134", "\\")):
         path = path.replace(written, meant)
     return path

@@ -9,9 +9,11 @@ import os
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ringfence.sandbox import launch as kernel
+    from ringfence.sandbox import launch_network as network
     from ringfence.sandbox.launch import Plan
 else:
     import launch as kernel
+    import launch_network as network
 
 
 def seat(plan: Plan, descriptors: list[int]) -> tuple[Plan, list[int]]:
@@ -29,10 +31,10 @@ def seat(plan: Plan, descriptors: list[int]) -> tuple[Plan, list[int]]:
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
     trees, copying = kernel.clone_all(plan, max(idmap, 0))
     kernel.setns(mnt, kernel.CLONE_NEWNS)
-    kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWNET)
+    kernel.unshare(kernel.CLONE_NEWNS)
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
     os.fchdir(workspace)  # setns() has left it, and a copy is made of the working directory
-    listener = kernel.loopback_listener(plan["proxy_port"])
+    listener = network.listener(plan["proxy_port"])
     kernel.scratch(plan, plan["uid"])
     kernel.fill(plan, trees, copying, "workspace")
     own = [os.open(f"/proc/self/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in _OWN]

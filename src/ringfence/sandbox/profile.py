@@ -96,7 +96,8 @@ class HostFacts:
         links: root-level names that are links in the system shown, such as `bin` to `usr/bin`.
         image: what the system is, when it is not the host's own.
         existing: absolute host paths that exist, to whether each is a directory.
-        ca_bundle: content of the system's trust store, our CA included.
+        ca_file: the host's trust store, which the place's begins with.
+        ca_bundle: what follows there: an image's trust store, our CA.
         masked: workspace-relative paths to hide, to whether each is a directory.
         proc_entries: names below /proc that exist on this kernel.
         blank: those of `masked` that are an empty file inside and not an unreadable one.
@@ -114,6 +115,7 @@ class HostFacts:
     tools: Tools
     links: Mapping[str, str] = field(default_factory=dict)
     existing: Mapping[str, bool] = field(default_factory=dict)
+    ca_file: str | None = None
     ca_bundle: str = ""
     masked: Mapping[str, bool] = field(default_factory=dict)
     blank: frozenset[str] = frozenset()
@@ -251,6 +253,7 @@ def prepare_plan(
         "tmp_exec": profile.tmp_exec,
         "workspace_exec": without or profile.workspace_exec,
         "files": _etc_files(facts),
+        "begun": {_CA_BUNDLE: facts.ca_file} if facts.ca_file and facts.image is None else {},
         "handles": handles if without else [*_WORKSPACE_HANDLES, *handles],
         "waiting": None if waiting is None else dict(waiting),
         "gate": WAITING_GATE,
@@ -282,8 +285,11 @@ def _system_sources(facts: HostFacts) -> tuple[list[dict[str, Any]], list[dict[s
     ], []
 
 
+_CA_BUNDLE = "etc/ssl/certs/ca-certificates.crt"
+
+
 def _etc_files(facts: HostFacts) -> dict[str, str]:
-    files = {**_ETC_FILES, "etc/ssl/certs/ca-certificates.crt": facts.ca_bundle}
+    files = {**_ETC_FILES, _CA_BUNDLE: facts.ca_bundle}
     if facts.image is None:
         return files
     # an ordinary user's image is his own to read, whole; nothing inside asks for a password
@@ -351,6 +357,7 @@ def bare_plan(facts: HostFacts) -> dict[str, Any]:
         "tmp_exec": False,
         "workspace_exec": True,  # there is none to take it from
         "files": {},
+        "begun": {},
         "handles": [],
         "waiting": None,
         "gate": WAITING_GATE,

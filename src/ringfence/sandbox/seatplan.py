@@ -82,5 +82,6 @@ def seat_plan(rules: SandboxProfile, facts: HostFacts) -> dict[str, Any]:
         "masks": [mask for mask in plan["masks"] if mask[0] == _VIEW],
         "tools": {},
         "files": {},
+        "begun": {},
         "programs": {},
     }

@@ -28,7 +28,8 @@ from ringfence.sandbox.profile import HostFacts
 from ringfence.sandbox.protocol import INSIDE_HOME, Control, ControlState, SandboxSpec
 from ringfence.sandbox.seatplan import refuse_written, seat_plan, share
 from ringfence.sandbox.sharing import SharedSpec
-from ringfence.sandbox.staged import EnclosedSandbox, EnclosingBackend, undo
+from ringfence.sandbox.staged import EnclosedSandbox, EnclosingBackend
+from ringfence.sandbox.undoing import undo
 
 
 class SeatIds(NamedTuple):

@@ -26,7 +26,7 @@ from typing import Any, Self
 
 from ringfence.errors import CallerError, DeniedError, UnavailableError
 from ringfence.model import WorkspaceMode
-from ringfence.policy.compiled import SandboxProfile
+from ringfence.policy.compiled import Limits, SandboxProfile
 from ringfence.sandbox import cgroups, enforce, hostfacts, profile, seccomp
 from ringfence.sandbox.frames import send_frame
 from ringfence.sandbox.imageroot import HeldImage
@@ -52,6 +52,7 @@ from ringfence.sandbox.sharing import SharedSpec
 from ringfence.sandbox.staging import Program, StagedBackend
 from ringfence.sandbox.stdio import SocketProcess, hang_up
 from ringfence.sandbox.thawing import Watch
+from ringfence.sandbox.undoing import undo
 
 _END_SECONDS = 30.0
 """For a program to end that was killed: the kernel takes its memory back meanwhile."""
@@ -107,19 +108,18 @@ class StagedSandbox(ABC):
         path = spec.workspace if isinstance(spec, SandboxSpec) else None
         held = [] if path is None else [open_workspace(path, state_dir)]
         seats = spec.seats if isinstance(spec, SharedSpec) else 1
-        lease = hostfacts.lease_uid(uids, seats=seats) if os.geteuid() == 0 else None
         groups = cgroups.Groups(hierarchy, spec.sandbox_id)
-        image = launcher = None
+        lease = image = launcher = None
         handles: list[int] = []
         try:
+            groups.found()
+            # after the groups are there: to make one waits for whoever moves a process
+            asyncio.get_running_loop().run_in_executor(None, cgroups.await_moves)
+            lease = hostfacts.lease_uid(uids, seats=seats) if os.geteuid() == 0 else None
             if spec.profile.image is not None:
                 image = await asyncio.to_thread(
                     backend.hold_image, spec.profile, spec.profile.image
                 )
-            made = groups.make(backend.host_limits(spec.profile.limits))
-            controls = enforce.read_back(states, made)
-            # after the groups are made: that waits for whoever moves a process
-            asyncio.get_running_loop().run_in_executor(None, cgroups.await_moves)
             uid = lease.uid if lease else os.getuid()
             reads = backend.reads_programs
             facts = await asyncio.to_thread(gather, spec, uid, state_dir, reads, image, held)
@@ -133,8 +133,10 @@ class StagedSandbox(ABC):
             plan["creators"] = backend.creators(facts)
             if not backend.by_bubblewrap:
                 plan["tools"] = {}
-            meanwhile = functools.partial(cgroups.sweep, hierarchy)
+            limits, made = backend.host_limits(spec.profile.limits), list[ControlState]()
+            meanwhile = functools.partial(_limit, groups, limits, hierarchy, made)
             handles = await prepare(launcher, plan, held, meanwhile)
+            controls = enforce.read_back(states, made)
             sandbox = cls(
                 *(spec, facts, lease, groups, controls),
                 *(launcher, spare, handles, backend, image),
@@ -462,24 +464,15 @@ async def in_time(end: Awaitable[object]) -> None:
         raise UnavailableError("host-failed", "a process of the sandbox does not end") from None
 
 
-async def undo(
-    launcher: Launcher | None,
-    handles: Sequence[int],
+def _limit(
     groups: cgroups.Groups,
-    lease: hostfacts.UidLease | None,
-    image: HeldImage | None = None,
+    limits: Limits,
+    hierarchy: cgroups.Hierarchy,
+    made: list[ControlState],
 ) -> None:
-    """Give back what one had taken that came to nothing, at whichever step it broke off."""
-    for handle in handles:
-        os.close(handle)
-    try:
-        if launcher is not None:
-            await asyncio.shield(launcher.end())
-    finally:
-        groups.remove()
-        for one in (lease, image):
-            if one is not None:
-                one.release()
+    """What is done while the launcher makes the place: nobody is in the groups before that."""
+    made += groups.limit(limits)
+    cgroups.sweep(hierarchy)
 
 
 BASE_ENVIRONMENT = {
