@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
+from ringfence.limits.kept import Kept
+
 _T = TypeVar("_T")
 PATIENCE_SECONDS = 5.0
 _LOOKS = 1000
@@ -50,8 +52,8 @@ class _Waiting:
 class Turns:
     """Over one connection, whose statements wait for nobody (`timeout=0`)."""
 
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
+    def __init__(self, db: sqlite3.Connection, kept: Kept) -> None:
+        self._db, self._kept = db, kept
         self._line: deque[_Waiting] = deque()
         self._server: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -86,7 +88,9 @@ class Turns:
     def _alone(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
         self._db.execute("BEGIN IMMEDIATE")
         try:
+            self._kept.look()
             result = work(self._db)
+            self._kept.write()
             self._db.execute("COMMIT")
         except BaseException:
             self._rolled_back()
@@ -131,7 +135,9 @@ class Turns:
         self._db.execute("BEGIN IMMEDIATE")
         going = [each for each in list(self._line)[:_MOST] if not each.done.done()]
         try:
+            self._kept.look()
             results = [each.work(self._db) for each in going]
+            self._kept.write()
             self._db.execute("COMMIT")
         except BaseException as error:
             self._rolled_back()
@@ -171,6 +177,7 @@ class Turns:
         return waited or each.done.done()
 
     def _rolled_back(self) -> None:
+        self._kept.forget()
         if self._db.in_transaction:
             self._db.execute("ROLLBACK")
 
