@@ -86,7 +86,7 @@ class Worker:
             self.notices.append(notice)
 
     async def _reply(self, kind: type[ModelTurn], **fields: Any) -> None:
-        self.turns.told(kind(id=0, **fields))
+        self.turns.told(kind(**fields))
 
     async def sandbox(self, name: str, **more: Any) -> str:
         """Its socket."""
