@@ -412,7 +412,11 @@ class Away:
         async def close() -> None:
             return None
 
-        return close if name == "close" else act
+        def at_once(*_: Any) -> Any:
+            self.asked += 1
+            raise self._error
+
+        return {"close": close, "take_now": at_once}.get(name, act)
 
 
 @pytest.mark.parametrize("error", [UnavailableError("store-unavailable", "away"), KeyError("at")])

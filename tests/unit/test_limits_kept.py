@@ -156,3 +156,27 @@ async def test_no_more_is_kept_than_fits(tmp_path: Path, monkeypatch: pytest.Mon
         assert len(store._kept._lanes) <= 4
     assert (await store.look("lane0"))[0].seq == 1
     await store.close()
+
+
+async def test_at_once_where_the_file_is_free_and_else_not_at_all(tmp_path: Path) -> None:
+    """It takes along what waits for company; behind another's lock nothing of it is done."""
+    store = SqliteLimits(tmp_path / "limits.sqlite")
+    other = sqlite3.connect(tmp_path / "limits.sqlite", isolation_level=None)
+    spec = Spec(name="x", caps=Caps(requests=25))
+    want = Want(id="1", tenant="a", amount=Amount(1), share=1.0)
+    taken = store.take_now(spec, [want])
+    assert taken is not None
+    assert taken.granted == ("1",)
+    back = asyncio.ensure_future(store.settle(spec, "a", Amount(1)))
+    await asyncio.sleep(0)
+    again = store.take_now(spec, [want])
+    assert again is not None
+    assert again.granted == ("1",), "what came back is there"
+    await back
+    other.execute("BEGIN IMMEDIATE")
+    assert store.take_now(spec, [want]) is None
+    other.execute("COMMIT")
+    assert (await store.look("x"))[0].seq == 2
+    assert not store._turns._line
+    other.close()
+    await store.close()

@@ -64,12 +64,24 @@ class SqliteLimits:
         tickets: bool = False,
         soon: bool = True,
     ) -> _T:
+        act = self._in_lane(spec, now, work, tenants, tickets=tickets)
+        return await self._act(act, soon=soon)
+
+    def _in_lane(
+        self,
+        spec: Spec,
+        now: float | None,
+        work: Callable[[Lane, float], _T],
+        tenants: Iterable[str],
+        *,
+        tickets: bool,
+    ) -> Callable[[sqlite3.Connection], _T]:
         def act(_: sqlite3.Connection) -> _T:
             at = _now(now)
             rows = self._kept.lane(spec.name, at, spec.window, tenants=tenants, tickets=tickets)
             return work(rows.lane, at)
 
-        return await self._act(act, soon=soon)
+        return act
 
     async def take(self, spec: Spec, wants: Sequence[Want], now: float | None = None) -> Taken:
         """See LimitStore."""
@@ -80,6 +92,17 @@ class SqliteLimits:
             tenants={want.tenant for want in wants},
             tickets=True,
         )
+
+    def take_now(self, spec: Spec, wants: Sequence[Want], /) -> Taken | None:
+        """See LimitStore."""
+        tenants = {want.tenant for want in wants}
+        act = self._in_lane(
+            spec, None, lambda lane, at: lanes.take(lane, spec, wants, at), tenants, tickets=True
+        )
+        try:
+            return self._turns.now(act)
+        except sqlite3.Error as error:
+            raise _unavailable(error) from error
 
     async def settle(self, spec: Spec, tenant: str, over: Amount, now: float | None = None) -> None:
         """See LimitStore."""
