@@ -144,7 +144,7 @@ def _desk(state: Path, worker: Any, link: EgressLink, notices: NoticeBoard) -> D
         LimitSettings.model_validate(LIMITS),
         SqliteLimits(state / "limits" / "limits.sqlite"),
         worker,
-        reply=link.request,
+        reply=link.tell,
         post=notices.post,
         name="desk_bench",
     )

@@ -76,7 +76,7 @@ class Fleet:
             LimitSettings.model_validate(told["settings"]),
             store_at(told["store"]),
             client,
-            reply=self._link.request,
+            reply=self._link.tell,
             # who is put off here has no queue to wait in: why is what the storms ask
             post=lambda off: print("put off:", off.reason, file=sys.stderr),
             name=told["name"],

@@ -88,7 +88,7 @@ class Worker:
             self.notices.append(notice)
 
     async def _reply(self, kind: type[ModelTurn], **fields: Any) -> None:
-        self.turns.told(kind(id=0, **fields))
+        self.turns.told(kind(**fields))
 
     async def sandbox(self, name: str, **more: Any) -> str:
         """Its socket."""
@@ -414,7 +414,11 @@ class Away:
         async def close() -> None:
             return None
 
-        return close if name == "close" else act
+        def at_once(*_: Any) -> Any:
+            self.asked += 1
+            raise self._error
+
+        return {"close": close, "take_now": at_once}.get(name, act)
 
 
 @pytest.mark.parametrize("error", [UnavailableError("store-unavailable", "away"), KeyError("at")])

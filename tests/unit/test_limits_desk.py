@@ -81,7 +81,7 @@ class Rig:
         )
 
     async def _reply(self, kind: type[ModelTurn], **fields: Any) -> None:
-        turn = kind(id=0, **fields)
+        turn = kind(**fields)
         self.turns[turn.ticket] = turn
 
     async def asks(self, ticket: int = 1, *, body_bytes: int = 4000, **more: Any) -> ModelTurn:

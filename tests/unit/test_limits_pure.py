@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import given, settings
@@ -16,8 +14,6 @@ from ringfence.limits.budget import Book, Charge, Hold, Money
 from ringfence.limits.estimate import Estimator, Quantile
 from ringfence.limits.lane import Amount, Caps, Lane, Seen, Spec, Want
 from ringfence.limits.provider import DEFAULT_BLOCK, seen
-from ringfence.limits.rows import LaneRows, whole
-from ringfence.store.sqlite import open_database
 
 T = 1000.0
 SECONDS = st.floats(0, 30)
@@ -125,32 +121,6 @@ def test_corrections_come_to_the_same_in_any_order(
         ends.append((state.levels, state.blocked))
         data.shuffle(told)
     assert ends[0] == ends[1]
-
-
-@settings(max_examples=25)
-@given(acts=ACTS)
-def test_a_lane_is_the_same_after_its_rows(
-    acts: list[tuple[float, str, bool, float, float]],
-) -> None:
-    """Whatever of it an act reads: what it did not read is as it was."""
-    with TemporaryDirectory() as place:
-        db = open_database(Path(place) / "limits.sqlite", "ringfence.limits.sql")
-        state, now = Lane(), T
-        for number, (seconds, tenant, batch, tokens, off) in enumerate(acts):
-            now += seconds
-            caps = Caps(requests=60) if batch else Caps()
-            asks = want(f"t{number}", tenant, tokens, batch=batch, caps=caps)
-            lane.take(state, spec(), [asks], now)
-            rows = LaneRows(db, "l", tenants=[tenant], tickets=True)
-            lane.take(rows.lane, spec(), [asks], now)
-            rows.write(now)
-            lane.settle(state, spec(), tenant, Amount(0, off), now)
-            rows = LaneRows(db, "l", tenants=[tenant])
-            lane.settle(rows.lane, spec(), tenant, Amount(0, off), now)
-            rows.write(now)
-        again = whole(db, "l")
-        db.close()
-    assert again == state
 
 
 def test_tenants_that_are_gone_are_forgotten() -> None:

@@ -18,9 +18,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import from_json, to_json
+from pydantic_core import to_json
 
-from ringfence.channel.messages import MESSAGES, Ack, AnyMessage, Message, Refused
+from ringfence.channel.messages import MESSAGES, Ack, AnyMessage, Envelope, Message, Refused
 from ringfence.errors import (
     AgentError,
     CallerError,
@@ -70,6 +70,8 @@ class Channel:
         self._later: asyncio.TimerHandle | None = None
         self._soon = self._full = self._ended = False
         self._lost: OSError | None = None
+        self._next: asyncio.Future[bool] | None = None
+        self._listens = False
         self._reader = self._loop.create_task(self._read())
 
     async def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
@@ -167,34 +169,47 @@ class Channel:
             self._ended = True
             self._on_end()
 
-    async def _readable(self) -> None:
-        loop = asyncio.get_running_loop()
-        ready: asyncio.Future[None] = loop.create_future()
-        loop.add_reader(self._socket, _settle, ready)
+    async def _more(self) -> bool:
+        """Wait for bytes; False at the end. The loop goes on watching the socket in between: to ask
+        it anew for each message costs more than the message.
+        """
+        self._next = self._loop.create_future()
+        if not self._listens:
+            self._listens = True
+            self._loop.add_reader(self._socket, self._arrived)
+        return await self._next
+
+    def _arrived(self) -> None:
+        if self._next is None or self._next.done():
+            # a message is not done with yet: what comes behind it stays in the kernel
+            self._unlisten()
+            return
         try:
-            await ready
-        finally:
-            loop.remove_reader(self._socket)
+            data, descriptors, _, _ = socket.recv_fds(
+                self._socket, 65536, _MAX_FDS, socket.MSG_CMSG_CLOEXEC
+            )
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._next.set_exception(error)
+            return
+        self._descriptors.extend(descriptors)
+        self._buffer += data
+        self._next.set_result(bool(data))
+
+    def _unlisten(self) -> None:
+        if self._listens:
+            self._listens = False
+            self._loop.remove_reader(self._socket)
 
     async def _read(self) -> None:
         try:
-            while True:
-                # first: to read in vain after each message costs more than the message
-                await self._readable()
-                try:
-                    data, descriptors, _, _ = socket.recv_fds(
-                        self._socket, 65536, _MAX_FDS, socket.MSG_CMSG_CLOEXEC
-                    )
-                except BlockingIOError:
-                    continue
-                if not data:
-                    return
-                self._descriptors.extend(descriptors)
-                self._buffer += data
+            while await self._more():
                 await self._frames()
         except (OSError, ValidationError, ValueError, LookupError, TypeError, RecursionError):
             return  # a peer that speaks otherwise is no peer
         finally:
+            self._unlisten()
             self._drop()
 
     async def _frames(self) -> None:
@@ -204,10 +219,11 @@ class Channel:
                 raise ValueError("frame too long")
             if len(self._buffer) < 4 + length:
                 return
-            envelope = _read(bytes(self._buffer[4 : 4 + length]))
+            body = bytes(self._buffer[4 : 4 + length])
             del self._buffer[: 4 + length]
-            descriptors = [self._descriptors.popleft() for _ in range(int(envelope["f"]))]
-            await self._on_message(MESSAGES.validate_python(envelope["m"]), descriptors)
+            message, count = _opened(body)
+            descriptors = [self._descriptors.popleft() for _ in range(count)]
+            await self._on_message(message, descriptors)
 
     def _drop(self) -> None:
         while self._descriptors:
@@ -238,11 +254,14 @@ def _frame(message: Message | dict[str, Any], descriptors: int) -> bytes:
     return struct.pack(">I", len(body)) + body
 
 
-def _read(body: bytes) -> Any:
+def _opened(body: bytes) -> tuple[AnyMessage, int]:
     try:
-        return from_json(body)
-    except ValueError:  # a lone surrogate, or nothing that the standard library reads either
-        return json.loads(body)
+        # in one step
+        envelope = Envelope.model_validate_json(body)
+    except ValidationError:  # a lone surrogate is one, too
+        found = json.loads(body)
+        return MESSAGES.validate_python(found["m"]), int(found["f"])
+    return envelope.m, envelope.f
 
 
 class EgressLink:
@@ -284,6 +303,16 @@ class EgressLink:
             raise _unavailable() from None
         finally:
             self._waiting.pop(number, None)
+
+    async def tell(self, kind: type[Message], **fields: Any) -> None:
+        """Send what is not answered; what a turn of the loop brings goes out together.
+
+        Raises:
+            UnavailableError: `egress-unavailable` when the process is gone.
+        """
+        if self._gone.is_set():
+            raise _unavailable()
+        self._channel.post(kind(**fields))
 
     async def _send_whole(self, message: Message, descriptors: Sequence[int]) -> None:
         """The descriptors are ours: the caller may have closed its own by now."""
@@ -345,9 +374,3 @@ def _error(value: dict[str, str]) -> RingfenceError:
         value.get("message", ""),
         hint=value.get("hint", ""),
     )
-
-
-def _settle(future: asyncio.Future[None]) -> None:
-    """The descriptor is ready; it may say so twice before the reader is removed."""
-    if not future.done():
-        future.set_result(None)

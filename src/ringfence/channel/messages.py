@@ -1,7 +1,7 @@
 """Messages between the worker and the egress process. Frozen; unknown types and keys are refused.
 
 Requests carry `id`; each is answered by `Ack` or `Refused` with the same id. Notices flow from
-egress to the worker unasked.
+egress to the worker unasked, and turns to egress.
 """
 
 from __future__ import annotations
@@ -262,7 +262,7 @@ class ModelWanted(Message):
 
 
 class ModelTurn(Message):
-    """The answer to a `ModelWanted`.
+    """The answer to a `ModelWanted` or `GuardWanted`. It has no `Ack`: who asked has it, or left.
 
     Attributes:
         leg: place of the one to take, or, when `spent`, that the fleet cannot repeat now.
@@ -270,7 +270,6 @@ class ModelTurn(Message):
     """
 
     type: Literal["model_turn"] = "model_turn"
-    id: int
     sandbox_id: str
     ticket: int
     go: bool
@@ -415,3 +414,11 @@ DeskMessage = ModelWanted | ModelHeard | ModelBegan | ModelUsed | GuardWanted | 
 MESSAGES: TypeAdapter[AnyMessage] = TypeAdapter(
     AnyMessage, config=ConfigDict(hide_input_in_errors=True)
 )
+
+
+class Envelope(BaseModel):
+    """A frame: a message, and how many descriptors travel with it."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)
+    m: AnyMessage
+    f: int

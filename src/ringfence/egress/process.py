@@ -93,6 +93,10 @@ class Egress:
         await self._channel.close()
 
     async def _received(self, message: AnyMessage, descriptors: list[int]) -> None:
+        if isinstance(message, ModelTurn):
+            if self._shared is not None and self._shared.turns is not None:
+                self._shared.turns.told(message)
+            return
         try:
             detail = await self._handle(message, descriptors)
         except RingfenceError as error:
@@ -109,8 +113,6 @@ class Egress:
             raise UnavailableError("egress-unavailable", "egress is not configured yet")
         if isinstance(message, OpenSandbox):
             return await self._open(self._shared, message, descriptors)
-        if isinstance(message, ModelTurn) and self._shared.turns is not None:
-            return self._shared.turns.told(message)
         return await self._for_sandbox(message, descriptors)
 
     async def _for_sandbox(self, message: AnyMessage, descriptors: list[int]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ringfence.channel.messages import (
     GuardUsed,
@@ -162,12 +162,11 @@ class Turns:
         """What came of it."""
         self._notify(GuardUsed(ticket=ticket, ok=ok, **ids))
 
-    def told(self, turn: ModelTurn) -> dict[str, Any]:
+    def told(self, turn: ModelTurn) -> None:
         """The worker's word. One that nobody waits for any more is dropped: see `ask`."""
         answer = self._asked.get(turn.ticket)
         if answer is not None and not answer.done():
             answer.set_result(turn)
-        return {}
 
     def heard(self, ticket: Ticket, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         """What an answer's head says of limits, when it comes: short, and of names that we know."""

@@ -20,8 +20,9 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from ringfence.limits.levels import Bounds, Levels, bounds_of, filled, fits, moved, until
+
 METRICS = ("requests", "input_tokens", "output_tokens")
-_SLACK = 1e-9
 FORGET_SECONDS = 3600.0
 """How long a tenant is known that asks for nothing: its buckets are full long before."""
 
@@ -75,6 +76,10 @@ class Spec:
     def capacity(self, cap: float, metric: int) -> float:
         """What a bucket holds: a request at least, or none could ever pass."""
         return max(cap * self.burst, 1.0) if metric == 0 else cap * self.burst
+
+    def bounds(self, caps: Caps) -> Bounds:
+        """The buckets of these limits."""
+        return bounds_of(caps, self.window, self.burst, self.fill)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,6 +196,8 @@ class Seen:
 
 def effective(spec: Spec, learned: Caps) -> Caps:
     """The operator's word and the provider's: the smaller of both."""
+    if learned == NO_CAPS:
+        return spec.caps
     return Caps(*(_least(mine, its) for mine, its in zip(spec.caps, learned, strict=True)))
 
 
@@ -204,6 +211,7 @@ def take(lane: Lane, spec: Spec, wants: Sequence[Want], now: float) -> Taken:
     refill(lane, spec, now)
     _give_up(lane, spec, [key for key, ticket in lane.tickets.items() if ticket.alive <= now], now)
     caps, mine = effective(spec, lane.learned), {want.id: want for want in wants}
+    bounds = spec.bounds(caps)
     served = [key for key, each in lane.tickets.items() if each.granted and key in mine]
     granted = sorted(served, key=lambda key: lane.tickets[key].seq)
     for key in granted:
@@ -212,7 +220,7 @@ def take(lane: Lane, spec: Spec, wants: Sequence[Want], now: float) -> Taken:
         _register(lane, spec, want, now)
     while lane.blocked <= now:
         head = _head(lane, spec, now)
-        if head is None or not _fits(spec, lane.levels, lane.tickets[head].amount, caps):
+        if head is None or not fits(lane.levels, lane.tickets[head].amount, bounds):
             break
         _grant(lane, spec, head, now)
         if head in mine:
@@ -265,15 +273,15 @@ def refill(lane: Lane, spec: Spec, now: float) -> None:
     """
     if lane.at - now > spec.window:
         _set_back(lane, now)
-    caps = effective(spec, lane.learned)
-    lane.levels = _levels_at(spec, lane.levels, caps, now - lane.at)
+    bounds = spec.bounds(effective(spec, lane.learned))
+    lane.levels = filled(lane.levels, bounds, now - lane.at)
     lane.at = max(lane.at, now)
 
 
 def expected(spec: Spec, taken: Taken, each: Waiting, want: Want) -> float:
     """Seconds until its turn, if all before it take what they reserved and nobody comes before."""
-    lane = _until(spec, taken.levels, taken.caps, each.ahead, want.amount)
-    own = _until(spec, each.levels, want.caps, each.own, want.amount)
+    lane = until(taken.levels, each.ahead, want.amount, spec.bounds(taken.caps))
+    own = until(each.levels, each.own, want.amount, spec.bounds(want.caps))
     return max(taken.blocked, lane, own)
 
 
@@ -349,10 +357,10 @@ def _moved_up(place: float, share: float, virtual: float) -> float:
 
 def _move(lane: Lane, spec: Spec, tenant: str, by: Amount, now: float) -> None:
     """Of the lane and of a tenant, where it is known."""
-    lane.levels = _moved(spec, lane.levels, by, effective(spec, lane.learned))
+    lane.levels = moved(lane.levels, by, spec.bounds(effective(spec, lane.learned)))
     known = lane.tenants.get(tenant)
     if known is not None:
-        known.levels = _moved(spec, _filled(spec, known, now), by, known.caps)
+        known.levels = moved(_filled(spec, known, now), by, spec.bounds(known.caps))
         known.at = max(known.at, now)
 
 
@@ -414,7 +422,8 @@ def _head(lane: Lane, spec: Spec, now: float) -> str | None:
     for key, ticket in _ordered(lane):
         if ticket.batch not in first:
             tenant = lane.tenants[ticket.tenant]
-            if _fits(spec, _filled(spec, tenant, now), ticket.amount, tenant.caps):
+            bounds = spec.bounds(tenant.caps)
+            if fits(filled(tenant.levels, bounds, now - tenant.at), ticket.amount, bounds):
                 first[ticket.batch] = key
     turns = [(_class_turn(lane, spec, lane.tickets[key])[1], batch) for batch, key in first.items()]
     return first[min(turns)[1]] if turns else None
@@ -440,51 +449,8 @@ def _grant(lane: Lane, spec: Spec, key: str, now: float) -> None:
     lane.virtual[ticket.batch] = max(lane.virtual[ticket.batch], ticket.start)
 
 
-def _fits(spec: Spec, levels: Sequence[float | None], amount: Amount, caps: Caps) -> bool:
-    return all(
-        level is None or cap is None or level + _SLACK >= min(wish, spec.capacity(cap, metric))
-        for metric, (level, wish, cap) in enumerate(zip(levels, amount, caps, strict=True))
-    )
-
-
-def _filled(spec: Spec, tenant: Tenant, now: float) -> tuple[float | None, ...]:
-    return _levels_at(spec, tenant.levels, tenant.caps, now - tenant.at)
-
-
-def _levels_at(
-    spec: Spec, levels: Sequence[float | None], caps: Caps, seconds: float
-) -> tuple[float | None, ...]:
-    grown: list[float | None] = []
-    for metric, (level, cap) in enumerate(zip(levels, caps, strict=True)):
-        if cap is None:
-            grown.append(None)
-            continue
-        full = spec.capacity(cap, metric)
-        new = full if level is None else level + spec.rate(cap) * max(0.0, seconds)
-        grown.append(min(full, new))
-    return tuple(grown)
-
-
-def _moved(
-    spec: Spec, levels: Sequence[float | None], by: Amount, caps: Caps
-) -> tuple[float | None, ...]:
-    return tuple(
-        None if level is None or cap is None else min(spec.capacity(cap, metric), level + step)
-        for metric, (level, step, cap) in enumerate(zip(levels, by, caps, strict=True))
-    )
-
-
-def _until(
-    spec: Spec, levels: Sequence[float | None], caps: Caps, ahead: Amount, amount: Amount
-) -> float:
-    longest = 0.0
-    for metric, (level, cap) in enumerate(zip(levels, caps, strict=True)):
-        if level is None or cap is None:
-            continue
-        wish = min(amount[metric], spec.capacity(cap, metric))
-        missing = ahead[metric] - amount[metric] + wish - level
-        longest = max(longest, missing / spec.rate(cap))
-    return longest
+def _filled(spec: Spec, tenant: Tenant, now: float) -> Levels:
+    return filled(tenant.levels, spec.bounds(tenant.caps), now - tenant.at)
 
 
 def _plus(

@@ -71,6 +71,10 @@ class PostgresLimits:
             blocked=found["blocked"],
         )
 
+    def take_now(self, *_: object) -> Taken | None:
+        """See LimitStore. A server is always waited for."""
+        return None
+
     async def settle(self, spec: Spec, tenant: str, over: Amount, now: float | None = None) -> None:
         """See LimitStore."""
         await self._call(

@@ -1,4 +1,4 @@
-"""A lane in SQLite, as rows: an act reads what it needs and writes what it changed."""
+"""A lane in SQLite, as rows: an act reads what nobody knows yet, and writes what it changed."""
 
 from __future__ import annotations
 
@@ -16,88 +16,123 @@ _TICKETS = """
 SELECT id, tenant, batch, start, seq, requests, input_tokens, output_tokens, share, weight, alive,
   since, parked, granted FROM ticket WHERE lane = ?
 """
+_Parts = tuple[Any, ...]
 
 
 class LaneRows:
-    """One lane within a transaction: read it, let the core change `lane`, write it.
+    """One lane: what was read of it, which the core changes in `lane`, and what its rows say.
 
-    Args:
-        tenants: those that the act has to do with, beside those of the tickets.
-        tickets: whether it has to do with the queue.
-        back: a time; where the lane is ahead of it by more than `window` seconds, the act sets all
-            of it back, and all of it is read.
+    It may be used for as long as nobody else has written the file: what an act needs more is read
+    then. Whether that is so its user knows (`Kept`).
     """
 
-    def __init__(
+    def __init__(self, db: sqlite3.Connection, name: str) -> None:
+        self._db, self._name = db, name
+        self.lane = _head(db, name)
+        self._seq = self.lane.seq
+        self._tenants: dict[str, _Parts | None] = {}
+        self._tickets: dict[str, _Parts] | None = None
+        self._touched: set[str] = set()
+        self._queue_touched = False
+
+    def need(
         self,
-        db: sqlite3.Connection,
-        name: str,
         *,
         tenants: Iterable[str] = (),
         tickets: bool = False,
         back: tuple[float, float] | None = None,
     ) -> None:
-        self._db, self._name = db, name
-        self.lane = _head(db, name)
-        self._seq = self.lane.seq
+        """Read for an act what is not there; it may change that until `write`.
+
+        Args:
+            tenants: those that the act has to do with, beside those of the tickets.
+            tickets: whether it has to do with the queue.
+            back: a time; where the lane is ahead of it by more than `window` seconds, the act sets
+                all of it back, and all of it is read.
+        """
         whole = back is not None and self.lane.at - back[0] > back[1]
-        self._tickets = self._read_tickets() if tickets or whole else {}
-        self.lane.tickets = {key: _ticket(row) for key, row in self._tickets.items()}
+        if tickets or whole:
+            self._queue_touched = True
+            if self._tickets is None:
+                rows = self._db.execute(_TICKETS, (self._name,))
+                self._tickets = {row[0]: row for row in rows}
+                self.lane.tickets = {key: _ticket(row) for key, row in self._tickets.items()}
         wanted = {each.tenant for each in self.lane.tickets.values()}.union(tenants)
-        self._tenants = self._read_tenants(None if whole else wanted)
-        self.lane.tenants = {key: _tenant(state) for key, state in self._tenants.items()}
+        missing = wanted - self._tenants.keys()
+        if missing or whole:
+            self._tenants.update(dict.fromkeys(missing))
+            self._read_tenants(None if whole else missing)
+        self._touched |= self._tenants.keys() if whole else wanted
 
-    def _read_tickets(self) -> dict[str, tuple[Any, ...]]:
-        return {row[0]: row for row in self._db.execute(_TICKETS, (self._name,))}
-
-    def _read_tenants(self, wanted: set[str] | None) -> dict[str, str]:
+    def _read_tenants(self, names: set[str] | None) -> None:
         query, values = "SELECT name, state FROM tenant WHERE lane = ?", [self._name]
-        if wanted is not None and len(wanted) == 1:
+        if names is not None and len(names) == 1:
             query += " AND name = ?"
-            values += wanted
-        elif wanted is not None:
+            values += names
+        elif names is not None:
             query += " AND name IN (SELECT value FROM json_each(?))"
-            values.append(ENCODE(sorted(wanted)))
-        return dict(self._db.execute(query, values))
+            values.append(ENCODE(sorted(names)))
+        for key, state in self._db.execute(query, values).fetchall():
+            if self._tenants.get(key) is None:
+                tenant = self.lane.tenants[key] = _tenant(state)
+                self._tenants[key] = _tenant_parts(tenant)
 
     def write(self, now: float) -> None:
-        """What has changed. `now` is the act's time."""
+        """What has changed. `now` is the time of the last act."""
         db, name, lane = self._db, self._name, self.lane
         db.execute("INSERT OR REPLACE INTO lane VALUES (?, ?)", (name, _head_state(lane)))
-        self._write_tenants()
-        if self._tickets or lane.tickets:
+        for key in self._touched:
+            self._write_tenant(key)
+        if self._queue_touched and (self._tickets or lane.tickets):
             self._write_tickets()
         if lane.seq // 64 != self._seq // 64:
             # the core has forgotten those of them that it was given
-            db.execute(
-                "DELETE FROM tenant WHERE lane = ? AND at <= ? AND name NOT IN"
-                " (SELECT tenant FROM ticket WHERE lane = ?)",
-                (name, now - FORGET_SECONDS, name),
-            )
+            self._forget(now - FORGET_SECONDS)
+        self._seq, self._queue_touched = lane.seq, False
+        self._touched.clear()
 
-    def _write_tickets(self) -> None:
-        rows = {key: _ticket_row(key, each) for key, each in self.lane.tickets.items()}
-        self._db.executemany(
-            "DELETE FROM ticket WHERE lane = ? AND id = ?",
-            [(self._name, key) for key in self._tickets.keys() - rows.keys()],
-        )
-        changed = [row for key, row in rows.items() if self._tickets.get(key) != row]
-        self._db.executemany(_PUT_TICKET, [(self._name, *row) for row in changed])
-
-    def _write_tenants(self) -> None:
-        for key in self._tenants.keys() - self.lane.tenants.keys():
+    def _write_tenant(self, key: str) -> None:
+        was, tenant = self._tenants[key], self.lane.tenants.get(key)
+        parts = None if tenant is None else _tenant_parts(tenant)
+        if parts == was:
+            return
+        if parts is None:
             gone = self._name, key
             self._db.execute("DELETE FROM tenant WHERE lane = ? AND name = ?", gone)
-        for key, tenant in self.lane.tenants.items():
-            state = _tenant_state(tenant)
-            if self._tenants.get(key) != state:
-                values = (self._name, key, tenant.at, state)
-                self._db.execute("INSERT OR REPLACE INTO tenant VALUES (?, ?, ?, ?)", values)
+        else:
+            values = (self._name, key, parts[0], ENCODE(parts))
+            self._db.execute("INSERT OR REPLACE INTO tenant VALUES (?, ?, ?, ?)", values)
+        self._tenants[key] = parts
+
+    def _write_tickets(self) -> None:
+        rows, known = self.lane.tickets, self._tickets or {}
+        self._tickets = {key: _ticket_row(key, each) for key, each in rows.items()}
+        self._db.executemany(
+            "DELETE FROM ticket WHERE lane = ? AND id = ?",
+            [(self._name, key) for key in known.keys() - rows.keys()],
+        )
+        changed = [row for key, row in self._tickets.items() if known.get(key) != row]
+        self._db.executemany(_PUT_TICKET, [(self._name, *row) for row in changed])
+
+    def _forget(self, before: float) -> None:
+        gone = self._db.execute(
+            "DELETE FROM tenant WHERE lane = ? AND at <= ? AND name NOT IN"
+            " (SELECT tenant FROM ticket WHERE lane = ?) RETURNING name",
+            (self._name, before, self._name),
+        ).fetchall()
+        for (key,) in gone:
+            self._tenants.pop(key, None)
+            self.lane.tenants.pop(key, None)
+        # names that nobody has any more are not kept in mind
+        for key in self._tenants.keys() - self.lane.tenants.keys():
+            del self._tenants[key]
 
 
 def whole(db: sqlite3.Connection, name: str) -> Lane:
     """All of a lane, to look at."""
-    return LaneRows(db, name, tickets=True, back=(float("-inf"), 0.0)).lane
+    rows = LaneRows(db, name)
+    rows.need(tickets=True, back=(float("-inf"), 0.0))
+    return rows.lane
 
 
 def _head(db: sqlite3.Connection, name: str) -> Lane:
@@ -127,12 +162,12 @@ def _tenant(state: str) -> Tenant:
     return Tenant(at=at, caps=Caps(*caps), levels=tuple(levels), finish=finish)
 
 
-def _tenant_state(tenant: Tenant) -> str:
-    parts = (tenant.at, tenant.caps, tenant.levels, tenant.finish)
-    return ENCODE(parts)
+def _tenant_parts(tenant: Tenant) -> _Parts:
+    """As they are written; a copy of what changes."""
+    return tenant.at, tenant.caps, tenant.levels, tuple(tenant.finish)
 
 
-def _ticket(row: tuple[Any, ...]) -> Ticket:
+def _ticket(row: _Parts) -> Ticket:
     _, tenant, batch, start, seq, *amount, share, weight, alive, since, parked, granted = row
     return Ticket(
         tenant=tenant,
@@ -149,7 +184,7 @@ def _ticket(row: tuple[Any, ...]) -> Ticket:
     )
 
 
-def _ticket_row(key: str, each: Ticket) -> tuple[Any, ...]:
+def _ticket_row(key: str, each: Ticket) -> _Parts:
     """As it was read, where nothing of it has changed."""
     about = (key, each.tenant, int(each.batch), each.start, each.seq, *each.amount)
     more = (each.share, each.weight, each.alive, each.since)

@@ -26,8 +26,9 @@ from ringfence.limits.breaker import (
     RetrySpec,
 )
 from ringfence.limits.budget import Book, Held, Hold, Money, Spent
+from ringfence.limits.kept import Kept
 from ringfence.limits.lane import Amount, Lane, Seen, Spec, Taken, Want
-from ringfence.limits.rows import ENCODE, LaneRows, whole
+from ringfence.limits.rows import whole
 from ringfence.limits.turns import Turns
 from ringfence.store.sqlite import open_database
 
@@ -44,19 +45,14 @@ class SqliteLimits:
     def __init__(self, path: Path) -> None:
         self._db = open_database(path, "ringfence.limits.sql", timeout=0.0)
         self._db.execute("PRAGMA synchronous=NORMAL")
-        self._turns = Turns(self._db)
+        self._kept = Kept(self._db)
+        self._turns = Turns(self._db, self._kept)
 
     async def _act(self, work: Callable[[sqlite3.Connection], _T], *, soon: bool = True) -> _T:
         try:
             return await self._turns.act(work, soon=soon)
         except sqlite3.Error as error:
             raise _unavailable(error) from error
-
-    async def _read(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
-        try:
-            return work(self._db)
-        except sqlite3.Error:
-            return await self._act(work)
 
     async def _on(
         self,
@@ -68,14 +64,24 @@ class SqliteLimits:
         tickets: bool = False,
         soon: bool = True,
     ) -> _T:
-        def act(db: sqlite3.Connection) -> _T:
-            at = _now(now)
-            rows = LaneRows(db, spec.name, tenants=tenants, tickets=tickets, back=(at, spec.window))
-            result = work(rows.lane, at)
-            rows.write(at)
-            return result
-
+        act = self._in_lane(spec, now, work, tenants, tickets=tickets)
         return await self._act(act, soon=soon)
+
+    def _in_lane(
+        self,
+        spec: Spec,
+        now: float | None,
+        work: Callable[[Lane, float], _T],
+        tenants: Iterable[str],
+        *,
+        tickets: bool,
+    ) -> Callable[[sqlite3.Connection], _T]:
+        def act(_: sqlite3.Connection) -> _T:
+            at = _now(now)
+            rows = self._kept.lane(spec.name, at, spec.window, tenants=tenants, tickets=tickets)
+            return work(rows.lane, at)
+
+        return act
 
     async def take(self, spec: Spec, wants: Sequence[Want], now: float | None = None) -> Taken:
         """See LimitStore."""
@@ -86,6 +92,17 @@ class SqliteLimits:
             tenants={want.tenant for want in wants},
             tickets=True,
         )
+
+    def take_now(self, spec: Spec, wants: Sequence[Want], /) -> Taken | None:
+        """See LimitStore."""
+        tenants = {want.tenant for want in wants}
+        act = self._in_lane(
+            spec, None, lambda lane, at: lanes.take(lane, spec, wants, at), tenants, tickets=True
+        )
+        try:
+            return self._turns.now(act)
+        except sqlite3.Error as error:
+            raise _unavailable(error) from error
 
     async def settle(self, spec: Spec, tenant: str, over: Amount, now: float | None = None) -> None:
         """See LimitStore."""
@@ -111,7 +128,12 @@ class SqliteLimits:
 
     async def look(self, name: str) -> tuple[Lane, float]:
         """See LimitStore."""
-        return await self._act(lambda db: whole(db, name)), _now(None)
+
+        def act(db: sqlite3.Connection) -> Lane:
+            self._kept.write()
+            return whole(db, name)
+
+        return await self._act(act), _now(None)
 
     async def hold(self, wish: Hold, now: float | None = None) -> Held:
         """See LimitStore."""
@@ -161,32 +183,40 @@ class SqliteLimits:
     ) -> Admission:
         """See LimitStore."""
         # what is closed is left as it is: to read it needs no turn, and waits for nobody
-        seen = await self._read(lambda db: _breaker(db, spec.key) or Breaker())
-        if seen.state == "closed":
+        seen = self._seen(spec.key)
+        if seen is not None and seen.state == "closed":
             return breakers.admit(seen, spec, probe, _now(now), settled=settled)
 
-        def act(db: sqlite3.Connection) -> Admission:
-            found = _breaker(db, spec.key) or Breaker()
+        def act(_: sqlite3.Connection) -> Admission:
+            found = self._kept.breaker(spec.key) or Breaker()
             admitted = breakers.admit(found, spec, probe, _now(now), settled=settled)
             if found.state != "closed":
-                _keep_breaker(db, spec.key, found)
+                self._kept.noted(spec.key, found)
             return admitted
 
         return await self._act(act)
+
+    def _seen(self, key: str) -> Breaker | None:
+        """A breaker outside of any transaction; None when the file cannot be read just now."""
+        try:
+            self._kept.look()
+            return self._kept.breaker(key) or Breaker()
+        except sqlite3.Error:
+            return None
 
     async def note(
         self, spec: BreakerSpec, probe: str, *, ok: bool | None, now: float | None = None
     ) -> Noted:
         """See LimitStore."""
 
-        def act(db: sqlite3.Connection) -> Noted:
+        def act(_: sqlite3.Connection) -> Noted:
             at = _now(now)
-            found = _breaker(db, spec.key)
+            found = self._kept.breaker(spec.key)
             if found is None:
-                _forget_idle(db, spec, at)
+                self._kept.forget_idle(spec, at)
                 found = Breaker()
             noted = breakers.note(found, spec, probe, ok, at)
-            _keep_breaker(db, spec.key, found)
+            self._kept.noted(spec.key, found)
             return noted
 
         return await self._act(act, soon=ok is not True)
@@ -206,7 +236,12 @@ class SqliteLimits:
 
     async def breakers(self) -> tuple[dict[str, Breaker], float]:
         """See LimitStore."""
-        rows = await self._act(lambda db: db.execute("SELECT key, state FROM breaker").fetchall())
+
+        def act(db: sqlite3.Connection) -> list[tuple[str, str]]:
+            self._kept.write()
+            return db.execute("SELECT key, state FROM breaker").fetchall()
+
+        rows = await self._act(act)
         return {key: Breaker.from_json(json.loads(state)) for key, state in rows}, _now(None)
 
     async def close(self) -> None:
@@ -221,22 +256,6 @@ SELECT key, sum(usd), sum(tokens), sum(held_usd), sum(held_tokens) FROM (
   UNION ALL SELECT key, 0.0, 0.0, usd, tokens FROM hold
 ) GROUP BY key ORDER BY key
 """
-
-
-def _breaker(db: sqlite3.Connection, key: str) -> Breaker | None:
-    row = db.execute("SELECT state FROM breaker WHERE key = ?", (key,)).fetchone()
-    return None if row is None else Breaker.from_json(json.loads(row[0]))
-
-
-def _forget_idle(db: sqlite3.Connection, spec: BreakerSpec, now: float) -> None:
-    for key, state in db.execute("SELECT key, state FROM breaker").fetchall():
-        if breakers.idle(Breaker.from_json(json.loads(state)), spec, now):
-            db.execute("DELETE FROM breaker WHERE key = ?", (key,))
-
-
-def _keep_breaker(db: sqlite3.Connection, key: str, breaker: Breaker) -> None:
-    state = ENCODE(breaker.to_json())
-    db.execute("INSERT OR REPLACE INTO breaker VALUES (?, ?)", (key, state))
 
 
 def _book(db: sqlite3.Connection, keys: Sequence[str], hold_id: str) -> Book:

@@ -36,6 +36,11 @@ class LimitStore(Protocol):
     async def take(self, spec: Spec, wants: Sequence[Want], now: float | None = None) -> Taken:
         """See `lane.take`."""
 
+    def take_now(self, spec: Spec, wants: Sequence[Want], /) -> Taken | None:
+        """`take`, by the store's own clock, where that waits for nobody and nothing; else None, and
+        nothing is done.
+        """
+
     async def settle(self, spec: Spec, tenant: str, over: Amount, now: float | None = None) -> None:
         """See `lane.settle`."""
 
@@ -94,6 +99,10 @@ class MemoryLimits:
     async def take(self, spec: Spec, wants: Sequence[Want], now: float | None = None) -> Taken:
         """See LimitStore."""
         return lanes.take(self._lane(spec.name), spec, wants, _now(now))
+
+    def take_now(self, *_: object) -> Taken | None:
+        """See LimitStore. There is nothing to be had by it."""
+        return None
 
     async def settle(self, spec: Spec, tenant: str, over: Amount, now: float | None = None) -> None:
         """See LimitStore."""

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
+from ringfence.limits.kept import Kept
+
 _T = TypeVar("_T")
 PATIENCE_SECONDS = 5.0
 _LOOKS = 1000
@@ -44,14 +46,15 @@ class _Waiting:
     work: Callable[[sqlite3.Connection], Any]
     until: float
     looks: int
+    soon: bool
     done: asyncio.Future[Any]
 
 
 class Turns:
     """Over one connection, whose statements wait for nobody (`timeout=0`)."""
 
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
+    def __init__(self, db: sqlite3.Connection, kept: Kept) -> None:
+        self._db, self._kept = db, kept
         self._line: deque[_Waiting] = deque()
         self._server: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -73,20 +76,43 @@ class Turns:
                 if not _busy(error):
                     raise
                 self._crowded = time.monotonic() + _CROWDED_SECONDS
-        loop = asyncio.get_running_loop()
-        until, looks = time.monotonic() + PATIENCE_SECONDS, self._looks + _LOOKS
-        waiting = _Waiting(work, until, looks, loop.create_future())
-        self._line.append(waiting)
+        waiting = self._join(work, soon=soon)
         if soon:
             self._go()
         elif self._timer is None:
-            self._timer = loop.call_later(COMPANY_SECONDS, self._go)
+            self._timer = asyncio.get_running_loop().call_later(COMPANY_SECONDS, self._go)
         return cast("_T", await waiting.done)
+
+    def _join(self, work: Callable[[sqlite3.Connection], Any], *, soon: bool) -> _Waiting:
+        until, looks = time.monotonic() + PATIENCE_SECONDS, self._looks + _LOOKS
+        done = asyncio.get_running_loop().create_future()
+        waiting = _Waiting(work, until, looks, soon, done)
+        self._line.append(waiting)
+        return waiting
+
+    def now(self, work: Callable[[sqlite3.Connection], _T]) -> _T | None:
+        """What `work` returns, in one transaction with all that waits for company; None, and it is
+        not done, where the file is not free or others stand in line.
+
+        Raises:
+            sqlite3.Error: but that the file is locked.
+        """
+        serving = self._server is not None and not self._server.done()
+        if serving or len(self._line) >= _MOST or time.monotonic() <= self._crowded:
+            return None
+        waiting = self._join(work, soon=True)
+        self._go()
+        if not waiting.done.done():
+            self._line.remove(waiting)
+            return None
+        return cast("_T", waiting.done.result())
 
     def _alone(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
         self._db.execute("BEGIN IMMEDIATE")
         try:
+            self._kept.look()
             result = work(self._db)
+            self._kept.write()
             self._db.execute("COMMIT")
         except BaseException:
             self._rolled_back()
@@ -135,7 +161,9 @@ class Turns:
             return
         self._db.execute("BEGIN IMMEDIATE")
         try:
+            self._kept.look()
             results = [each.work(self._db) for each in going]
+            self._kept.write()
             self._db.execute("COMMIT")
         except BaseException as error:
             self._rolled_back()
@@ -145,7 +173,11 @@ class Turns:
             return
         for each, result in zip(going, results, strict=True):
             self._line.popleft()
-            each.done.set_result(result)
+            if each.soon:
+                each.done.set_result(result)
+            else:
+                # what nobody waits for goes on when what somebody waited for has its answer
+                asyncio.get_running_loop().call_soon(_tell, each.done, result)
 
     def _apart(self, going: list[_Waiting]) -> None:
         """One of them fails, or all as one: each alone, so that it takes nothing of the others with
@@ -174,6 +206,7 @@ class Turns:
         return waited or each.done.done()
 
     def _rolled_back(self) -> None:
+        self._kept.forget()
         if self._db.in_transaction:
             self._db.execute("ROLLBACK")
 
@@ -189,6 +222,11 @@ class Turns:
             self._server.cancel()
             await asyncio.wait({self._server})
         self._refuse(sqlite3.OperationalError("the limits' file is being closed"), late=False)
+
+
+def _tell(done: asyncio.Future[Any], result: Any) -> None:
+    if not done.done():
+        done.set_result(result)
 
 
 def _busy(error: Exception) -> bool:

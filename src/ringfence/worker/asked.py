@@ -30,7 +30,11 @@ class Asked:
     spec: Spec
     due: list[Due]
     worst: Money
+    probes: str
+    """The name that breakers know it by."""
     leg: int = 0
+    aimed: int = 0
+    """The leg that `spec` and `want` are of."""
     probe: bool = False
     noted: bool = False
     granted: bool = False

@@ -27,6 +27,7 @@ LEASE_SECONDS = 10.0
 """So long is a probe's place kept in the store for a worker that has died. One that lives renews it
 for as long as its settings say.
 """
+_MOST_SPECS = 4096
 _LOG = structlog.get_logger("ringfence.worker")
 
 
@@ -52,6 +53,7 @@ class Breakers:
     ) -> None:
         self._store, self._recorder = store, recorder
         self._settings, self._retries, self._organisation = settings, retries, organisation
+        self._specs: dict[str, BreakerSpec] = {}
         self._earned: dict[tuple[str, str], int] = {}
         self._outage = Outage("breakers")
         self._own = OwnBreakers()
@@ -219,6 +221,14 @@ class Breakers:
         return any(tool == each or tool.startswith(f"{each}__") for each in named)
 
     def _spec(self, key: str) -> BreakerSpec:
+        found = self._specs.get(key)
+        if found is None:
+            if len(self._specs) >= _MOST_SPECS:
+                self._specs.clear()
+            found = self._specs[key] = self._made(key)
+        return found
+
+    def _made(self, key: str) -> BreakerSpec:
         settings = self._settings
         return BreakerSpec(
             key=f"{self._organisation}/{key}",

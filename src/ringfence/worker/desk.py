@@ -31,11 +31,11 @@ from ringfence.config.resilience import BreakerSettings, RetrySettings
 from ringfence.errors import RingfenceError
 from ringfence.limits import provider
 from ringfence.limits.budget import Held, Hold, Money
-from ringfence.limits.estimate import Estimator
-from ringfence.limits.lane import Amount, Caps, Spec, Want
-from ringfence.limits.plan import SHARED, Due, budgets_of, lane_of, share_of
+from ringfence.limits.lane import Amount, Caps, Spec
+from ringfence.limits.plan import Due, budgets_of
 from ringfence.limits.store import LimitStore
 from ringfence.record.recorder import Recorder
+from ringfence.worker.aiming import Aim, counted_input
 from ringfence.worker.asked import Asked, Full, alert_of, crossed, tag_of, today
 from ringfence.worker.breakers import Breakers, probe_name
 from ringfence.worker.guards import Guards
@@ -83,7 +83,7 @@ class Desk:
         self._guards = Guards(self.breakers, reply, name)
         self._legs = Legs(self.breakers, recorder, breakers.stay_seconds)
         self._move_seconds = breakers.move_seconds
-        self._estimator = Estimator()
+        self._aim = Aim(settings)
         self._lanes: dict[str, LaneQueue] = {}
         self._open: dict[int, Asked] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -136,32 +136,15 @@ class Desk:
             _LOG.error("limits", why=type(error).__name__)
 
     def _asked(self, wanted: ModelWanted) -> Asked:
-        spec, want = self._aimed(wanted, 0)
+        spec, want = self._aim.at(wanted, 0)
         return Asked(
             wanted=wanted,
+            probes=probe_name(session_of(wanted), self._name, wanted.ticket),
             want=want,
             spec=spec,
             due=budgets_of(self._settings, want.tenant, today()),
             # no text has more tokens than bytes
             worst=Money(wanted.worst_usd or 0.0, wanted.body_bytes + wanted.max_tokens),
-        )
-
-    def _aimed(self, wanted: ModelWanted, leg: int) -> tuple[Spec, Want]:
-        """Its lane by a leg, and what it wants there."""
-        tenant, way = wanted.tenant or SHARED, wanted.legs[leg]
-        spec, caps = lane_of(self._settings, way.provider, way.model)
-        into, out = self._estimator.estimate(
-            spec.name, tenant, wanted.body_bytes, wanted.max_tokens
-        )
-        amount = Amount(1, into, out)
-        return spec, Want(
-            id=wanted.key,
-            tenant=tenant,
-            amount=amount,
-            share=share_of(spec, amount),
-            batch=wanted.batch,
-            weight=self._settings.weights.get(tenant, 1.0),
-            caps=caps,
         )
 
     # asking
@@ -194,7 +177,7 @@ class Desk:
         """Let it through by a leg that no breaker shuts and whose lane has room, until `end`; False
         to look again.
         """
-        wanted, probe = asked.wanted, self._probe(asked)
+        wanted, probe = asked.wanted, asked.probes
         chosen = await self._legs.choose(wanted, probe, {*wanted.shut, *asked.full})
         if chosen.leg is None and asked.full:
             back = asked.comes_back(end - time.monotonic())
@@ -231,7 +214,7 @@ class Desk:
             return True
         # so that one that leaves while this is asked takes no place of a probe with it
         asked.probe = True
-        found = await self._legs.admit(asked.wanted, asked.leg, self._probe(asked))
+        found = await self._legs.admit(asked.wanted, asked.leg, asked.probes)
         asked.probe = found.verdict == "probe"
         return found.verdict != "no"
 
@@ -247,7 +230,7 @@ class Desk:
         wait = await self._lane_turn(asked, self._move_seconds)
         if wait is None:
             return None
-        other = await self._legs.choose(asked.wanted, self._probe(asked), without)
+        other = await self._legs.choose(asked.wanted, asked.probes, without)
         if other.leg is not None:
             return wait
         return await self._lane_turn(asked, max(0.0, end - time.monotonic()))
@@ -287,20 +270,19 @@ class Desk:
         return await self.breakers.may_repeat(provider, asked.want.tenant)
 
     async def _lane_turn(self, asked: Asked, seconds: float) -> float | None:
-        asked.spec, asked.want = self._aimed(asked.wanted, asked.leg)
+        if asked.aimed != asked.leg:
+            asked.spec, asked.want = self._aim.at(asked.wanted, asked.leg)
+            asked.aimed = asked.leg
         if not self._settings.on:
             return None
         return await self._lane(asked.spec).turn(asked.want, seconds)
-
-    def _probe(self, asked: Asked) -> str:
-        return probe_name(session_of(asked.wanted), self._name, asked.wanted.ticket)
 
     async def _note(self, asked: Asked, *, ok: bool | None) -> None:
         """What a leg's breaker learns of it. Nothing, of one that it did not let through alone."""
         if ok is None and not asked.probe:
             return
         wanted = asked.wanted
-        key, probe = breaker_of(wanted.legs[asked.leg]), self._probe(asked)
+        key, probe = breaker_of(wanted.legs[asked.leg]), asked.probes
         if ok is None and not asked.granted:
             await self.breakers.give_back(key, probe, by=session_of(wanted))
             return
@@ -396,13 +378,12 @@ class Desk:
         if asked.corrected is not None:
             # a refused request gives back what it took: none may pass before the lane is shut
             await asyncio.wait({asked.corrected})
-        counted = used.input_tokens + used.cache_creation_input_tokens
         if used.failed or not asked.noted:
             # well is what began: a refusal, or a head that nothing followed, says nothing of it
             await self._note(asked, ok=False if used.failed else None)
-        await self.breakers.over(self._probe(asked), by=session_of(asked.wanted))
+        await self.breakers.over(asked.probes, by=session_of(asked.wanted))
         if asked.granted and self._settings.on:
-            await self._settle(asked, used, counted)
+            await self._settle(asked, used)
         elif asked.taken and self._settings.on:
             await self._lane(asked.spec).give_back(asked.want)
         elif not asked.parked and self._settings.on:
@@ -410,17 +391,15 @@ class Desk:
         if not asked.parked:
             await self._unqueue(asked)
         if used.used and used.status == 200:
-            size = asked.wanted.body_bytes
-            tenant = asked.want.tenant
-            self._estimator.learn(asked.spec.name, tenant, size, counted, used.output_tokens)
+            self._aim.learn(asked.spec, asked.want, asked.wanted.body_bytes, used)
         if asked.held:
             await self._pay(asked, used)
 
-    async def _settle(self, asked: Asked, used: ModelUsed, counted: int) -> None:
+    async def _settle(self, asked: Asked, used: ModelUsed) -> None:
         reserved = asked.want.amount
         took = Amount(1.0 if used.status else 0.0, 0, 0)
         if used.used:
-            took = Amount(1, counted, used.output_tokens)
+            took = Amount(1, counted_input(used), used.output_tokens)
         over = Amount(*(mine - its for mine, its in zip(reserved, took, strict=True)))
         # one whose answer was lost may have been done: twice owed is safe, twice given back is not
         owed = Amount(*(min(0.0, each) for each in over))

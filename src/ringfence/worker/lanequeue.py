@@ -74,6 +74,8 @@ class LaneQueue:
         """None when it may go. Seconds until it may, when that is longer than `seconds`: its place
         is kept for whoever comes back under its id.
         """
+        if not self._places and self._at_once(want):
+            return None
         turn: asyncio.Future[float | None] = asyncio.get_running_loop().create_future()
         place = _Place(want=want, until=time.monotonic() + seconds, turn=turn)
         self._places[want.id] = place
@@ -88,6 +90,20 @@ class LaneQueue:
         finally:
             if self._places.get(want.id) is place:
                 del self._places[want.id]
+
+    def _at_once(self, want: Want) -> bool:
+        """Whether it may go in this moment: nobody of this worker waits, and the store need not be
+        waited for. It asks again in the queue when not, and has its place there by then.
+        """
+        try:
+            taken = self._store.take_now(self._spec, [want])
+        except Exception as error:  # noqa: BLE001  the queue asks again, for as long as it may take
+            self._outage.failed(error)
+            return False
+        if taken is None:
+            return False
+        self._outage.over()
+        return bool(taken.granted)
 
     def settled(self) -> None:
         """Something may have come back. Whoever waits behind others' requests has nothing of it: to

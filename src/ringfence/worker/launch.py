@@ -109,7 +109,7 @@ class Launcher:
                 # breakers of a worker that shares nothing are its own
                 limits or MemoryLimits(),
                 recorder,
-                reply=turns_told(link.request, telemetry),
+                reply=turns_told(link.tell, telemetry),
                 post=notices.post,
                 name=new_id("desk"),
                 breakers=self.config.breakers,

@@ -9,7 +9,7 @@ from ringfence.record.recorder import Recorder
 from ringfence.telemetry.hub import Telemetry
 from ringfence.telemetry.recording import Heard
 
-Reply = Callable[..., Awaitable[dict[str, Any]]]
+Reply = Callable[..., Awaitable[Any]]
 
 
 def heard(recorder: Recorder, telemetry: Telemetry | None) -> Recorder:
@@ -22,10 +22,10 @@ def turns_told(reply: Reply, telemetry: Telemetry | None) -> Reply:
     if telemetry is None:
         return reply
 
-    async def told(*kind: Any, **what: Any) -> dict[str, Any]:
+    async def told(*kind: Any, **what: Any) -> None:
         # one that is to ask again has not had its turn
         reason = str(what.get("reason") or ("" if what["go"] else "later"))
         telemetry.had_turn(int(what["ticket"]), reason, int(what.get("leg") or 0))
-        return await reply(*kind, **what)
+        await reply(*kind, **what)
 
     return told
