@@ -9,13 +9,17 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from anthropic import Anthropic
+import yaml
+from anthropic import Anthropic, PermissionDeniedError
 from harness import Box, bash, script
 from pages import HOW_TO, ROOT, blocks, console, fits, played, write_files
+from platform_rig import started
 
 from images import copy_of_small
 from ringfence.images.store import ImageStore
@@ -110,6 +114,44 @@ def test_the_page_about_the_gateway_runs(box: Box) -> None:
             found = [one.name for one in client.beta.environments.list()]
         assert found == ["build"]
         assert (box.place / "ceiling.yaml").read_text() in page.read_text()
+
+
+@pytest.mark.parametrize("pattern", ["long-running", "multi-agent"])
+def test_the_places_of_the_page_are_allowed_by_its_policy(box: Box, pattern: str) -> None:
+    """And by that of the preset alone they are not."""
+    page = HOW_TO / "platform.md"
+    texts = [block.text for block in blocks(page, "yaml")]
+    (policy,) = (yaml.safe_load(one) for one in texts if one.startswith("# policy.yaml"))
+    (place,) = (yaml.safe_load(one) for one in texts if pattern.replace("-", "_") in one[:150])
+    assert policy["hosting"]["pattern"] == "long-running"
+    policy["hosting"]["pattern"] = pattern
+    place["ringfence"].pop("isolation", None)  # what a host may lack
+    for given, fits_in in ((policy, True), ({"version": 1, "preset": "ci"}, False)):
+        with serving(box, str(box.policy(given))) as client:
+            if fits_in:
+                made = client.beta.environments.create(
+                    name=place["name"],
+                    config=place["config"],
+                    extra_body={"ringfence": place["ringfence"]},
+                )
+                assert made.name == place["name"]
+                continue
+            with pytest.raises(PermissionDeniedError):
+                client.beta.environments.create(
+                    name="other",
+                    config=place["config"],
+                    extra_body={"ringfence": place["ringfence"]},
+                )
+
+
+@contextmanager
+def serving(box: Box, policy: str) -> Iterator[Anthropic]:
+    made = box.call("keys", "create", "--tenant", "default", "--json")
+    with started(box, "serve", "--policy", policy, "--port", "0") as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        with Anthropic(base_url=url, api_key=made.json["key"]) as client:
+            yield client
 
 
 @pytest.mark.storm

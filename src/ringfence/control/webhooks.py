@@ -229,7 +229,11 @@ def _place(target: Target) -> SplitResult:
         raise CallerError("settings-invalid", "a webhook's port is a number from 1 to 65535")
     plain = place.scheme == "http" and target.within
     if not place.hostname or not (place.scheme == "https" or plain):
-        raise CallerError("settings-invalid", "a webhook's target is an https URL")
+        raise CallerError(
+            "settings-invalid",
+            "a webhook's target is an https URL",
+            hint="its `url` in the settings; http:// only beside `within = true`",
+        )
     if place.username is not None or place.fragment or not target.url.isprintable():
         raise CallerError("settings-invalid", "a webhook's target has no user and no fragment")
     if " " in target.url or not target.url.isascii():
