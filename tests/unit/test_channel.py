@@ -186,6 +186,18 @@ def test_what_is_posted_and_sent_comes_in_order() -> None:
     assert posted(body) == ["1", "2", "3", (4, 2), "5", 6, "7"]
 
 
+def test_fields_are_the_message_that_they_name() -> None:
+    """Half a surrogate pair too, which an upstream can write; another type's fields are refused."""
+
+    async def body(channel: Channel) -> None:
+        channel.post({"type": "model_called", "sandbox_id": "s", "request_id": "1"}, 3600.0)
+        channel.post({"type": "model_called", "sandbox_id": "s", "request_id": "\ud800"})
+        channel.post({"type": "model_called", "sandbox_id": "s", "request_id": "3", "odd": 1})
+        channel.post(called(4))
+
+    assert posted(body) == ["1", "\ud800"]
+
+
 def test_a_peer_that_does_not_read_loses_nothing_and_holds_nobody_up() -> None:
     many = 400
 
