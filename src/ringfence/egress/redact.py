@@ -86,9 +86,12 @@ class Needles:
         can follow.
         """
         for beginning, values in self._beginnings.items():
-            while (at := data.find(beginning)) >= 0:
+            kept, end = list[bytes](), 0
+            while (at := data.find(beginning, end)) >= 0:
+                kept += data[end:at], MARK
                 end = at + max(_agree(data[at : at + len(value)], value) for value in values)
-                data = data[:at] + MARK + data[end:]
+            if kept:
+                data = b"".join((*kept, data[end:]))
         return data
 
     def overlap(self, data: bytes) -> int:
