@@ -91,6 +91,9 @@ def test_a_message_survives_any_cut(size: int) -> None:
         frame({"m": {"type": "ack", "id": 7}, "f": 1}),
         frame({"m": {"type": "ack", "id": 7}, "f": "x"}),
         frame({"m": {"type": "ack", "id": 7}, "f": None}),
+        frame({"m": {"type": "ack", "id": 7}, "f": -1}),
+        frame({"m": {"type": "ack", "id": 7}, "f": True}),
+        frame(b'{"m": {"type": "ack", "id": 7}, "f": 1e999}'),
         frame({"m": {"type": "unknown"}, "f": 0}),
         frame({"m": {"type": "ack", "id": 7, "more": 1}, "f": 0}),
         frame({"m": [], "f": 0}),
@@ -107,6 +110,32 @@ def test_whatever_is_no_message_ends_the_channel(bad: bytes) -> None:
 def test_any_bytes_are_waited_for_or_end_it(data: bytes) -> None:
     got, _ = receive(frame(data))
     assert got == []
+
+
+def test_more_descriptors_than_came_end_it_and_none_is_left_open() -> None:
+    async def run() -> bool:
+        ours, theirs = socket.socketpair()
+        ended = asyncio.Event()
+
+        async def ignore(_: Any, __: list[int]) -> None: ...
+
+        channel = Channel(ours, ignore, ended.set)
+        reading, writing = os.pipe()
+        socket.send_fds(theirs, [frame({"m": {"type": "ack", "id": 7}, "f": 2})], [writing])
+        os.close(writing)
+        await ended.wait()
+        await channel.close()
+        theirs.close()
+        os.set_blocking(reading, False)
+        # the end of a pipe is told when nobody holds its other end
+        try:
+            return os.read(reading, 1) == b""
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(reading)
+
+    assert asyncio.run(run())
 
 
 def test_requests_fail_when_the_peer_ends() -> None:

@@ -9,6 +9,7 @@ import json
 import random
 import ssl
 import tracemalloc
+from collections.abc import Callable
 from urllib.parse import quote
 
 import pytest
@@ -358,6 +359,15 @@ def test_a_value_that_is_cut_short_does_not_show(shown: int, after: bytes) -> No
             assert needles.cut_short(echoed) != echoed
 
 
+def test_each_of_many_that_are_cut_short_is_found() -> None:
+    """In one look through a large answer: a second for each would hold up all sandboxes."""
+    needles = Needles([_LONG_KEY, _LONG_KEY[:40] + b"another-end"])
+    begun = (_LONG_KEY[:30], _LONG_KEY[:24], _LONG_KEY[:40] + b"anoth", b"sk-ant-api03-")
+    marks = MARK, MARK, MARK, begun[3]
+    for count in (1, 20_000):
+        assert needles.cut_short(b",".join(begun) * count) == b",".join(marks) * count
+
+
 def test_a_text_that_begins_like_a_value_passes() -> None:
     needles = Needles([_LONG_KEY, b"eyJhbGciOiJIUzI1NiJ9." + _LONG_KEY, b"short-0123456789"])
     text = (
@@ -365,6 +375,32 @@ def test_a_text_that_begins_like_a_value_passes() -> None:
     )
     redactor = Redactor(lambda: needles)
     assert redactor.feed(text) + redactor.end() == text
+
+
+def _token(subject: str, **head: str) -> bytes:
+    parts = {"alg": "RS256", **head}, {"iss": "https://accounts.test", "sub": subject}
+    texts = [json.dumps(part, separators=(",", ":")).encode() for part in parts]
+    texts.append(subject.encode() * 32)
+    return b".".join(base64.urlsafe_b64encode(text).rstrip(b"=") for text in texts)
+
+
+@pytest.mark.parametrize("head", [{}, {"kid": "Zk9sR2lXc1d4bVh5c0pQd0hK" * 2, "typ": "JWT"}])
+@pytest.mark.parametrize("form", [bytes, base64.b64encode, lambda text: text.hex().encode()])
+def test_another_token_of_an_issuer_passes(
+    head: dict[str, str], form: Callable[[bytes], bytes]
+) -> None:
+    """They begin alike: a header, and the claims that they share. The one that is held does not
+    pass, and with any of its signature neither does what was cut of it.
+    """
+    mine, other = _token("robot", **head), _token("somebody", **head)
+    needles = Needles(spellings(mine))
+    redactor = Redactor(lambda: needles)
+    text = b'{"token": "' + form(other) + b'"}'
+    assert redactor.feed(text) + redactor.end() == text
+    for cut in (mine, mine[:-1], mine[: mine.rindex(b".") + 8]):
+        shown = redactor.feed(b"token: " + form(cut) + b" ...") + redactor.end()
+        assert shown.startswith(b"token: " + MARK)
+        assert form(cut)[8:40] not in shown
 
 
 def test_redaction_holds_nothing_back_without_need() -> None:

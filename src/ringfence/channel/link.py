@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import to_json
 
-from ringfence.channel.messages import MESSAGES, Ack, AnyMessage, Envelope, Message, Refused
+from ringfence.channel.messages import Ack, AnyMessage, Envelope, Message, Refused
 from ringfence.errors import (
     AgentError,
     CallerError,
@@ -222,6 +222,8 @@ class Channel:
             body = bytes(self._buffer[4 : 4 + length])
             del self._buffer[: 4 + length]
             message, count = _opened(body)
+            if count > len(self._descriptors):
+                raise ValueError("descriptors missing")
             descriptors = [self._descriptors.popleft() for _ in range(count)]
             await self._on_message(message, descriptors)
 
@@ -259,8 +261,7 @@ def _opened(body: bytes) -> tuple[AnyMessage, int]:
         # in one step
         envelope = Envelope.model_validate_json(body)
     except ValidationError:  # a lone surrogate is one, too
-        found = json.loads(body)
-        return MESSAGES.validate_python(found["m"]), int(found["f"])
+        envelope = Envelope.model_validate(json.loads(body))
     return envelope.m, envelope.f
 
 

@@ -421,4 +421,4 @@ class Envelope(BaseModel):
 
     model_config = ConfigDict(hide_input_in_errors=True)
     m: AnyMessage
-    f: int
+    f: int = Field(ge=0, strict=True)

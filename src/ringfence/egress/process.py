@@ -59,7 +59,7 @@ _LINGER_SECONDS = 0.004
 """The record of what went through may lie here so long, and a notice that only tells. Longer than a
 request that finds a quick answer: the record of its end then goes with the next one's, and does not
 occupy the disk before it. What is lost with this process is ends of what has a beginning on disk;
-refusals, witnesses and what was asked for never lie here.
+refusals and witnesses never lie here, nor what was asked for, where the audit log is waited for.
 """
 _YOUNG = 20_000
 """Objects that may be made before cycles among them are looked for: some megabytes at most."""
