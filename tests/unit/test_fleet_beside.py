@@ -12,7 +12,8 @@ import pytest
 from ringfence.cli.context import AppContext
 from ringfence.cli.operator import beside
 from ringfence.config import Config, load_config
-from ringfence.fleet.beside import found, left
+from ringfence.errors import UnavailableError
+from ringfence.fleet.beside import NAMES, found, left
 
 SETTINGS = {
     "RINGFENCE_DATABASE": "postgresql://postgres@/postgres?host=/tmp/x",
@@ -71,6 +72,17 @@ def test_what_a_killed_fleet_left_is_not_believed_and_is_no_hindrance(state: Pat
     assert found(state) == {}
     with left(state, SETTINGS):
         assert found(state) == SETTINGS
+
+
+def test_a_second_fleet_is_refused_and_takes_nothing_from_the_first(state: Path) -> None:
+    with left(state, SETTINGS):
+        with pytest.raises(UnavailableError) as refused, left(state, {NAMES[0]: "postgresql://b"}):
+            raise AssertionError("two fleets on the files of one")
+        assert refused.value.code == "host-failed"
+        assert found(state) == SETTINGS
+        assert [file.name for file in (state / "services").iterdir()] == ["settings.json"]
+    with left(state, {NAMES[0]: "postgresql://b"}):
+        assert found(state) == {NAMES[0]: "postgresql://b"}
 
 
 def test_no_other_setting_is_taken_from_the_file(state: Path) -> None:

@@ -163,7 +163,26 @@ def test_what_ntfs_drops_before_a_stream_hides_nothing(path: str) -> None:
     found = classify(added(path))
     assert found is not None
     assert found.held
-    assert classify(added(path.replace("git", "gat").replace("envrc", "envoy"))) is None
+    harmless = path.replace("git~1", "gat").replace("git", "gat").replace("envrc", "envoy")
+    assert classify(added(harmless)) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "harmless"),
+    [
+        ("CLAUDE~1/settings.json", "CLAUDE/settings.json"),
+        ("a/vscode~2/tasks.json", "a/vscode~/tasks.json"),
+        ("GI3A5F~1/x", "GI3A5F-1/x"),
+        ("CONFTE~1.PY", "notes.txt.~1~"),
+        ("envrc~1 .:s", "a-long-name~1"),
+    ],
+)
+def test_a_short_name_of_windows_is_held(path: str, harmless: str) -> None:
+    found = classify(added(path))
+    assert found is not None
+    assert found.held
+    assert "short name" in found.why
+    assert classify(added(harmless)) is None
 
 
 @pytest.fixture

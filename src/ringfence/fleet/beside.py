@@ -27,7 +27,8 @@ def left(state_dir: Path, settings: Mapping[str, str]) -> Iterator[None]:
     """Lies there while the body runs; nothing does when nothing was started.
 
     Raises:
-        UnavailableError: `host-failed`.
+        UnavailableError: `host-failed`, also where another fleet's services live on this state
+            directory: theirs are the files that ours would begin with.
     """
     if not settings:
         yield
@@ -35,6 +36,7 @@ def left(state_dir: Path, settings: Mapping[str, str]) -> Iterator[None]:
     path, draft = _path(state_dir), _path(state_dir).with_suffix(".new")
     with contextlib.ExitStack() as stack:
         try:
+            _alone(path.parent, stack)
             draft.unlink(missing_ok=True)
             descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             stack.callback(os.close, descriptor)
@@ -48,6 +50,22 @@ def left(state_dir: Path, settings: Mapping[str, str]) -> Iterator[None]:
             ) from None
         stack.callback(path.unlink, missing_ok=True)
         yield
+
+
+def _alone(place: Path, stack: contextlib.ExitStack) -> None:
+    """Until the stack ends. The directory's lock and not the file's: who looks at a file that was
+    left holds that for a moment, and is no fleet.
+    """
+    descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    stack.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UnavailableError(
+            "host-failed",
+            f"services of another `ringfence up` live in {place}",
+            hint="end it, or set RINGFENCE_STATE_DIR to another directory",
+        ) from None
 
 
 def found(state_dir: Path) -> dict[str, str]:

@@ -218,6 +218,9 @@ _TOO_LONG = "its path is too long to be looked at: it may be one that runs later
 _BACKSLASH = "Windows takes the backslash for a folder's end: it may lead anywhere there"
 _REPOSITORY = "git takes the folder for a repository, and obeys its config and hooks"
 
+_SHORT = re.compile(r"(?:^|/)[^/.]{1,7}~[0-9]{1,6}(?:\.[^/]{0,3})?(?=/|\Z)")
+_IS_SHORT = "Windows may take it for the short name of another: .claude is CLAUDE~1 there"
+
 
 def host_files(changes: Changes, *, most: int | None = None) -> tuple[HostFile, ...]:
     """The files among the changes that run later, held ones first, each with its reason.
@@ -244,6 +247,9 @@ def classify(change: Change, repositories: frozenset[str] = frozenset()) -> Host
     for pattern, why in _HELD_COMPILED:
         if any(map(pattern.match, names)):
             return HostFile(path=change.path, why=why, held=True)
+    # which name it is short for depends on what else lies there, so that none is looked up
+    if any("~" in name and _SHORT.search(name) for name in names):
+        return HostFile(path=change.path, why=_IS_SHORT, held=True)
     if change.mode == _LINK:
         return HostFile(path=change.path, why="a link: what it leads to is elsewhere", held=True)
     for pattern, why in _ADVICE_COMPILED:
