@@ -303,7 +303,7 @@ def test_every_setting_that_the_documents_name_exists() -> None:
     """Variables of the environment, and `section.key` of settings or of a policy."""
     events = {row for row in re.findall(r"`([a-z_.]+)`", EVENTS.read_text()) if "." in row}
     events |= {"slo.alert_fired", "slo.alert_resolved"}  # kinds of webhooks
-    clients = {"API_KEY", "URL"}  # of commands that talk to a gateway
+    clients = {"API_KEY", "URL", "PLAIN_HTTP"}  # of commands that talk to a gateway
     seen = 0
     for page in (one for one in PAGES if "reference" not in one.parts):
         text = page.read_text()

@@ -638,12 +638,12 @@ async def test_a_worker_that_says_nothing_of_an_mcp_server_lets_nothing_to_it(wo
     wanted, used = said
     assert (used.ticket, used.ok) == (wanted.ticket, None)
     if word == "late":
-        turns.told(ModelTurn(id=1, sandbox_id="s", ticket=wanted.ticket, go=True))
+        turns.told(ModelTurn(sandbox_id="s", ticket=wanted.ticket, go=True))
     # one that is answered in its time goes, or is told that the server is shut
     for go, kept in ((True, 2), (False, "mcp-server-shut")):
         asking = asyncio.ensure_future(turns.guard(**ids))
         await until(lambda: not isinstance(said[-1], GuardUsed))
-        turns.told(ModelTurn(id=1, sandbox_id="s", ticket=said[-1].ticket, go=go))
+        turns.told(ModelTurn(sandbox_id="s", ticket=said[-1].ticket, go=go))
         assert await asking == kept
         said.append(used)
 
