@@ -6,8 +6,11 @@ import ast
 import asyncio
 import errno
 import os
+import select
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,8 @@ sys.path.append(str(Path(ringfence.sandbox.__file__).parent))
 
 import launch as kernel
 
-from ringfence.sandbox.launcher import Launcher, Spare
+from ringfence.sandbox.frames import send_frame
+from ringfence.sandbox.launcher import Launcher, Spare, prepare
 
 SHOWN = """
 import os
@@ -209,3 +213,36 @@ def test_a_spare_launcher_of_roots_has_a_network_of_its_own() -> None:
             await launcher.end()
 
     asyncio.run(work())
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+async def test_a_place_that_nobody_waits_for_any_more_is_given_back(*, cancelled: bool) -> None:
+    """Cancelled when the thread has the place's descriptors, and the loop has not seen it yet."""
+    ours, theirs = socket.socketpair()
+    reading, writing = os.pipe()
+    process = subprocess.Popen(["sleep", "600"])
+    preparing = asyncio.create_task(prepare(Launcher(process, ours), {}, []))
+    await asyncio.sleep(0)
+    before = len(os.listdir("/proc/self/fd"))
+    send_frame(theirs, {"ok": True}, [writing])
+    for _ in range(1000):
+        if len(os.listdir("/proc/self/fd")) > before:
+            break
+        time.sleep(0.01)  # noqa: ASYNC251  the loop is to see nothing
+    os.close(writing)
+    left = select.poll()
+    left.register(reading, 0)
+    if cancelled:
+        preparing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await preparing
+        assert process.returncode is not None
+        await asyncio.sleep(0)
+        assert left.poll(0), "somebody holds the other end still"
+    else:
+        (descriptor,) = await preparing
+        assert not left.poll(0)
+        os.close(descriptor)
+        await Launcher(process, ours).end()
+    os.close(reading)
+    theirs.close()

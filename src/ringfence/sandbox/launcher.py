@@ -99,9 +99,12 @@ async def prepare(
         launcher.control.settimeout(_PREPARE_SECONDS)
         return receive_frame(launcher.control)
 
+    working = asyncio.ensure_future(asyncio.to_thread(exchange))
     try:
-        answer, descriptors = await asyncio.to_thread(exchange)
+        answer, descriptors = await asyncio.shield(working)
     except BaseException as error:
+        # who is cancelled does not cancel a thread: what it still receives is of a place for nobody
+        working.add_done_callback(_give_back)
         await asyncio.shield(launcher.end())
         if isinstance(error, OSError):
             raise ended(error) from None
@@ -116,6 +119,13 @@ async def prepare(
             "namespaces",
         )
     return descriptors
+
+
+def _give_back(working: asyncio.Future[tuple[dict[str, Any], list[int]]]) -> None:
+    """Close what the exchange received: a descriptor keeps a network and mounts that are nobody's."""
+    if not working.cancelled() and working.exception() is None:
+        for descriptor in working.result()[1]:
+            os.close(descriptor)
 
 
 async def attach(launcher: Launcher, plan: dict[str, Any], handed: list[int]) -> list[int]:
