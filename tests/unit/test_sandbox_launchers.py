@@ -221,14 +221,14 @@ async def test_a_place_that_nobody_waits_for_any_more_is_given_back(*, cancelled
     ours, theirs = socket.socketpair()
     reading, writing = os.pipe()
     process = subprocess.Popen(["sleep", "600"])
-    preparing = asyncio.create_task(prepare(Launcher(process, ours), {}, []))
+    preparing = asyncio.ensure_future(prepare(Launcher(process, ours), {}, []))
     await asyncio.sleep(0)
     before = len(os.listdir("/proc/self/fd"))
     send_frame(theirs, {"ok": True}, [writing])
     for _ in range(1000):
         if len(os.listdir("/proc/self/fd")) > before:
             break
-        time.sleep(0.01)  # noqa: ASYNC251  the loop is to see nothing
+        time.sleep(0.01)  # in the loop, which is to see nothing
     os.close(writing)
     left = select.poll()
     left.register(reading, 0)

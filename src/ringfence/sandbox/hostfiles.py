@@ -244,12 +244,8 @@ def classify(change: Change, repositories: frozenset[str] = frozenset()) -> Host
     if why := _unnamed(change.path, repositories):
         return HostFile(path=change.path, why=why, held=True)
     names = _names(change.path)
-    for pattern, why in _HELD_COMPILED:
-        if any(map(pattern.match, names)):
-            return HostFile(path=change.path, why=why, held=True)
-    # which name it is short for depends on what else lies there, so that none is looked up
-    if any("~" in name and _SHORT.search(name) for name in names):
-        return HostFile(path=change.path, why=_IS_SHORT, held=True)
+    if why := _by_name(names):
+        return HostFile(path=change.path, why=why, held=True)
     if change.mode == _LINK:
         return HostFile(path=change.path, why="a link: what it leads to is elsewhere", held=True)
     for pattern, why in _ADVICE_COMPILED:
@@ -258,6 +254,15 @@ def classify(change: Change, repositories: frozenset[str] = frozenset()) -> Host
     if change.mode == _EXECUTABLE and change.old_mode != _EXECUTABLE:
         return HostFile(path=change.path, why="newly executable", held=False)
     return None
+
+
+def _by_name(names: frozenset[str]) -> str:
+    """Why a file of these names is held; empty when it is not."""
+    for pattern, why in _HELD_COMPILED:
+        if any(map(pattern.match, names)):
+            return why
+    # which name it is short for depends on what else lies there, so that none is looked up
+    return _IS_SHORT if any("~" in name and _SHORT.search(name) for name in names) else ""
 
 
 def _names(path: str) -> frozenset[str]:

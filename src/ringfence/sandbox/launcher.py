@@ -122,7 +122,7 @@ async def prepare(
 
 
 def _give_back(working: asyncio.Future[tuple[dict[str, Any], list[int]]]) -> None:
-    """Close what the exchange received: a descriptor keeps a network and mounts that are nobody's."""
+    """Close what the exchange received: a descriptor keeps a network, or mounts, of nobody's."""
     if not working.cancelled() and working.exception() is None:
         for descriptor in working.result()[1]:
             os.close(descriptor)
